@@ -1,0 +1,55 @@
+# Two commands for a new machine with Python 3.11 or 3.12: `make reproduce` and `make test`.
+
+EXPERIMENT ?= demo
+CORES ?= 2
+PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+INSTALLED := .venv/installed-$(EXTRA)
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: reproduce test lint types pytest doctor ui clean environment.yml
+
+reproduce: $(INSTALLED)  ## the experiment from raw data to its tables (EXPERIMENT=ml-1m for MovieLens-1M)
+	@python -m steps.doctor || echo "going on with plain torch"
+	snakemake --cores $(CORES) --quiet rules -- $(EXPERIMENT)
+	@snakemake --cores 1 --quiet all --report reports/$(EXPERIMENT)/report.html -- $(EXPERIMENT)
+	@echo; cat reports/$(EXPERIMENT)/table.md; echo
+	@echo "Report:       reports/$(EXPERIMENT)/report.html (and table.csv, table.html, curves.svg beside it)"
+	@echo "MLflow store: sqlite:///mlflow.db; 'make ui' shows it on http://127.0.0.1:5000"
+
+test: lint types pytest  ## what CI runs
+
+lint: $(INSTALLED)
+	ruff format --check .
+	ruff check .
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+
+types: $(INSTALLED)
+	mypy
+
+pytest: $(INSTALLED)
+	pytest
+
+doctor: $(INSTALLED)  ## does this machine's torch fit its triton, fbgemm and CUDA?
+	python -m steps.doctor
+
+ui: $(INSTALLED)  ## compare runs in the MLflow UI
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
+		--host 127.0.0.1 --port 5000 --workers 1
+
+environment.yml: constraints.txt  ## write conda's pins again from constraints.txt
+	@sed -i '/^      - /d' $@
+	@grep -vE '^(#|fbgemm-gpu==|nvidia-ml-py==|snakemake-executor-plugin-slurm)' $< | sed 's/^/      - /' >> $@
+
+clean:  ## remove what runs made; data stays
+	rm -rf runs logs reports/demo .snakemake mlflow.db mlartifacts
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12 (python3 on the PATH, or PYTHON=...)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]'
+	@touch $@

@@ -1,0 +1,101 @@
+"""HSTU attention in plain torch: padded to (B, h, N, N), readable, differentiable, any device and type."""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from kernels import jagged
+
+#: Rows of the time bias table: buckets 0..128.
+TIME_BUCKETS = 129
+_BUCKET_WIDTH = 0.301
+
+
+def hstu_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    max_len: int,
+    *,
+    alpha: float = 1.0,
+    normaliser: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    time_bias: torch.Tensor | None = None,
+    query_time: torch.Tensor | None = None,
+    key_time: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """O_i = sum over j <= i of silu(alpha q_i . k_j + b_ij) / N * v_j (arXiv 2402.17152, equation 2).
+
+    Args:
+        q, k: (T, h, dqk), jagged over sequences.
+        v: (T, h, dv).
+        offsets: (B + 1,) int64.
+        max_len: an upper bound of the sequence lengths.
+        alpha: factor on q . k.
+        normaliser: N; None divides by each sequence's own length.
+        position_bias: p, (2P - 1,) with P >= max_len: adds p[j - i], index 0 at P - 1.
+        time_bias: w, (129,): adds w[time_bucket(query_time_i - key_time_j)].
+        query_time, key_time: (T,) int64, seconds; needed with `time_bias`.
+
+    Returns:
+        (T, h, dv).
+    """
+    heads, dv = v.shape[1:]
+    query, key, value = (_to_heads(tensor, offsets, max_len) for tensor in (q, k, v))
+    scores = alpha * query @ key.transpose(-1, -2)  # (B, h, N, N)
+    if position_bias is not None:
+        scores = scores + _position_term(position_bias, max_len)
+    if time_bias is not None:
+        if query_time is None or key_time is None:
+            raise ValueError("time_bias needs query_time and key_time")
+        scores = scores + _time_term(time_bias, query_time, key_time, offsets, max_len)[:, None]
+    causal = torch.ones(max_len, max_len, dtype=torch.bool, device=q.device).tril()
+    weights = F.silu(scores).masked_fill(~causal, 0.0)
+    if normaliser is None:
+        weights = weights / (offsets[1:] - offsets[:-1]).clamp(min=1)[:, None, None, None]
+    else:
+        weights = weights / normaliser
+    output = (weights @ value).transpose(1, 2).reshape(-1, max_len, heads * dv)  # (B, N, h dv)
+    return jagged.to_jagged(output, offsets).view(-1, heads, dv)
+
+
+def time_bucket(seconds: torch.Tensor) -> torch.Tensor:
+    """clamp(floor(ln(max(1, |s|)) / 0.301), 0, 128) of int64 seconds, as int64.
+
+    Compared against the buckets' first whole seconds, so every device gets the same bucket: a float32
+    logarithm may round to either side of an edge.
+    """
+    return torch.bucketize(seconds.abs(), _bucket_starts(seconds.device), right=True)
+
+
+@functools.cache
+def _bucket_starts(device: torch.device) -> torch.Tensor:
+    """The least whole second in bucket k, for k = 1..128."""
+    starts = [math.ceil(math.exp(_BUCKET_WIDTH * bucket)) for bucket in range(1, TIME_BUCKETS)]
+    return torch.tensor(starts, dtype=torch.int64, device=device)
+
+
+def _to_heads(tensor: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
+    """(T, h, d) jagged to (B, h, N, d) padded."""
+    heads, dim = tensor.shape[1:]
+    padded = jagged.to_padded(tensor.reshape(-1, heads * dim), offsets, max_len)
+    return padded.view(-1, max_len, heads, dim).transpose(1, 2)
+
+
+def _position_term(table: torch.Tensor, n: int) -> torch.Tensor:
+    """p[j - i] as (N, N): rows i, columns j."""
+    place = torch.arange(n, device=table.device)
+    zero = (len(table) - 1) // 2
+    return table[place[None, :] - place[:, None] + zero]
+
+
+def _time_term(
+    table: torch.Tensor, query_time: torch.Tensor, key_time: torch.Tensor, offsets: torch.Tensor, n: int
+) -> torch.Tensor:
+    """w[bucket(query_time_i - key_time_j)] as (B, N, N)."""
+    query = jagged.to_padded(query_time[:, None], offsets, n)  # (B, N, 1)
+    key = jagged.to_padded(key_time[:, None], offsets, n).transpose(1, 2)  # (B, 1, N)
+    return table[time_bucket(query - key)]

@@ -1,0 +1,27 @@
+"""Jagged tensors: rows of different lengths, stored one after the other.
+
+A jagged tensor is `values` (T, ...) with `offsets` (B + 1,) int64: row b is values[offsets[b]:offsets[b + 1]].
+fbgemm_gpu does the work where it is installed and takes the type; the torch twin in `naive` elsewhere.
+"""
+
+import torch
+
+from kernels.jagged import fbgemm, naive
+
+
+def offsets_from_lengths(lengths: torch.Tensor) -> torch.Tensor:
+    """Offsets (B + 1,) of rows of the given lengths (B,) int64: zero, then their running sum."""
+    return (fbgemm if fbgemm.fits(lengths) else naive).offsets_from_lengths(lengths)
+
+
+def to_padded(values: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
+    """Values (T, D) to a padded tensor (B, max_len, D), zeros behind each row; differentiable.
+
+    No row may be longer than `max_len`: what is beyond it would be lost.
+    """
+    return (fbgemm if fbgemm.fits(values) else naive).to_padded(values, offsets, max_len)
+
+
+def to_jagged(padded: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_padded`: (B, N, D) to values (T, D); differentiable."""
+    return (fbgemm if fbgemm.fits(padded) else naive).to_jagged(padded, offsets)

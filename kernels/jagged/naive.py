@@ -1,0 +1,25 @@
+"""The jagged operations in torch: any type, any device."""
+
+import torch
+
+
+def offsets_from_lengths(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(torch.cumsum(lengths, 0), (1, 0))
+
+
+def row_and_place(offsets: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of the `total` values: the row it belongs to, and its place in that row; both (T,) int64."""
+    lengths = offsets[1:] - offsets[:-1]
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths, output_size=total)
+    return row, torch.arange(total, device=offsets.device) - offsets[row]
+
+
+def to_padded(values: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
+    row, place = row_and_place(offsets, len(values))
+    padded = values.new_zeros(len(offsets) - 1, max_len, values.shape[1])
+    return padded.index_put((row, place), values)
+
+
+def to_jagged(padded: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    row, place = row_and_place(offsets, int(offsets[-1]))
+    return padded[row, place]

@@ -1,0 +1,32 @@
+"""Sampled softmax over L2-normalised states and item vectors."""
+
+import torch
+
+from kernels.sampled_softmax import dense, naive
+
+_DENSE_ITEMS_PER_NEGATIVE = 64
+
+
+def sampled_softmax(
+    states: torch.Tensor, table: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """-log softmax of the positive among itself and its sampled negatives, per token.
+
+    The score of an item is the cosine of its vector and the state, over the temperature. A negative
+    that equals the positive gets the logit -5e4, which leaves it out.
+
+    Args:
+        states: (T, d), not normalised.
+        table: (V, d) item vectors, not normalised.
+        positives: (T,) int64, rows of the table.
+        negatives: (T, R) int64, rows of the table.
+        temperature: what cosines are divided by.
+
+    Returns:
+        (T,) losses.
+
+    Small catalogues go through one matrix product over all items (`dense`): on 2 CPU cores at
+    T = 13,000, V = 3,883, R = 128, d = 50 that is several times faster than gathering T x R vectors.
+    """
+    small = len(table) <= _DENSE_ITEMS_PER_NEGATIVE * negatives.shape[1]
+    return (dense if small else naive).sampled_softmax(states, table, positives, negatives, temperature)

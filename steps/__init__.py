@@ -1,0 +1,1 @@
+"""The steps of the reproduction: one file, one step, one command line (`python -m steps.<name>`)."""

@@ -1,0 +1,34 @@
+"""A progress bar where tqdm is installed, silence where it is not (a bare GPU machine)."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
+    """`tqdm(iterable, **options)`, shown on a terminal only; without tqdm, a bar that shows nothing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _Silent(iterable)
+    return tqdm(iterable, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True, **options)
+
+
+class _Silent:
+    def __init__(self, iterable: Iterable[Any] | None) -> None:
+        self.iterable = iterable
+
+    def __iter__(self) -> Any:
+        return iter(self.iterable or ())
+
+    def __enter__(self) -> "_Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, _: int = 1) -> None:
+        pass
+
+    def set_postfix(self, *_: object, **__: object) -> None:
+        pass

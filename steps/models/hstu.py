@@ -1,0 +1,80 @@
+"""HSTU (arXiv 2402.17152, equations 1 to 3), as the public experiments run it."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.hstu_attention import TIME_BUCKETS, hstu_attention
+from steps.data.sequences import Batch
+from steps.models.base import SequenceModel
+
+_LAYER_NORM_EPS = 1e-6
+
+
+class HSTULayer(nn.Module):
+    """One block: y = x + W_o dropout(U * LN(attention(Q, K, V))), with U, V, Q, K = split(silu(LN(x) W_uvqk))."""
+
+    def __init__(self, config: dict[str, Any], positions: int, dropout: float) -> None:
+        super().__init__()
+        self.heads: int = config["heads"]
+        self.dqk: int = config["dqk"]
+        self.dv: int = config["dv"]
+        self.alpha: float = config["alpha"]
+        self.normaliser = float(positions) if config["normaliser"] == "max_len" else None
+        self.time: str = config["bias"]["time"]
+        dim, inner = config["dim"], self.heads * self.dv
+        self.uvqk = nn.Parameter(torch.empty(dim, self.heads * 2 * (self.dv + self.dqk)))
+        self.output = nn.Linear(inner, dim)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.uvqk, std=0.02)
+        nn.init.xavier_uniform_(self.output.weight)
+        self.position_bias: nn.Parameter | None = None
+        self.time_bias: nn.Parameter | None = None
+        if config["bias"]["position"]:
+            self.position_bias = nn.Parameter(torch.empty(2 * positions - 1).normal_(std=0.02))
+        if self.time != "none":
+            self.time_bias = nn.Parameter(torch.empty(TIME_BUCKETS).normal_(std=0.02))
+
+    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Tokens (T, d) to tokens (T, d)."""
+        mixed = F.silu(_layer_norm(x) @ self.uvqk)
+        inner, inner_qk = self.heads * self.dv, self.heads * self.dqk
+        u, v, q, k = mixed.split([inner, inner, inner_qk, inner_qk], dim=-1)
+        attended = hstu_attention(
+            q.view(-1, self.heads, self.dqk),
+            k.view(-1, self.heads, self.dqk),
+            v.view(-1, self.heads, self.dv),
+            batch.offsets,
+            batch.max_len,
+            alpha=self.alpha,
+            normaliser=self.normaliser,
+            position_bias=self.position_bias,
+            time_bias=self.time_bias,
+            query_time=batch.next_timestamp if self.time == "next" else batch.timestamp,
+            key_time=batch.timestamp,
+        )
+        return x + self.output(self.dropout(u * _layer_norm(attended.flatten(1))))
+
+
+class HSTU(SequenceModel):
+    """The encoder: embedded items through HSTU layers."""
+
+    def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
+        super().__init__(config, training, num_items)
+        nn.init.xavier_normal_(self.position.weight)
+        self.layers = nn.ModuleList(
+            HSTULayer(config, self.positions, training["dropout"]) for _ in range(config["blocks"])
+        )
+
+    def encode(self, batch: Batch) -> torch.Tensor:
+        x = self.embed(batch)
+        for layer in self.layers:
+            x = layer(x, batch)
+        return x
+
+
+def _layer_norm(x: torch.Tensor) -> torch.Tensor:
+    """LayerNorm over the last dimension, without affine terms."""
+    return F.layer_norm(x, x.shape[-1:], eps=_LAYER_NORM_EPS)

@@ -1,0 +1,22 @@
+"""Most popular: every user gets the items with the most interactions in the training data."""
+
+import torch
+
+from steps.data.sequences import Batch, Sequences
+from steps.models.base import CountingModel
+
+
+class MostPopular(CountingModel):
+    """Scores are training counts."""
+
+    count: torch.Tensor
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(num_items + 1))
+
+    def fit(self, sequences: Sequences, drop: int) -> None:
+        self.count = sequences.counts(drop).float()
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        return self.count.expand(len(batch.user), -1)

@@ -1,0 +1,82 @@
+"""SASRec (arXiv 1808.09781), as the HSTU paper's public experiments run it, with sampled softmax.
+
+Per block: q = LN(x); x = LN(q + attention(q, x, x)); x = x + FF(x), where FF is two linear maps with a
+ReLU between. LayerNorm has no affine terms; keys and values are not normalised. No time enters.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import jagged
+from steps.data.sequences import Batch
+from steps.models.base import SequenceModel
+
+_LAYER_NORM_EPS = 1e-8
+
+
+class SASRecBlock(nn.Module):
+    """Causal softmax attention and a position-wise feed-forward network."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        self.inner = nn.Linear(dim, dim)
+        self.outer = nn.Linear(dim, dim)
+        self.attention_dropout = dropout
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.query, self.key, self.value):
+            # Theirs is one (3 d, d) matrix, whose Xavier std is sqrt(2 / (d + 3 d)).
+            nn.init.xavier_normal_(layer.weight, gain=0.5**0.5)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.output, self.inner, self.outer):
+            nn.init.xavier_normal_(layer.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Tokens (T, d) to tokens (T, d)."""
+        normed = _layer_norm(x)
+        x = _layer_norm(normed + self._attend(normed, x, batch))
+        return x + self.dropout(self.outer(self.dropout(F.relu(self.inner(x)))))
+
+    def _attend(self, normed: torch.Tensor, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        def split(tensor: torch.Tensor) -> torch.Tensor:  # (T, d) to (B, h, N, d / h)
+            padded = jagged.to_padded(tensor, batch.offsets, batch.max_len)
+            return padded.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        attended = F.scaled_dot_product_attention(
+            split(self.query(normed)),
+            split(self.key(x)),
+            split(self.value(x)),
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            is_causal=True,  # padding stands behind every real token, so causality hides it
+        )
+        return self.output(jagged.to_jagged(attended.transpose(1, 2).flatten(2), batch.offsets))
+
+
+class SASRec(SequenceModel):
+    """The encoder: embedded items through SASRec blocks."""
+
+    def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
+        super().__init__(config, training, num_items)
+        std = self.dim**-0.5
+        nn.init.trunc_normal_(self.position.weight, std=std, a=-2 * std, b=2 * std)
+        self.blocks = nn.ModuleList(
+            SASRecBlock(self.dim, config["heads"], training["dropout"]) for _ in range(config["blocks"])
+        )
+
+    def encode(self, batch: Batch) -> torch.Tensor:
+        x = self.embed(batch)
+        for block in self.blocks:
+            x = block(x, batch)
+        return x
+
+
+def _layer_norm(x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=_LAYER_NORM_EPS)

@@ -1,0 +1,227 @@
+"""Tables and learning curves of an experiment, beside the published numbers.
+
+Reads runs, or the small records of runs that are committed under reports/: both have the same files.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from jinja2 import Environment
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from tabulate import tabulate as render
+
+from steps.common import params
+from steps.common.cli import StepError, run_step
+from steps.common.files import atomic_path, read_json, read_jsonl, write_text
+
+_SHOWN = ("hr@10", "ndcg@10", "hr@50", "hr@200", "ndcg@200", "mrr")
+_PUBLISHED = ("hr@10", "ndcg@10")
+_CURVE = "ndcg@10"
+_PROTOCOLS = {
+    "strict": "Protocol strict: epoch chosen on validation, candidates are the rated items, the whole history is "
+    "left out of the ranking. Not comparable with the published figures.",
+    "paper": "Protocol paper: last epoch of the schedule, candidates are the whole catalogue, the model's window is "
+    "left out of the ranking. `best` is the best epoch on test: optimistic, shown because papers report it.",
+}
+_PAGE = Environment(autoescape=True).from_string(
+    """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+body { font-family: sans-serif; margin: 2rem auto; max-width: 75rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd }
+td { font-variant-numeric: tabular-nums } footer { color: #666; font-size: .9rem }
+</style>
+<h1>{{ title }}</h1>
+{% for section in sections %}<h2>{{ section.title }}</h2><p>{{ section.note }}</p>{{ section.table | safe }}{% endfor %}
+<footer>{% for line in footer %}<p>{{ line }}</p>{% endfor %}</footer>
+</html>
+"""
+)
+
+
+def read_runs(experiment: str, folder: Path) -> tuple[list[tuple[params.Run, dict[str, Any]]], list[params.Run]]:
+    """The finished runs in table order, each with config, history and metrics; and the runs that are missing."""
+    found, missing = [], []
+    for run in params.runs(experiment):
+        path = folder / run.path
+        if not (path / "metrics.json").is_file():
+            missing.append(run)
+            continue
+        record = {
+            "config": read_json(path / "config.json"),
+            "history": read_jsonl(path / "history.jsonl"),
+            "metrics": read_json(path / "metrics.json"),
+        }
+        found.append((run, record))
+    if not found:
+        raise StepError(f"{folder} holds no finished run of experiment {experiment}; train and evaluate first")
+    return found, missing
+
+
+def summarise(runs: list[tuple[params.Run, dict[str, Any]]]) -> pl.DataFrame:
+    """A row per (dataset, protocol, model): seeds, mean and standard deviation of every test metric."""
+    rows = []
+    for key in dict.fromkeys((run.dataset, run.protocol, run.model) for run, _ in runs):
+        seeds = [record["metrics"] for run, record in runs if (run.dataset, run.protocol, run.model) == key]
+        row: dict[str, Any] = dict(zip(("dataset", "protocol", "model"), key, strict=True)) | {"seeds": len(seeds)}
+        for part in ("test", "test_best"):
+            if part not in seeds[0]:
+                continue
+            for name in seeds[0]["test"]:
+                values = [metrics[part][name] for metrics in seeds]
+                row[f"{part}/{name}"] = round(statistics.mean(values), 6)
+                row[f"{part}/{name}/sd"] = round(statistics.stdev(values), 6) if len(values) > 1 else None
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def sections(summary: pl.DataFrame, paper: dict[str, Any], titles: dict[str, str]) -> list[dict[str, Any]]:
+    """A table per (dataset, protocol): title, note, headers and rows of text."""
+    made = []
+    labels = {name: model["label"] for name, model in params.load("models").items()}
+    for (dataset, protocol), rows in summary.group_by("dataset", "protocol", maintain_order=True):
+        headers = ["model", "seeds", *(name.upper() for name in _SHOWN)]
+        published = paper["public_datasets"].get(dataset, {}) if protocol == "paper" else {}
+        if protocol == "paper":
+            headers += [f"best {name.upper()}" for name in _PUBLISHED]
+        if published:
+            headers += [f"published {name.upper()}" for name in _PUBLISHED]
+        table = []
+        for row in rows.iter_rows(named=True):
+            line = [labels[row["model"]], row["seeds"], *(_cell(row, f"test/{name}") for name in _SHOWN)]
+            if protocol == "paper":
+                line += [_cell(row, f"test_best/{name}") for name in _PUBLISHED]
+            if published:
+                reported = published.get(row["model"], {})
+                line += [f"{reported[name]:.4f}" if name in reported else "" for name in _PUBLISHED]
+            table.append(line)
+        made.append(
+            {
+                "title": f"{titles[dataset]}, protocol {protocol}",
+                "note": _PROTOCOLS[protocol] + (" " + _sources(published, paper) if published else ""),
+                "headers": headers,
+                "rows": table,
+            }
+        )
+    return made
+
+
+def draw_curves(runs: list[tuple[params.Run, dict[str, Any]]], paper: dict[str, Any], titles: dict[str, str]) -> Figure:
+    """NDCG@10 after every epoch: a panel per (dataset, protocol), a colour per model, a line per seed."""
+    panels = list(dict.fromkeys((run.dataset, run.protocol) for run, _ in runs))
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    models = list(dict.fromkeys(run.model for run, _ in runs))
+    for axis, (dataset, protocol) in zip(axes[0], panels, strict=True):
+        labelled = set()
+        for run, record in runs:
+            if (run.dataset, run.protocol) != (dataset, protocol):
+                continue
+            split = "valid" if record["config"]["protocol"]["held_out"] == 2 else "test"
+            colour = f"C{models.index(run.model)}"
+            curve = [(line["epoch"], line[f"{split}/{_CURVE}"]) for line in record["history"]]
+            label = record["config"]["model"]["label"] if run.model not in labelled else None
+            labelled.add(run.model)
+            if len(curve) == 1:  # a model without epochs
+                axis.axhline(curve[0][1], color=colour, linewidth=1, linestyle=":", label=label)
+            else:
+                axis.plot(*zip(*curve, strict=True), color=colour, linewidth=1.3, label=label)
+            reported = paper["public_datasets"].get(dataset, {}).get(run.model) if protocol == "paper" else None
+            if reported:
+                axis.axhline(reported[_CURVE], color=colour, linewidth=0.8, linestyle="--")
+        axis.set(title=f"{titles[dataset]}, protocol {protocol}", xlabel="epoch", ylabel=f"{split} NDCG@10")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    return figure
+
+
+def provenance(runs: list[tuple[params.Run, dict[str, Any]]], missing: list[params.Run]) -> list[str]:
+    """What the numbers rest on, in a few lines: commits, data, devices, and what was not run."""
+
+    def distinct(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(record["metrics"][name]) for _, record in runs))
+
+    data = dict.fromkeys((run.dataset, record["metrics"]["data_sha256"]) for run, record in runs)
+    lines = [
+        f"Commit {distinct('commit')}. Device {distinct('device')}.",
+        "Data " + ", ".join(f"{dataset} sha256 {digest}" for dataset, digest in data) + ".",
+        "All figures are fractions. One target per user, exact rank over all candidates, ties counted half. "
+        "± is the standard deviation over seeds.",
+    ]
+    if missing:
+        names = dict.fromkeys(f"{run.dataset}/{run.model}/{run.protocol}" for run in missing)
+        lines.append(f"Not run: {', '.join(names)} ({len(missing)} runs).")
+    return lines
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    deviation = row.get(f"{name}/sd")
+    return f"{row[name]:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
+
+
+def _sources(published: dict[str, Any], paper: dict[str, Any]) -> str:
+    used = dict.fromkeys(entry["source"] for entry in published.values())
+    return "Published figures: " + "; ".join(paper["sources"][source] for source in used) + "."
+
+
+def _markdown(title: str, made: list[dict[str, Any]], footer: list[str]) -> str:
+    parts = [f"# {title}"]
+    for section in made:
+        table = render(section["rows"], section["headers"], tablefmt="github", disable_numparse=True)
+        parts += [f"## {section['title']}", section["note"], table]
+    return "\n\n".join(parts + footer) + "\n"
+
+
+def _html(title: str, made: list[dict[str, Any]], footer: list[str]) -> str:
+    for section in made:
+        section["table"] = render(section["rows"], section["headers"], tablefmt="html", disable_numparse=True)
+    return _PAGE.render(title=title, sections=made, footer=footer) + "\n"
+
+
+def _runs_table(runs: list[tuple[params.Run, dict[str, Any]]]) -> pl.DataFrame:
+    names = ("epoch", "train_seconds", "peak_bytes", "commit", "data_sha256", "device")
+    rows = []
+    for run, record in runs:
+        metrics = record["metrics"]
+        row = {"dataset": run.dataset, "protocol": run.protocol, "model": run.model, "seed": run.seed}
+        row |= {f"test/{name}": value for name, value in metrics["test"].items()}
+        rows.append(row | {name: metrics[name] for name in names})
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _save(path: Path, write: Callable[[Path], Any]) -> None:
+    with atomic_path(path) as temporary:
+        write(temporary)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--experiment", required=True)
+    parser.add_argument("--runs", required=True, type=Path, help="runs/<experiment> or reports/<experiment>/records")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the tables: reports/<experiment>")
+
+
+def main(args: argparse.Namespace) -> None:
+    runs, missing = read_runs(args.experiment, args.runs)
+    paper = params.load("paper")
+    titles = {name: dataset["title"] for name, dataset in params.load("datasets").items()}
+    title = params.load(f"experiments/{args.experiment}")["title"]
+    summary = summarise(runs)
+    made, footer = sections(summary, paper, titles), provenance(runs, missing)
+    rcParams["svg.hashsalt"] = "hstu"  # the same curves, the same bytes
+    figure = draw_curves(runs, paper, titles)
+    _save(args.output / "curves.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+    _save(args.output / "curves.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    _save(args.output / "runs.csv", _runs_table(runs).write_csv)
+    _save(args.output / "table.csv", summary.write_csv)
+    write_text(args.output / "table.html", _html(title, made, footer))
+    write_text(args.output / "table.md", _markdown(title, made, footer))
+
+
+if __name__ == "__main__":
+    run_step("tabulate", __doc__, add_arguments, main)

@@ -1,0 +1,135 @@
+"""Bring an experiment's finished runs into an MLflow store, to compare them in its UI.
+
+One MLflow experiment per experiment, one MLflow run per (dataset, model, protocol, seed). A run that is
+already there with the same content is left alone; one whose content changed is replaced. Tracking after
+training, under a lock, keeps SQLite's single writer from losing records when trainings run in parallel.
+"""
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from steps.common import params
+from steps.common.cli import StepError, run_step
+from steps.common.files import read_json, read_jsonl, write_json
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+_FILES = ("config.json", "history.jsonl", "metrics.json", "model.safetensors")
+_REPORTS = ("table.md", "table.html", "curves.svg", "curves.png")
+_BATCH = 1000  # metrics that MLflow takes in one call
+
+
+def track(experiment: str, runs: Path, reports: Path, store: Path) -> dict[str, str]:
+    """Log every finished run; returns the MLflow run id of each, by the run's path."""
+    from mlflow import MlflowClient  # 3 s: only when needed
+
+    with FileLock(store.with_name(f".{store.name}.lock")):
+        client = MlflowClient(f"sqlite:///{store}")
+        found = client.get_experiment_by_name(experiment)
+        artifacts = (store.parent / "mlartifacts" / experiment).resolve().as_uri()
+        experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts)
+        return {
+            str(run.path): _track_run(client, experiment_id, run, runs / run.path, reports)
+            for run in params.runs(experiment)
+            if (runs / run.path / "metrics.json").is_file()
+        }
+
+
+def _track_run(client: Any, experiment_id: str, run: params.Run, folder: Path, reports: Path) -> str:
+    present = [folder / name for name in _FILES if (folder / name).is_file()]  # committed records have no weights
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in present)).hexdigest()
+    key = str(run.path)
+    known = client.search_runs([experiment_id], f"tags.run = '{key}' and attributes.status = 'FINISHED'")
+    for old in known:
+        if old.data.tags["content"] == content:
+            _log_reports(client, old.info.run_id, reports)
+            return old.info.run_id
+    config, result = read_json(folder / "config.json"), read_json(folder / "metrics.json")
+    tags = {"run": key, "content": content, "mlflow.source.git.commit": result["commit"]}
+    tags |= {name: str(result[name]) for name in ("commit", "data_sha256", "device")}
+    tags |= {f"version.{name}": version for name, version in result["versions"].items()}
+    name = f"{run.model}/{run.protocol}/seed-{run.seed}"
+    run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+    _log_params(client, run_id, config)
+    _log_metrics(client, run_id, read_jsonl(folder / "history.jsonl"), result)
+    _log_dataset(client, run_id, run.dataset, result["data_sha256"])
+    for path in present:
+        client.log_artifact(run_id, str(path))
+    _log_reports(client, run_id, reports)
+    client.set_terminated(run_id)
+    for old in known:
+        client.delete_run(old.info.run_id)
+    return run_id
+
+
+def _log_params(client: Any, run_id: str, config: dict[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in _flatten(config)])
+
+
+def _log_metrics(client: Any, run_id: str, history: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    """Every epoch's metrics, and the reported epoch's test metrics."""
+    from mlflow.entities import Metric
+
+    def metric(name: str, value: float, epoch: int) -> Any:
+        return Metric(name.replace("@", "_at_"), value, 0, epoch)
+
+    points = [metric(name, line[name], line["epoch"]) for line in history for name in line if name != "epoch"]
+    for part in ("test", "valid", "test_best"):
+        points += [
+            metric(f"reported/{part}/{name}", value, result["epoch"])
+            for name, value in result.get(part, {}).items()
+            if name != "epoch"
+        ]
+    points.append(metric("reported/train_seconds", result["train_seconds"], result["epoch"]))
+    if result["peak_bytes"] is not None:
+        points.append(metric("reported/peak_bytes", result["peak_bytes"], result["epoch"]))
+    for first in range(0, len(points), _BATCH):
+        client.log_batch(run_id, metrics=points[first : first + _BATCH])
+
+
+def _log_dataset(client: Any, run_id: str, name: str, digest: str) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=f'{{"uri": "data/processed/{name}"}}')
+    client.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "train and test")])])
+
+
+def _log_reports(client: Any, run_id: str, reports: Path) -> None:
+    for name in _REPORTS:
+        client.log_artifact(run_id, str(reports / name), "report")
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat = []
+    for name, value in content.items():
+        flat += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return flat
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--experiment", required=True)
+    parser.add_argument("--runs", required=True, type=Path, help="runs/<experiment> or reports/<experiment>/records")
+    parser.add_argument("--reports", required=True, type=Path, help="the tables and figures to attach")
+    parser.add_argument("--store", type=Path, default=Path("mlflow.db"), help="SQLite file (default: mlflow.db)")
+    parser.add_argument("--output", required=True, type=Path, help="json to write: the MLflow id of every run")
+
+
+def main(args: argparse.Namespace) -> None:
+    missing = [name for name in _REPORTS if not (args.reports / name).is_file()]
+    if missing:
+        raise StepError(f"{args.reports} lacks {', '.join(missing)}; run tabulate first")
+    ids = track(args.experiment, args.runs, args.reports, args.store)
+    if not ids:
+        raise StepError(f"{args.runs} holds no finished run of experiment {args.experiment}")
+    write_json(args.output, {"store": f"sqlite:///{args.store}", "experiment": args.experiment, "runs": ids})
+
+
+if __name__ == "__main__":
+    run_step("track", __doc__, add_arguments, main)

@@ -1,0 +1,71 @@
+"""Check raw interactions against the data set's schema and write them as typed tables.
+
+All failures are reported at once, with their rows; nothing is written unless every check passes.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from steps.common.cli import StepError, run_step
+from steps.common.files import atomic_path, write_json
+from steps.common.params import entry
+from steps.data.readers import read_table
+from steps.data.schemas import describe, interactions_schema, validate
+
+
+def read_valid(raw: Path, dataset: dict[str, Any]) -> tuple[pl.DataFrame, pl.DataFrame, list[dict[str, Any]]]:
+    """The interactions and the catalogue of a data set, and the account of every check they passed.
+
+    Without an items file the catalogue is the items that have interactions, and titles are empty.
+    Raises StepError that lists every failed check with rows.
+    """
+    files = dataset["files"]
+    interactions, malformed = read_table(raw, files["interactions"])
+    problems = [_wrong_fields(files["interactions"], malformed)] if malformed else []
+    items = None
+    if "items" in files:
+        items, malformed = read_table(raw, files["items"])
+        if malformed:
+            problems.append(_wrong_fields(files["items"], malformed))
+        if items["item"].null_count() or items["item"].n_unique() < len(items):
+            problems.append(f"{files['items']['path']}: an item id is missing or stands twice")
+    account = validate(interactions, interactions_schema(dataset["checks"], None if items is None else items["item"]))
+    failed = describe(account)
+    if failed:
+        problems.append(failed)
+    if problems:
+        raise StepError(
+            f"{raw / files['interactions']['path']}: {'; '.join(problems)}. Nothing was written; mend the file"
+        )
+    if items is None:
+        items = interactions.select("item").unique().sort("item")
+    if "title" not in items.columns:
+        items = items.with_columns(title=pl.lit(""))
+    return interactions, items.select("item", "title"), account
+
+
+def _wrong_fields(table: dict[str, Any], lines: list[int]) -> str:
+    shown = ", ".join(map(str, lines[:5])) + (", ..." if len(lines) > 5 else "")
+    return f"{table['path']}: {len(lines)} lines do not have {len(table['columns'])} fields (line {shown})"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", required=True, help="an entry of params/datasets.yaml")
+    parser.add_argument("--raw", required=True, type=Path, help="folder of raw files")
+    parser.add_argument("--output", required=True, type=Path, help="folder to make: data/valid/<dataset>")
+
+
+def main(args: argparse.Namespace) -> None:
+    interactions, items, account = read_valid(args.raw, entry("datasets", args.dataset))
+    with atomic_path(args.output) as folder:
+        folder.mkdir()
+        interactions.write_parquet(folder / "interactions.parquet", compression="lz4")
+        items.write_parquet(folder / "items.parquet")
+        write_json(folder / "validation.json", {"rows": len(interactions), "items": len(items), "checks": account})
+
+
+if __name__ == "__main__":
+    run_step("validate", __doc__, add_arguments, main)
