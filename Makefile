@@ -10,7 +10,7 @@ INSTALLED := .venv/installed-$(EXTRA)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: reproduce test lint types pytest doctor ui clean environment.yml
+.PHONY: reproduce test lint types pytest doctor ui clean environment.yml dvc
 
 reproduce: $(INSTALLED)  ## the experiment from raw data to its tables (EXPERIMENT=ml-1m for MovieLens-1M)
 	@python -m steps.doctor || echo "going on with plain torch"
@@ -44,6 +44,9 @@ ui: $(INSTALLED)  ## compare runs in the MLflow UI
 environment.yml: constraints.txt  ## write conda's pins again from constraints.txt
 	@sed -i '/^      - /d' $@
 	@grep -vE '^(#|fbgemm-gpu==|nvidia-ml-py==|snakemake-executor-plugin-slurm)' $< | sed 's/^/      - /' >> $@
+
+dvc: $(INSTALLED)  ## write workflow/dvc/<experiment>/dvc.yaml again from dvc.yaml
+	python workflow/dvc/generate.py
 
 clean:  ## remove what runs made; data stays
 	rm -rf runs logs reports/demo .snakemake mlflow.db mlartifacts

@@ -44,7 +44,9 @@ def validate(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> list[dict[str, 
     for column, names in _check_names(schema).items():
         for name in names:
             failed = pl.DataFrame() if failures is None else _failed(failures, column, name)
-            account.append({"column": column, "check": name, "failures": len(failed), "examples": _examples(failed, frame)})
+            account.append(
+                {"column": column, "check": name, "failures": len(failed), "examples": _examples(failed, frame)}
+            )
     known = sum(check["failures"] for check in account)
     if failures is not None and known < len(failures):
         raise StepError(f"unexpected schema failure: {failures.to_dicts()[0]}")
@@ -58,7 +60,9 @@ def describe(account: list[dict[str, Any]]) -> str:
         if check["failures"]:
             examples = ", ".join(f"row {example['row']}: {example['value']}" for example in check["examples"])
             more = ", ..." if check["failures"] > len(check["examples"]) else ""
-            parts.append(f"{check['column']} must be {check['check']}: {check['failures']} rows are not ({examples}{more})")
+            parts.append(
+                f"{check['column']} must be {check['check']}: {check['failures']} rows are not ({examples}{more})"
+            )
     return "; ".join(parts)
 
 

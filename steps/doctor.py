@@ -1,0 +1,110 @@
+"""Check that this machine's torch, triton, fbgemm_gpu and CUDA fit together, and try every fbgemm operation in use.
+
+Prints one line per finding; exits with 1 if anything does not fit, naming what to install.
+"""
+
+import argparse
+import importlib.metadata
+import platform
+import re
+import sys
+from pathlib import Path
+
+from steps.common.cli import StepError, run_step
+
+CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+
+
+def pinned(name: str, constraints: Path = CONSTRAINTS) -> str:
+    """The version of the package `name` in constraints.txt."""
+    found = re.search(rf"^{re.escape(name)}==(\S+)$", constraints.read_text(), re.MULTILINE | re.IGNORECASE)
+    if found is None:
+        raise StepError(f"{constraints} has no pin of {name}")
+    return found.group(1)
+
+
+def check_versions() -> list[str]:
+    """What is not as pinned: Python, torch, triton, and exactly one fbgemm build."""
+    problems = []
+    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+        problems.append(f"Python {platform.python_version()} does not fit; install Python 3.11 or 3.12")
+    for name in ("torch", "triton"):
+        version, wanted = _version(name), pinned(name)
+        if version is None or version.split("+")[0] != wanted:
+            problems.append(f"{name} {version or 'is missing'} does not fit; install {name}=={wanted}")
+    cuda = _has_cuda()
+    right, wrong = ("fbgemm-gpu", "fbgemm-gpu-cpu") if cuda else ("fbgemm-gpu-cpu", "fbgemm-gpu")
+    wanted = pinned(right)
+    if _version(wrong) is not None:
+        problems.append(f"{wrong} does not fit a machine {'with' if cuda else 'without'} CUDA; uninstall it")
+    if _version(right) != wanted:
+        problems.append(f"{right} {_version(right) or 'is missing'} does not fit; install {right}=={wanted}")
+    return problems
+
+
+def check_operations() -> list[str]:
+    """fbgemm operations whose result differs from their torch twin, or that fail, on each device here."""
+    import torch
+
+    from kernels.jagged import fbgemm, naive
+
+    if not fbgemm.available():
+        return [f"fbgemm_gpu does not load with torch {torch.__version__}; install the pair of constraints.txt"]
+    problems = []
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        lengths = torch.tensor([2, 0, 3], device=device)
+        offsets = naive.offsets_from_lengths(lengths)
+        values = torch.arange(10.0, device=device).view(5, 2)
+        padded = naive.to_padded(values, offsets, 4)
+        cases = {
+            "asynchronous_complete_cumsum": (fbgemm.offsets_from_lengths, (lengths,), offsets),
+            "jagged_to_padded_dense": (fbgemm.to_padded, (values, offsets, 4), padded),
+            "dense_to_jagged": (fbgemm.to_jagged, (padded, offsets), values),
+        }
+        for name in fbgemm.OPERATIONS:
+            operation, arguments, expected = cases[name]
+            try:
+                fits = torch.equal(operation(*arguments), expected)
+            except (RuntimeError, NotImplementedError):
+                fits = False
+            if not fits:
+                build = "fbgemm-gpu" if torch.cuda.is_available() else "fbgemm-gpu-cpu"
+                problems.append(f"fbgemm's {name} fails on {device}; install {build}=={pinned(build)}")
+    return problems
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser  # nothing to choose
+
+
+def main(args: argparse.Namespace) -> None:
+    del args
+    if _version("torch") is None:
+        raise StepError(f"torch is missing; install torch=={pinned('torch')}")
+    problems = check_versions() + check_operations()
+    if problems:
+        raise StepError("; ".join(problems))
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    build = "fbgemm-gpu" if _has_cuda() else "fbgemm-gpu-cpu"
+    print(
+        f"doctor: torch {torch.__version__}, triton {_version('triton')}, {build} {_version(build)}, {device}: all fit"
+    )
+
+
+if __name__ == "__main__":
+    run_step("doctor", __doc__, add_arguments, main)

@@ -1,0 +1,37 @@
+"""Write workflow/dvc/<experiment>/dvc.yaml for every experiment but the demo, from the run stages of dvc.yaml.
+
+DVC has no way to give one dvc.yaml another experiment's name, and `dvc repro` runs all of a file, so each
+experiment has a file of its own with the same stages. `make dvc` runs this; a test compares.
+"""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_HEAD = """\
+# Experiment {name}: `dvc repro workflow/dvc/{name}/dvc.yaml`. Written from the top dvc.yaml by `make dvc`.
+vars:
+  - ../../../params/experiments/{name}.yaml
+  - experiment: {name}
+
+stages:
+"""
+
+
+def experiment_file(name: str) -> str:
+    """The text of `workflow/dvc/<name>/dvc.yaml`."""
+    text = (ROOT / "dvc.yaml").read_text()
+    stages = text[text.index("  plan:\n") :]
+    return _HEAD.format(name=name) + re.sub(r"^(  [a-z]+:\n)", r"\1    wdir: ../../..\n", stages, flags=re.MULTILINE)
+
+
+def experiments() -> list[str]:
+    """Every experiment but the demo, whose stages stand in the top dvc.yaml."""
+    return sorted(path.stem for path in (ROOT / "params/experiments").glob("*.yaml") if path.stem != "demo")
+
+
+if __name__ == "__main__":
+    for name in experiments():
+        path = ROOT / "workflow/dvc" / name / "dvc.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(experiment_file(name))
