@@ -8,7 +8,9 @@ import importlib.metadata
 import platform
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from steps.common.cli import StepError, run_step
 
@@ -56,7 +58,7 @@ def check_operations() -> list[str]:
         offsets = naive.offsets_from_lengths(lengths)
         values = torch.arange(10.0, device=device).view(5, 2)
         padded = naive.to_padded(values, offsets, 4)
-        cases = {
+        cases: dict[str, tuple[Callable[..., torch.Tensor], tuple[Any, ...], torch.Tensor]] = {
             "asynchronous_complete_cumsum": (fbgemm.offsets_from_lengths, (lengths,), offsets),
             "jagged_to_padded_dense": (fbgemm.to_padded, (values, offsets, 4), padded),
             "dense_to_jagged": (fbgemm.to_jagged, (padded, offsets), values),
