@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,4 +99,28 @@ def _time_term(
     """w[bucket(query_time_i - key_time_j)] as (B, N, N)."""
     query = jagged.to_padded(query_time[:, None], offsets, n)  # (B, N, 1)
     key = jagged.to_padded(key_time[:, None], offsets, n).transpose(1, 2)  # (B, 1, N)
-    return table[time_bucket(query - key)]
+    return _Lookup.apply(table, time_bucket(query - key))
+
+
+class _Lookup(torch.autograd.Function):
+    """table[index] for a short table and very many indices; the gradient is a weighted histogram.
+
+    Indexing's own backward adds up equal indices one after the other: 1.9 s a step on an H100 at
+    B 128, N 200, where the histogram takes milliseconds. CUDA's histogram adds in no fixed order, so
+    deterministic mode keeps indexing's backward there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(table)
+        return table[index]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (index,) = ctx.saved_tensors
+        if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
+            summed = grad.new_zeros(ctx.rows).index_put_((index,), grad, accumulate=True)
+        else:
+            summed = torch.bincount(index.flatten(), grad.flatten(), minlength=ctx.rows).to(grad.dtype)
+        return summed, None
