@@ -1,0 +1,209 @@
+"""Each model is the model it claims to be."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from steps.data.sequences import Batch, Sequences
+from steps.models import SequenceModel, build
+
+MAX_LEN, ITEMS = 200, 60
+
+
+def config(model: str, **changes: Any) -> dict[str, Any]:
+    settings = {
+        "model": model,
+        "dim": 6,
+        "blocks": 2,
+        "heads": 2,
+        "dqk": 3,
+        "dv": 5,
+        "extra_positions": 11,
+        "alpha": 1.0,
+        "normaliser": "max_len",
+        "bias": {"position": True, "time": "next"},
+        "loss": {"name": "sampled-softmax", "temperature": 0.05},
+    }
+    return {"model": settings | changes, "training": {"max_len": MAX_LEN, "negatives": 7, "dropout": 0.2}}
+
+
+def make(model: str, dtype: torch.dtype = torch.float64, **changes: Any) -> SequenceModel:
+    """A model in evaluation mode whose weights are large enough that every term matters."""
+    torch.manual_seed(1)
+    made = build(config(model, **changes), ITEMS).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(3)
+    return made.to(dtype)
+
+
+def sequences(lengths: list[int], seed: int = 0) -> Sequences:
+    torch.manual_seed(seed)
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    timestamps = [torch.randint(0, 3 * 10**8, (n,)).sort().values for n in lengths]
+    for times in timestamps:
+        times[1::4] = times[: len(times[1::4])]  # ties, and times that go back
+    item = torch.randint(1, ITEMS + 1, (sum(lengths),))
+    return Sequences(offsets, item, torch.cat(timestamps), ITEMS)
+
+
+def batch(lengths: list[int], seed: int = 0) -> Batch:
+    data = sequences(lengths, seed)
+    return data.batch(torch.arange(data.num_users), 0, MAX_LEN)
+
+
+def layer_by_hand(layer: Any, x: torch.Tensor, times: torch.Tensor, next_times: torch.Tensor) -> torch.Tensor:
+    """One HSTU layer on one user's tokens (n, d), from equations 1 to 3, with explicit sums."""
+
+    def norm(row: list[float]) -> list[float]:
+        mean = sum(row) / len(row)
+        variance = sum((value - mean) ** 2 for value in row) / len(row)
+        return [(value - mean) / math.sqrt(variance + 1e-6) for value in row]
+
+    def silu(value: float) -> float:
+        return value / (1 + math.exp(-value))
+
+    weight, n = layer.uvqk.tolist(), len(x)
+    heads, dqk, dv = layer.heads, layer.dqk, layer.dv
+    rows = []
+    for row in x.tolist():
+        normed = norm(row)
+        rows.append([silu(sum(normed[a] * weight[a][b] for a in range(len(row)))) for b in range(len(weight[0]))])
+    position, time = layer.position_bias.tolist(), layer.time_bias.tolist()
+    output = []
+    for i in range(n):
+        attended = []
+        for head in range(heads):
+            total = [0.0] * dv
+            for j in range(i + 1):
+                q_at = 2 * heads * dv + head * dqk
+                k_at = q_at + heads * dqk
+                score = sum(rows[i][q_at + a] * rows[j][k_at + a] for a in range(dqk)) * layer.alpha
+                seconds = abs(int(next_times[i] - times[j]))
+                bucket = min(max(math.floor(math.log(max(1, seconds)) / 0.301), 0), 128)
+                score += position[(len(position) - 1) // 2 + j - i] + time[bucket]
+                for a in range(dv):
+                    total[a] += silu(score) / 211 * rows[j][heads * dv + head * dv + a]
+            attended += total
+        gated = [rows[i][a] * value for a, value in enumerate(norm(attended))]
+        out, bias = layer.output.weight.tolist(), layer.output.bias.tolist()
+        output.append(
+            [x[i][b].item() + bias[b] + sum(gated[a] * out[b][a] for a in range(len(gated))) for b in range(x.shape[1])]
+        )
+    return torch.tensor(output, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("lengths", [[2, 14, 3], [202]])  # one token; ragged; a full window of the N = 211 model
+def test_hstu_equals_the_equations_by_hand(lengths: list[int], dtype: torch.dtype, tolerance: float) -> None:
+    exact, data = make("hstu"), batch(lengths)
+    model = make("hstu", dtype)
+    assert model.positions == 211
+    found = model.encode(data)
+    for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
+        items, n = data.item[start:end], end - start
+        x = exact.items.weight[items] * math.sqrt(6) + exact.position.weight[:n]
+        for layer in exact.layers:
+            x = layer_by_hand(layer, x, data.timestamp[start:end], data.next_timestamp[start:end])
+        scale = float(x.abs().max())
+        assert float((found[start:end].double() - x).abs().max()) / scale < tolerance
+
+
+def test_hstu_weights_start_as_the_authors_do() -> None:
+    torch.manual_seed(0)
+    layer = build(config("hstu", dim=64, heads=1, dqk=64, dv=64), 5000).layers[0]
+    model = build(config("hstu", dim=64, heads=1, dqk=64, dv=64), 5000)
+    assert layer.uvqk.std().item() == pytest.approx(0.02, rel=0.03)
+    assert layer.position_bias.std().item() == pytest.approx(0.02, rel=0.15)
+    assert layer.output.weight.abs().max().item() <= math.sqrt(6 / 128)
+    assert model.items.weight.abs().max().item() <= 0.04
+    assert model.items.weight.std().item() == pytest.approx(0.02 * 0.88, rel=0.02)  # truncated at two std
+    assert model.position.weight.std().item() == pytest.approx(math.sqrt(2 / (211 + 64)), rel=0.05)
+
+
+def test_sasrec_equals_a_reference_from_torch_modules() -> None:
+    model, data = make("sasrec"), batch([5, 20, 2])
+    found = model.encode(data)
+    for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
+        n = end - start
+        x = model.items.weight[data.item[start:end]] * math.sqrt(6) + model.position.weight[:n]
+        for block in model.blocks:
+            attention = torch.nn.MultiheadAttention(6, 2, batch_first=True, dtype=torch.float64)
+            attention.in_proj_weight.data = torch.cat([block.query.weight, block.key.weight, block.value.weight])
+            attention.in_proj_bias.data = torch.cat([block.query.bias, block.key.bias, block.value.bias])
+            attention.out_proj.weight.data = block.output.weight.data
+            attention.out_proj.bias.data = block.output.bias.data
+            normed = F.layer_norm(x, (6,), eps=1e-8)
+            future = torch.ones(n, n, dtype=torch.bool).triu(1)
+            attended, _ = attention(normed[None], x[None], x[None], attn_mask=future, need_weights=False)
+            x = F.layer_norm(normed + attended[0], (6,), eps=1e-8)
+            x = x + F.linear(
+                F.relu(F.linear(x, block.inner.weight, block.inner.bias)), block.outer.weight, block.outer.bias
+            )
+        torch.testing.assert_close(found[start:end], x, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+def test_the_future_changes_nothing_before_it(name: str) -> None:
+    model, data = make(name), batch([30])
+    changed = Batch(**vars(data) | {"item": data.item.clone(), "timestamp": data.timestamp.clone()})
+    changed.item[20:] = changed.item[20:] % ITEMS + 1
+    changed.timestamp[20:] += 12345
+    before, after = model.encode(data), model.encode(changed)
+    assert torch.equal(before[:20], after[:20])
+    assert not torch.isclose(before[20:], after[20:]).all(dim=1).any()
+
+
+@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+def test_a_user_is_encoded_alike_alone_and_in_any_batch(name: str) -> None:
+    model, data = make(name), sequences([4, 40, 11, 2])
+    together = data.batch(torch.tensor([1, 3, 0, 2]), 0, MAX_LEN)
+    states = model.encode(together)
+    for place, user in enumerate([1, 3, 0, 2]):
+        alone = model.encode(data.batch(torch.tensor([user]), 0, MAX_LEN))
+        start, end = together.offsets[place : place + 2].tolist()
+        torch.testing.assert_close(states[start:end], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("time", "sees_target"), [("next", True), ("self", False), ("none", False)])
+def test_the_time_of_the_target_enters_through_next_alone(time: str, sees_target: bool) -> None:
+    model = make("hstu", bias={"position": True, "time": time})
+    data = batch([12])
+    later = Batch(**vars(data) | {"next_timestamp": data.next_timestamp.clone()})
+    later.next_timestamp[-1] += 10**9
+    assert torch.equal(model.encode(data), model.encode(later)) != sees_target
+    earlier = Batch(**vars(data) | {"timestamp": data.timestamp - 10**9, "next_timestamp": data.next_timestamp - 10**9})
+    torch.testing.assert_close(model.encode(earlier), model.encode(data))  # only differences of time enter
+
+
+def test_without_biases_no_table_is_trained() -> None:
+    names = [name for name, _ in make("hstu", bias={"position": False, "time": "none"}).named_parameters()]
+    assert not [name for name in names if "bias" in name and "output" not in name]
+
+
+@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+def test_every_parameter_gets_a_gradient(name: str) -> None:
+    model, data = make(name).train(), batch([9, 33])
+    model.loss(data).backward()
+    assert [
+        key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ] == []
+
+
+def test_scores_are_cosines_of_the_last_state() -> None:
+    model, data = make("hstu"), batch([9, 33])
+    scores = model.score(data)
+    state = model.encode(data)[data.offsets[1:] - 1]
+    expected = torch.cosine_similarity(state[:, None], model.items.weight[None], dim=-1)
+    torch.testing.assert_close(scores, expected)
+
+
+def test_most_popular_ranks_by_training_counts() -> None:
+    offsets = torch.tensor([0, 4, 7])
+    data = Sequences(offsets, torch.tensor([1, 2, 3, 3, 2, 3, 1]), torch.arange(7), 4)
+    model = build({"model": {"model": "popular"}}, 4)
+    model.fit(data, drop=1)
+    assert model.score(data.batch(torch.tensor([0, 1]), 0, 5)).tolist() == [[0, 1, 2, 2, 0]] * 2
