@@ -26,7 +26,8 @@ _PROTOCOLS = {
     "strict": "Protocol strict: epoch chosen on validation, candidates are the rated items, the whole history is "
     "left out of the ranking. Not comparable with the published figures.",
     "paper": "Protocol paper: last epoch of the schedule, candidates are the whole catalogue, the model's window is "
-    "left out of the ranking. `best` is the best epoch on test: optimistic, shown because papers report it.",
+    "left out of the ranking. `best` is the epoch with the best NDCG@10 on test: optimistic, shown because papers "
+    "report it.",
 }
 _PAGE = Environment(autoescape=True).from_string(
     """<!doctype html>
@@ -87,6 +88,7 @@ def sections(summary: pl.DataFrame, paper: dict[str, Any], titles: dict[str, str
     for (dataset, protocol), rows in summary.group_by("dataset", "protocol", maintain_order=True):
         headers = ["model", "seeds", *(name.upper() for name in _SHOWN)]
         published = paper["public_datasets"].get(dataset, {}) if protocol == "paper" else {}
+        published = {model: figures for model, figures in published.items() if model in set(rows["model"])}
         if protocol == "paper":
             headers += [f"best {name.upper()}" for name in _PUBLISHED]
         if published:
@@ -155,8 +157,11 @@ def provenance(runs: list[tuple[params.Run, dict[str, Any]]], missing: list[para
         "± is the standard deviation over seeds.",
     ]
     if missing:
-        names = dict.fromkeys(f"{run.dataset}/{run.model}/{run.protocol}" for run in missing)
-        lines.append(f"Not run: {', '.join(names)} ({len(missing)} runs).")
+        seeds: dict[str, list[str]] = {}
+        for run in missing:
+            seeds.setdefault(f"{run.dataset}/{run.model}/{run.protocol}", []).append(str(run.seed))
+        names = ", ".join(f"{name} (seeds {' '.join(numbers)})" for name, numbers in seeds.items())
+        lines.append(f"Not run: {names}.")
     return lines
 
 

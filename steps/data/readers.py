@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from steps.common.cli import StepError
 
 _FIELD = b"\x1f"  # ASCII's unit separator: stands for separators of several characters
+_LINE_END = b"\n"
+_ROWS_THAT_TELL_THE_TYPE = 100
 _TYPES: dict[str, Any] = {"rating": pl.Float32, "timestamp": pl.Int64, "title": pl.String}
 
 
@@ -30,38 +33,43 @@ def read_table(folder: Path, table: dict[str, Any]) -> tuple[pl.DataFrame, list[
     first = 2 if table["header"] else 1
     if not content.split(b"\n", first)[first - 1].strip():
         raise StepError(f"{path} has no rows")
-    malformed = _malformed_lines(content, separator, len(columns), first)
     if len(separator) > 1:
         content = content.replace(separator, _FIELD)
         separator = _FIELD
-    wanted = [name for name in columns if name in ("user", "item", *_TYPES)]
-    frame = pl.read_csv(
-        content,
-        separator=separator.decode(),
-        has_header=False,
-        skip_lines=first - 1,
-        new_columns=columns,
-        columns=[columns.index(name) for name in wanted],
-        schema_overrides={name: _TYPES[name] for name in wanted if name in _TYPES},
-        quote_char='"' if separator == b"," else None,
-        ignore_errors=True,
-        truncate_ragged_lines=True,
-    )
+    malformed = _malformed_lines(content, separator, len(columns), first)
+    options: dict[str, Any] = {
+        "separator": separator.decode(),
+        "has_header": False,
+        "skip_lines": first - 1,
+        "quote_char": '"' if separator == b"," else None,
+        "ignore_errors": True,
+        "truncate_ragged_lines": True,
+        "missing_columns": "insert",  # where no line has the last fields
+        "extra_columns": "ignore",
+    }
+    head = pl.read_csv(content, schema=dict.fromkeys(columns, pl.String), n_rows=_ROWS_THAT_TELL_THE_TYPE, **options)
+    schema = {name: _TYPES.get(name) or _id_type(head[name]) for name in columns}
+    frame = pl.read_csv(content, schema=schema, **options)
+    frame = frame.select(name for name in columns if name in ("user", "item", *_TYPES))
     return frame.with_row_index("row", offset=first).with_columns(pl.col("row").cast(pl.UInt32)), malformed
 
 
+def _id_type(head: pl.Series) -> type[pl.Int64] | type[pl.String]:
+    return pl.Int64 if head.cast(pl.Int64, strict=False).null_count() == head.null_count() else pl.String
+
+
 def _malformed_lines(content: bytes, separator: bytes, fields: int, first: int) -> list[int]:
-    """Lines that do not have `fields` fields; counting the whole file first, which nearly always settles it."""
-    lines = content.count(b"\n") + (not content.endswith(b"\n"))
-    blank = content.startswith(b"\n") or b"\n\n" in content
-    if not blank and content.count(separator) == lines * (fields - 1):
-        short = content.count(separator + b"\n") + content.endswith(separator)
-        if not short:
-            return []
+    """Lines from `first` on that do not have `fields` fields, split by the one byte `separator`.
+
+    One look at all separators and line ends settles a good file (0.05 s for MovieLens-1M); only a bad
+    one is read line by line.
+    """
     if separator == b"," and b'"' in content:
         return []  # quoted fields may hold the separator: the parser, not a count, tells fields apart
-    return [
-        number
-        for number, line in enumerate(content.rstrip(b"\n").split(b"\n"), 1)
-        if number >= first and line.count(separator) != fields - 1
-    ]
+    text = np.frombuffer(content if content.endswith(b"\n") else content + b"\n", dtype=np.uint8)
+    marks = text[(text == separator[0]) | (text == _LINE_END[0])]
+    pattern = np.frombuffer(separator * (fields - 1) + _LINE_END, dtype=np.uint8)
+    if len(marks) % fields == 0 and (marks.reshape(-1, fields) == pattern).all():
+        return []
+    lines = content.removesuffix(_LINE_END).split(_LINE_END)
+    return [number for number, line in enumerate(lines, 1) if number >= first and line.count(separator) != fields - 1]

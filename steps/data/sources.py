@@ -14,7 +14,7 @@ from steps.common.files import sha256
 from steps.common.progress import progress
 
 MIRROR_VARIABLE = "HSTU_DATA_MIRROR"
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16  # bytes; what a broken connection can lose
 _TIMEOUT_S = (5, 60)  # to connect, between two bytes
 
 
@@ -88,7 +88,7 @@ def _copy(place: str, name: str, partial: Path) -> None:
 def _download(url: str, partial: Path) -> None:
     """Append to `partial` what it lacks of `url`; from the start where the server cannot resume."""
     have = partial.stat().st_size if partial.exists() else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, stream=True, timeout=_TIMEOUT_S, headers=headers) as response:
         if response.status_code == requests.codes.requested_range_not_satisfiable:
             return  # nothing is missing; the checksum says whether it is right

@@ -1,0 +1,175 @@
+"""Downloads: right bytes or one clear line and nothing written; broken ones go on where they stopped."""
+
+import hashlib
+import http.server
+import io
+import stat
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from steps.common.cli import StepError
+from steps.data.sources import MIRROR_VARIABLE, fetch
+from tests.conftest import step
+
+
+def archive(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return buffer.getvalue()
+
+
+def offer(project: Path, content: bytes, checksum: str | None = None) -> Path:
+    """Make `content` the data set `mine` of the project, found in the folder it returns."""
+    mirror = project / "mirror"
+    mirror.mkdir()
+    (mirror / "mine.zip").write_bytes(content)
+    path = project / "params" / "datasets.yaml"
+    datasets = yaml.safe_load(path.read_text())
+    mine = {key: datasets["demo"][key] for key in ("title", "files", "checks", "training")}
+    mine["source"] = {"file": "mine.zip", "sha256": checksum or hashlib.sha256(content).hexdigest()}
+    path.write_text(yaml.safe_dump(datasets | {"mine": mine}))
+    return mirror
+
+
+def failure(project: Path, mirror: Path) -> str:
+    """The one line that a failing download prints; checks that nothing was written and no trace shown."""
+    arguments = ("--dataset", "mine", "--output", "data/raw/mine")
+    result = step("download", *arguments, cwd=project, check=False, HSTU_DATA_MIRROR=str(mirror))
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert not list((project / "data").rglob("*.dat"))
+    assert not (project / "data/raw/mine").exists()
+    return result.stderr
+
+
+def test_a_good_archive_is_unpacked_as_published(project: Path) -> None:
+    mirror = offer(project, archive(**{"demo/ratings.dat": b"1::2::3::4\n", "demo/": b""}))
+    step("download", "--dataset", "mine", "--output", "data/raw/mine", cwd=project, HSTU_DATA_MIRROR=str(mirror))
+    assert (project / "data/raw/mine/demo/ratings.dat").read_bytes() == b"1::2::3::4\n"
+    assert [path.name for path in (project / "data/raw").iterdir()] == ["mine"]
+
+
+def test_a_wrong_checksum_names_both(project: Path) -> None:
+    content = archive(**{"demo/ratings.dat": b"1::2::3::4\n"})
+    line = failure(project, offer(project, content, "0" * 64))
+    assert "0" * 64 in line
+    assert hashlib.sha256(content).hexdigest() in line
+
+
+def test_a_truncated_archive_is_refused(project: Path) -> None:
+    content = archive(**{"demo/ratings.dat": b"1::2::3::4\n" * 100})
+    mirror = offer(project, content)
+    (mirror / "mine.zip").write_bytes(content[:-50])
+    assert "truncated" in failure(project, mirror)
+
+
+def test_an_archive_published_damaged_is_refused(project: Path) -> None:
+    content = archive(**{"demo/ratings.dat": b"1::2::3::4\n" * 100})
+    assert "damaged or not a zip archive" in failure(project, offer(project, content[:-50]))
+
+
+def test_a_flipped_byte_inside_a_member_is_refused(project: Path) -> None:
+    content = bytearray(archive(**{"a.dat": b"good", "demo/ratings.dat": b"1::2::3::4\n" * 100}))
+    content[content.index(b"1::2") + 5] ^= 1
+    assert "damaged" in failure(project, offer(project, bytes(content)))
+
+
+@pytest.mark.parametrize("name", ["../evil.dat", "/evil.dat", "demo/../../evil.dat", "..\\evil.dat", "C:/evil.dat"])
+def test_a_member_outside_the_folder_is_refused(project: Path, name: str) -> None:
+    line = failure(project, offer(project, archive(**{"demo/ratings.dat": b"x", name: b"evil"})))
+    assert "outside its folder" in line
+    assert not list(project.parent.rglob("evil.dat"))
+
+
+def test_a_link_is_refused(project: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        member = zipfile.ZipInfo("demo/ratings.dat")
+        member.external_attr = (stat.S_IFLNK | 0o777) << 16
+        file.writestr(member, "/etc/passwd")
+    assert "is a link" in failure(project, offer(project, buffer.getvalue()))
+
+
+def test_no_source_says_what_to_set(project: Path) -> None:
+    offer(project, b"")
+    line = step("download", "--dataset", "mine", "--output", "data/raw/mine", cwd=project, check=False).stderr
+    assert MIRROR_VARIABLE in line
+
+
+def test_an_unknown_data_set_lists_the_known(project: Path) -> None:
+    line = step("download", "--dataset", "ml-1b", "--output", "x", cwd=project, check=False).stderr
+    assert "ml-1m" in line
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    """Serves `content`; breaks off after `breaks_after` bytes while that is set; knows Range."""
+
+    content = bytes(range(256)) * 4096
+    breaks_after: int | None = None
+    requests: list[str | None] = []  # noqa: RUF012  (one server a test, which empties it)
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.requests.append(wanted)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        end = len(self.content) if self.breaks_after is None else start + self.breaks_after
+        self.wfile.write(self.content[start:end])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    _Server.requests.clear()
+    _Server.breaks_after = None
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_address[1]}/mine.bin"
+    running.shutdown()
+
+
+def source(url: str, **more: object) -> dict[str, object]:
+    return {"file": "mine.bin", "sha256": hashlib.sha256(_Server.content).hexdigest(), "publisher": url, **more}
+
+
+def test_a_broken_download_goes_on_where_it_stopped(server: str, tmp_path: Path) -> None:
+    partial = tmp_path / "partial"
+    _Server.breaks_after = 300_000
+    with pytest.raises(StepError, match=r"mine\.bin"):
+        fetch(source(server), partial)
+    have = partial.stat().st_size
+    assert have > 0
+    _Server.breaks_after = None
+    fetch(source(server), partial)
+    assert partial.read_bytes() == _Server.content
+    assert _Server.requests == [None, f"bytes={have}-"]
+
+
+def test_mirrors_follow_the_publisher_and_the_environment_comes_last(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong, right = tmp_path / "wrong", tmp_path / "right"
+    for folder, content in ((wrong, b"other"), (right, _Server.content)):
+        folder.mkdir()
+        (folder / "mine.bin").write_bytes(content)
+    monkeypatch.setenv(MIRROR_VARIABLE, str(right))
+    partial = tmp_path / "partial"
+    nobody = "http://127.0.0.1:9/mine.bin"  # the discard port: refused at once
+    fetch(source(nobody, mirrors=[str(wrong)]), partial)
+    assert partial.read_bytes() == _Server.content
+    monkeypatch.setenv(MIRROR_VARIABLE, str(right / "mine.bin"))  # a file serves as well
+    fetch(source(nobody), partial)
+    monkeypatch.setenv(MIRROR_VARIABLE, server.removesuffix("/mine.bin"))  # and a URL
+    fetch(source(nobody), tmp_path / "new")
+    assert len(_Server.requests) == 1

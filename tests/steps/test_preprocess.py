@@ -1,0 +1,117 @@
+"""Preprocessing: order, ids, split and hashes, against a few lines of plain Python."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from steps.data.readers import read_table
+from steps.data.splits import build_sequences, describe_split
+from steps.preprocess import write_sequences
+from steps.validate import read_valid
+from tests.conftest import ROOT
+
+
+def table(rows: list[tuple[int, int, int]]) -> pl.DataFrame:
+    """Rows (user, item, timestamp), in file order."""
+    frame = pl.DataFrame(rows, schema={"user": pl.Int64, "item": pl.Int64, "timestamp": pl.Int64}, orient="row")
+    return frame.with_row_index("row", offset=1)
+
+
+ITEMS = pl.DataFrame({"item": [50, 7, 30, 9, 11], "title": ["e", "a", "d", "b", "c"]})
+
+
+def test_rows_are_ordered_by_time_then_by_place_in_the_file() -> None:
+    rows = [(2, 50, 5), (1, 7, 9), (2, 7, 5), (1, 30, 3), (2, 30, 1), (2, 9, 5)]
+    tensors, users, items = build_sequences(table(rows), ITEMS)
+    assert items.rows() == [(1, 7, "a"), (2, 9, "b"), (3, 11, "c"), (4, 30, "d"), (5, 50, "e")]
+    assert users.rows() == [(0, 1), (1, 2)]
+    assert tensors["offsets"].tolist() == [0, 2, 6]
+    assert tensors["item"].tolist() == [4, 1, 4, 5, 1, 2]  # the tie at 5 keeps the file's order 50, 7, 9
+    assert tensors["timestamp"].tolist() == [3, 9, 1, 5, 5, 5]
+
+
+def test_order_of_rows_matters_only_inside_a_tie() -> None:
+    rows = [(user, item, item % 3) for user in range(30) for item in (7, 9, 11, 30, 50)]
+    shuffled = rows.copy()
+    random.Random(1).shuffle(shuffled)
+    one, two = (build_sequences(table(order), ITEMS)[0] for order in (rows, shuffled))
+    assert one["timestamp"].tolist() == two["timestamp"].tolist()
+    for tensors, order in ((one, rows), (two, shuffled)):
+        expected = []
+        for user in range(30):
+            expected += [
+                item for _, item, _ in sorted((row for row in order if row[0] == user), key=lambda row: row[2])
+            ]
+        raw = {1: 7, 2: 9, 3: 11, 4: 30, 5: 50}
+        assert [raw[item] for item in tensors["item"].tolist()] == expected
+
+
+def test_the_manifest_counts_ties_and_hashes_every_part() -> None:
+    rows = [(1, 7, 1), (1, 9, 2), (1, 11, 2), (2, 7, 3), (2, 9, 4), (2, 50, 5), (2, 30, 9)]
+    tensors, _, _ = build_sequences(table(rows), ITEMS)
+    found = describe_split(tensors)
+    assert found["share_of_users_with_tied_target"] == 0.5
+    assert found["share_of_rows_tied_with_the_row_before"] == round(1 / 7, 4)
+    assert found["sequence_length"] == {"shortest": 3, "mean": 3.5, "longest": 4}
+    parts = {
+        "test": [(0, 3, 2), (1, 4, 9)],
+        "valid": [(0, 2, 2), (1, 5, 5)],
+        "train": [(0, 1, 1), (1, 1, 3), (1, 2, 4)],
+    }
+    for name, part in parts.items():
+        columns = b"".join(np.array(column, dtype="<i8").tobytes() for column in zip(*part, strict=True))
+        assert found["sha256"][name] == hashlib.sha256(columns).hexdigest()
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    rows = [(user, item, 5) for user in range(9) for item in (50, 7, 30)]
+    for name in ("one", "two"):
+        write_sequences(table(rows), ITEMS, tmp_path / name)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    manifest = json.loads((tmp_path / "one/manifest.json").read_text())
+    digest = hashlib.sha256((tmp_path / "one/sequences.safetensors").read_bytes()).hexdigest()
+    assert manifest["sequences_sha256"] == digest
+    assert "rating" not in load_file(tmp_path / "one/sequences.safetensors")
+
+
+def test_a_csv_with_a_header_string_ids_and_no_catalogue_is_read(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text(
+        'who,what,when\nanna,"a,b",3\nbert,c,1\nanna,c,2\nanna,d,4\nbert,d,2\nbert,"a,b",3\n'
+    )
+    interactions = {"path": "mine.csv", "separator": ",", "header": True, "columns": ["user", "item", "timestamp"]}
+    dataset = {"files": {"interactions": interactions}, "checks": {"min_user_interactions": 3}}
+    frame, items, _ = read_valid(tmp_path, dataset)
+    assert frame["row"].to_list() == [2, 3, 4, 5, 6, 7]
+    tensors, users, catalogue = build_sequences(frame, items)
+    assert users["raw_id"].to_list() == ["anna", "bert"]
+    assert catalogue["raw_id"].to_list() == ["a,b", "c", "d"]
+    assert tensors["item"].tolist() == [2, 1, 3, 2, 3, 1]
+
+
+def test_latin_1_titles_are_read(tmp_path: Path) -> None:
+    (tmp_path / "movies.dat").write_bytes("1::Amélie (2001)::Comedy\n".encode("latin-1"))
+    movies = yaml.safe_load((ROOT / "params/datasets.yaml").read_text())["ml-1m"]["files"]["items"]
+    frame, malformed = read_table(tmp_path, movies | {"path": "movies.dat"})
+    assert frame.row(0, named=True)["title"] == "Amélie (2001)"
+    assert malformed == []
+
+
+def test_short_lines_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    layout = {"path": "a.dat", "separator": "::", "header": False, "columns": ["user", "item", "timestamp"]}
+    for lines, expected in [(["1::2", "1::2::3"], [1]), (["1::2::3", "1::2::3::4", "1::2"], [2, 3]), (["1::2::3"], [])]:
+        (tmp_path / "a.dat").write_text("\n".join(lines))
+        assert read_table(tmp_path, layout)[1] == expected
+
+
+def test_reading_what_is_not_there_says_so(tmp_path: Path) -> None:
+    layout = {"path": "a.dat", "separator": "::", "header": False, "columns": ["user", "item", "timestamp"]}
+    with pytest.raises(Exception, match=r"a\.dat does not exist"):
+        read_table(tmp_path, layout)

@@ -1,0 +1,69 @@
+"""The demo archive: the same bytes everywhere, in MovieLens' format, with the signal it promises."""
+
+import hashlib
+import io
+import itertools
+import zipfile
+from collections import Counter, defaultdict
+
+import yaml
+
+from steps.synthesize import synthesize
+from tests.conftest import ROOT
+
+SMALL = {"seed": 5, "users": 60, "movies": 120, "genres": 6, "mean_ratings": 30}
+
+
+def tables(content: bytes) -> dict[str, list[list[str]]]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {
+            name: [line.split("::") for line in archive.read(f"demo/{name}.dat").decode().splitlines()]
+            for name in ("users", "movies", "ratings")
+        }
+
+
+def test_the_published_checksum_is_what_every_machine_makes() -> None:
+    demo = yaml.safe_load((ROOT / "params/datasets.yaml").read_text())["demo"]
+    assert hashlib.sha256(synthesize(**demo["synthesize"])).hexdigest() == demo["source"]["sha256"]
+
+
+def test_another_seed_makes_other_data() -> None:
+    assert synthesize(**SMALL) == synthesize(**SMALL)
+    assert synthesize(**SMALL) != synthesize(**SMALL | {"seed": 6})
+
+
+def test_the_tables_have_movielens_properties() -> None:
+    data = tables(synthesize(**SMALL))
+    movies = {row[0] for row in data["movies"]}
+    assert [len(row) for row in data["users"]] == [5] * 60
+    assert len(movies) == 120
+    assert max(map(int, movies)) > 120  # ids have gaps
+    rated = {row[1] for row in data["ratings"]}
+    assert rated < movies  # some movies are never rated
+    per_user = Counter(row[0] for row in data["ratings"])
+    assert len(per_user) == 60
+    assert min(per_user.values()) >= 20
+    assert len({(row[0], row[1]) for row in data["ratings"]}) == len(data["ratings"])
+    assert {int(row[2]) for row in data["ratings"]} <= {1, 2, 3, 4, 5}
+
+
+def test_gaps_decide_the_next_genre() -> None:
+    data = tables(synthesize(**SMALL | {"users": 300}))
+    genre = {row[0]: int(row[2].removeprefix("Genre")) for row in data["movies"]}
+    users = defaultdict(list)
+    for user, movie, _, time in data["ratings"]:
+        users[user].append((int(time), genre[movie]))
+    steps = Counter()
+    for ratings in users.values():
+        ratings.sort(key=lambda rating: rating[0])
+        for (before, old), (after, new) in itertools.pairwise(ratings):
+            gap = after - before
+            kind = "burst" if gap == 0 else "days" if 86400 < gap < 20 * 86400 else "other"
+            steps[kind, (new - old) % 6] += 1
+
+    def share(kind: str, step: int) -> float:
+        return steps[kind, step] / sum(count for (other, _), count in steps.items() if other == kind)
+
+    assert share("burst", 0) > 0.6  # without signal: one in six
+    assert share("days", 1) > 0.5
+    assert sum(count for (kind, _), count in steps.items() if kind == "burst") > 0.2 * sum(steps.values())
