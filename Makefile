@@ -10,7 +10,7 @@ INSTALLED := .venv/installed-$(EXTRA)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: reproduce test lint types pytest doctor ui clean environment.yml dvc
+.PHONY: reproduce test lint types pytest doctor ui clean environment.yml dvc tables
 
 reproduce: $(INSTALLED)  ## the experiment from raw data to its tables (EXPERIMENT=ml-1m for MovieLens-1M)
 	@python -m steps.doctor || echo "going on with plain torch"
@@ -47,6 +47,11 @@ environment.yml: constraints.txt  ## write conda's pins again from constraints.t
 
 dvc: $(INSTALLED)  ## write workflow/dvc/<experiment>/dvc.yaml again from dvc.yaml
 	python workflow/dvc/generate.py
+
+tables: $(INSTALLED)  ## rebuild the tables of every committed record, and the README's
+	for e in $(patsubst reports/%/records,%,$(wildcard reports/*/records)); do \
+		python -m steps.tabulate --experiment $$e --runs reports/$$e/records --output reports/$$e || exit 1; done
+	python -m steps.readme
 
 clean:  ## remove what runs made; data stays
 	rm -rf runs logs reports/demo .snakemake mlflow.db mlartifacts

@@ -58,6 +58,7 @@ def project(tmp_path: Path) -> Path:
         "dvc.yaml",
         ".dvc",
         ".dvcignore",
+        ".gitignore",
         "environment.yml",
     ):
         source = ROOT / name

@@ -1,0 +1,61 @@
+"""The doctor says in one line what does not fit and what to install."""
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.jagged import fbgemm
+from steps import doctor
+from steps.common.cli import StepError
+from tests.conftest import ROOT, step
+
+
+def test_a_good_environment_is_said_to_fit() -> None:
+    assert "all fit" in step("doctor", cwd=ROOT).stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "said"),
+    [
+        ("torch", "2.11.0", "torch 2.11.0 does not fit; install torch=="),
+        ("triton", None, "triton is missing does not fit; install triton=="),
+        ("fbgemm-gpu-cpu", "1.6.0", "fbgemm-gpu-cpu 1.6.0 does not fit; install fbgemm-gpu-cpu=="),
+        ("fbgemm-gpu", "1.8.0", "fbgemm-gpu does not fit a machine without CUDA; uninstall it"),
+    ],
+)
+def test_a_wrong_version_is_named_with_its_remedy(
+    package: str, version: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.metadata.version
+
+    def installed(name: str) -> str:
+        if name != package:
+            return real(name)
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    assert [problem for problem in doctor.check_versions() if problem.startswith(said)]
+
+
+def test_an_operation_that_computes_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fbgemm, "to_jagged", lambda padded, offsets: padded[0] * 0)
+    problems = doctor.check_operations()
+    assert [problem for problem in problems if "dense_to_jagged fails on cpu; install fbgemm-gpu" in problem]
+    assert len(problems) == 1
+
+
+def test_every_operation_in_use_is_tried() -> None:
+    source = (ROOT / "kernels/jagged/fbgemm.py").read_text()
+    assert sorted(fbgemm.OPERATIONS) == sorted({name.split("(")[0] for name in source.split("torch.ops.fbgemm.")[1:]})
+
+
+def test_a_package_without_a_pin_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "constraints.txt").write_text("torch==1\n")
+    assert doctor.pinned("torch", tmp_path / "constraints.txt") == "1"
+    with pytest.raises(StepError, match="no pin of triton"):
+        doctor.pinned("triton", tmp_path / "constraints.txt")

@@ -1,0 +1,73 @@
+"""Parameters: what is written in params/ is checked, and resolves into one run's config."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from steps.common import params
+from steps.common.cli import StepError
+from steps.common.files import read_json
+from tests.conftest import ROOT, step
+
+
+@pytest.mark.parametrize("experiment", params.experiments(ROOT / "params"))
+def test_every_run_of_every_experiment_resolves(experiment: str) -> None:
+    for run in params.runs(experiment, ROOT / "params"):
+        config = params.resolve(run, ROOT / "params")
+        assert config["training"]["epochs"] >= 1
+        assert (config["dataset"], config["row"], config["seed"]) == (run.dataset, run.model, run.seed)
+
+
+def test_ml_1m_has_the_parity_contract() -> None:
+    root = ROOT / "params"
+    large = params.resolve(params.Run("ml-1m", "ml-1m", "hstu-large", "paper", 0), root)
+    assert large["training"] == {"max_len": 200, "epochs": 101, "batch": 128, "negatives": 128, "dropout": 0.2}
+    shape = {name: large["model"][name] for name in ("dim", "blocks", "heads", "dqk", "dv")}
+    assert shape == {"dim": 50, "blocks": 8, "heads": 2, "dqk": 25, "dv": 25}
+    base = params.resolve(params.Run("ml-1m", "ml-1m", "hstu", "paper", 0), root)
+    assert [base["model"][name] for name in ("blocks", "heads", "dqk", "dv")] == [2, 1, 50, 50]
+    sasrec = params.resolve(params.Run("ml-1m", "ml-1m", "sasrec", "paper", 0), root)
+    assert sasrec["model"]["optimizer"] == {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0}
+
+
+def test_an_experiment_overrides_its_training() -> None:
+    short = params.resolve(params.Run("ml-1m-short", "ml-1m", "hstu", "paper", 0), ROOT / "params")
+    assert short["training"]["epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("models", {"hstu": {"label": "HSTU", "model": "hstu"}}, "hstu"),
+        ("protocols", {"odd": {"held_out": 1, "report": "best", "candidates": "rated", "exclude": "window"}}, "odd"),
+        ("experiments/demo", {"seeds": [-1]}, "seeds.0"),
+        ("experiments/demo", {"trainings": {}}, "trainings"),
+        ("datasets", {"mine": {"title": "x"}}, "mine"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_key(project: Path, file: str, change: dict, said: str) -> None:
+    path = project / "params" / f"{file}.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
+    with pytest.raises(StepError, match=rf"{file}.yaml.*{said}"):
+        params.load(file, project / "params")
+
+
+def test_unknown_names_list_the_known() -> None:
+    with pytest.raises(StepError, match="no entry 'hstv'; it has most-popular, sasrec, hstu"):
+        params.entry("models", "hstv", ROOT / "params")
+    with pytest.raises(StepError, match="no shape 'large', which model hstu-large needs"):
+        params.resolve(params.Run("demo", "demo", "hstu-large", "paper", 0), ROOT / "params")
+
+
+def test_plan_writes_what_resolve_says(project: Path) -> None:
+    names = ["--experiment", "demo", "--dataset", "demo", "--model", "hstu", "--protocol", "strict", "--seed", "0"]
+    step("plan", *names, "--output", "runs/config.json", cwd=project)
+    run = params.Run("demo", "demo", "hstu", "strict", 0)
+    assert read_json(project / "runs/config.json") == params.resolve(run, project / "params")
+
+
+def test_yaml_cannot_run_code(project: Path) -> None:
+    (project / "params/experiments/demo.yaml").write_text("title: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(StepError, match="not YAML"):
+        params.load("experiments/demo", project / "params")

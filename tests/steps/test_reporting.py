@@ -1,0 +1,186 @@
+"""Tables, records and the MLflow store, from runs whose numbers are made up."""
+
+import csv
+import statistics
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from steps.common import params
+from steps.common.files import read_json, write_json, write_text
+from tests.conftest import run as run_command
+from tests.conftest import step
+
+METRICS = ("hr@1", "hr@10", "hr@50", "hr@100", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
+
+
+def value(run: params.Run, name: str, epoch: int) -> float:
+    """A made-up metric that differs between runs, metrics and epochs."""
+    return round(0.1 + 0.01 * run.seed + 0.001 * METRICS.index(name) + 0.02 * len(run.model) + 0.0001 * epoch, 6)
+
+
+def fake_run(project: Path, run: params.Run, commit: str = "a" * 40) -> None:
+    folder = project / "runs" / run.experiment / run.path
+    config = params.resolve(run, project / "params")
+    split = "valid" if run.protocol == "strict" else "test"
+    lines = [{"epoch": epoch, **{f"{split}/{name}": value(run, name, epoch) for name in METRICS}} for epoch in (1, 2)]
+    metrics: dict[str, Any] = {"test": {name: value(run, name, 2) for name in METRICS}}
+    if run.protocol == "paper":
+        metrics["test_best"] = {name: value(run, name, 2) for name in METRICS} | {"epoch": 2}
+    metrics |= {"epoch": 2, "train_seconds": 1.5, "peak_bytes": None, "commit": commit}
+    metrics |= {"data_sha256": "d" * 64, "device": "CPU, 2 threads", "versions": {"torch": "2.13.0"}}
+    write_json(folder / "config.json", config)
+    write_text(folder / "history.jsonl", "".join(f"{line}\n".replace("'", '"') for line in lines))
+    write_json(folder / "metrics.json", metrics)
+    save_file({"test": torch.ones(5)}, folder / "ranks.safetensors")
+    save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+
+
+def experiment(project: Path, name: str, **content: Any) -> list[params.Run]:
+    text = yaml.safe_dump({"title": f"Experiment {name}", **content})
+    (project / "params/experiments" / f"{name}.yaml").write_text(text)
+    return list(params.runs(name, project / "params"))
+
+
+def tabulate(project: Path, name: str, runs: str | None = None) -> None:
+    step("tabulate", "--experiment", name, "--runs", runs or f"runs/{name}", "--output", f"reports/{name}", cwd=project)
+
+
+@pytest.fixture
+def ml_1m(project: Path) -> list[params.Run]:
+    chosen = {"datasets": ["ml-1m"], "models": ["sasrec", "hstu"], "protocols": ["strict", "paper"], "seeds": [0, 1, 2]}
+    return experiment(project, "mine", **chosen)
+
+
+def test_the_table_holds_means_deviations_and_published_figures(project: Path, ml_1m: list[params.Run]) -> None:
+    for run in ml_1m:
+        fake_run(project, run)
+    tabulate(project, "mine")
+    values = [value(run, "hr@10", 2) for run in ml_1m if (run.model, run.protocol) == ("hstu", "paper")]
+    shown = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+    markdown = (project / "reports/mine/table.md").read_text()
+    strict, paper = markdown.split("## MovieLens-1M, protocol ")[1:]
+    hstu = next(line for line in paper.splitlines() if line.startswith("| HSTU"))
+    assert [cell.strip() for cell in hstu.split("|")][2:4] == ["3", shown]
+    assert [cell.strip() for cell in hstu.split("|")][-3:-1] == ["0.3097", "0.1720"]
+    assert "published HR@10" not in strict  # figures of two protocols never share a column
+    assert "Dross" not in paper  # sources of rows that are not shown are not named
+    for part in ("a" * 40, "d" * 64, "CPU, 2 threads"):
+        assert part in markdown
+    with (project / "reports/mine/table.csv").open() as file:
+        rows = {(row["model"], row["protocol"]): row for row in csv.DictReader(file)}
+    assert float(rows["hstu", "paper"]["test/hr@10"]) == pytest.approx(statistics.mean(values), abs=1e-6)
+    assert float(rows["hstu", "paper"]["test/hr@10/sd"]) == pytest.approx(statistics.stdev(values), abs=1e-6)
+    with (project / "reports/mine/runs.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 12
+    html = (project / "reports/mine/table.html").read_text()
+    HTMLParser().feed(html)
+    assert shown in html
+    assert (project / "reports/mine/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_are_the_same_bytes_from_runs_and_from_their_records(project: Path, ml_1m: list[params.Run]) -> None:
+    for run in ml_1m:
+        fake_run(project, run)
+    tabulate(project, "mine")
+    names = ("table.md", "table.csv", "table.html", "runs.csv", "curves.svg")
+    before = {name: (project / "reports/mine" / name).read_bytes() for name in names}
+    step("record", "--experiment", "mine", "--runs", "runs/mine", "--output", "reports/mine/records", cwd=project)
+    assert not list((project / "reports/mine/records").rglob("model.safetensors"))
+    tabulate(project, "mine", "reports/mine/records")
+    assert {name: (project / "reports/mine" / name).read_bytes() for name in names} == before
+
+
+def test_a_record_of_uncommitted_code_is_refused(project: Path, ml_1m: list[params.Run]) -> None:
+    for run in ml_1m:
+        fake_run(project, run, commit="a" * 40 + ("-dirty" if run == ml_1m[-1] else ""))
+    arguments = ("--experiment", "mine", "--runs", "runs/mine", "--output", "reports/mine/records")
+    result = step("record", *arguments, cwd=project, check=False)
+    assert result.returncode == 1
+    assert "commit first" in result.stderr
+    assert not (project / "reports/mine/records").exists()
+
+
+def test_missing_runs_are_named(project: Path, ml_1m: list[params.Run]) -> None:
+    for run in ml_1m[:-2]:
+        fake_run(project, run)
+    tabulate(project, "mine")
+    assert "Not run: ml-1m/hstu/paper (seeds 1 2)." in (project / "reports/mine/table.md").read_text()
+
+
+def test_no_runs_is_an_error(project: Path, ml_1m: list[params.Run]) -> None:
+    del ml_1m
+    arguments = ("--experiment", "mine", "--runs", "runs/mine", "--output", "reports/mine")
+    assert "no finished run" in step("tabulate", *arguments, cwd=project, check=False).stderr
+    assert not (project / "reports/mine").exists()
+
+
+def store(project: Path):
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{project}/mlflow.db")
+
+
+def track(name: str) -> list[str]:
+    folders = ["--runs", f"runs/{name}", "--reports", f"reports/{name}", "--output", f"reports/{name}/mlflow.json"]
+    return [sys.executable, "-m", "steps.track", "--experiment", name, *folders]
+
+
+def test_four_writers_at_once_lose_no_record(project: Path) -> None:
+    names = [f"part-{number}" for number in range(4)]
+    for name in names:
+        chosen = {"datasets": ["ml-1m"], "models": ["hstu"], "protocols": ["strict", "paper"], "seeds": [0, 1]}
+        for run in experiment(project, name, **chosen):
+            fake_run(project, run)
+        tabulate(project, name)
+    processes = [subprocess.Popen(track(name), cwd=project) for name in names]
+    assert [process.wait() for process in processes] == [0] * 4
+    client = store(project)
+    for name in names:
+        found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+        assert len(found) == 4
+        ids = read_json(project / f"reports/{name}/mlflow.json")["runs"]
+        assert sorted(ids.values()) == sorted(one.info.run_id for one in found)
+        for run in params.runs(name, project / "params"):
+            logged = client.get_run(ids[str(run.path)])
+            split = "valid" if run.protocol == "strict" else "test"
+            points = client.get_metric_history(logged.info.run_id, f"{split}/hr_at_10")
+            assert [(point.step, point.value) for point in points] == [
+                (1, value(run, "hr@10", 1)),
+                (2, value(run, "hr@10", 2)),
+            ]
+            assert logged.data.metrics["reported/test/mrr"] == value(run, "mrr", 2)
+            assert logged.data.params["model.dim"] == "50"
+            assert logged.data.params["seed"] == str(run.seed)
+            tags = logged.data.tags
+            assert (tags["commit"], tags["data_sha256"], tags["device"]) == ("a" * 40, "d" * 64, "CPU, 2 threads")
+            assert logged.inputs.dataset_inputs[0].dataset.digest == "d" * 36
+            artifacts = {file.path for file in client.list_artifacts(logged.info.run_id)}
+            assert {"config.json", "model.safetensors", "metrics.json", "history.jsonl", "report"} <= artifacts
+            reports = {file.path for file in client.list_artifacts(logged.info.run_id, "report")}
+            assert reports == {"report/table.md", "report/table.html", "report/curves.svg", "report/curves.png"}
+
+
+def test_tracking_again_adds_nothing_and_a_changed_run_replaces_its_record(project: Path) -> None:
+    chosen = {"datasets": ["ml-1m"], "models": ["hstu"], "protocols": ["paper"], "seeds": [0, 1]}
+    runs = experiment(project, "mine", **chosen)
+    for run in runs:
+        fake_run(project, run)
+    tabulate(project, "mine")
+    ids = []
+    for change in (False, False, True):
+        if change:
+            fake_run(project, runs[0], commit="b" * 40)
+        run_command(*track("mine"), cwd=project)
+        ids.append(read_json(project / "reports/mine/mlflow.json")["runs"])
+    assert ids[0] == ids[1]
+    assert [ids[2][str(run.path)] == ids[1][str(run.path)] for run in runs] == [False, True]
+    client = store(project)
+    assert len(client.search_runs([client.get_experiment_by_name("mine").experiment_id])) == 2

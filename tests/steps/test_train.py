@@ -1,0 +1,261 @@
+"""Training: it learns, survives a kill, repeats itself bit for bit, and runs on a bare machine."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from steps.common.files import read_json, read_jsonl, write_json
+from steps.common.params import Run, resolve
+from steps.data.sequences import load_sequences
+from steps.models import build
+from steps.models.checkpoint import load_weights, save_weights
+from steps.train import reported_epoch
+from tests.conftest import ROOT, write_processed
+
+STRICT = {"name": "strict", "held_out": 2, "report": "best", "candidates": "rated", "exclude": "history"}
+PAPER = {"name": "paper", "held_out": 1, "report": "last", "candidates": "catalogue", "exclude": "window"}
+
+
+def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int = 4, **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"label": model, "model": model}
+    if model != "popular":
+        settings |= {"dim": 16, "blocks": 2, "heads": 2, "dqk": 8, "dv": 8, "extra_positions": 11}
+        settings |= {"alpha": 1.0, "normaliser": "max_len", "bias": {"position": True, "time": "next"}}
+        settings |= {"loss": {"name": "sampled-softmax", "temperature": 0.05}}
+        settings |= {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0}}
+    training = {"max_len": 20, "epochs": epochs, "batch": 16, "negatives": 16, "dropout": 0.2}
+    return {"experiment": "t", "dataset": "t", "row": model, "protocol": protocol, "seed": 3} | {
+        "model": settings | changes,
+        "training": training,
+    }
+
+
+def command(name: str, run: Path, data: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", f"steps.{name}", "--run", str(run), "--data", str(data), *more]
+
+
+def make_run(folder: Path, settings: dict[str, Any]) -> Path:
+    write_json(folder / "config.json", settings)
+    return folder
+
+
+def finish(run: Path, data: Path, *more: str) -> None:
+    subprocess.run(command("train", run, data, "--deterministic", *more), check=True, cwd=ROOT, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_processed(tmp_path_factory.mktemp("data") / "t", [9 + user % 17 for user in range(150)], 80)
+
+
+@pytest.mark.parametrize("model", ["hstu", "sasrec"])
+def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(model: str, data: Path, tmp_path: Path) -> None:
+    settings = config(model, epochs=12)
+    whole, killed = make_run(tmp_path / "whole", settings), make_run(tmp_path / "killed", settings)
+    finish(whole, data)
+    process = subprocess.Popen(
+        command("train", killed, data, "--deterministic"), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 3/"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # Nothing that looks finished, but a state to go on from.
+    assert sorted(path.name for path in killed.iterdir()) == ["config.json", "resume"]
+    again = subprocess.run(
+        command("train", killed, data, "--deterministic"), check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert "resuming after epoch" in again.stdout
+    assert "epoch 1/12" not in again.stdout
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    kept = [
+        [
+            {key: value for key, value in line.items() if "seconds" not in key}
+            for line in read_jsonl(run / "history.jsonl")
+        ]
+        for run in (whole, killed)
+    ]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 12
+    assert not (killed / "resume").exists()
+
+
+def test_a_state_of_another_config_is_not_gone_on_from(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", config(epochs=30))
+    process = subprocess.Popen(command("train", run, data), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("epoch 1/"))
+    process.kill()
+    process.wait()
+    make_run(run, config(epochs=2))
+    again = subprocess.run(command("train", run, data), check=True, cwd=ROOT, capture_output=True, text=True)
+    assert "resuming" not in again.stdout
+    assert len(read_jsonl(run / "history.jsonl")) == 2
+
+
+def test_a_damaged_state_is_not_gone_on_from(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", config(epochs=2))
+    (run / "resume").mkdir()
+    (run / "resume" / "state.safetensors").write_bytes(b"half of a file")
+    finish(run, data)
+    assert len(read_jsonl(run / "history.jsonl")) == 2
+
+
+def test_strict_keeps_the_best_validation_epoch_and_paper_the_last(data: Path, tmp_path: Path) -> None:
+    strict, paper = (
+        make_run(tmp_path / "s", config(epochs=6)),
+        make_run(tmp_path / "p", config("hstu", PAPER, epochs=6)),
+    )
+    for run in (strict, paper):
+        finish(run, data)
+        subprocess.run(command("evaluate", run, data), check=True, cwd=ROOT)
+    history, metrics = read_jsonl(strict / "history.jsonl"), read_json(strict / "metrics.json")
+    best = max(history, key=lambda line: line["valid/ndcg@10"])
+    assert metrics["epoch"] == best["epoch"]
+    assert metrics["valid"]["ndcg@10"] == pytest.approx(best["valid/ndcg@10"], abs=1e-6)
+    assert not [key for line in history for key in line if key.startswith("test/")]  # test is looked at once
+    history, metrics = read_jsonl(paper / "history.jsonl"), read_json(paper / "metrics.json")
+    assert metrics["epoch"] == 6
+    assert metrics["test"]["ndcg@10"] == pytest.approx(history[-1]["test/ndcg@10"], abs=1e-6)
+    assert metrics["test_best"]["ndcg@10"] == max(line["test/ndcg@10"] for line in history)
+    assert "valid" not in metrics
+    assert set(load_file(strict / "ranks.safetensors")) == {"test", "valid"}
+    assert load_file(paper / "ranks.safetensors")["test"].shape == (150,)
+    for name in ("commit", "data_sha256", "device", "versions", "train_seconds", "peak_bytes"):
+        assert name in metrics
+
+
+def test_ties_for_best_go_to_the_first_epoch() -> None:
+    history = [{"epoch": epoch, "valid/ndcg@10": value} for epoch, value in [(1, 0.1), (2, 0.3), (3, 0.3)]]
+    assert reported_epoch(config(), history) == 2
+
+
+@pytest.mark.parametrize("model", ["hstu", "sasrec", "popular"])
+def test_train_and_evaluate_need_torch_numpy_and_safetensors_alone(model: str, data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", config(model, epochs=1))
+    absent = [
+        "tqdm",
+        "yaml",
+        "polars",
+        "pandera",
+        "mlflow",
+        "fbgemm_gpu",
+        "jsonschema",
+        "pandas",
+        "requests",
+        "matplotlib",
+    ]
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules.update(dict.fromkeys({absent!r}))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_module(sys.argv[0], run_name='__main__')"
+    )
+    for name in ("train", "evaluate"):
+        arguments = [f"steps.{name}", "--run", str(run), "--data", str(data)]
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=ROOT)
+    assert (run / "metrics.json").is_file()
+
+
+def test_one_seed_one_model_and_another_seed_another(data: Path, tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / name, config(epochs=1) | {"seed": seed}) for name, seed in [("a", 3), ("b", 3), ("c", 4)]
+    ]
+    for run in runs:
+        finish(run, data)
+    first, again, other = [(run / "model.safetensors").read_bytes() for run in runs]
+    assert first == again
+    assert first != other
+
+
+def test_divergence_is_one_line_and_leaves_no_weights(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", config(optimizer={"lr": 1e30, "betas": [0.9, 0.98], "weight_decay": 0.0}))
+    result = subprocess.run(command("train", run, data), check=False, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "training diverged; lower the learning rate" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (run / "model.safetensors").exists()
+
+
+def test_weights_of_another_model_are_refused(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", config(epochs=1))
+    finish(run, data)
+    make_run(run, config("sasrec", epochs=1))
+    result = subprocess.run(command("evaluate", run, data), check=False, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "does not hold the weights of this model" in result.stderr
+    assert not (run / "metrics.json").exists()
+
+
+@pytest.mark.gpu
+def test_cuda_trains_the_model_that_the_cpu_evaluates(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", config(epochs=3))
+    subprocess.run(command("train", run, data, "--device", "cuda"), check=True, cwd=ROOT)
+    reports = []
+    for device in ("cuda", "cpu"):
+        subprocess.run(command("evaluate", run, data, "--device", device), check=True, cwd=ROOT)
+        reports.append(json.loads((run / "metrics.json").read_text()))
+    assert reports[0]["test"]["mrr"] == pytest.approx(reports[1]["test"]["mrr"], abs=0.01)
+    assert reports[0]["peak_bytes"] > 0
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real demo's sequences, made by its own steps."""
+    folder = tmp_path_factory.mktemp("demo")
+    arguments = {
+        "synthesize": ["--dataset", "demo", "--output", folder / "mirror/demo.zip"],
+        "download": ["--dataset", "demo", "--output", folder / "raw"],
+        "validate": ["--dataset", "demo", "--raw", folder / "raw", "--output", folder / "valid"],
+        "preprocess": ["--valid", folder / "valid", "--output", folder / "processed"],
+    }
+    for name, values in arguments.items():
+        environment = {"HSTU_DATA_MIRROR": str(folder / "mirror"), "PATH": "/usr/bin:/bin"}
+        subprocess.run(
+            [sys.executable, "-m", f"steps.{name}", *map(str, values)], check=True, cwd=ROOT, env=environment
+        )
+    return folder / "processed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["hstu", "sasrec"])
+def test_models_learn_on_the_demo(row: str, demo: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / row, resolve(Run("demo", "demo", row, "strict", 0), ROOT / "params"))
+    popular = make_run(tmp_path / "popular", resolve(Run("demo", "demo", "most-popular", "strict", 0), ROOT / "params"))
+    start = time.monotonic()
+    finish(run, demo)
+    assert time.monotonic() - start < 60
+    finish(popular, demo)
+    history = read_jsonl(run / "history.jsonl")
+    # The protocol's bound for a model that learns at all. Its two epochs are 96 steps on ML-1M; so are six here.
+    assert history[5]["train/loss"] < 0.9 * math.log(65)
+    floor = read_jsonl(popular / "history.jsonl")[0]["valid/ndcg@10"]
+    assert max(line["valid/ndcg@10"] for line in history) > 5 * floor
+
+
+def test_saved_weights_give_the_scores_of_the_trained_model(data: Path, tmp_path: Path) -> None:
+    sequences, _ = load_sequences(data, torch.device("cpu"))
+    torch.manual_seed(0)
+    settings = config()
+    model = build(settings, sequences.num_items).eval()
+    save_weights(model, tmp_path / "w.safetensors")
+    other = build(settings, sequences.num_items).eval()
+    load_weights(other, tmp_path / "w.safetensors")
+    batch = sequences.batch(torch.arange(5), 0, 20)
+    assert torch.equal(model.score(batch), other.score(batch))
+    shutil.copyfile(tmp_path / "w.safetensors", tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-10])
+    with pytest.raises(Exception, match="Train again"):
+        load_weights(other, tmp_path / "cut.safetensors")

@@ -1,0 +1,162 @@
+"""What holds the project's files together: pins, generated files, arrows between rooms, both graphs."""
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, run
+
+ROOMS = {"kernels": {"kernels"}, "steps": {"kernels", "steps"}}
+CUDA_ONLY = {"fbgemm-gpu", "nvidia-ml-py", "snakemake-executor-plugin-slurm", "snakemake-executor-plugin-slurm-jobstep"}
+
+
+def pins(lines: list[str]) -> dict[str, str]:
+    return dict(line.strip().split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def test_conda_has_the_pins_of_pip() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
+    constraints = pins((ROOT / "constraints.txt").read_text().splitlines())
+    assert pins(pip) == {name: version for name, version in constraints.items() if name not in CUDA_ONLY}
+
+
+def test_every_dependency_is_pinned_without_a_build_suffix() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
+    constraints = pins((ROOT / "constraints.txt").read_text().splitlines())
+    known = {re.sub(r"[-_.]+", "-", name).lower() for name in constraints}
+    names = [re.sub(r"[-_.]+", "-", name.split("[")[0]).lower() for name in wanted]
+    assert [name for name in names if name not in known] == []
+    assert [version for version in constraints.values() if "+" in version] == []
+
+
+def test_every_package_is_installed() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("__init__.py")}
+    assert listed == {".".join(folder.parts) for folder in folders}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_between_rooms_point_one_way(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in filter(None, names):
+                top = name.split(".")[0]
+                assert top not in {"kernels", "steps", "workflow", "tests"} - ROOMS[room], f"{path}: {name}"
+
+
+def test_steps_talk_through_files_alone() -> None:
+    """No step imports another, but for the benchmark, which times what others do."""
+    names = {path.stem for path in (ROOT / "steps").glob("*.py")} - {"__init__"}
+    for name in names - {"benchmark"}:
+        text = (ROOT / "steps" / f"{name}.py").read_text()
+        imported = set(re.findall(r"^from steps\.(\w+) import", text, re.MULTILINE)) & names
+        assert imported == set(), f"steps/{name}.py imports {imported}"
+
+
+def test_dvc_files_of_experiments_are_up_to_date() -> None:
+    path = ROOT / "workflow/dvc/generate.py"
+    spec = importlib.util.spec_from_file_location("generate", path)
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for name in generate.experiments():
+        found = (ROOT / "workflow/dvc" / name / "dvc.yaml").read_text()
+        assert found == generate.experiment_file(name), f"run `make dvc`: workflow/dvc/{name}/dvc.yaml differs"
+
+
+def committed_experiments() -> list[str]:
+    return sorted(path.parent.name for path in (ROOT / "reports").glob("*/records"))
+
+
+def test_committed_tables_and_readme_are_those_of_the_committed_records(tmp_path: Path) -> None:
+    for experiment in committed_experiments():
+        arguments = ("--runs", f"reports/{experiment}/records", "--output", str(tmp_path / experiment))
+        run("python", "-m", "steps.tabulate", "--experiment", experiment, *arguments, cwd=ROOT)
+        for name in ("table.md", "table.csv", "runs.csv"):
+            committed = ROOT / "reports" / experiment / name
+            if experiment != "demo":  # whose tables are a user's own; the README shows the record's
+                assert (tmp_path / experiment / name).read_text() == committed.read_text(), (
+                    f"run `make tables`: {committed}"
+                )
+    readme = (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme)
+    run("python", "-m", "steps.readme", "--readme", str(tmp_path / "README.md"), "--reports", str(tmp_path), cwd=ROOT)
+    assert (tmp_path / "README.md").read_text() == readme, "run `make tables`"
+
+
+def snakemake_jobs(project: Path, experiment: str) -> dict[str, dict]:
+    """Each job of an experiment by its first output: rule, inputs, outputs, command line."""
+    result = run(
+        "snakemake", "--cores", "2", "--dry-run", "--forceall", "--printshellcmds", "--", experiment, cwd=project
+    )
+    jobs = {}
+    for block in re.split(r"\n(?:\[.*\]\n)?(?:local)?rule ", result.stdout + result.stderr)[1:]:
+        rule = block.split(":", 1)[0].strip()
+        fields = {
+            key: [name.strip() for name in value.split(", ")]
+            for key, value in re.findall(r"^    (input|output): (.*)$", block, re.M)
+        }
+        command = re.search(r"^(?:Shell command: |\s*)(python -m steps\..*?)(?: 2>&1 \| tee .*)?$", block, re.M)
+        if "output" in fields:
+            assert command, block
+            outputs = sorted(fields["output"])
+            jobs[outputs[0]] = {"rule": rule, "input": set(fields["input"]), "output": outputs, "command": command[1]}
+    return jobs
+
+
+def dvc_stages(project: Path, files: list[str]) -> dict[str, dict]:
+    """Each stage of the DVC files by its first output: dependencies, outputs, command line."""
+    code = """
+import json, sys
+from dvc.repo import Repo
+repo = Repo()
+stages = [stage for file in sys.argv[1:] for stage in repo.stage.load_all(file)]
+def local(path): return str(__import__("os").path.relpath(path.fs_path))
+print(json.dumps([{"rule": stage.name, "command": stage.cmd, "output": sorted(map(local, stage.outs)),
+    "input": [local(dep) for dep in stage.deps if type(dep).__name__ == "Dependency"]} for stage in stages]))
+"""
+    stages = json.loads(run("python", "-c", code, *files, cwd=project).stdout)
+    return {stage["output"][0]: stage for stage in stages}
+
+
+def covers(dependency: str, name: str, project: Path) -> bool:
+    """Whether a DVC dependency, a file or a folder, stands for the Snakemake input `name`."""
+    return name == dependency or (
+        ((project / dependency).is_dir() or "." not in Path(dependency).name) and name.startswith(f"{dependency}/")
+    )
+
+
+@pytest.mark.parametrize(
+    ("experiment", "files"),
+    [
+        ("demo", ["dvc.yaml"]),
+        ("ml-1m", ["workflow/dvc/datasets/dvc.yaml", "workflow/dvc/ml-1m/dvc.yaml"]),
+        ("ml-1m-short", ["workflow/dvc/datasets/dvc.yaml", "workflow/dvc/ml-1m-short/dvc.yaml"]),
+    ],
+)
+def test_both_orchestrators_have_the_same_graph(project: Path, experiment: str, files: list[str]) -> None:
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    jobs, stages = snakemake_jobs(project, experiment), dvc_stages(project, files)
+    assert set(jobs) == set(stages)
+    for name, job in jobs.items():
+        stage = stages[name]
+        assert job["output"] == stage["output"]
+        assert " ".join(job["command"].split()) == " ".join(stage["command"].split())
+        for file in job["input"]:
+            assert any(covers(dependency, file, project) for dependency in stage["input"]), f"DVC's {name} lacks {file}"
+        for dependency in stage["input"]:
+            assert any(covers(dependency, file, project) for file in job["input"]), (
+                f"Snakemake's {name} lacks {dependency}"
+            )
