@@ -157,6 +157,8 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     config = read_json(args.run / "config.json")
     sequences, data_sha256 = load_sequences(args.data, device)
+    title = f"{config['row']} on {config['dataset']}, protocol {config['protocol']['name']}, seed {config['seed']}"
+    print(f"training {title}, {device_name(device)}", flush=True)
     history = train(config, sequences, data_sha256, args.run)
     write_text(args.run / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     record = {
