@@ -6,10 +6,10 @@ Writes `ranks.safetensors` and `metrics.json` beside the weights. Needs torch, n
 import argparse
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 
 from steps.common.cli import run_step
+from steps.common.device import pick_device
 from steps.common.files import atomic_path, read_json, read_jsonl, write_json
 from steps.data.sequences import DROPPED, load_sequences
 from steps.models import build
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     config = read_json(args.run / "config.json")
     protocol, training = config["protocol"], config["training"]
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(args.device)
     sequences, _ = load_sequences(args.data, device)
     model = build(config, sequences.num_items).to(device)
     load_weights(model, args.run / "model.safetensors")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from steps.common.cli import StepError, run_step
+from steps.common.device import device_name, pick_device
 from steps.common.files import read_json, write_json, write_text
 from steps.common.progress import progress
 from steps.common.provenance import commit, versions
@@ -127,18 +128,6 @@ def _summary(line: dict[str, Any], epochs: int) -> str:
         f"hr@10 {line[f'{split}/hr@10']:.4f}  ndcg@10 {line[f'{split}/ndcg@10']:.4f}  "
         f"{line['train/seconds']:.1f} s + {line[f'{split}/seconds']:.1f} s"
     )
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The named device; without a name the CUDA device where there is one, else the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
