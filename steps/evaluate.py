@@ -1,21 +1,31 @@
 """Rank every user's held-out item with a trained model, exactly, and keep the ranks.
 
-Writes `ranks.safetensors` and `metrics.json` beside the weights. Needs torch, numpy and safetensors alone.
+Writes `ranks.safetensors` and `metrics.json` beside the weights: metrics under the protocol's own rules, the
+same model's under every choice of candidates and excluded items (`variants`), and what lies beyond accuracy.
+Needs torch, numpy and safetensors alone.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save
 
 from steps.common.cli import run_step
 from steps.common.device import pick_device
 from steps.common.files import atomic_path, read_json, read_jsonl, write_json
-from steps.data.sequences import DROPPED, load_sequences
+from steps.data.holdout import hold_out
+from steps.data.sequences import load_sequences
 from steps.models import build
 from steps.models.checkpoint import load_weights
+from steps.ranking.beyond import beyond_accuracy
 from steps.ranking.metrics import metrics
-from steps.ranking.ranks import exact_ranks
+from steps.ranking.ranks import Rules, rank
+
+#: How many recommendations coverage and popularity look at.
+TOP = 10
+VARIANTS = [Rules(candidates, exclude) for exclude in ("window", "history") for candidates in ("catalogue", "rated")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,19 +39,27 @@ def main(args: argparse.Namespace) -> None:
     protocol, training = config["protocol"], config["training"]
     device = pick_device(args.device)
     sequences, _ = load_sequences(args.data, device)
+    holdout = hold_out(sequences, protocol)
     model = build(config, sequences.num_items).to(device)
     load_weights(model, args.run / "model.safetensors")
-    splits = [split for split, drop in DROPPED.items() if drop < protocol["held_out"]]
-    ranks = {
-        split: exact_ranks(model, sequences, split, protocol, training["max_len"], training["batch"]).cpu()
-        for split in splits
-    }
-    found = {split: metrics(ranks[split]) for split in splits}
+
+    own = Rules.of(protocol)
+    found: dict[str, Any] = {}
+    kept: dict[str, torch.Tensor] = {}
+    for split, questions in holdout.questions.items():
+        rules = [own, *(VARIANTS if split == "test" else [])]
+        first, *others = rank(model, sequences, questions, rules, training["max_len"], training["batch"], TOP)
+        found[split] = metrics(first.ranks)
+        kept |= {split: first.ranks.float(), f"{split}_users": questions.users.clone()}
+        if split == "test":
+            found["beyond"] = beyond_accuracy(first.top, first.ranks, sequences, questions, holdout.train_drop)
+            variants = zip(VARIANTS, others, strict=True)
+            found["variants"] = {f"{rule.exclude}/{rule.candidates}": metrics(other.ranks) for rule, other in variants}
     if protocol["report"] == "last":  # optimistic: the epoch is chosen by the test set
         best = max(read_jsonl(args.run / "history.jsonl"), key=lambda line: line["test/ndcg@10"])
         found["test_best"] = {name: best[f"test/{name}"] for name in found["test"]} | {"epoch": best["epoch"]}
     with atomic_path(args.run / "ranks.safetensors") as temporary:
-        temporary.write_bytes(save(ranks))
+        temporary.write_bytes(save({name: tensor.cpu() for name, tensor in kept.items()}))
     write_json(args.run / "metrics.json", {**found, **read_json(args.run / "training.json")})
 
 

@@ -124,7 +124,7 @@ def draw_curves(runs: list[tuple[params.Run, dict[str, Any]]], paper: dict[str, 
         for run, record in runs:
             if (run.dataset, run.protocol) != (dataset, protocol):
                 continue
-            split = "valid" if record["config"]["protocol"]["held_out"] == 2 else "test"
+            split = "valid" if f"valid/{_CURVE}" in record["history"][0] else "test"
             colour = f"C{models.index(run.model)}"
             curve = [(line["epoch"], line[f"{split}/{_CURVE}"]) for line in record["history"]]
             label = record["config"]["model"]["label"] if run.model not in labelled else None

@@ -21,11 +21,12 @@ from steps.common.device import device_name, pick_device
 from steps.common.files import read_json, write_json, write_text
 from steps.common.progress import progress
 from steps.common.provenance import commit, versions
+from steps.data.holdout import Holdout, hold_out
 from steps.data.sequences import Sequences, load_sequences
 from steps.models import CountingModel, Model, SequenceModel, build
 from steps.models.checkpoint import load_progress, load_state, save_state, save_weights
 from steps.ranking.metrics import metrics
-from steps.ranking.ranks import exact_ranks
+from steps.ranking.ranks import Rules, rank
 
 _SEEDS_APART = 1_000_003  # so that no (seed, epoch) shares its random numbers with another
 _SELECTED_BY = "ndcg@10"
@@ -35,12 +36,10 @@ def train(config: dict[str, Any], sequences: Sequences, data_sha256: str, run: P
     """Train the run's model and write its weights; returns the history, a dict per epoch."""
     torch.manual_seed(config["seed"] * _SEEDS_APART)
     model = build(config, sequences.num_items).to(sequences.item.device)
+    holdout = hold_out(sequences, config["protocol"])
     if not isinstance(model, SequenceModel):
-        return _fit(model, config, sequences, run)
-    options = config["model"]["optimizer"]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options["lr"], betas=tuple(options["betas"]), weight_decay=options["weight_decay"]
-    )
+        return _fit(model, config, sequences, holdout, run)
+    optimizer = model.optimizer()
     resume = run / "resume" / "state.safetensors"
     identity = hashlib.sha256(json.dumps([config, data_sha256], sort_keys=True).encode()).hexdigest()
     history: list[dict[str, Any]] = []
@@ -55,10 +54,10 @@ def train(config: dict[str, Any], sequences: Sequences, data_sha256: str, run: P
     for epoch in range(len(history) + 1, epochs + 1):
         torch.manual_seed(config["seed"] * _SEEDS_APART + epoch)
         start = time.perf_counter()
-        loss = _epoch(model, optimizer, config, sequences, f"epoch {epoch}/{epochs}")
+        loss = _epoch(model, optimizer, config, sequences, holdout, f"epoch {epoch}/{epochs}")
         seconds = time.perf_counter() - start
         line = {"epoch": epoch, "train/loss": round(loss, 6), "train/seconds": round(seconds, 3)}
-        line |= _watch(model, config, sequences)
+        line |= _watch(model, config, sequences, holdout)
         history.append(line)
         print(_summary(line, epochs), flush=True)
         if config["protocol"]["report"] == "best" and line == max(history, key=_selection):
@@ -79,46 +78,54 @@ def _selection(line: dict[str, Any]) -> float:
     return line[f"valid/{_SELECTED_BY}"]
 
 
-def _fit(model: CountingModel, config: dict[str, Any], sequences: Sequences, run: Path) -> list[dict[str, Any]]:
+def _fit(
+    model: CountingModel, config: dict[str, Any], sequences: Sequences, holdout: Holdout, run: Path
+) -> list[dict[str, Any]]:
     start = time.perf_counter()
-    model.fit(sequences, config["protocol"]["held_out"])
-    line = {"epoch": 1, "train/seconds": round(time.perf_counter() - start, 3), **_watch(model, config, sequences)}
+    model.fit(sequences, holdout.train_drop)
+    seconds = round(time.perf_counter() - start, 3)
+    line = {"epoch": 1, "train/seconds": seconds, **_watch(model, config, sequences, holdout)}
     save_weights(model, run / "model.safetensors")
     return [line]
 
 
 def _epoch(
-    model: SequenceModel, optimizer: torch.optim.Optimizer, config: dict[str, Any], sequences: Sequences, title: str
+    model: SequenceModel,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    sequences: Sequences,
+    holdout: Holdout,
+    title: str,
 ) -> float:
-    """One pass over the users in random order, one window each; returns the mean loss per batch."""
+    """One pass over the users in random order, one window each; returns the mean loss per step."""
     model.train()
-    drop, max_len = config["protocol"]["held_out"], config["training"]["max_len"]
-    users = sequences.trainable_users(drop)
+    max_len, batch_size = config["training"]["max_len"], config["training"]["batch"]
+    users = sequences.trainable_users(holdout.train_drop)
     if not len(users):
-        raise StepError(f"no user has two interactions besides the {drop} held out: nothing to train on")
+        raise StepError("no user has two interactions besides those held out: nothing to train on")
     order = users[torch.randperm(len(users)).to(users.device)]
-    losses = []
-    for chosen in progress(order.split(config["training"]["batch"]), desc=title, unit="batch"):
-        loss = model.loss(sequences.batch(chosen, drop, max_len))
+    total, steps = torch.zeros((), device=users.device), 0
+    losses = model.losses(sequences, order, holdout.train_drop, max_len, batch_size)
+    for loss in progress(losses, total=model.steps(len(order), batch_size), desc=title, unit="step"):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach())
-    mean = float(torch.stack(losses).mean())  # the epoch's one wait for the device
+        total += loss.detach()
+        steps += 1
+    mean = float(total) / steps  # the epoch's one wait for the device
     if mean != mean:
         raise StepError(f"the loss is not a number in {title}: training diverged; lower the learning rate")
     return mean
 
 
-def _watch(model: Model, config: dict[str, Any], sequences: Sequences) -> dict[str, Any]:
+def _watch(model: Model, config: dict[str, Any], sequences: Sequences, holdout: Holdout) -> dict[str, Any]:
     """The epoch's metrics: on validation where the protocol has one, else on test, which it then may not select by."""
-    split = "valid" if config["protocol"]["held_out"] == 2 else "test"
+    split, training = holdout.watched, config["training"]
     start = time.perf_counter()
-    ranks = exact_ranks(
-        model, sequences, split, config["protocol"], config["training"]["max_len"], config["training"]["batch"]
-    )
-    found = {f"{split}/{name}": value for name, value in metrics(ranks).items()}
-    return found | {f"{split}/seconds": round(time.perf_counter() - start, 3)}
+    rules = [Rules.of(config["protocol"])]
+    (found,) = rank(model, sequences, holdout.questions[split], rules, training["max_len"], training["batch"])
+    line: dict[str, Any] = {f"{split}/{name}": value for name, value in metrics(found.ranks).items()}
+    return line | {f"{split}/seconds": round(time.perf_counter() - start, 3)}
 
 
 def _summary(line: dict[str, Any], epochs: int) -> str:

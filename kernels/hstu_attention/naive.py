@@ -1,4 +1,4 @@
-"""HSTU attention in plain torch: padded to (B, h, N, N), readable, differentiable, any device and type."""
+"""HSTU attention and its softmax ablation in plain torch: padded to (B, h, N, N), any device and type."""
 
 import functools
 import math
@@ -44,23 +44,29 @@ def hstu_attention(
     Returns:
         (T, h, dv).
     """
-    heads, dv = v.shape[1:]
-    query, key, value = (_to_heads(tensor, offsets, max_len) for tensor in (q, k, v))
-    scores = alpha * query @ key.transpose(-1, -2)  # (B, h, N, N)
-    if position_bias is not None:
-        scores = scores + _position_term(position_bias, max_len)
-    if time_bias is not None:
-        if query_time is None or key_time is None:
-            raise ValueError("time_bias needs query_time and key_time")
-        scores = scores + _time_term(time_bias, query_time, key_time, offsets, max_len)[:, None]
-    causal = torch.ones(max_len, max_len, dtype=torch.bool, device=q.device).tril()
-    weights = F.silu(scores).masked_fill(~causal, 0.0)
-    if normaliser is None:
-        weights = weights / (offsets[1:] - offsets[:-1]).clamp(min=1)[:, None, None, None]
-    else:
-        weights = weights / normaliser
-    output = (weights @ value).transpose(1, 2).reshape(-1, max_len, heads * dv)  # (B, N, h dv)
-    return jagged.to_jagged(output, offsets).view(-1, heads, dv)
+    scores = _scores(q, k, offsets, max_len, alpha, position_bias, time_bias, query_time, key_time)
+    weights = F.silu(scores).masked_fill(~_causal(max_len, q.device), 0.0)
+    n = offsets.diff().clamp(min=1)[:, None, None, None] if normaliser is None else normaliser
+    return _weighted_values(weights / n, v, offsets, max_len)
+
+
+def softmax_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    max_len: int,
+    *,
+    alpha: float = 1.0,
+    position_bias: torch.Tensor | None = None,
+    time_bias: torch.Tensor | None = None,
+    query_time: torch.Tensor | None = None,
+    key_time: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The ablation of `hstu_attention`: the same scores, with softmax over j <= i instead of silu(.)/N."""
+    scores = _scores(q, k, offsets, max_len, alpha, position_bias, time_bias, query_time, key_time)
+    weights = torch.softmax(scores.masked_fill(~_causal(max_len, q.device), -torch.inf), dim=-1)
+    return _weighted_values(weights, v, offsets, max_len)
 
 
 def time_bucket(seconds: torch.Tensor) -> torch.Tensor:
@@ -77,6 +83,39 @@ def _bucket_starts(device: torch.device) -> torch.Tensor:
     """The least whole second in bucket k, for k = 1..128."""
     starts = [math.ceil(math.exp(_BUCKET_WIDTH * bucket)) for bucket in range(1, TIME_BUCKETS)]
     return torch.tensor(starts, dtype=torch.int64, device=device)
+
+
+def _scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    offsets: torch.Tensor,
+    max_len: int,
+    alpha: float,
+    position_bias: torch.Tensor | None,
+    time_bias: torch.Tensor | None,
+    query_time: torch.Tensor | None,
+    key_time: torch.Tensor | None,
+) -> torch.Tensor:
+    """alpha q_i . k_j + b_ij, padded: (B, h, N, N)."""
+    scores = alpha * _to_heads(q, offsets, max_len) @ _to_heads(k, offsets, max_len).transpose(-1, -2)
+    if position_bias is not None:
+        scores = scores + _position_term(position_bias, max_len)
+    if time_bias is not None:
+        if query_time is None or key_time is None:
+            raise ValueError("time_bias needs query_time and key_time")
+        scores = scores + _time_term(time_bias, query_time, key_time, offsets, max_len)[:, None]
+    return scores
+
+
+def _causal(n: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
+
+
+def _weighted_values(weights: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
+    """(B, h, N, N) weights times v, back to jagged (T, h, dv)."""
+    heads, dv = v.shape[1:]
+    output = (weights @ _to_heads(v, offsets, max_len)).transpose(1, 2).reshape(-1, max_len, heads * dv)
+    return jagged.to_jagged(output, offsets).view(-1, heads, dv)
 
 
 def _to_heads(tensor: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:

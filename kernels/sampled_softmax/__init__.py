@@ -8,7 +8,12 @@ _DENSE_ITEMS_PER_NEGATIVE = 64
 
 
 def sampled_softmax(
-    states: torch.Tensor, table: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, temperature: float
+    states: torch.Tensor,
+    table: torch.Tensor,
+    positives: torch.Tensor,
+    negatives: torch.Tensor,
+    temperature: float,
+    log_frequency: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """-log softmax of the positive among itself and its sampled negatives, per token.
 
@@ -21,6 +26,8 @@ def sampled_softmax(
         positives: (T,) int64, rows of the table.
         negatives: (T, R) int64, rows of the table.
         temperature: what cosines are divided by.
+        log_frequency: (V,), subtracted from the logits of positives and negatives; the correction for
+            negatives that are not drawn uniformly. The masked logit is not corrected.
 
     Returns:
         (T,) losses.
@@ -29,4 +36,4 @@ def sampled_softmax(
     T = 13,000, V = 3,883, R = 128, d = 50 that is several times faster than gathering T x R vectors.
     """
     small = len(table) <= _DENSE_ITEMS_PER_NEGATIVE * negatives.shape[1]
-    return (dense if small else naive).sampled_softmax(states, table, positives, negatives, temperature)
+    return (dense if small else naive).sampled_softmax(states, table, positives, negatives, temperature, log_frequency)

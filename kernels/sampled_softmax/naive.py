@@ -10,13 +10,21 @@ MASKED_LOGIT = -5e4
 
 
 def sampled_softmax(
-    states: torch.Tensor, table: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, temperature: float
+    states: torch.Tensor,
+    table: torch.Tensor,
+    positives: torch.Tensor,
+    negatives: torch.Tensor,
+    temperature: float,
+    log_frequency: torch.Tensor | None = None,
 ) -> torch.Tensor:
     queries = F.normalize(states, dim=-1, eps=NORM_EPS)
     positive_vectors = F.normalize(table[positives], dim=-1, eps=NORM_EPS)  # (T, d)
     negative_vectors = F.normalize(table[negatives], dim=-1, eps=NORM_EPS)  # (T, R, d)
     positive_logits = (queries * positive_vectors).sum(-1, keepdim=True) / temperature
     negative_logits = torch.einsum("td,trd->tr", queries, negative_vectors) / temperature
+    if log_frequency is not None:
+        positive_logits = positive_logits - log_frequency[positives][:, None]
+        negative_logits = negative_logits - log_frequency[negatives]
     negative_logits = negative_logits.masked_fill(negatives == positives[:, None], MASKED_LOGIT)
     logits = torch.cat([positive_logits, negative_logits], dim=1)
     return -F.log_softmax(logits, dim=1)[:, 0]

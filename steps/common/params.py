@@ -82,8 +82,8 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
     """Everything `train` and `evaluate` need to know about one run, as plain JSON values."""
     training = dict(entry("datasets", run.dataset, root)["training"])
     shapes = {name: training.pop(name) for name in ("base", "large") if name in training}
-    training |= load(f"experiments/{run.experiment}", root).get("training", {})
     model = dict(entry("models", run.model, root))
+    training |= model.pop("training", {}) | load(f"experiments/{run.experiment}", root).get("training", {})
     if "shape" in model:
         if model["shape"] not in shapes:
             raise StepError(

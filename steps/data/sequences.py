@@ -14,9 +14,6 @@ from kernels.jagged.naive import row_and_place
 from steps.common.cli import StepError
 from steps.common.files import read_json, sha256
 
-#: How many of a user's last interactions a split leaves out of its window.
-DROPPED = {"test": 0, "valid": 1}
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -54,13 +51,13 @@ class Sequences:
     def num_users(self) -> int:
         return len(self.offsets) - 1
 
-    def trainable_users(self, drop: int) -> torch.Tensor:
-        """Users that keep at least one pair (token, next token) when their last `drop` rows are left out."""
-        lengths = self.offsets[1:] - self.offsets[:-1]
+    def trainable_users(self, drop: torch.Tensor) -> torch.Tensor:
+        """Users that keep at least one pair (token, next token) when their last `drop` (U,) rows are left out."""
+        lengths = self.offsets.diff()
         return torch.nonzero(lengths - drop >= 2)[:, 0]
 
-    def batch(self, users: torch.Tensor, drop: int, max_len: int) -> Batch:
-        """The latest windows of `users` (B,), their last `drop` interactions left out.
+    def batch(self, users: torch.Tensor, drop: torch.Tensor, max_len: int) -> Batch:
+        """The latest windows of `users` (B,), their last `drop` (B,) interactions left out.
 
         A window is the last `max_len` + 1 rows: all but the last are tokens, all but the first are what
         they predict. Training drops the held-out rows; to predict one held-out row, drop those after it.
@@ -80,7 +77,7 @@ class Sequences:
             user=users,
         )
 
-    def histories(self, users: torch.Tensor, drop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def histories(self, users: torch.Tensor, drop: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole history before each user's row to predict: (place of the user in `users`, item), both (S,)."""
         start = self.offsets[users]
         lengths = self.offsets[users + 1] - drop - 1 - start
@@ -88,10 +85,10 @@ class Sequences:
         row, place = row_and_place(offsets, int(offsets[-1]))
         return row, self.item[start[row] + place]
 
-    def counts(self, drop: int) -> torch.Tensor:
-        """How often each item stands in the sequences without each user's last `drop` rows: (num_items + 1,) int64."""
+    def counts(self, drop: torch.Tensor) -> torch.Tensor:
+        """How often each item stands in the sequences without their last `drop` (U,) rows: (num_items + 1,) int64."""
         row, place = row_and_place(self.offsets, len(self.item))
-        kept = place < (self.offsets[1:] - self.offsets[:-1] - drop)[row]
+        kept = place < (self.offsets.diff() - drop)[row]
         return torch.bincount(self.item[kept], minlength=self.num_items + 1)
 
 

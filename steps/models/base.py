@@ -1,16 +1,15 @@
 """What every model offers, and what the sequence models share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from kernels.jagged.naive import row_and_place
-from kernels.sampled_softmax import sampled_softmax
-from kernels.sampled_softmax.naive import NORM_EPS
 from steps.data.sequences import Batch, Sequences
+from steps.models.losses import next_item_loss, scores
 
 
 class Model(nn.Module, ABC):
@@ -22,15 +21,22 @@ class Model(nn.Module, ABC):
 
 
 class CountingModel(Model):
-    """A model that is fitted by counting, without gradients."""
+    """A model that is fitted by counting, without gradients. What it learns are buffers of any size."""
 
     @abstractmethod
-    def fit(self, sequences: Sequences, drop: int) -> None:
-        """Learn from all interactions but each user's last `drop`."""
+    def fit(self, sequences: Sequences, drop: torch.Tensor) -> None:
+        """Learn from all interactions but each user's last `drop` (U,)."""
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take the buffers as they are: their sizes depend on the data, unlike a network's."""
+        if set(state_dict) != set(self.state_dict()):
+            raise RuntimeError(f"expected {sorted(self.state_dict())}, found {sorted(state_dict)}")
+        for name, tensor in state_dict.items():
+            setattr(self, name, tensor.to(getattr(self, name).device))
 
 
 class SequenceModel(Model):
-    """A model with a vector per item, trained to predict the next item at every position.
+    """A model with a vector per item, trained to predict the next item.
 
     `config` is the `model` entry of a run's config.json, `training` its `training` entry.
     """
@@ -39,12 +45,9 @@ class SequenceModel(Model):
         super().__init__()
         self.num_items = num_items
         self.dim: int = config["dim"]
-        self.positions: int = training["max_len"] + config["extra_positions"]
-        self.negatives: int = training["negatives"]
-        self.temperature: float = config["loss"]["temperature"]
-        self.input_dropout = nn.Dropout(training["dropout"])
+        self.loss_config: dict[str, Any] = {"negatives": training["negatives"]} | config["loss"]
+        self.optimizer_config: dict[str, Any] = config["optimizer"]
         self.items = nn.Embedding(num_items + 1, self.dim)
-        self.position = nn.Embedding(self.positions, self.dim)
         nn.init.trunc_normal_(self.items.weight, std=0.02, a=-0.04, b=0.04)
 
     @abstractmethod
@@ -52,18 +55,42 @@ class SequenceModel(Model):
         """States (T, d), one per token, not normalised."""
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Mean sampled-softmax loss over all tokens, with negatives drawn uniformly from the catalogue."""
-        shape = (len(batch.item), self.negatives)
-        negatives = torch.randint(1, self.num_items + 1, shape, device=batch.item.device)
-        states = self.encode(batch)
-        return sampled_softmax(states, self.items.weight, batch.next_item, negatives, self.temperature).mean()
+        """The mean loss over all tokens."""
+        return next_item_loss(self.loss_config, self.encode(batch), self.items.weight, batch.next_item)
+
+    def losses(
+        self, sequences: Sequences, order: torch.Tensor, drop: torch.Tensor, max_len: int, batch_size: int
+    ) -> Iterator[torch.Tensor]:
+        """One epoch's losses, in order, each to be followed by a step of the optimiser: one per batch of users."""
+        for users in order.split(batch_size):
+            yield self.loss(sequences.batch(users, drop[users], max_len))
+
+    def steps(self, users: int, batch_size: int) -> int | None:
+        """How many losses an epoch over so many users has; None where only running it tells."""
+        return -(-users // batch_size)
 
     def score(self, batch: Batch) -> torch.Tensor:
-        """Cosines of the last state and every item vector."""
-        states = F.normalize(self.encode(batch)[batch.last], dim=-1, eps=NORM_EPS)
-        return states @ F.normalize(self.items.weight, dim=-1, eps=NORM_EPS).T
+        """Similarity of the last state and every item vector."""
+        return scores(self.loss_config["similarity"], self.encode(batch)[batch.last], self.items.weight)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over all parameters."""
+        options = self.optimizer_config
+        return torch.optim.AdamW(
+            self.parameters(), lr=options["lr"], betas=tuple(options["betas"]), weight_decay=options["weight_decay"]
+        )
+
+
+class PositionedModel(SequenceModel):
+    """A sequence model whose input is item vector x sqrt(d) + learned position vector, with dropout."""
+
+    def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
+        super().__init__(config, training, num_items)
+        self.positions: int = training["max_len"] + config["extra_positions"]
+        self.position = nn.Embedding(self.positions, self.dim)
+        self.input_dropout = nn.Dropout(training["dropout"])
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """Item vector x sqrt(d) + position vector, with dropout: (T, d). Position 0 is the window's first item."""
+        """The input (T, d). Position 0 is the window's first item."""
         _, place = row_and_place(batch.offsets, len(batch.item))
         return self.input_dropout(self.items(batch.item) * self.dim**0.5 + self.position(place))

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.hstu_attention import TIME_BUCKETS, hstu_attention
+from kernels.hstu_attention import TIME_BUCKETS, hstu_attention, softmax_attention
 from steps.data.sequences import Batch
-from steps.models.base import SequenceModel
+from steps.models.base import PositionedModel
 
 _LAYER_NORM_EPS = 1e-6
 
@@ -21,7 +21,8 @@ class HSTULayer(nn.Module):
         self.heads: int = config["heads"]
         self.dqk: int = config["dqk"]
         self.dv: int = config["dv"]
-        self.alpha: float = config["alpha"]
+        self.alpha = {"1/dqk": 1 / self.dqk, "1/sqrt(dqk)": self.dqk**-0.5}.get(config["alpha"]) or config["alpha"]
+        self.softmax: bool = config["attention"] == "softmax"
         self.normaliser = float(positions) if config["normaliser"] == "max_len" else None
         self.time: str = config["bias"]["time"]
         dim, inner = config["dim"], self.heads * self.dv
@@ -42,23 +43,27 @@ class HSTULayer(nn.Module):
         mixed = F.silu(_layer_norm(x) @ self.uvqk)
         inner, inner_qk = self.heads * self.dv, self.heads * self.dqk
         u, v, q, k = mixed.split([inner, inner, inner_qk, inner_qk], dim=-1)
-        attended = hstu_attention(
+        heads = (
             q.view(-1, self.heads, self.dqk),
             k.view(-1, self.heads, self.dqk),
             v.view(-1, self.heads, self.dv),
-            batch.offsets,
-            batch.max_len,
-            alpha=self.alpha,
-            normaliser=self.normaliser,
-            position_bias=self.position_bias,
-            time_bias=self.time_bias,
-            query_time=batch.next_timestamp if self.time == "next" else batch.timestamp,
-            key_time=batch.timestamp,
         )
+        bias: dict[str, Any] = {
+            "position_bias": self.position_bias,
+            "time_bias": self.time_bias,
+            "query_time": batch.next_timestamp if self.time == "next" else batch.timestamp,
+            "key_time": batch.timestamp,
+        }
+        if self.softmax:
+            attended = softmax_attention(*heads, batch.offsets, batch.max_len, alpha=self.alpha, **bias)
+        else:
+            attended = hstu_attention(
+                *heads, batch.offsets, batch.max_len, alpha=self.alpha, normaliser=self.normaliser, **bias
+            )
         return x + self.output(self.dropout(u * _layer_norm(attended.flatten(1))))
 
 
-class HSTU(SequenceModel):
+class HSTU(PositionedModel):
     """The encoder: embedded items through HSTU layers."""
 
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:

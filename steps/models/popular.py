@@ -15,7 +15,7 @@ class MostPopular(CountingModel):
         super().__init__()
         self.register_buffer("count", torch.zeros(num_items + 1))
 
-    def fit(self, sequences: Sequences, drop: int) -> None:
+    def fit(self, sequences: Sequences, drop: torch.Tensor) -> None:
         self.count = sequences.counts(drop).float()
 
     def score(self, batch: Batch) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""SASRec (arXiv 1808.09781), as the HSTU paper's public experiments run it, with sampled softmax.
+"""SASRec (arXiv 1808.09781), as the HSTU paper's public experiments run it.
 
 Per block: q = LN(x); x = LN(q + attention(q, x, x)); x = x + FF(x), where FF is two linear maps with a
 ReLU between. LayerNorm has no affine terms; keys and values are not normalised. No time enters.
@@ -12,7 +12,7 @@ from torch import nn
 
 from kernels import jagged
 from steps.data.sequences import Batch
-from steps.models.base import SequenceModel
+from steps.models.base import PositionedModel
 
 _LAYER_NORM_EPS = 1e-8
 
@@ -60,7 +60,7 @@ class SASRecBlock(nn.Module):
         return self.output(jagged.to_jagged(attended.transpose(1, 2).flatten(2), batch.offsets))
 
 
-class SASRec(SequenceModel):
+class SASRec(PositionedModel):
     """The encoder: embedded items through SASRec blocks."""
 
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:

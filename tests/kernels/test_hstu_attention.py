@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.hstu_attention import TIME_BUCKETS, hstu_attention, time_bucket
+from kernels.hstu_attention import TIME_BUCKETS, hstu_attention, softmax_attention, time_bucket
 
 
 def bucket_by_hand(seconds: int) -> int:
@@ -58,6 +58,23 @@ def test_values_equal_the_equations(lengths: list[int], normaliser: float | None
     # A wider padding changes nothing.
     wider = hstu_attention(q, k, v, offsets, 211, position_bias=position, time_bias=time, **options)
     torch.testing.assert_close(wider, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_softmax_attention_equals_torch_with_the_bias_as_a_mask(biased: bool) -> None:
+    q, k, v, offsets, position, time, query_time, key_time = inputs([5, 1, 9])
+    bias = {"position_bias": position, "time_bias": time, "query_time": query_time, "key_time": key_time}
+    output = softmax_attention(q, k, v, offsets, 12, alpha=0.3, **(bias if biased else {}))
+    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        mask = torch.full((end - start, end - start), -torch.inf, dtype=torch.float64).triu(1)
+        if biased:
+            for i in range(end - start):
+                for j in range(i + 1):
+                    seconds = int(query_time[start + i] - key_time[start + j])
+                    mask[i, j] += position[210 + j - i] + time[bucket_by_hand(seconds)]
+        heads = [tensor[start:end].transpose(0, 1) for tensor in (q, k, v)]
+        expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=0.3)
+        torch.testing.assert_close(output[start:end], expected.transpose(0, 1), rtol=0, atol=1e-12)
 
 
 def test_gradients_equal_finite_differences() -> None:

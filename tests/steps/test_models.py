@@ -11,9 +11,12 @@ from steps.data.sequences import Batch, Sequences
 from steps.models import SequenceModel, build
 
 MAX_LEN, ITEMS = 200, 60
+CAUSAL = ["hstu", "hstu-softmax", "sasrec", "transformer++", "gru4rec"]
 
 
 def config(model: str, **changes: Any) -> dict[str, Any]:
+    if model == "hstu-softmax":
+        model, changes = "hstu", {"attention": "softmax", "alpha": "1/sqrt(dqk)"} | changes
     settings = {
         "model": model,
         "dim": 6,
@@ -22,10 +25,16 @@ def config(model: str, **changes: Any) -> dict[str, Any]:
         "dqk": 3,
         "dv": 5,
         "extra_positions": 11,
+        "attention": "silu",
         "alpha": 1.0,
         "normaliser": "max_len",
         "bias": {"position": True, "time": "next"},
-        "loss": {"name": "sampled-softmax", "temperature": 0.05},
+        "loss": {"name": "sampled-softmax", "similarity": "cosine", "temperature": 0.05},
+        "optimizer": {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0},
+        "mask_share": 0.2,
+        "samples": 30,
+        "sample_alpha": 0.5,
+        "logq": 1.0,
     }
     return {"model": settings | changes, "training": {"max_len": MAX_LEN, "negatives": 7, "dropout": 0.2}}
 
@@ -52,7 +61,8 @@ def sequences(lengths: list[int], seed: int = 0) -> Sequences:
 
 def batch(lengths: list[int], seed: int = 0) -> Batch:
     data = sequences(lengths, seed)
-    return data.batch(torch.arange(data.num_users), 0, MAX_LEN)
+    users = torch.arange(data.num_users)
+    return data.batch(users, torch.zeros_like(users), MAX_LEN)
 
 
 def layer_by_hand(layer: Any, x: torch.Tensor, times: torch.Tensor, next_times: torch.Tensor) -> torch.Tensor:
@@ -146,7 +156,7 @@ def test_sasrec_equals_a_reference_from_torch_modules() -> None:
         torch.testing.assert_close(found[start:end], x, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+@pytest.mark.parametrize("name", CAUSAL)
 def test_the_future_changes_nothing_before_it(name: str) -> None:
     model, data = make(name), batch([30])
     changed = Batch(**vars(data) | {"item": data.item.clone(), "timestamp": data.timestamp.clone()})
@@ -157,13 +167,14 @@ def test_the_future_changes_nothing_before_it(name: str) -> None:
     assert not torch.isclose(before[20:], after[20:]).all(dim=1).any()
 
 
-@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+@pytest.mark.parametrize("name", [*CAUSAL, "bert4rec"])
 def test_a_user_is_encoded_alike_alone_and_in_any_batch(name: str) -> None:
     model, data = make(name), sequences([4, 40, 11, 2])
-    together = data.batch(torch.tensor([1, 3, 0, 2]), 0, MAX_LEN)
+    none = torch.zeros(4, dtype=torch.int64)
+    together = data.batch(torch.tensor([1, 3, 0, 2]), none, MAX_LEN)
     states = model.encode(together)
     for place, user in enumerate([1, 3, 0, 2]):
-        alone = model.encode(data.batch(torch.tensor([user]), 0, MAX_LEN))
+        alone = model.encode(data.batch(torch.tensor([user]), none[:1], MAX_LEN))
         start, end = together.offsets[place : place + 2].tolist()
         torch.testing.assert_close(states[start:end], alone, rtol=0, atol=1e-12)
 
@@ -184,10 +195,12 @@ def test_without_biases_no_table_is_trained() -> None:
     assert not [name for name in names if "bias" in name and "output" not in name]
 
 
-@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+@pytest.mark.parametrize("name", [*CAUSAL, "bert4rec"])
 def test_every_parameter_gets_a_gradient(name: str) -> None:
-    model, data = make(name).train(), batch([9, 33])
-    model.loss(data).backward()
+    model, data = make(name).train(), sequences([10, 34])
+    users = torch.arange(2)
+    for loss in model.losses(data, users, torch.zeros_like(users), MAX_LEN, 2):
+        loss.backward()
     assert [
         key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
     ] == []
@@ -205,5 +218,8 @@ def test_most_popular_ranks_by_training_counts() -> None:
     offsets = torch.tensor([0, 4, 7])
     data = Sequences(offsets, torch.tensor([1, 2, 3, 3, 2, 3, 1]), torch.arange(7), 4)
     model = build({"model": {"model": "popular"}}, 4)
-    model.fit(data, drop=1)
-    assert model.score(data.batch(torch.tensor([0, 1]), 0, 5)).tolist() == [[0, 1, 2, 2, 0]] * 2
+    model.fit(data, torch.ones(2, dtype=torch.int64))
+    assert (
+        model.score(data.batch(torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int64), 5)).tolist()
+        == [[0, 1, 2, 2, 0]] * 2
+    )

@@ -40,7 +40,11 @@ def test_an_experiment_overrides_its_training() -> None:
     ("file", "change", "said"),
     [
         ("models", {"hstu": {"label": "HSTU", "model": "hstu"}}, "hstu"),
-        ("protocols", {"odd": {"held_out": 1, "report": "best", "candidates": "rated", "exclude": "window"}}, "odd"),
+        (
+            "protocols",
+            {"odd": {"split": "temporal", "report": "best", "candidates": "rated", "exclude": "window"}},
+            "odd",
+        ),
         ("experiments/demo", {"seeds": [-1]}, "seeds.0"),
         ("experiments/demo", {"trainings": {}}, "trainings"),
         ("datasets", {"mine": {"title": "x"}}, "mine"),
@@ -54,7 +58,7 @@ def test_a_wrong_file_is_named_with_its_key(project: Path, file: str, change: di
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(StepError, match="no entry 'hstv'; it has most-popular, sasrec, hstu"):
+    with pytest.raises(StepError, match="no entry 'hstv'; it has most-popular, item-knn"):
         params.entry("models", "hstv", ROOT / "params")
     with pytest.raises(StepError, match="no shape 'large', which model hstu-large needs"):
         params.resolve(params.Run("demo", "demo", "hstu-large", "paper", 0), ROOT / "params")

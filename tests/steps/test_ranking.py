@@ -1,4 +1,4 @@
-"""Exact ranks against a brute-force ranking with ties; metrics against their definitions."""
+"""Exact ranks against a brute-force ranking with ties; metrics and what lies beyond against their definitions."""
 
 import math
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from steps.common.cli import StepError
+from steps.data.holdout import Questions
 from steps.data.sequences import Batch, Sequences
 from steps.models import Model
+from steps.ranking.beyond import beyond_accuracy
 from steps.ranking.metrics import metrics
-from steps.ranking.ranks import exact_ranks
+from steps.ranking.ranks import Rules, rank
 
 USERS, ITEMS = 40, 30
 
@@ -46,22 +48,30 @@ def rank_by_hand(scores, history, target, candidates) -> float:
 @pytest.mark.parametrize("exclude", ["window", "history"])
 def test_ranks_equal_brute_force_with_ties(split: str, candidates: str, exclude: str) -> None:
     data, model, max_len = sequences(), Fixed(), 4
-    protocol = {"candidates": candidates, "exclude": exclude}
-    found = exact_ranks(model, data, split, protocol, max_len, batch_size=7)
+    drop = {"test": 0, "valid": 1}[split]
+    questions = Questions(torch.arange(USERS), torch.full((USERS,), drop))
+    rules = [Rules("catalogue", "window"), Rules(candidates, exclude)]
+    _, ranking = rank(model, data, questions, rules, max_len, batch_size=7, top=3)
+    found = ranking.ranks
     pool = range(1, ITEMS + 1) if candidates == "catalogue" else sorted(set(data.item.tolist()))
     for user in range(USERS):
         items = data.item[data.offsets[user] : data.offsets[user + 1]].tolist()
         items = items if split == "test" else items[:-1]
         history = items[:-1][-max_len:] if exclude == "window" else items[:-1]
         assert found[user] == rank_by_hand(model.table[user], set(history), items[-1], pool)
+        allowed = [item for item in pool if item not in history or item == items[-1]]
+        best = sorted((float(model.table[user, item]) for item in allowed), reverse=True)[:3]
+        assert model.table[user, ranking.top[user]].tolist() == best
+        assert set(ranking.top[user].tolist()) <= set(allowed)
     assert (found % 1 == 0.5).any()  # ties did occur
 
 
 def test_a_score_that_is_not_finite_is_an_error() -> None:
     model = Fixed()
     model.table[3, 5] = math.nan
+    questions = Questions(torch.arange(USERS), torch.zeros(USERS, dtype=torch.int64))
     with pytest.raises(StepError, match="not finite"):
-        exact_ranks(model, sequences(), "test", {"candidates": "rated", "exclude": "history"}, 4, 8)
+        rank(model, sequences(), questions, [Rules("rated", "history")], 4, 8)
 
 
 def test_metrics_equal_their_definitions() -> None:
@@ -74,3 +84,28 @@ def test_metrics_equal_their_definitions() -> None:
         assert found[f"ndcg@{cut}"] == pytest.approx(gains / 8, abs=1e-6)
     assert found["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / 8, abs=1e-6)
     assert found["hr@10"] == 0.5
+
+
+def test_beyond_accuracy_equals_its_definitions() -> None:
+    # Items 1..4 are trained on 6, 3, 2, 1 times by five users; item 5 is only ever held out; item 6 never seen.
+    lists = [[1, 2, 3, 1, 4], [1, 2, 5], [1, 1, 3, 2, 1], [2, 1, 4], [3, 1, 5]]
+    offsets = torch.tensor([0, *torch.tensor([len(items) for items in lists]).cumsum(0).tolist()])
+    data = Sequences(offsets, torch.tensor([item for items in lists for item in items]), torch.arange(19), 6)
+    users = torch.arange(5)
+    questions = Questions(users, torch.zeros_like(users))
+    top = torch.tensor([[1, 2], [1, 3], [2, 3], [1, 2], [2, 1]])
+    ranks = torch.tensor([1.0, 20.0, 2.0, 3.0, 11.0])
+    found = beyond_accuracy(top, ranks, data, questions, torch.ones_like(users))
+    counts = {item: sum(items[:-1].count(item) for items in lists) for item in range(1, 7)}
+    assert counts == {1: 7, 2: 4, 3: 3, 4: 0, 5: 0, 6: 0}
+    assert found["coverage@2"] == pytest.approx(3 / 5)
+    expected = sum(counts[item] for items in top.tolist() for item in items) / 10 / 5
+    assert found["popularity@2"] == pytest.approx(expected, abs=1e-6)
+    # Item 1 holds the first half of 14 interactions: head; 2 begins at 7/14: middle; 3 at 11/14 and the rest: tail.
+    groups = found["by_popularity"]
+    assert [groups[name]["users"] for name in ("head", "middle", "tail")] == [1, 0, 4]
+    assert groups["head"]["hr@10"] == 1.0
+    assert groups["tail"]["hr@10"] == pytest.approx(2 / 4)
+    assert found["by_history_length"]["1-30"]["users"] == 5
+    assert found["by_history_length"]["1-30"]["ndcg@10"] == metrics(ranks)["ndcg@10"]
+    assert found["by_history_length"]["301-"] == {"users": 0}

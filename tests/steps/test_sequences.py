@@ -23,7 +23,8 @@ def make(lengths: list[int]) -> tuple[Sequences, list[list[int]]]:
 def test_windows_are_slices(lengths: list[int], drop: int, max_len: int, random) -> None:
     sequences, lists = make(lengths)
     users = random.sample(range(len(lengths)), len(lengths))
-    batch = sequences.batch(torch.tensor(users), drop, max_len)
+    drops = torch.full((len(users),), drop)
+    batch = sequences.batch(torch.tensor(users), drops, max_len)
     windows = [lists[user][: len(lists[user]) - drop][-max_len - 1 :] for user in users]
     assert batch.item.tolist() == [item for window in windows for item in window[:-1]]
     assert batch.next_item.tolist() == [item for window in windows for item in window[1:]]
@@ -32,20 +33,21 @@ def test_windows_are_slices(lengths: list[int], drop: int, max_len: int, random)
     assert batch.offsets.diff().tolist() == [len(window) - 1 for window in windows]
     assert batch.max_len == max(len(window) for window in windows) - 1
     assert batch.next_item[batch.last].tolist() == [window[-1] for window in windows]
-    row, item = sequences.histories(torch.tensor(users), drop)
+    row, item = sequences.histories(torch.tensor(users), drops)
     histories = [(place, one) for place, user in enumerate(users) for one in lists[user][: len(lists[user]) - drop - 1]]
     assert list(zip(row.tolist(), item.tolist(), strict=True)) == histories
 
 
 def test_counts_leave_out_the_dropped_rows() -> None:
     sequences = Sequences(torch.tensor([0, 3, 5]), torch.tensor([1, 2, 3, 2, 1]), torch.arange(5), 4)
-    assert sequences.counts(0).tolist() == [0, 2, 2, 1, 0]
-    assert sequences.counts(1).tolist() == [0, 1, 2, 0, 0]
+    assert sequences.counts(torch.tensor([0, 0])).tolist() == [0, 2, 2, 1, 0]
+    assert sequences.counts(torch.tensor([1, 1])).tolist() == [0, 1, 2, 0, 0]
+    assert sequences.counts(torch.tensor([3, 0])).tolist() == [0, 1, 1, 0, 0]
 
 
 def test_users_with_nothing_to_predict_are_not_trained_on() -> None:
     sequences, _ = make([2, 3, 4, 9])
-    assert sequences.trainable_users(2).tolist() == [2, 3]
+    assert sequences.trainable_users(torch.full((4,), 2)).tolist() == [2, 3]
 
 
 def test_a_changed_file_is_refused(tmp_path: Path) -> None:

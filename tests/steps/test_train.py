@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,29 @@ import torch
 from safetensors.torch import load_file
 
 from steps.common.files import read_json, read_jsonl, write_json
-from steps.common.params import Run, resolve
+from steps.common.params import Run, load, resolve
 from steps.data.sequences import load_sequences
 from steps.models import build
 from steps.models.checkpoint import load_weights, save_weights
 from steps.train import reported_epoch
 from tests.conftest import ROOT, write_processed
 
-STRICT = {"name": "strict", "held_out": 2, "report": "best", "candidates": "rated", "exclude": "history"}
-PAPER = {"name": "paper", "held_out": 1, "report": "last", "candidates": "catalogue", "exclude": "window"}
+STRICT = {"name": "strict", "split": "leave-last-out", "report": "best", "candidates": "rated", "exclude": "history"}
+PAPER = {"name": "paper", "split": "leave-last-out", "report": "last", "candidates": "catalogue", "exclude": "window"}
 
 
 def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int = 4, **changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"label": model, "model": model}
-    if model != "popular":
+    if model not in ("popular", "markov"):
         settings |= {"dim": 16, "blocks": 2, "heads": 2, "dqk": 8, "dv": 8, "extra_positions": 11}
-        settings |= {"alpha": 1.0, "normaliser": "max_len", "bias": {"position": True, "time": "next"}}
-        settings |= {"loss": {"name": "sampled-softmax", "temperature": 0.05}}
+        settings |= {
+            "attention": "silu",
+            "alpha": 1.0,
+            "normaliser": "max_len",
+            "bias": {"position": True, "time": "next"},
+        }
+        settings |= {"loss": {"name": "sampled-softmax", "similarity": "cosine", "temperature": 0.05}}
+        settings |= {"mask_share": 0.2, "samples": 30, "sample_alpha": 0.5, "logq": 1.0, "neighbours": 9, "shrink": 1.0}
         settings |= {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0}}
     training = {"max_len": 20, "epochs": epochs, "batch": 16, "negatives": 16, "dropout": 0.2}
     return {"experiment": "t", "dataset": "t", "row": model, "protocol": protocol, "seed": 3} | {
@@ -58,7 +63,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_processed(tmp_path_factory.mktemp("data") / "t", [9 + user % 17 for user in range(150)], 80)
 
 
-@pytest.mark.parametrize("model", ["hstu", "sasrec"])
+@pytest.mark.parametrize("model", ["hstu", "sasrec", "gru4rec"])
 def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(model: str, data: Path, tmp_path: Path) -> None:
     settings = config(model, epochs=12)
     whole, killed = make_run(tmp_path / "whole", settings), make_run(tmp_path / "killed", settings)
@@ -131,7 +136,7 @@ def test_strict_keeps_the_best_validation_epoch_and_paper_the_last(data: Path, t
     assert metrics["test"]["ndcg@10"] == pytest.approx(history[-1]["test/ndcg@10"], abs=1e-6)
     assert metrics["test_best"]["ndcg@10"] == max(line["test/ndcg@10"] for line in history)
     assert "valid" not in metrics
-    assert set(load_file(strict / "ranks.safetensors")) == {"test", "valid"}
+    assert set(load_file(strict / "ranks.safetensors")) == {"test", "test_users", "valid", "valid_users"}
     assert load_file(paper / "ranks.safetensors")["test"].shape == (150,)
     for name in ("commit", "data_sha256", "device", "versions", "train_seconds", "peak_bytes"):
         assert name in metrics
@@ -142,7 +147,9 @@ def test_ties_for_best_go_to_the_first_epoch() -> None:
     assert reported_epoch(config(), history) == 2
 
 
-@pytest.mark.parametrize("model", ["hstu", "sasrec", "popular"])
+@pytest.mark.parametrize(
+    "model", ["hstu", "sasrec", "transformer++", "bert4rec", "gru4rec", "popular", "markov", "item-knn"]
+)
 def test_train_and_evaluate_need_torch_numpy_and_safetensors_alone(model: str, data: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", config(model, epochs=1))
     absent = [
@@ -229,20 +236,35 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "processed"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("row", ["hstu", "sasrec"])
-def test_models_learn_on_the_demo(row: str, demo: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / row, resolve(Run("demo", "demo", row, "strict", 0), ROOT / "params"))
-    popular = make_run(tmp_path / "popular", resolve(Run("demo", "demo", "most-popular", "strict", 0), ROOT / "params"))
-    start = time.monotonic()
+@pytest.fixture(scope="module")
+def popularity(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Validation NDCG@10 of most-popular on the demo."""
+    run = make_run(tmp_path_factory.mktemp("popular"), demo_config("most-popular"))
     finish(run, demo)
-    assert time.monotonic() - start < 60
-    finish(popular, demo)
+    return read_jsonl(run / "history.jsonl")[0]["valid/ndcg@10"]
+
+
+def demo_config(row: str) -> dict[str, Any]:
+    """The row's config on the demo under protocol strict, with enough epochs to learn and few enough to test."""
+    settings = resolve(Run("demo", "demo", row, "strict", 0), ROOT / "params")
+    settings["training"]["epochs"] = {"bert4rec": 40, "sasrec-gbce": 80, "gru4rec": 4}.get(row, 10)
+    return settings
+
+
+TRAINED_ROWS = [name for name, row in load("models", ROOT / "params").items() if row.get("shape") == "base"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", TRAINED_ROWS)
+def test_every_trained_row_learns_on_the_demo(row: str, demo: Path, popularity: float, tmp_path: Path) -> None:
+    settings = demo_config(row)
+    run = make_run(tmp_path / row, settings)
+    finish(run, demo)
     history = read_jsonl(run / "history.jsonl")
-    # The protocol's bound for a model that learns at all. Its two epochs are 96 steps on ML-1M; so are six here.
-    assert history[5]["train/loss"] < 0.9 * math.log(65)
-    floor = read_jsonl(popular / "history.jsonl")[0]["valid/ndcg@10"]
-    assert max(line["valid/ndcg@10"] for line in history) > 5 * floor
+    assert max(line["valid/ndcg@10"] for line in history) > 3 * popularity
+    if settings["model"]["loss"]["name"] == "sampled-softmax":
+        # The protocol's bound for a model that learns at all; an epoch of the demo is 16 steps, of ML-1M 48.
+        assert history[-1]["train/loss"] < 0.9 * math.log(settings["training"]["negatives"] + 1)
 
 
 def test_saved_weights_give_the_scores_of_the_trained_model(data: Path, tmp_path: Path) -> None:
@@ -253,7 +275,7 @@ def test_saved_weights_give_the_scores_of_the_trained_model(data: Path, tmp_path
     save_weights(model, tmp_path / "w.safetensors")
     other = build(settings, sequences.num_items).eval()
     load_weights(other, tmp_path / "w.safetensors")
-    batch = sequences.batch(torch.arange(5), 0, 20)
+    batch = sequences.batch(torch.arange(5), torch.zeros(5, dtype=torch.int64), 20)
     assert torch.equal(model.score(batch), other.score(batch))
     shutil.copyfile(tmp_path / "w.safetensors", tmp_path / "cut.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-10])

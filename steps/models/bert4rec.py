@@ -1,0 +1,120 @@
+"""BERT4Rec (arXiv 1904.06690): a bidirectional Transformer trained by filling in masked items.
+
+Post-norm blocks with GELU and width 4 d; the output is softmax(E LN(GELU(W h)) + bias) over all items.
+Training masks each item of the window with probability `mask_share`, or, for one sequence in eleven (the
+authors make ten random copies and one of this kind), the last item alone. At test the mask token stands
+behind the history.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import jagged
+from kernels.jagged.naive import row_and_place
+from steps.data.sequences import Batch
+from steps.models.base import SequenceModel
+
+_SHARE_LAST_ONLY = 1 / 11
+
+
+class BERTBlock(nn.Module):
+    """x = LN(x + attention(x)); x = LN(x + FF(x)): every item sees every other."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout_share = dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.output = nn.Linear(dim, dim)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.inner = nn.Linear(dim, 4 * dim)
+        self.outer = nn.Linear(4 * dim, dim)
+        self.feed_forward_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
+        """Tokens (T, d) to tokens (T, d)."""
+        padded = jagged.to_padded(self.qkv(x), offsets, max_len)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in padded.chunk(3, dim=-1))
+        real = torch.arange(max_len, device=x.device) < offsets.diff()[:, None]  # (B, N)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=real[:, None, None, :], dropout_p=self.dropout_share if self.training else 0.0
+        )
+        attended = self.output(jagged.to_jagged(attended.transpose(1, 2).flatten(2), offsets))
+        x = self.attention_norm(x + self.dropout(attended))
+        return self.feed_forward_norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
+
+
+class BERT4Rec(SequenceModel):
+    """Item and position vectors, BERT blocks, and the output layer tied to the item vectors."""
+
+    def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
+        super().__init__(config, training, num_items)
+        self.mask_share: float = config["mask_share"]
+        self.mask = nn.Parameter(torch.empty(self.dim))
+        self.position = nn.Embedding(training["max_len"] + 1, self.dim)
+        self.input_norm = nn.LayerNorm(self.dim)
+        self.input_dropout = nn.Dropout(training["dropout"])
+        self.blocks = nn.ModuleList(
+            BERTBlock(self.dim, config["heads"], training["dropout"]) for _ in range(config["blocks"])
+        )
+        self.transform = nn.Linear(self.dim, self.dim)
+        self.output_norm = nn.LayerNorm(self.dim)
+        self.bias = nn.Parameter(torch.zeros(num_items + 1))
+        for name, parameter in self.named_parameters():
+            if name == "mask" or (name.endswith("weight") and parameter.dim() > 1):
+                nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def encode(self, batch: Batch) -> torch.Tensor:
+        """States (T, d) of the history's tokens, nothing masked."""
+        return self._encode(batch.item, torch.zeros_like(batch.item, dtype=torch.bool), batch.offsets, batch.max_len)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Full cross-entropy of the masked items, over windows of the history and its next item."""
+        item, offsets = with_next(batch)
+        masked = self._choose(offsets, len(item))
+        states = self._encode(item, masked, offsets, batch.max_len + 1)[masked]
+        return F.cross_entropy(self._logits(states), item[masked])
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        item, offsets = with_next(batch)
+        last = torch.zeros_like(item, dtype=torch.bool)
+        last[offsets[1:] - 1] = True  # the next item itself is hidden behind the mask
+        return self._logits(self._encode(item, last, offsets, batch.max_len + 1)[last])
+
+    def _choose(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
+        """Which items (T,) to mask: at least one of every sequence."""
+        row, place = row_and_place(offsets, total)
+        last = place == (offsets.diff() - 1)[row]
+        last_only = torch.rand(len(offsets) - 1, device=offsets.device) < _SHARE_LAST_ONLY
+        drawn = (torch.rand(total, device=offsets.device) < self.mask_share) & ~last_only[row]
+        none_drawn = torch.zeros(len(offsets) - 1, device=offsets.device).index_add_(0, row, drawn.float()) == 0
+        return drawn | (last & none_drawn[row])
+
+    def _encode(self, item: torch.Tensor, masked: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
+        _, place = row_and_place(offsets, len(item))
+        vectors = torch.where(masked[:, None], self.mask, self.items(item))
+        x = self.input_dropout(self.input_norm(vectors + self.position(place)))
+        for block in self.blocks:
+            x = block(x, offsets, max_len)
+        return x
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        logits = self.output_norm(F.gelu(self.transform(states))) @ self.items.weight.T + self.bias
+        return logits.index_fill(1, torch.zeros(1, dtype=torch.int64, device=logits.device), -1e9)  # padding
+
+
+def with_next(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows with the item each predicts behind its last token: values (T + B,), offsets (B + 1,)."""
+    rows = len(batch.user)
+    offsets = batch.offsets + torch.arange(rows + 1, device=batch.offsets.device)
+    row, place = row_and_place(batch.offsets, len(batch.item))
+    item = batch.item.new_empty(len(batch.item) + rows)
+    item[offsets[row] + place] = batch.item
+    item[offsets[1:] - 1] = batch.next_item[batch.last]
+    return item, offsets

@@ -1,0 +1,96 @@
+"""The losses a next-item model can be trained with, each a mean over all tokens.
+
+States (T, d) predict `targets` (T,) among items 1..V, whose vectors are `table` (V + 1, d); row 0 is padding.
+`config` is the `loss` entry of a row in params/models.yaml. Its `similarity` also says how items are
+ranked: by cosine or by dot product.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kernels.sampled_softmax import sampled_softmax
+from kernels.sampled_softmax.naive import NORM_EPS
+
+_PADDING = 0
+
+
+def next_item_loss(
+    config: dict[str, Any], states: torch.Tensor, table: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """The configured loss: `sampled-softmax`, `in-batch-softmax`, `softmax`, `bce` or `gbce`."""
+    match config["name"]:
+        case "sampled-softmax":
+            negatives = _uniform(len(targets), config["negatives"], table)
+            return sampled_softmax(states, table, targets, negatives, config["temperature"]).mean()
+        case "in-batch-softmax":
+            return in_batch_softmax(states, table, targets, config["negatives"], config["temperature"])
+        case "softmax":
+            logits = scores(config["similarity"], states, table) / config["temperature"]
+            logits[:, _PADDING] = -torch.inf
+            return F.cross_entropy(logits, targets)
+        case "bce":
+            negatives = _uniform(len(targets), config["negatives"], table)
+            return binary_cross_entropy(*_logits(config, states, table, targets, negatives))
+        case "gbce":
+            negatives = _uniform(len(targets), config["negatives"], table)
+            power = gbce_power(config["negatives"], len(table) - 1, config["calibration"])
+            return binary_cross_entropy(*_logits(config, states, table, targets, negatives), power)
+        case name:
+            raise ValueError(f"no loss {name!r}")
+
+
+def scores(similarity: str, states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Similarity (T, V + 1) of every state and every item: `cosine` or `dot`."""
+    if similarity == "cosine":
+        return F.normalize(states, dim=-1, eps=NORM_EPS) @ F.normalize(table, dim=-1, eps=NORM_EPS).T
+    return states @ table.T
+
+
+def in_batch_softmax(
+    states: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, negatives: int, temperature: float
+) -> torch.Tensor:
+    """Sampled softmax whose negatives are drawn from the batch's targets, so popular items come more often.
+
+    The logarithm of an item's frequency in the batch, the rate it is drawn at, is subtracted from its logit
+    (the logQ correction; arXiv 2306.04039).
+    """
+    drawn = targets[torch.randint(0, len(targets), (len(targets), negatives), device=targets.device)]
+    frequency = torch.bincount(targets, minlength=len(table)) / len(targets)
+    log_frequency = frequency.clamp(min=1 / len(targets)).log()  # items outside the batch are never looked up
+    return sampled_softmax(states, table, targets, drawn, temperature, log_frequency).mean()
+
+
+def binary_cross_entropy(positive: torch.Tensor, negative: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+    """-(power log sigmoid(s+) + sum over negatives log(1 - sigmoid(s-))) / (R + 1), from logits (T,) and (T, R).
+
+    With power 1 this is SASRec's loss (arXiv 1808.09781, equation 7), as a mean over its R + 1 terms;
+    with power beta gSASRec's gBCE (arXiv 2308.07192, equation 14).
+    """
+    terms = -power * F.logsigmoid(positive) - F.logsigmoid(-negative).sum(1)
+    return (terms / (negative.shape[1] + 1)).mean()
+
+
+def gbce_power(negatives: int, items: int, calibration: float) -> float:
+    """beta = alpha (t (1 - 1/alpha) + 1/alpha), alpha = R / (V - 1) the sampling rate (arXiv 2308.07192, eq. 20).
+
+    t = 0 leaves binary cross-entropy as it is; t = 1 gives calibrated probabilities.
+    """
+    alpha = negatives / (items - 1)
+    return alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+
+
+def _uniform(tokens: int, count: int, table: torch.Tensor) -> torch.Tensor:
+    """Negatives (tokens, count), drawn uniformly with replacement from all items."""
+    return torch.randint(1, len(table), (tokens, count), device=table.device)
+
+
+def _logits(
+    config: dict[str, Any], states: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of positives (T,) and negatives (T, R); a negative that is the positive gets no weight."""
+    every = scores(config["similarity"], states, table) / config["temperature"]
+    positive = every.gather(1, targets[:, None])[:, 0]
+    negative = every.gather(1, negatives).masked_fill(negatives == targets[:, None], -torch.inf)
+    return positive, negative

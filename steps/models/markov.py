@@ -1,0 +1,51 @@
+"""First-order Markov chain: the next item is what most often followed the last one."""
+
+import torch
+
+from kernels.jagged.naive import row_and_place
+from steps.data.sequences import Batch, Sequences
+from steps.models.base import CountingModel
+
+
+class Markov(CountingModel):
+    """Scores are counts of transitions from the last item; popularity, below one transition, breaks ties.
+
+    Transitions are kept as rows of a sparse matrix: `followers[start[i]:start[i + 1]]` followed item i,
+    `times` often each.
+    """
+
+    start: torch.Tensor
+    followers: torch.Tensor
+    times: torch.Tensor
+    popularity: torch.Tensor
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.register_buffer("start", torch.zeros(num_items + 2, dtype=torch.int64))
+        self.register_buffer("followers", torch.zeros(0, dtype=torch.int32))
+        self.register_buffer("times", torch.zeros(0))
+        self.register_buffer("popularity", torch.zeros(num_items + 1))
+
+    def fit(self, sequences: Sequences, drop: torch.Tensor) -> None:
+        row, place = row_and_place(sequences.offsets, len(sequences.item))
+        kept = place < (sequences.offsets.diff() - drop - 1)[row]  # rows that a trained-on row of the user follows
+        index = torch.nonzero(kept)[:, 0]
+        pair = sequences.item[index] * (self.num_items + 1) + sequences.item[index + 1]
+        pairs, times = pair.unique(return_counts=True)  # sorted, so rows lie together
+        counts = torch.bincount(pairs // (self.num_items + 1), minlength=self.num_items + 1)
+        self.start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        self.followers = (pairs % (self.num_items + 1)).int()
+        self.times = times.float()
+        popularity = sequences.counts(drop).float()
+        self.popularity = popularity / (popularity.sum() + 1)
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        last = batch.item[batch.last]
+        lengths = self.start[last + 1] - self.start[last]
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        row, place = row_and_place(offsets, int(offsets[-1]))
+        found = self.start[last][row] + place
+        scores = self.popularity.expand(len(last), -1).clone()
+        scores[row, self.followers[found].long()] += self.times[found]
+        return scores

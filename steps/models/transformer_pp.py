@@ -1,0 +1,87 @@
+"""Transformer++: the ablation baseline of the HSTU paper, a decoder with RoPE, SwiGLU and RMSNorm (as in LLaMA).
+
+Per block: x = x + attention(RMSNorm(x)); x = x + W_3 (silu(W_1 n) * W_2 n), n = RMSNorm(x). No biases.
+Rotary embeddings carry position: there are no position vectors. No time enters.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import jagged
+from kernels.jagged.naive import row_and_place
+from steps.data.sequences import Batch
+from steps.models.base import SequenceModel
+
+_ROTARY_BASE = 10_000.0
+
+
+class TransformerPPBlock(nn.Module):
+    """Causal attention with rotary positions, and a gated feed-forward network of width 8/3 d."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        width = round(8 * dim / 3)
+        self.attention_norm = nn.RMSNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+        self.feed_forward_norm = nn.RMSNorm(dim)
+        self.gate = nn.Linear(dim, width, bias=False)
+        self.inner = nn.Linear(dim, width, bias=False)
+        self.outer = nn.Linear(width, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.qkv, self.output, self.gate, self.inner, self.outer):
+            nn.init.xavier_normal_(layer.weight)
+
+    def forward(self, x: torch.Tensor, place: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Tokens (T, d), with their places (T,) in the window, to tokens (T, d)."""
+        x = x + self.dropout(self._attend(self.attention_norm(x), place, batch))
+        normed = self.feed_forward_norm(x)
+        return x + self.dropout(self.outer(F.silu(self.gate(normed)) * self.inner(normed)))
+
+    def _attend(self, x: torch.Tensor, place: torch.Tensor, batch: Batch) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
+
+        def pad(tensor: torch.Tensor) -> torch.Tensor:  # (T, h, d / h) to (B, h, N, d / h)
+            padded = jagged.to_padded(tensor.flatten(1), batch.offsets, batch.max_len)
+            return padded.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        attended = F.scaled_dot_product_attention(
+            pad(rotate(q, place)), pad(rotate(k, place)), pad(v), is_causal=True
+        )  # padding stands behind every real token, so causality hides it
+        return self.output(jagged.to_jagged(attended.transpose(1, 2).flatten(2), batch.offsets))
+
+
+class TransformerPP(SequenceModel):
+    """The encoder: item vectors x sqrt(d) through Transformer++ blocks and a last RMSNorm."""
+
+    def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
+        super().__init__(config, training, num_items)
+        self.input_dropout = nn.Dropout(training["dropout"])
+        self.blocks = nn.ModuleList(
+            TransformerPPBlock(self.dim, config["heads"], training["dropout"]) for _ in range(config["blocks"])
+        )
+        self.norm = nn.RMSNorm(self.dim)
+
+    def encode(self, batch: Batch) -> torch.Tensor:
+        _, place = row_and_place(batch.offsets, len(batch.item))
+        x = self.input_dropout(self.items(batch.item) * self.dim**0.5)
+        for block in self.blocks:
+            x = block(x, place, batch)
+        return self.norm(x)
+
+
+def rotate(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x (T, h, d) at places (T,).
+
+    Features a and a + d/2 turn together by place x base^(-2a/d). An odd last feature is left as it is.
+    """
+    half = x.shape[-1] // 2
+    frequency = _ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
+    angle = place.to(x.dtype)[:, None, None] * frequency
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()]
+    return torch.cat([*turned, rest], dim=-1)

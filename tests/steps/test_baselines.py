@@ -1,0 +1,271 @@
+"""The baselines are the models they claim to be."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from steps.data.sequences import Batch, Sequences
+from steps.models import build
+from steps.models.bert4rec import BERT4Rec, with_next
+from steps.models.gru4rec import GRU4Rec
+from steps.models.item_knn import ItemKNN
+from steps.models.markov import Markov
+from steps.models.transformer_pp import TransformerPP, rotate
+from tests.steps.test_models import ITEMS, MAX_LEN, batch, config, make, sequences
+
+
+def lists_to_sequences(lists: list[list[int]], num_items: int) -> Sequences:
+    offsets = torch.tensor([0, *torch.tensor([len(items) for items in lists]).cumsum(0).tolist()])
+    item = torch.tensor([item for items in lists for item in items])
+    return Sequences(offsets, item, torch.arange(len(item)), num_items)
+
+
+LISTS = [[1, 2, 3, 2, 3, 5], [2, 3, 1, 4], [4, 1, 2, 5, 5], [3, 2, 1]]
+
+
+# Counting models
+
+
+def test_markov_counts_transitions_and_falls_back_on_popularity() -> None:
+    data, model = lists_to_sequences(LISTS, 6), Markov(6)
+    model.fit(data, torch.ones(4, dtype=torch.int64))
+    trained = [items[:-1] for items in LISTS]
+    flat = [item for items in trained for item in items]
+    users = torch.arange(4)
+    scores = model.score(data.batch(users, torch.zeros(4, dtype=torch.int64), 10))
+    for user, items in enumerate(LISTS):
+        for item in range(1, 7):
+            pairs = sum(pair == (items[-2], item) for one in trained for pair in itertools.pairwise(one))
+            assert scores[user, item] == pytest.approx(pairs + flat.count(item) / (len(flat) + 1))
+    # An item that nothing followed leaves popularity alone, always below one transition.
+    assert float(scores[2, 1:].max()) < 1
+
+
+@pytest.mark.parametrize("neighbours", [2, 6])
+def test_item_knn_equals_a_dense_computation(neighbours: int) -> None:
+    data, model = lists_to_sequences(LISTS, 6), ItemKNN({"neighbours": neighbours, "shrink": 0.5}, 6)
+    model.fit(data, torch.ones(4, dtype=torch.int64))
+    users = [set(items[:-1]) for items in LISTS]
+    have = {item: {user for user, items in enumerate(users) if item in items} for item in range(7)}
+
+    def similarity(one: int, other: int) -> float:
+        if one == other or not have[one] or not have[other]:
+            return 0.0
+        return len(have[one] & have[other]) / (math.sqrt(len(have[one]) * len(have[other])) + 0.5)
+
+    scores = model.score(data.batch(torch.arange(4), torch.zeros(4, dtype=torch.int64), 3))
+    for user, items in enumerate(LISTS):
+        expected = [0.0] * 7
+        for item in items[:-1][-3:]:
+            near = sorted(range(7), key=lambda other, item=item: -similarity(item, other))
+            for other in near[:neighbours]:
+                expected[other] += similarity(item, other)
+        if neighbours == 6:
+            torch.testing.assert_close(scores[user], torch.tensor(expected), rtol=0, atol=1e-6)
+        assert float(scores[user].sum()) == pytest.approx(sum(expected), abs=1e-5)
+
+
+# Transformer++
+
+
+def transformer(**changes: object) -> TransformerPP:
+    model = make("transformer++", **{"dim": 8, "heads": 2} | changes)
+    assert isinstance(model, TransformerPP)
+    return model
+
+
+def test_transformer_pp_equals_a_reference() -> None:
+    model, data = transformer(), batch([5, 20, 2])
+    found = model.encode(data)
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt() * weight
+
+    for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
+        n = end - start
+        x = model.items.weight[data.item[start:end]] * math.sqrt(8)
+        for block in model.blocks:
+            q, k, v = (norm(x, block.attention_norm.weight) @ block.qkv.weight.T).chunk(3, dim=-1)
+            heads = []
+            for head in range(2):
+                cut = slice(4 * head, 4 * head + 4)
+                scores = torch.full((n, n), -torch.inf, dtype=x.dtype)
+                for i in range(n):
+                    for j in range(i + 1):
+                        total = 0.0
+                        for pair in range(2):  # the pair turns by (i - j) base^(-2a/d): only distance enters
+                            turn = (i - j) * 10_000 ** (-pair / 2)
+                            a, b = q[i, cut][pair], q[i, cut][pair + 2]
+                            c, d = k[j, cut][pair], k[j, cut][pair + 2]
+                            total += (a * c + b * d) * math.cos(turn) + (a * d - b * c) * math.sin(turn)
+                        scores[i, j] = total / 2
+                heads.append(scores.softmax(-1) @ v[:, cut])
+            x = x + torch.cat(heads, dim=-1) @ block.output.weight.T
+            normed = norm(x, block.feed_forward_norm.weight)
+            x = x + (F.silu(normed @ block.gate.weight.T) * (normed @ block.inner.weight.T)) @ block.outer.weight.T
+        torch.testing.assert_close(found[start:end], norm(x, model.norm.weight), rtol=0, atol=1e-9)
+
+
+def test_rotation_keeps_lengths_and_an_odd_last_feature() -> None:
+    x = torch.randn(6, 2, 5, dtype=torch.float64)
+    turned = rotate(x, torch.arange(6))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(turned[..., -1], x[..., -1])
+    assert torch.equal(turned[0], x[0])
+
+
+# BERT4Rec
+
+
+def bert() -> BERT4Rec:
+    model = make("bert4rec")
+    assert isinstance(model, BERT4Rec)
+    return model
+
+
+def test_bert4rec_equals_a_reference_from_torch_modules() -> None:
+    model, data = bert(), batch([5, 20, 2])
+    found = model.encode(data)
+    for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
+        x = model.items.weight[data.item[start:end]] + model.position.weight[: end - start]
+        x = F.layer_norm(x, (6,), model.input_norm.weight, model.input_norm.bias)
+        for block in model.blocks:
+            layer = torch.nn.TransformerEncoderLayer(6, 2, 24, 0.0, "gelu", batch_first=True, dtype=torch.float64)
+            layer.self_attn.in_proj_weight.data, layer.self_attn.in_proj_bias.data = block.qkv.weight, block.qkv.bias
+            for ours, theirs in [
+                (block.output, layer.self_attn.out_proj),
+                (block.attention_norm, layer.norm1),
+                (block.inner, layer.linear1),
+                (block.outer, layer.linear2),
+                (block.feed_forward_norm, layer.norm2),
+            ]:
+                theirs.weight.data, theirs.bias.data = ours.weight.data, ours.bias.data
+            x = layer.train()(x[None])[0]  # in training mode torch takes its plain path; dropout is 0
+        torch.testing.assert_close(found[start:end], x, rtol=0, atol=1e-9)
+
+
+def test_bert4rec_sees_both_ways_but_never_the_item_it_is_asked_for() -> None:
+    model, data = bert(), batch([12])
+    changed = Batch(**vars(data) | {"item": data.item.clone()})
+    changed.item[-1] = changed.item[-1] % ITEMS + 1
+    assert not torch.isclose(model.encode(data)[0], model.encode(changed)[0]).all()
+    other = Batch(**vars(data) | {"next_item": data.next_item.clone()})
+    other.next_item[-1] = other.next_item[-1] % ITEMS + 1
+    assert torch.equal(model.score(data), model.score(other))
+    assert not torch.isclose(model.score(data), model.score(changed)).all()
+
+
+def test_bert4rec_masks_a_fifth_and_at_least_one_item() -> None:
+    model = bert()
+    torch.manual_seed(0)
+    offsets = torch.arange(0, 40_001, 40)
+    masked = model._choose(offsets, 40_000).view(1000, 40)
+    assert bool(masked.any(1).all())
+    last_only = masked[:, -1] & (masked.sum(1) == 1)
+    assert 0.06 < float(last_only.double().mean()) < 0.13  # one in eleven, and the rare sequence with no other
+    assert float(masked[~last_only].double().mean()) == pytest.approx(0.2, abs=0.01)
+    short = model._choose(torch.arange(1001), 1000)
+    assert bool(short.all())
+
+
+def test_bert4rec_trains_on_the_window_with_its_next_item() -> None:
+    data = batch([4, 2])
+    item, offsets = with_next(data)
+    assert offsets.tolist() == [0, 4, 6]
+    expected = sequences([4, 2]).item.tolist()
+    assert item.tolist() == expected
+    model = bert()
+    torch.manual_seed(3)
+    masked = model._choose(offsets, 6)
+    torch.manual_seed(3)
+    states = model._encode(item, masked, offsets, 4)[masked]
+    hidden = model.output_norm(F.gelu(model.transform(states)))
+    logits = (hidden @ model.items.weight.T + model.bias)[:, 1:]
+    torch.manual_seed(3)
+    torch.testing.assert_close(model.loss(data), F.cross_entropy(logits, item[masked] - 1))
+
+
+# GRU4Rec
+
+
+def gru() -> GRU4Rec:
+    torch.manual_seed(1)
+    model = build(config("gru4rec"), ITEMS)
+    assert isinstance(model, GRU4Rec)
+    return model.double()
+
+
+def test_gru4rec_visits_every_event_once_in_parallel_lanes() -> None:
+    model = gru()
+    lengths = [5, 3, 9, 2, 4, 7]
+    data = sequences(lengths)
+    users = torch.arange(6)
+    one = data.batch(users, torch.zeros_like(users), MAX_LEN)
+    visited, fresh = [], []
+    for place, state in model._lanes(one, 3):
+        for lane, token in enumerate(place.tolist()):
+            starts_here = token in one.offsets.tolist()
+            assert starts_here == (not state[lane].any())
+            fresh.append(starts_here)
+        visited += place.tolist()
+        state += 1.0
+    assert sorted(visited) == list(range(sum(lengths) - 6))
+    assert sum(fresh) == 6
+    first = next(iter(model._lanes(one, 3)))[0]
+    assert first.tolist() == one.offsets[:3].tolist()  # three users at a time
+
+
+def test_gru4rec_loss_is_the_authors() -> None:
+    """-log softmax of the lane's own target among all lanes' targets and shared samples, after the logQ correction."""
+    model = gru().eval()
+    data = sequences([6, 8, 5])
+    users = torch.arange(3)
+    drop = torch.zeros_like(users)
+    torch.manual_seed(5)
+    loss = next(iter(model.losses(data, users, drop, MAX_LEN, 3)))
+    torch.manual_seed(5)
+    one = data.batch(users, drop, MAX_LEN)
+    counts = data.counts(drop).double()
+    drawn = torch.multinomial(counts**0.5, 30, replacement=True)
+    place = one.offsets[:-1]
+    gates = model.items.weight[one.item[place]] @ model.gru.weight_ih_l0.T  # biases are zero, so is the state
+    reset, update, new = gates.chunk(3, dim=1)
+    del reset
+    hidden = (1 - update.sigmoid()) * new.tanh()
+    targets = one.next_item[place]
+    total = 0.0
+    for lane in range(3):
+        logits = [float(hidden[lane] @ model.items.weight[item]) - math.log(counts[item]) for item in targets]
+        logits += [float(hidden[lane] @ model.items.weight[item]) - 0.5 * math.log(counts[item]) for item in drawn]
+        total += math.log(sum(map(math.exp, logits))) - logits[lane]
+    assert float(loss) == pytest.approx(total / 3, abs=1e-9)
+
+
+def test_gru4rec_carries_state_without_gradients_and_scores_like_a_gru() -> None:
+    model = gru().eval()
+    data = batch([9, 4])
+    states = model.encode(data)
+    alone, _ = model.gru(model.items(data.item[:8])[None])
+    torch.testing.assert_close(states[:8], alone[0])
+    expected = states[data.last] @ model.items.weight.T + model.bias
+    torch.testing.assert_close(model.score(data), expected)
+    lanes = model._lanes(data, 2)
+    place, state = next(lanes)
+    _, hidden = model._event(data, place, state, torch.ones(ITEMS + 1, dtype=torch.float64))
+    assert not hidden.requires_grad
+    torch.testing.assert_close(hidden, states[data.offsets[:-1]].detach())
+
+
+def test_gru4rec_divides_by_the_root_of_squares_and_epsilon() -> None:
+    model = gru()
+    optimizer = model.optimizer()
+    with torch.no_grad():
+        before = model.bias.clone()
+    for gradient in (0.5, 1e-4):
+        model.bias.grad = torch.full_like(model.bias, gradient)
+        optimizer.step()
+    moved = 1e-3 * (0.5 / math.sqrt(0.25 + 1e-6) + 1e-4 / math.sqrt(0.25 + 1e-8 + 1e-6))
+    torch.testing.assert_close(before - model.bias, torch.full_like(before, moved))
