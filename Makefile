@@ -50,7 +50,8 @@ dvc: $(INSTALLED)  ## write workflow/dvc/<experiment>/dvc.yaml again from dvc.ya
 
 tables: $(INSTALLED)  ## rebuild the tables of every committed record, and the README's
 	for e in $(patsubst reports/%/records,%,$(wildcard reports/*/records)); do \
-		python -m steps.tabulate --experiment $$e --runs reports/$$e/records --output reports/$$e || exit 1; done
+		python -m steps.tabulate --experiment $$e --runs reports/$$e/records --output reports/$$e && \
+		python -m steps.compare --experiment $$e --runs reports/$$e/records --output reports/$$e || exit 1; done
 	python -m steps.readme
 
 clean:  ## remove what runs made; data stays

@@ -13,6 +13,8 @@ DATASETS = params.load("datasets")
 wildcard_constraints:
     experiment="|".join(EXPERIMENTS),
     dataset="|".join(DATASETS),
+    model="[^/]+",
+    protocol="[^/]+",
     seed="[0-9]+",
 
 

@@ -4,7 +4,6 @@ Reads runs, or the small records of runs that are committed under reports/: both
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from matplotlib.figure import Figure
 from tabulate import tabulate as render
 
 from steps.common import params
-from steps.common.cli import StepError, run_step
-from steps.common.files import atomic_path, read_json, read_jsonl, write_text
+from steps.common.cli import run_step
+from steps.common.files import atomic_path, write_text
+from steps.reporting.details import beyond, beyond_table, variant_table, variants
+from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records
 
 _SHOWN = ("hr@10", "ndcg@10", "hr@50", "hr@200", "ndcg@200", "mrr")
 _PUBLISHED = ("hr@10", "ndcg@10")
@@ -25,6 +26,8 @@ _CURVE = "ndcg@10"
 _PROTOCOLS = {
     "strict": "Protocol strict: epoch chosen on validation, candidates are the rated items, the whole history is "
     "left out of the ranking. Not comparable with the published figures.",
+    "temporal": "Protocol temporal: one clock for all users, nothing of the future is trained on; otherwise as strict. "
+    "Not comparable with the published figures.",
     "paper": "Protocol paper: last epoch of the schedule, candidates are the whole catalogue, the model's window is "
     "left out of the ranking. `best` is the epoch with the best NDCG@10 on test: optimistic, shown because papers "
     "report it.",
@@ -45,46 +48,25 @@ td { font-variant-numeric: tabular-nums } footer { color: #666; font-size: .9rem
 )
 
 
-def read_runs(experiment: str, folder: Path) -> tuple[list[tuple[params.Run, dict[str, Any]]], list[params.Run]]:
-    """The finished runs in table order, each with config, history and metrics; and the runs that are missing."""
-    found, missing = [], []
-    for run in params.runs(experiment):
-        path = folder / run.path
-        if not (path / "metrics.json").is_file():
-            missing.append(run)
-            continue
-        record = {
-            "config": read_json(path / "config.json"),
-            "history": read_jsonl(path / "history.jsonl"),
-            "metrics": read_json(path / "metrics.json"),
-        }
-        found.append((run, record))
-    if not found:
-        raise StepError(f"{folder} holds no finished run of experiment {experiment}; train and evaluate first")
-    return found, missing
-
-
-def summarise(runs: list[tuple[params.Run, dict[str, Any]]]) -> pl.DataFrame:
+def summarise(records: list[Record]) -> pl.DataFrame:
     """A row per (dataset, protocol, model): seeds, mean and standard deviation of every test metric."""
     rows = []
-    for key in dict.fromkeys((run.dataset, run.protocol, run.model) for run, _ in runs):
-        seeds = [record["metrics"] for run, record in runs if (run.dataset, run.protocol, run.model) == key]
-        row: dict[str, Any] = dict(zip(("dataset", "protocol", "model"), key, strict=True)) | {"seeds": len(seeds)}
+    for (dataset, protocol, model), seeds in by_row(records).items():
+        row: dict[str, Any] = {"dataset": dataset, "protocol": protocol, "model": model, "seeds": len(seeds)}
         for part in ("test", "test_best"):
-            if part not in seeds[0]:
-                continue
-            for name in seeds[0]["test"]:
-                values = [metrics[part][name] for metrics in seeds]
-                row[f"{part}/{name}"] = round(statistics.mean(values), 6)
-                row[f"{part}/{name}/sd"] = round(statistics.stdev(values), 6) if len(values) > 1 else None
+            if part in seeds[0].metrics:
+                for name in seeds[0].metrics["test"]:
+                    mean, deviation = mean_and_sd(seed.metrics[part][name] for seed in seeds)
+                    row |= {f"{part}/{name}": mean, f"{part}/{name}/sd": deviation}
         rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def sections(summary: pl.DataFrame, paper: dict[str, Any], titles: dict[str, str]) -> list[dict[str, Any]]:
+def sections(
+    summary: pl.DataFrame, paper: dict[str, Any], titles: dict[str, str], names: dict[str, str]
+) -> list[dict[str, Any]]:
     """A table per (dataset, protocol): title, note, headers and rows of text."""
     made = []
-    labels = {name: model["label"] for name, model in params.load("models").items()}
     for (dataset, protocol), rows in summary.group_by("dataset", "protocol", maintain_order=True):
         headers = ["model", "seeds", *(name.upper() for name in _SHOWN)]
         published = paper["public_datasets"].get(dataset, {}) if protocol == "paper" else {}
@@ -95,7 +77,7 @@ def sections(summary: pl.DataFrame, paper: dict[str, Any], titles: dict[str, str
             headers += [f"published {name.upper()}" for name in _PUBLISHED]
         table = []
         for row in rows.iter_rows(named=True):
-            line = [labels[row["model"]], row["seeds"], *(_cell(row, f"test/{name}") for name in _SHOWN)]
+            line = [names[row["model"]], row["seeds"], *(_cell(row, f"test/{name}") for name in _SHOWN)]
             if protocol == "paper":
                 line += [_cell(row, f"test_best/{name}") for name in _PUBLISHED]
             if published:
@@ -113,21 +95,22 @@ def sections(summary: pl.DataFrame, paper: dict[str, Any], titles: dict[str, str
     return made
 
 
-def draw_curves(runs: list[tuple[params.Run, dict[str, Any]]], paper: dict[str, Any], titles: dict[str, str]) -> Figure:
+def draw_curves(records: list[Record], paper: dict[str, Any], titles: dict[str, str]) -> Figure:
     """NDCG@10 after every epoch: a panel per (dataset, protocol), a colour per model, a line per seed."""
-    panels = list(dict.fromkeys((run.dataset, run.protocol) for run, _ in runs))
+    panels = list(dict.fromkeys((record.run.dataset, record.run.protocol) for record in records))
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
-    models = list(dict.fromkeys(run.model for run, _ in runs))
+    models = list(dict.fromkeys(record.run.model for record in records))
     for axis, (dataset, protocol) in zip(axes[0], panels, strict=True):
         labelled = set()
-        for run, record in runs:
+        for record in records:
+            run = record.run
             if (run.dataset, run.protocol) != (dataset, protocol):
                 continue
-            split = "valid" if f"valid/{_CURVE}" in record["history"][0] else "test"
+            split = "valid" if f"valid/{_CURVE}" in record.history[0] else "test"
             colour = f"C{models.index(run.model)}"
-            curve = [(line["epoch"], line[f"{split}/{_CURVE}"]) for line in record["history"]]
-            label = record["config"]["model"]["label"] if run.model not in labelled else None
+            curve = [(line["epoch"], line[f"{split}/{_CURVE}"]) for line in record.history]
+            label = record.config["model"]["label"] if run.model not in labelled else None
             labelled.add(run.model)
             if len(curve) == 1:  # a model without epochs
                 axis.axhline(curve[0][1], color=colour, linewidth=1, linestyle=":", label=label)
@@ -143,13 +126,13 @@ def draw_curves(runs: list[tuple[params.Run, dict[str, Any]]], paper: dict[str, 
     return figure
 
 
-def provenance(runs: list[tuple[params.Run, dict[str, Any]]], missing: list[params.Run]) -> list[str]:
+def provenance(records: list[Record], missing: list[params.Run]) -> list[str]:
     """What the numbers rest on, in a few lines: commits, data, devices, and what was not run."""
 
     def distinct(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(record["metrics"][name]) for _, record in runs))
+        return ", ".join(dict.fromkeys(str(record.metrics[name]) for record in records))
 
-    data = dict.fromkeys((run.dataset, record["metrics"]["data_sha256"]) for run, record in runs)
+    data = dict.fromkeys((record.run.dataset, record.metrics["data_sha256"]) for record in records)
     lines = [
         f"Commit {distinct('commit')}. Device {distinct('device')}.",
         "Data " + ", ".join(f"{dataset} sha256 {digest}" for dataset, digest in data) + ".",
@@ -166,8 +149,7 @@ def provenance(runs: list[tuple[params.Run, dict[str, Any]]], missing: list[para
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    deviation = row.get(f"{name}/sd")
-    return f"{row[name]:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
+    return cell(row[name], row.get(f"{name}/sd"))
 
 
 def _sources(published: dict[str, Any], paper: dict[str, Any]) -> str:
@@ -189,15 +171,28 @@ def _html(title: str, made: list[dict[str, Any]], footer: list[str]) -> str:
     return _PAGE.render(title=title, sections=made, footer=footer) + "\n"
 
 
-def _runs_table(runs: list[tuple[params.Run, dict[str, Any]]]) -> pl.DataFrame:
+def _runs_table(records: list[Record]) -> pl.DataFrame:
     names = ("epoch", "train_seconds", "peak_bytes", "commit", "data_sha256", "device")
     rows = []
-    for run, record in runs:
-        metrics = record["metrics"]
+    for record in records:
+        run = record.run
         row = {"dataset": run.dataset, "protocol": run.protocol, "model": run.model, "seed": run.seed}
-        row |= {f"test/{name}": value for name, value in metrics["test"].items()}
-        rows.append(row | {name: metrics[name] for name in names})
+        row |= {f"test/{name}": value for name, value in record.metrics["test"].items()}
+        rows.append(row | {name: record.metrics[name] for name in names})
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _details(records: list[Record], title: str) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+    """The details as markdown, and the rows of both tables."""
+    rules, others = variants(records), beyond(records)
+    parts = [f"# {title}: details"]
+    for heading, rows, layout in (
+        ("The same models under other rules (seen items left out / candidates)", rules, variant_table),
+        ("Beyond accuracy", others, beyond_table),
+    ):
+        headers, lines = layout(rows, records)
+        parts += [f"## {heading}", render(lines, headers, tablefmt="github", disable_numparse=True)]
+    return "\n\n".join(parts) + "\n", rules, others
 
 
 def _save(path: Path, write: Callable[[Path], Any]) -> None:
@@ -212,18 +207,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    runs, missing = read_runs(args.experiment, args.runs)
+    records, missing = read_records(args.experiment, args.runs)
     paper = params.load("paper")
     titles = {name: dataset["title"] for name, dataset in params.load("datasets").items()}
     title = params.load(f"experiments/{args.experiment}")["title"]
-    summary = summarise(runs)
-    made, footer = sections(summary, paper, titles), provenance(runs, missing)
+    summary = summarise(records)
+    made, footer = sections(summary, paper, titles, labels(records)), provenance(records, missing)
+    details, rules, others = _details(records, title)
     rcParams["svg.hashsalt"] = "hstu"  # the same curves, the same bytes
-    figure = draw_curves(runs, paper, titles)
+    figure = draw_curves(records, paper, titles)
     _save(args.output / "curves.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
     _save(args.output / "curves.png", lambda path: figure.savefig(path, format="png", dpi=120))
-    _save(args.output / "runs.csv", _runs_table(runs).write_csv)
-    _save(args.output / "table.csv", summary.write_csv)
+    for name, table in {
+        "runs": _runs_table(records),
+        "table": summary,
+        "variants": pl.DataFrame(rules, infer_schema_length=None),
+        "beyond": pl.DataFrame(others, infer_schema_length=None),
+    }.items():
+        _save(args.output / f"{name}.csv", table.write_csv)
+    write_text(args.output / "details.md", details)
     write_text(args.output / "table.html", _html(title, made, footer))
     write_text(args.output / "table.md", _markdown(title, made, footer))
 

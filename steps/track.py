@@ -20,7 +20,7 @@ from steps.common.files import read_json, read_jsonl, write_json
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 _FILES = ("config.json", "history.jsonl", "metrics.json", "model.safetensors")
-_REPORTS = ("table.md", "table.html", "curves.svg", "curves.png")
+_REPORTS = ("table.md", "table.html", "curves.svg", "curves.png", "comparisons.md", "intervals.svg")
 _BATCH = 1000  # metrics that MLflow takes in one call
 
 
@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     missing = [name for name in _REPORTS if not (args.reports / name).is_file()]
     if missing:
-        raise StepError(f"{args.reports} lacks {', '.join(missing)}; run tabulate first")
+        raise StepError(f"{args.reports} lacks {', '.join(missing)}; run tabulate and compare first")
     ids = track(args.experiment, args.runs, args.reports, args.store)
     if not ids:
         raise StepError(f"{args.runs} holds no finished run of experiment {args.experiment}")

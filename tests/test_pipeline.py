@@ -9,7 +9,8 @@ import pytest
 from steps.common.files import read_json
 from tests.conftest import run
 
-OUTPUTS = ("table.md", "table.csv", "table.html", "runs.csv", "curves.svg", "curves.png", "mlflow.json")
+OUTPUTS = ["table.md", "table.csv", "table.html", "runs.csv", "curves.svg", "curves.png", "mlflow.json"]
+OUTPUTS += ["details.md", "comparisons.md", "comparisons.csv", "claims.md", "intervals.svg"]
 
 
 def check_outputs(project: Path) -> dict[str, float]:
@@ -77,3 +78,33 @@ def test_dvc_makes_the_demo_once(project: Path, results: dict[str, dict[str, flo
     assert "preprocess" not in [line for line in planned.splitlines() if line.startswith("Running")]
     if "snakemake" in results:
         assert results["dvc"] == pytest.approx(results["snakemake"], abs=0.05)
+
+
+@pytest.mark.slow
+def test_snakemake_runs_a_grid(project: Path) -> None:
+    path = project / "params/experiments/sweep-demo.yaml"
+    path.write_text(path.read_text().replace("  training.dropout: [0.1, 0.2]\n", ""))
+    run("snakemake", "--cores", "2", "--", "sweep-demo", cwd=project)
+    table = (project / "reports/sweep-demo/table.md").read_text()
+    for rate in ("0.001", "0.003"):
+        assert f"HSTU, model.optimizer.lr={rate}" in table
+        config = project / f"runs/sweep-demo/demo/hstu+model.optimizer.lr={rate}/strict/seed-0/config.json"
+        assert read_json(config)["model"]["optimizer"]["lr"] == float(rate)
+
+
+@pytest.mark.slow
+def test_dvc_runs_an_experiment_with_another_parameter(project: Path) -> None:
+    path = project / "params/experiments/demo.yaml"
+    path.write_text(
+        path.read_text().replace("[most-popular, sasrec, hstu]", "[hstu]").replace("[strict, paper]", "[strict]")
+    )
+    for command in (
+        ["init", "--quiet"],
+        ["add", "--all"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"],
+    ):
+        subprocess.run(["git", *command], cwd=project, check=True)
+    run("dvc", "exp", "run", "-S", "params/models.yaml:hstu.optimizer.lr=0.004", cwd=project)
+    config = read_json(project / "runs/demo/demo/hstu/strict/seed-0/config.json")
+    assert config["model"]["optimizer"]["lr"] == 0.004
+    assert (project / "reports/demo/table.md").is_file()

@@ -4,8 +4,11 @@ Needs PyYAML and jsonschema, so steps that must run on a bare GPU machine (train
 import it: they read the `config.json` that `plan` resolved.
 """
 
+import functools
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +36,27 @@ class Run:
 
 
 def load(name: str, root: Path = ROOT) -> Any:
-    """`params/<name>.yaml`, checked against its schema (`paper` has none: it is data, not settings).
+    """`params/<name>.yaml`, checked against its schema (`paper` has none: it is data, not settings). Not to be changed.
 
     Raises StepError naming the file and the key if it does not fit.
     """
     path = root / f"{name}.yaml"
     if not path.is_file():
         raise StepError(f"{path} does not exist")
+    schema = root / "schemas" / ("experiment.yaml" if name.startswith("experiments/") else f"{name}.yaml")
+    rules = schema.read_text(encoding="utf-8") if schema.is_file() else None
+    return _parse(str(path), path.read_text(encoding="utf-8"), rules)
+
+
+@functools.cache  # a graph of hundreds of runs asks for the same few files
+def _parse(path: str, text: str, schema: str | None) -> Any:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise StepError(f"{path} is not YAML: {error}") from error
-    kind = "experiment" if name.startswith("experiments/") else name
-    schema_path = root / "schemas" / f"{kind}.yaml"
-    if schema_path.is_file():
-        schema = yaml.safe_load(schema_path.read_text(encoding="utf-8"))
-        problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(content))
+    if schema is not None:
+        validator = jsonschema.Draft202012Validator(yaml.safe_load(schema))
+        problem = jsonschema.exceptions.best_match(validator.iter_errors(content))
         if problem is not None:
             key = ".".join(str(part) for part in problem.absolute_path) or "(top level)"
             raise StepError(f"{path}, key {key}: {problem.message}")
@@ -69,10 +77,17 @@ def experiments(root: Path = ROOT) -> list[str]:
 
 
 def runs(experiment: str, root: Path = ROOT) -> Iterator[Run]:
-    """Every run of an experiment, in table order."""
+    """Every run of an experiment, in table order.
+
+    With a `grid`, every model becomes one for each point of the grid, named `model+key=value+...`.
+    """
     content = load(f"experiments/{experiment}", root)
+    grid = content.get("grid", {})
+    points = [
+        "".join(f"+{key}={value}" for key, value in zip(grid, point, strict=True)) for point in product(*grid.values())
+    ]
     for dataset in content["datasets"]:
-        for model in content["models"]:
+        for model in [model + point for model in content["models"] for point in points]:
             for protocol in content["protocols"]:
                 for seed in content["seeds"]:
                     yield Run(experiment, dataset, model, protocol, seed)
@@ -82,15 +97,17 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
     """Everything `train` and `evaluate` need to know about one run, as plain JSON values."""
     training = dict(entry("datasets", run.dataset, root)["training"])
     shapes = {name: training.pop(name) for name in ("base", "large") if name in training}
-    model = dict(entry("models", run.model, root))
+    row, *point = run.model.split("+")
+    row, point = (f"{row}++", point[2:]) if point[:2] == ["", ""] else (row, point)  # transformer++
+    model = deepcopy(entry("models", row, root))
     training |= model.pop("training", {}) | load(f"experiments/{run.experiment}", root).get("training", {})
     if "shape" in model:
         if model["shape"] not in shapes:
             raise StepError(
-                f"{root}/datasets.yaml, entry {run.dataset}: no shape {model['shape']!r}, which model {run.model} needs"
+                f"{root}/datasets.yaml, entry {run.dataset}: no shape {model['shape']!r}, which model {row} needs"
             )
         model |= shapes[model.pop("shape")]
-    return {
+    config = {
         "experiment": run.experiment,
         "dataset": run.dataset,
         "row": run.model,
@@ -99,3 +116,19 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
         "model": model,
         "training": training,
     }
+    for setting in point:
+        key, value = setting.split("=", 1)
+        _set(config, key, value, f"{root}/experiments/{run.experiment}.yaml")
+        model["label"] += f", {setting}"
+    return config
+
+
+def _set(config: dict[str, Any], key: str, value: str, experiment: str) -> None:
+    """Set the existing dotted `key` of a config, such as model.optimizer.lr, to a YAML value."""
+    *path, last = key.split(".")
+    place = config
+    for part in path:
+        place = place.get(part, {})
+    if last not in place:
+        raise StepError(f"{experiment}, grid: no parameter {key!r}; it is the path in a run's config.json")
+    place[last] = yaml.safe_load(value)

@@ -6,30 +6,37 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-TIE_RULE = "timestamp, then the raw file's row order"
+#: How rows of one user with equal timestamps are ordered.
+TIES = {
+    "file-order": "timestamp, then the raw file's row order",
+    "item-id": "timestamp, then raw item id",
+    "shuffled": "timestamp, then a fixed random order, as an unstable sort might leave it",
+}
+_SHUFFLE_SEED = 0
 SPLIT_RULE = "per user: last = test, second last = validation, all before = training"
 
 
 def build_sequences(
-    interactions: pl.DataFrame, items: pl.DataFrame
+    interactions: pl.DataFrame, items: pl.DataFrame, ties: str = "file-order"
 ) -> tuple[dict[str, np.ndarray], pl.DataFrame, pl.DataFrame]:
     """Jagged sequences with contiguous ids.
 
     Args:
         interactions: user, item, rating (optional), timestamp, row.
         items: the catalogue: item, title.
+        ties: a key of TIES.
 
     Returns:
         tensors: offsets (U + 1,) int64; item (T,) int32, from 1 in the order of raw ids, 0 is padding;
             timestamp (T,) int64, seconds; rating (T,) float32 where the data has ratings. Users are in
-            the order of their raw ids, a user's rows in time order with TIE_RULE.
+            the order of their raw ids, a user's rows in time order, equal times as `ties` says.
         users: id, raw id; id is the place in offsets.
         items: id, raw id, title.
     """
     catalogue = items.sort("item").with_row_index("id", offset=1)
     ordered = (
         interactions.join(catalogue.select("id", "item"), on="item", how="left", maintain_order="left")
-        .sort("user", "timestamp", "row")
+        .sort("user", "timestamp", _tie_key(ties, len(interactions)), "row")
         .select("user", "id", "timestamp", *(["rating"] if "rating" in interactions.columns else []))
     )
     lengths = ordered.group_by("user", maintain_order=True).len()
@@ -44,7 +51,13 @@ def build_sequences(
     return tensors, users, catalogue.select("id", pl.col("item").alias("raw_id"), "title")
 
 
-def describe_split(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+def _tie_key(ties: str, rows: int) -> pl.Series | str:
+    if ties == "shuffled":
+        return pl.Series(np.random.default_rng(_SHUFFLE_SEED).permutation(rows))
+    return {"file-order": "row", "item-id": "id"}[ties]
+
+
+def describe_split(tensors: dict[str, np.ndarray], ties: str = "file-order") -> dict[str, Any]:
     """Counts, ties, rules and content hashes of the split, for `manifest.json`.
 
     A hash is the SHA-256 of (user, item, timestamp) of the part's rows as little-endian int64 columns,
@@ -69,7 +82,7 @@ def describe_split(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
         },
         "share_of_users_with_tied_target": round(float(same_as_before[offsets[1:] - 1].mean()), 4),
         "share_of_rows_tied_with_the_row_before": round(float(same_as_before.mean()), 4),
-        "rules": {"ties": TIE_RULE, "split": SPLIT_RULE},
+        "rules": {"ties": TIES[ties], "split": SPLIT_RULE},
         "sha256": {name: _hash(columns, rows) for name, rows in parts.items()},
     }
 

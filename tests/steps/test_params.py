@@ -64,6 +64,26 @@ def test_unknown_names_list_the_known() -> None:
         params.resolve(params.Run("demo", "demo", "hstu-large", "paper", 0), ROOT / "params")
 
 
+def test_a_grid_makes_a_row_of_every_point(project: Path) -> None:
+    runs = list(params.runs("sweep-demo", project / "params"))
+    assert len(runs) == len({run.path for run in runs}) == 4
+    config = params.resolve(runs[-1], project / "params")
+    assert runs[-1].model == "hstu+model.optimizer.lr=0.003+training.dropout=0.2"
+    assert (config["model"]["optimizer"]["lr"], config["training"]["dropout"]) == (0.003, 0.2)
+    assert config["model"]["label"] == "HSTU, model.optimizer.lr=0.003, training.dropout=0.2"
+    # The other points, and the row itself, keep their own values.
+    assert params.resolve(runs[0], project / "params")["model"]["optimizer"]["lr"] == 0.001
+    path = project / "params/experiments/sweep-demo.yaml"
+    path.write_text(path.read_text().replace("model.optimizer.lr", "model.optimizer.rate"))
+    with pytest.raises(StepError, match=r"sweep-demo\.yaml, grid: no parameter 'model\.optimizer\.rate'"):
+        params.resolve(next(params.runs("sweep-demo", project / "params")), project / "params")
+
+
+def test_a_name_with_plus_signs_is_no_point_of_a_grid() -> None:
+    config = params.resolve(params.Run("ml-1m", "ml-1m", "transformer++", "strict", 0), ROOT / "params")
+    assert config["model"]["label"] == "Transformer++"
+
+
 def test_plan_writes_what_resolve_says(project: Path) -> None:
     names = ["--experiment", "demo", "--dataset", "demo", "--model", "hstu", "--protocol", "strict", "--seed", "0"]
     step("plan", *names, "--output", "runs/config.json", cwd=project)

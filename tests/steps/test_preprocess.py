@@ -53,6 +53,22 @@ def test_order_of_rows_matters_only_inside_a_tie() -> None:
         assert [raw[item] for item in tensors["item"].tolist()] == expected
 
 
+@pytest.mark.parametrize("ties", ["item-id", "shuffled"])
+def test_other_tie_rules_reorder_ties_alone_and_repeat_themselves(ties: str) -> None:
+    rows = [(user, item, item % 3) for user in range(30) for item in (50, 9, 11, 30, 7)]
+    stable, other, again = (build_sequences(table(rows), ITEMS, rule)[0] for rule in ("file-order", ties, ties))
+    assert other["item"].tolist() == again["item"].tolist() != stable["item"].tolist()
+    assert other["timestamp"].tolist() == stable["timestamp"].tolist()
+    for user in range(30):
+        part = slice(5 * user, 5 * user + 5)
+        pairs = list(zip(other["timestamp"][part].tolist(), other["item"][part].tolist(), strict=True))
+        assert sorted(pairs) == sorted(
+            zip(stable["timestamp"][part].tolist(), stable["item"][part].tolist(), strict=True)
+        )
+        assert ties == "shuffled" or pairs == sorted(pairs)
+    assert describe_split(other, ties)["rules"]["ties"] != describe_split(stable)["rules"]["ties"]
+
+
 def test_the_manifest_counts_ties_and_hashes_every_part() -> None:
     rows = [(1, 7, 1), (1, 9, 2), (1, 11, 2), (2, 7, 3), (2, 9, 4), (2, 50, 5), (2, 30, 9)]
     tensors, _, _ = build_sequences(table(rows), ITEMS)

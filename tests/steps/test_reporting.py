@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from steps.common import params
 from steps.common.files import read_json, write_json, write_text
+from steps.track import _REPORTS
 from tests.conftest import run as run_command
 from tests.conftest import step
 
@@ -34,12 +35,18 @@ def fake_run(project: Path, run: params.Run, commit: str = "a" * 40) -> None:
     metrics: dict[str, Any] = {"test": {name: value(run, name, 2) for name in METRICS}}
     if run.protocol == "paper":
         metrics["test_best"] = {name: value(run, name, 2) for name in METRICS} | {"epoch": 2}
+    both = {"hr@10": value(run, "hr@10", 2), "ndcg@10": value(run, "ndcg@10", 2)}
+    metrics["variants"] = {"window/rated": both, "history/rated": {name: number + 0.1 for name, number in both.items()}}
+    groups = {"head": {"users": 3, **both}, "tail": {"users": 0}}
+    metrics["beyond"] = {"coverage@10": 0.5, "popularity@10": 0.1, "by_popularity": groups}
     metrics |= {"epoch": 2, "train_seconds": 1.5, "peak_bytes": None, "commit": commit}
     metrics |= {"data_sha256": "d" * 64, "device": "CPU, 2 threads", "versions": {"torch": "2.13.0"}}
     write_json(folder / "config.json", config)
     write_text(folder / "history.jsonl", "".join(f"{line}\n".replace("'", '"') for line in lines))
     write_json(folder / "metrics.json", metrics)
-    save_file({"test": torch.ones(5)}, folder / "ranks.safetensors")
+    random = torch.Generator().manual_seed(10 * len(run.model) + run.seed)
+    ranks = torch.randint(1, 40, (200,), generator=random).float() / (1 + len(run.model) % 3)
+    save_file({"test": ranks.clamp(min=1), "test_users": torch.arange(200)}, folder / "ranks.safetensors")
     save_file({"w": torch.ones(2)}, folder / "model.safetensors")
 
 
@@ -50,7 +57,8 @@ def experiment(project: Path, name: str, **content: Any) -> list[params.Run]:
 
 
 def tabulate(project: Path, name: str, runs: str | None = None) -> None:
-    step("tabulate", "--experiment", name, "--runs", runs or f"runs/{name}", "--output", f"reports/{name}", cwd=project)
+    for table in ("tabulate", "compare"):
+        step(table, "--experiment", name, "--runs", runs or f"runs/{name}", "--output", f"reports/{name}", cwd=project)
 
 
 @pytest.fixture
@@ -90,12 +98,40 @@ def test_tables_are_the_same_bytes_from_runs_and_from_their_records(project: Pat
     for run in ml_1m:
         fake_run(project, run)
     tabulate(project, "mine")
-    names = ("table.md", "table.csv", "table.html", "runs.csv", "curves.svg")
+    names = [
+        "table.md",
+        "table.csv",
+        "table.html",
+        "runs.csv",
+        "curves.svg",
+        "details.md",
+        "variants.csv",
+        "beyond.csv",
+    ]
+    names += ["comparisons.md", "comparisons.csv", "claims.md", "intervals.svg"]
     before = {name: (project / "reports/mine" / name).read_bytes() for name in names}
     step("record", "--experiment", "mine", "--runs", "runs/mine", "--output", "reports/mine/records", cwd=project)
     assert not list((project / "reports/mine/records").rglob("model.safetensors"))
     tabulate(project, "mine", "reports/mine/records")
     assert {name: (project / "reports/mine" / name).read_bytes() for name in names} == before
+
+
+def test_details_show_every_rule_and_group(project: Path, ml_1m: list[params.Run]) -> None:
+    for run in ml_1m:
+        fake_run(project, run)
+    tabulate(project, "mine")
+    with (project / "reports/mine/variants.csv").open() as file:
+        rows = {(row["model"], row["protocol"], row["rule"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 8
+    values = [value(run, "hr@10", 2) + 0.1 for run in ml_1m if (run.model, run.protocol) == ("hstu", "paper")]
+    assert float(rows["hstu", "paper", "history/rated"]["hr@10"]) == pytest.approx(statistics.mean(values), abs=1e-6)
+    details = (project / "reports/mine/details.md").read_text()
+    assert f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" in details
+    with (project / "reports/mine/beyond.csv").open() as file:
+        beyond = list(csv.DictReader(file))
+    assert beyond[0]["coverage@10"] == "0.5"
+    assert "ndcg@10, target head" in beyond[0]
+    assert "ndcg@10, target tail" not in beyond[0]  # nobody is in it
 
 
 def test_a_record_of_uncommitted_code_is_refused(project: Path, ml_1m: list[params.Run]) -> None:
@@ -165,7 +201,7 @@ def test_four_writers_at_once_lose_no_record(project: Path) -> None:
             artifacts = {file.path for file in client.list_artifacts(logged.info.run_id)}
             assert {"config.json", "model.safetensors", "metrics.json", "history.jsonl", "report"} <= artifacts
             reports = {file.path for file in client.list_artifacts(logged.info.run_id, "report")}
-            assert reports == {"report/table.md", "report/table.html", "report/curves.svg", "report/curves.png"}
+            assert reports == {f"report/{file}" for file in _REPORTS}
 
 
 def test_tracking_again_adds_nothing_and_a_changed_run_replaces_its_record(project: Path) -> None:

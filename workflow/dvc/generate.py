@@ -26,8 +26,9 @@ def experiment_file(name: str) -> str:
 
 
 def experiments() -> list[str]:
-    """Every experiment but the demo, whose stages stand in the top dvc.yaml."""
-    return sorted(path.stem for path in (ROOT / "params/experiments").glob("*.yaml") if path.stem != "demo")
+    """Every experiment but the demo, which is the top dvc.yaml, and grids, for which DVC has `exp run -S`."""
+    paths = (ROOT / "params/experiments").glob("*.yaml")
+    return sorted(path.stem for path in paths if path.stem != "demo" and "\ngrid:" not in path.read_text())
 
 
 if __name__ == "__main__":

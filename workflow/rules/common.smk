@@ -8,6 +8,9 @@ MODEL_CODE = sorted(
 RUN = "runs/{experiment}/{dataset}/{model}/{protocol}/seed-{seed}"
 
 
+REPORTING_CODE = sorted(str(path) for path in Path("steps/reporting").glob("*.py"))
+
+
 def published(wildcards):
     """What `download` waits for: the generated archive of a synthesized data set, nothing for others."""
     made = "synthesize" in DATASETS[wildcards.dataset]

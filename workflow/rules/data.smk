@@ -62,5 +62,7 @@ rule preprocess:
         "logs/preprocess/{dataset}.log",
     conda:
         "../../environment.yml"
+    params:
+        ties=lambda wildcards: DATASETS[wildcards.dataset]["ties"],
     shell:
-        "python -m steps.preprocess --valid {input.valid} --output {output} 2>&1 | tee {log}"
+        "python -m steps.preprocess --dataset {wildcards.dataset} --valid {input.valid} --output {output} 2>&1 | tee {log}"

@@ -4,6 +4,7 @@
 rule tabulate:
     input:
         "steps/tabulate.py",
+        REPORTING_CODE,
         "params/paper.yaml",
         files_of_runs("config.json", "history.jsonl", "metrics.json"),
     output:
@@ -13,12 +14,36 @@ rule tabulate:
         "reports/{experiment}/table.csv",
         "reports/{experiment}/runs.csv",
         "reports/{experiment}/curves.png",
+        "reports/{experiment}/details.md",
+        "reports/{experiment}/variants.csv",
+        "reports/{experiment}/beyond.csv",
     log:
         "logs/tabulate/{experiment}.log",
     conda:
         "../../environment.yml"
     shell:
         "python -m steps.tabulate --experiment {wildcards.experiment} --runs runs/{wildcards.experiment}"
+        " --output reports/{wildcards.experiment} 2>&1 | tee {log}"
+
+
+rule compare:
+    input:
+        "steps/compare.py",
+        REPORTING_CODE,
+        "params/paper.yaml",
+        files_of_runs("config.json", "history.jsonl", "metrics.json", "ranks.safetensors"),
+    output:
+        report("reports/{experiment}/intervals.svg", caption="../report/intervals.rst", category="{experiment}"),
+        "reports/{experiment}/comparisons.md",
+        "reports/{experiment}/comparisons.csv",
+        "reports/{experiment}/claims.md",
+        "reports/{experiment}/intervals.png",
+    log:
+        "logs/compare/{experiment}.log",
+    conda:
+        "../../environment.yml"
+    shell:
+        "python -m steps.compare --experiment {wildcards.experiment} --runs runs/{wildcards.experiment}"
         " --output reports/{wildcards.experiment} 2>&1 | tee {log}"
 
 
@@ -30,6 +55,8 @@ rule track:
         "reports/{experiment}/table.html",
         "reports/{experiment}/curves.svg",
         "reports/{experiment}/curves.png",
+        "reports/{experiment}/comparisons.md",
+        "reports/{experiment}/intervals.svg",
     output:
         "reports/{experiment}/mlflow.json",
     log:

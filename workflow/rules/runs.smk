@@ -23,6 +23,7 @@ rule train:
     input:
         "steps/train.py",
         "steps/data/sequences.py",
+        "steps/data/holdout.py",
         MODEL_CODE,
         config=f"{RUN}/config.json",
         data="data/processed/{dataset}",
@@ -47,6 +48,7 @@ rule evaluate:
     input:
         "steps/evaluate.py",
         "steps/data/sequences.py",
+        "steps/data/holdout.py",
         MODEL_CODE,
         f"{RUN}/config.json",
         f"{RUN}/history.jsonl",

@@ -1,0 +1,193 @@
+"""Do the differences between models hold? Confidence intervals, paired tests over users, and published orderings.
+
+For every (data set, protocol): each user's NDCG@10, averaged over seeds, gives every model a bootstrap
+interval and every pair of models a paired difference with its interval, a Wilcoxon signed-rank test, and
+Holm's correction over the pairs of the table. Writes `comparisons.csv`, `comparisons.md`, `intervals.svg`
+and `.png`, and `claims.md`, which says where a published ordering holds. Reads runs or their records.
+"""
+
+import argparse
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from safetensors.numpy import load_file
+from scipy import stats
+from tabulate import tabulate as render
+
+from steps.common import params
+from steps.common.cli import run_step
+from steps.common.files import atomic_path, write_text
+from steps.reporting.records import Record, by_row, labels, read_records
+
+METRIC = "ndcg@10"
+_CUT = 10
+_RESAMPLES = 2000
+_CONFIDENCE = 0.95
+_ALPHA = 0.05
+_BLOCK = 100  # resamples at once: 100 x 138,493 indices are 0.1 GB
+
+
+def user_gains(ranks: np.ndarray) -> np.ndarray:
+    """Each user's NDCG@10 (float64) from ranks counted from 1."""
+    ranks = ranks.astype(np.float64)
+    return np.where(ranks <= _CUT, 1 / np.log2(ranks + 1), 0.0)
+
+
+def read_gains(records: list[Record], folder: Path) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    """Per (dataset, protocol) and model: each test user's gain, averaged over the seeds that are there."""
+    found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for (dataset, protocol, model), seeds in by_row(records).items():
+        gains = [user_gains(load_file(folder / seed.run.path / "ranks.safetensors")["test"]) for seed in seeds]
+        found.setdefault((dataset, protocol), {})[model] = np.mean(gains, axis=0)
+    return found
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean of values (U,), resampling users."""
+    random = np.random.default_rng(seed)
+    means = np.concatenate(
+        [
+            values[random.integers(0, len(values), (_BLOCK, len(values)))].mean(axis=1)
+            for _ in range(_RESAMPLES // _BLOCK)
+        ]
+    )
+    tail = (1 - _CONFIDENCE) / 2
+    return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's step-down correction: adjusted p-values, in the order given."""
+    order = np.argsort(p_values, kind="stable")
+    scaled = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted.tolist()
+
+
+def compare_pairs(models: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """A row per pair of models, the better one first, with Holm-corrected p-values over all pairs."""
+    rows: list[dict[str, Any]] = []
+    for one, other in combinations(models, 2):
+        better, worse = (one, other) if models[one].mean() >= models[other].mean() else (other, one)
+        difference = models[better] - models[worse]
+        low, high = interval(difference)
+        p = float(stats.wilcoxon(difference, zero_method="zsplit").pvalue) if difference.any() else 1.0
+        rows.append(
+            {
+                "better": better,
+                "worse": worse,
+                "difference": float(difference.mean()),
+                "low": low,
+                "high": high,
+                "p": p,
+                "users": len(difference),
+            }
+        )
+    for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = adjusted
+    return rows
+
+
+def orderings(published: dict[str, Any], models: dict[str, np.ndarray], pairs: list[dict[str, Any]]) -> list[str]:
+    """A sentence per published pair that is in the table: whether it holds here, and with what certainty."""
+    by_pair = {(row["better"], row["worse"]): row for row in pairs}
+    sentences = []
+    shown = sorted((name for name in published if name in models), key=lambda name: -published[name][METRIC])
+    for higher, lower in combinations(shown, 2):
+        said = f"{higher} > {lower} (published {published[higher][METRIC]:.4f} > {published[lower][METRIC]:.4f})"
+        row = by_pair.get((higher, lower))
+        if row is not None and row["p_holm"] < _ALPHA:
+            verdict = f"holds: +{row['difference']:.4f}, p = {row['p_holm']:.2g}"
+        elif row is not None:
+            verdict = f"not decided: +{row['difference']:.4f}, p = {row['p_holm']:.2g}"
+        else:
+            row = by_pair[lower, higher]
+            strength = "does not hold" if row["p_holm"] < _ALPHA else "not decided"
+            verdict = f"{strength}: {-row['difference']:.4f}, p = {row['p_holm']:.2g}"
+        sentences.append(f"- {said}: {verdict}")
+    return sentences
+
+
+def draw_intervals(found: dict[tuple[str, str], dict[str, np.ndarray]], names: dict[str, str]) -> Figure:
+    """NDCG@10 of every model with its interval: a panel per (dataset, protocol)."""
+    tallest = max(len(models) for models in found.values())
+    figure = Figure(figsize=(5 * len(found), 1 + 0.35 * tallest), layout="constrained")
+    axes = figure.subplots(1, len(found), squeeze=False)
+    for axis, ((dataset, protocol), models) in zip(axes[0], found.items(), strict=True):
+        rows = list(reversed(models))
+        for height, name in enumerate(rows):
+            low, high = interval(models[name])
+            axis.plot([low, high], [height, height], color="C0", linewidth=2)
+            axis.plot(models[name].mean(), height, "o", color="C0", markersize=4)
+        axis.set_yticks(range(len(rows)), [names[name] for name in rows])
+        axis.set(title=f"{dataset}, protocol {protocol}", xlabel="test NDCG@10, 95 % interval over users")
+        axis.set_xlim(left=0)
+        axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--experiment", required=True)
+    parser.add_argument("--runs", required=True, type=Path, help="runs/<experiment> or reports/<experiment>/records")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the tables: reports/<experiment>")
+
+
+def main(args: argparse.Namespace) -> None:
+    records, _ = read_records(args.experiment, args.runs)
+    found, names = read_gains(records, args.runs), labels(records)
+    paper = params.load("paper")["public_datasets"]
+    text, claims, table = ["# Comparisons"], ["# Published orderings"], []
+    text.append(
+        f"Test {METRIC.upper()} per user, averaged over seeds. Intervals: {_CONFIDENCE:.0%} bootstrap over users "
+        f"({_RESAMPLES} resamples). p: Wilcoxon signed-rank, paired over users, Holm-corrected over the table's pairs."
+    )
+    for (dataset, protocol), models in found.items():
+        pairs = compare_pairs(models)
+        table += [{"dataset": dataset, "protocol": protocol, **row} for row in pairs]
+        text.append(f"## {dataset}, protocol {protocol}")
+        means = [[names[name], f"{gains.mean():.4f}", _span(*interval(gains))] for name, gains in models.items()]
+        text.append(render(means, ["model", METRIC.upper(), "interval"], tablefmt="github", disable_numparse=True))
+        lines = [
+            [
+                f"{names[row['better']]} > {names[row['worse']]}",
+                f"{row['difference']:+.4f}",
+                _span(row["low"], row["high"]),
+                f"{row['p_holm']:.2g}",
+            ]
+            for row in pairs
+        ]
+        if lines:
+            text.append(
+                render(lines, ["pair", "difference", "interval", "p"], tablefmt="github", disable_numparse=True)
+            )
+        sentences = orderings(paper.get(dataset, {}), models, pairs)
+        if sentences:
+            claims += [f"## {dataset}, protocol {protocol}", "\n".join(sentences)]
+    if len(claims) == 1:
+        claims.append("No pair of models of this experiment has a published ordering.")
+    rcParams["svg.hashsalt"] = "hstu"  # the same intervals, the same bytes
+    figure = draw_intervals(found, names)
+    for form, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 120})):
+        with atomic_path(args.output / f"intervals.{form}") as temporary:
+            figure.savefig(temporary, format=form, **options)
+    with atomic_path(args.output / "comparisons.csv") as temporary:
+        pl.DataFrame(table, schema=_SCHEMA).write_csv(temporary)
+    write_text(args.output / "comparisons.md", "\n\n".join(text) + "\n")
+    write_text(args.output / "claims.md", "\n\n".join(claims) + "\n")
+
+
+_SCHEMA: dict[str, Any] = {"dataset": pl.String, "protocol": pl.String, "better": pl.String, "worse": pl.String}
+_SCHEMA |= dict.fromkeys(("difference", "low", "high", "p"), pl.Float64) | {"users": pl.Int64, "p_holm": pl.Float64}
+
+
+def _span(low: float, high: float) -> str:
+    return f"[{low:.4f}, {high:.4f}]"
+
+
+if __name__ == "__main__":
+    run_step("compare", __doc__, add_arguments, main)

@@ -1,0 +1,1 @@
+"""What tables and figures share: the runs they read, and how their text is laid out."""

@@ -1,0 +1,73 @@
+"""What the headline hides: the same models under other rules of ranking, and beyond accuracy."""
+
+from typing import Any
+
+from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd
+
+_VARIANT_METRICS = ("hr@10", "ndcg@10")
+_GROUP_METRIC = "ndcg@10"
+
+
+def variants(records: list[Record]) -> list[dict[str, Any]]:
+    """A row per model and rule of ranking (excluded items / candidates): HR@10 and NDCG@10 with their deviations."""
+    rows = []
+    for (dataset, protocol, model), seeds in by_row(records).items():
+        if not all("variants" in seed.metrics for seed in seeds):
+            continue
+        for rule in seeds[0].metrics["variants"]:
+            row: dict[str, Any] = {"dataset": dataset, "protocol": protocol, "model": model, "rule": rule}
+            for name in _VARIANT_METRICS:
+                mean, deviation = mean_and_sd(seed.metrics["variants"][rule][name] for seed in seeds)
+                row |= {name: mean, f"{name}/sd": deviation}
+            rows.append(row | {"seeds": len(seeds)})
+    return rows
+
+
+def beyond(records: list[Record]) -> list[dict[str, Any]]:
+    """A row per model: coverage, popularity, and NDCG@10 by history length and by popularity of the target."""
+    rows = []
+    for (dataset, protocol, model), seeds in by_row(records).items():
+        if not all("beyond" in seed.metrics for seed in seeds):
+            continue
+        row: dict[str, Any] = {"dataset": dataset, "protocol": protocol, "model": model, "seeds": len(seeds)}
+        first = seeds[0].metrics["beyond"]
+        for name, value in first.items():
+            if not isinstance(value, dict):
+                row[name] = mean_and_sd(seed.metrics["beyond"][name] for seed in seeds)[0]
+                continue
+            for group, content in value.items():
+                if _GROUP_METRIC in content:
+                    means = mean_and_sd(seed.metrics["beyond"][name][group][_GROUP_METRIC] for seed in seeds)
+                    row[f"{_GROUP_METRIC}, {_GROUPS[name]} {group}"] = means[0]
+        rows.append(row)
+    return rows
+
+
+_GROUPS = {"by_history_length": "history", "by_popularity": "target"}
+
+
+def variant_table(rows: list[dict[str, Any]], records: list[Record]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines: a line per model and metric, a column per rule."""
+    names = labels(records)
+    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    lines: dict[tuple[str, str, str, str], list[str]] = {}
+    for row in rows:
+        for metric in _VARIANT_METRICS:
+            key = (row["dataset"], row["protocol"], names[row["model"]], metric.upper())
+            lines.setdefault(key, list(key)).append(cell(row[metric], row[f"{metric}/sd"]))
+    return ["data set", "protocol", "model", "metric", *rules], list(lines.values())
+
+
+def beyond_table(rows: list[dict[str, Any]], records: list[Record]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines: a line per model."""
+    names = labels(records)
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _KEYS]
+    lines = [
+        [row["dataset"], row["protocol"], names[row["model"]]]
+        + [f"{row[name]:.4f}" if name in row else "" for name in columns]
+        for row in rows
+    ]
+    return ["data set", "protocol", "model", *columns], lines
+
+
+_KEYS = ("dataset", "protocol", "model", "seeds")

@@ -1,0 +1,96 @@
+"""Statistics: intervals that cover, corrections that correct, and what is said of published orderings."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from steps.compare import compare_pairs, holm, interval, orderings, user_gains
+
+
+def test_gains_are_ndcg_at_ten() -> None:
+    gains = user_gains(np.array([1.0, 1.5, 3.0, 10.0, 10.5, 500.0], dtype=np.float32))
+    expected = [1.0, 1 / np.log2(2.5), 0.5, 1 / np.log2(11), 0.0, 0.0]
+    np.testing.assert_allclose(gains, expected)
+
+
+def test_the_interval_covers_the_true_mean_as_often_as_it_says() -> None:
+    random = np.random.default_rng(1)
+    covered = 0
+    for trial in range(200):
+        low, high = interval(random.exponential(1.0, 150), seed=trial)
+        covered += low <= 1.0 <= high
+    assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_the_interval_agrees_with_scipy() -> None:
+    values = np.random.default_rng(2).random(500)
+    expected = stats.bootstrap([values], np.mean, method="percentile", n_resamples=2000, rng=3).confidence_interval
+    # The ends of two such intervals differ by about 0.001 (one deviation) from their resampling alone.
+    np.testing.assert_allclose(interval(values), expected, atol=4e-3)
+    assert interval(values) == interval(values)
+
+
+def test_holm_on_a_worked_example() -> None:
+    # 0.01 x 4; then max(0.04, 0.02 x 3); max(0.06, 0.03 x 2); max(0.06, 0.04 x 1): in the order given.
+    np.testing.assert_allclose(holm([0.04, 0.01, 0.03, 0.02]), [0.06, 0.04, 0.06, 0.06])
+    assert holm([0.7, 0.9]) == [1.0, 1.0]
+
+
+def test_pairs_find_a_difference_and_none_where_there_is_none() -> None:
+    random = np.random.default_rng(8)
+    base = random.random(2000)
+    models = {"a": base, "b": base + random.normal(0.03, 0.2, 2000), "c": base + random.normal(0, 0.2, 2000)}
+    rows = {(row["better"], row["worse"]): row for row in compare_pairs(models)}
+    assert len(rows) == 3
+    clear = rows["b", "a"]
+    assert clear["p_holm"] < 0.001
+    assert clear["low"] > 0
+    assert clear["difference"] == pytest.approx((models["b"] - models["a"]).mean())
+    none = rows.get(("a", "c")) or rows["c", "a"]
+    assert none["p_holm"] > 0.05
+    assert none["low"] < 0 < none["high"]
+
+
+def test_equal_models_do_not_differ() -> None:
+    values = np.random.default_rng(5).random(50)
+    (row,) = compare_pairs({"a": values, "b": values.copy()})
+    assert (row["p"], row["difference"]) == (1.0, 0.0)
+
+
+def test_published_orderings_hold_or_not_or_are_not_decided() -> None:
+    random = np.random.default_rng(6)
+    base = random.random(2000)
+    models = {
+        "worst": base + random.normal(-0.1, 0.1, 2000),
+        "middle": base,
+        "tied": base + random.normal(0, 1e-3, 2000) * (random.random(2000) < 0.01),
+        "best": base + random.normal(0.1, 0.1, 2000),
+    }
+    published = {
+        "best": {"ndcg@10": 0.3},
+        "worst": {"ndcg@10": 0.2},
+        "middle": {"ndcg@10": 0.1},
+        "tied": {"ndcg@10": 0.05},
+    }
+    sentences = orderings(published | {"absent": {"ndcg@10": 0.4}}, models, compare_pairs(models))
+    assert len(sentences) == 6
+    said = {sentence.split(" (")[0]: sentence.split("): ")[1] for sentence in sentences}
+    assert said["- best > worst"].startswith("holds: +")
+    assert said["- worst > middle"].startswith("does not hold: -")
+    assert said["- middle > tied"].startswith("not decided")
+
+
+def test_the_table_is_readable(tmp_path: Path) -> None:
+    from tests.conftest import ROOT, step
+
+    arguments = ("--experiment", "ml-1m", "--runs", "reports/ml-1m/records", "--output", tmp_path)
+    step("compare", *arguments, cwd=ROOT)
+    with (tmp_path / "comparisons.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    hstu = next(row for row in rows if (row["better"], row["worse"], row["protocol"]) == ("hstu", "sasrec", "paper"))
+    assert float(hstu["low"]) < float(hstu["difference"]) < float(hstu["high"])
+    assert int(hstu["users"]) == 6040
+    assert "hstu > sasrec (published 0.1720 > 0.1603): holds" in (tmp_path / "claims.md").read_text()
