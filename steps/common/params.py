@@ -54,6 +54,8 @@ def _parse(path: str, text: str, schema: str | None) -> Any:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise StepError(f"{path} is not YAML: {error}") from error
+    if isinstance(content, dict):
+        content = {key: _inherit(path, content, key) for key in content}
     if schema is not None:
         validator = jsonschema.Draft202012Validator(yaml.safe_load(schema))
         problem = jsonschema.exceptions.best_match(validator.iter_errors(content))
@@ -61,6 +63,16 @@ def _parse(path: str, text: str, schema: str | None) -> Any:
             key = ".".join(str(part) for part in problem.absolute_path) or "(top level)"
             raise StepError(f"{path}, key {key}: {problem.message}")
     return content
+
+
+def _inherit(path: str, content: dict[str, Any], key: str) -> Any:
+    """The entry `key`, completed by the entry it is `like`."""
+    value = content[key]
+    if not isinstance(value, dict) or "like" not in value:
+        return value
+    if value["like"] not in content or "like" in content[value["like"]]:
+        raise StepError(f"{path}, key {key}: {value['like']!r} is no entry of its own to be like")
+    return content[value["like"]] | {name: own for name, own in value.items() if name != "like"}
 
 
 def entry(name: str, key: str, root: Path = ROOT) -> Any:

@@ -31,6 +31,27 @@ def test_ml_1m_has_the_parity_contract() -> None:
     assert sasrec["model"]["optimizer"] == {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0}
 
 
+def test_the_study_s_data_sets_differ_in_their_ties_alone() -> None:
+    datasets = params.load("datasets", ROOT / "params")
+    for name in ("item-id", "shuffled"):
+        variant = datasets[f"ml-1m-{name}-ties"]
+        assert variant["ties"] == name
+        for key in ("source", "files", "checks", "training"):
+            assert variant[key] == datasets["ml-1m"][key]
+
+
+def test_a_row_like_another_has_its_keys_but_for_its_own(project: Path) -> None:
+    models = params.load("models", project / "params")
+    assert models["hstu-position"] == models["hstu"] | {
+        "label": "HSTU, position bias only",
+        "bias": {"position": True, "time": "none"},
+    }
+    path = project / "params/models.yaml"
+    path.write_text(path.read_text().replace("like: hstu", "like: hstv"))
+    with pytest.raises(StepError, match="key hstu-large: 'hstv' is no entry of its own to be like"):
+        params.load("models", project / "params")
+
+
 def test_an_experiment_overrides_its_training() -> None:
     short = params.resolve(params.Run("ml-1m-short", "ml-1m", "hstu", "paper", 0), ROOT / "params")
     assert short["training"]["epochs"] == 3
