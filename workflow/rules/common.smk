@@ -2,6 +2,14 @@
 
 from pathlib import Path
 
+
+localrules:
+    plan,
+    tabulate,
+    compare,
+    track,
+
+
 MODEL_CODE = sorted(
     str(path) for folder in ("steps/models", "steps/ranking", "kernels") for path in Path(folder).rglob("*.py")
 )
