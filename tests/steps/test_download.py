@@ -32,7 +32,7 @@ def offer(project: Path, content: bytes, checksum: str | None = None) -> Path:
     (mirror / "mine.zip").write_bytes(content)
     path = project / "params" / "datasets.yaml"
     datasets = yaml.safe_load(path.read_text())
-    mine = {key: datasets["demo"][key] for key in ("title", "files", "checks", "training")}
+    mine = {key: datasets["demo"][key] for key in ("title", "files", "checks", "ties", "training")}
     mine["source"] = {"file": "mine.zip", "sha256": checksum or hashlib.sha256(content).hexdigest()}
     path.write_text(yaml.safe_dump(datasets | {"mine": mine}))
     return mirror
