@@ -226,7 +226,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "synthesize": ["--dataset", "demo", "--output", folder / "mirror/demo.zip"],
         "download": ["--dataset", "demo", "--output", folder / "raw"],
         "validate": ["--dataset", "demo", "--raw", folder / "raw", "--output", folder / "valid"],
-        "preprocess": ["--valid", folder / "valid", "--output", folder / "processed"],
+        "preprocess": ["--dataset", "demo", "--valid", folder / "valid", "--output", folder / "processed"],
     }
     for name, values in arguments.items():
         environment = {"HSTU_DATA_MIRROR": str(folder / "mirror"), "PATH": "/usr/bin:/bin"}
