@@ -144,8 +144,9 @@ def _time_term(
 class _Lookup(torch.autograd.Function):
     """table[index] for a short table and very many indices; the gradient is a weighted histogram.
 
-    Indexing's own backward adds up equal indices one after the other: 1.9 s a step on an H100 at
-    B 128, N 200, where the histogram takes milliseconds. CUDA's histogram adds in no fixed order, so
+    Indexing's own backward adds up equal indices one after the other: a whole training step of two layers
+    at B 128, N 200 took 1.9 s on an H100 shared by six trainings, and 0.02 s with the histogram, shared by
+    four. CUDA's histogram adds in no fixed order, so
     deterministic mode keeps indexing's backward there.
     """
 

@@ -33,7 +33,7 @@ def sampled_softmax(
         (T,) losses.
 
     Small catalogues go through one matrix product over all items (`dense`): on 2 CPU cores at
-    T = 13,000, V = 3,883, R = 128, d = 50 that is several times faster than gathering T x R vectors.
+    T = 13,000, V = 3,884, R = 128, d = 50, forward and backward take 0.23 s, gathering T x R vectors 1.6 s.
     """
     small = len(table) <= _DENSE_ITEMS_PER_NEGATIVE * negatives.shape[1]
     return (dense if small else naive).sampled_softmax(states, table, positives, negatives, temperature, log_frequency)
