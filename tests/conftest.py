@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.numpy import save
 
 from steps.common.files import sha256, write_json
-from steps.synthesize import synthesize
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,6 +46,11 @@ def step(
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of the project's files whose demo is reduced: 120 users, 3 epochs, one seed."""
+    # Here, because tests/kernels also run where there is little more than torch.
+    import yaml
+
+    from steps.synthesize import synthesize
+
     copy = tmp_path / "project"
     for name in (
         "steps",

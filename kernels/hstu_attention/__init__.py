@@ -1,5 +1,169 @@
-"""HSTU's pointwise attention over jagged sequences, with its relative attention bias; and its softmax ablation."""
+"""HSTU's pointwise attention over jagged sequences, with its relative attention bias; its softmax ablation; and cached
+attention for scoring candidates.
 
-from kernels.hstu_attention.naive import TIME_BUCKETS, hstu_attention, softmax_attention, time_bucket
+On CUDA, float32, float16 and bfloat16 go through Triton kernels that never hold an N x N matrix; elsewhere through
+the torch version in `naive`. Gradients are the same to the bit from run to run where
+`torch.use_deterministic_algorithms(True)` is set.
+"""
 
-__all__ = ["TIME_BUCKETS", "hstu_attention", "softmax_attention", "time_bucket"]
+import torch
+
+from kernels.common import fits_triton
+from kernels.hstu_attention import naive
+from kernels.hstu_attention.naive import TIME_BUCKETS, time_bucket
+
+__all__ = ["TIME_BUCKETS", "cached_attention", "hstu_attention", "softmax_attention", "time_bucket"]
+
+_WIDEST_HEAD = 256
+
+
+def hstu_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    max_len: int,
+    *,
+    alpha: float = 1.0,
+    normaliser: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    time_bias: torch.Tensor | None = None,
+    query_time: torch.Tensor | None = None,
+    key_time: torch.Tensor | None = None,
+    max_attn_len: int = 0,
+    contextual_seq_len: int = 0,
+    num_targets: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """O_i = sum over the keys j that i sees of silu(alpha q_i . k_j + b_ij) / N * v_j (arXiv 2402.17152, equation 2).
+
+    Token i sees itself and the tokens before it; with `max_attn_len`, of these the last so many; with
+    `contextual_seq_len`, besides, the whole prefix of that length, which prefix tokens see too. With `num_targets`, a
+    row's last tokens are candidates: each sees the history before them and itself, and counts as standing right
+    behind the history, so that its output is what a row of its own would give it.
+
+    Args:
+        q, k: (T, h, dqk), jagged over rows; float32, float16 or bfloat16.
+        v: (T, h, dv).
+        offsets: (B + 1,) int64.
+        max_len: an upper bound of the row lengths.
+        alpha: factor on q . k.
+        normaliser: N; None divides by each row's own length, its targets counted as one.
+        position_bias: p, (2P - 1,) with P >= max_len: adds p[j - i], index 0 at P - 1.
+        time_bias: w, (129,): adds w[time_bucket(query_time_i - key_time_j)].
+        query_time, key_time: (T,) int64, seconds; needed with `time_bias`.
+        max_attn_len: 0 for no window.
+        contextual_seq_len: length of the prefix.
+        num_targets: (B,) int64.
+
+    Returns:
+        (T, h, dv). Differentiable in q, k, v and both tables.
+
+    Raises:
+        ValueError: a time bias without times.
+    """
+    _check_times(time_bias, query_time, key_time)
+    if _fits(q, k, v):
+        from kernels.hstu_attention import triton_op
+
+        return triton_op.attention(
+            q, k, v, offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time, key_time,
+            max_attn_len, contextual_seq_len, num_targets, False,
+        )[0]  # fmt: skip
+    return naive.hstu_attention(
+        q, k, v, offsets, max_len, alpha=alpha, normaliser=normaliser, position_bias=position_bias,
+        time_bias=time_bias, query_time=query_time, key_time=key_time, max_attn_len=max_attn_len,
+        contextual_seq_len=contextual_seq_len, num_targets=num_targets,
+    )  # fmt: skip
+
+
+def softmax_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    max_len: int,
+    *,
+    alpha: float = 1.0,
+    position_bias: torch.Tensor | None = None,
+    time_bias: torch.Tensor | None = None,
+    query_time: torch.Tensor | None = None,
+    key_time: torch.Tensor | None = None,
+    max_attn_len: int = 0,
+    contextual_seq_len: int = 0,
+    num_targets: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The ablation of `hstu_attention`: the same scores and masks, softmax over the keys seen instead of silu(.)/N."""
+    _check_times(time_bias, query_time, key_time)
+    if _fits(q, k, v):
+        from kernels.hstu_attention import triton_op
+
+        return triton_op.attention(
+            q, k, v, offsets, max_len, alpha, None, position_bias, time_bias, query_time, key_time,
+            max_attn_len, contextual_seq_len, num_targets, True,
+        )[0]  # fmt: skip
+    return naive.softmax_attention(
+        q, k, v, offsets, max_len, alpha=alpha, position_bias=position_bias, time_bias=time_bias,
+        query_time=query_time, key_time=key_time, max_attn_len=max_attn_len,
+        contextual_seq_len=contextual_seq_len, num_targets=num_targets,
+    )  # fmt: skip
+
+
+def cached_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    cached_k: torch.Tensor,
+    cached_v: torch.Tensor,
+    cached_offsets: torch.Tensor,
+    max_len: int,
+    max_cached_len: int,
+    *,
+    alpha: float = 1.0,
+    normaliser: float | None = None,
+    softmax: bool = False,
+    position_bias: torch.Tensor | None = None,
+    time_bias: torch.Tensor | None = None,
+    query_time: torch.Tensor | None = None,
+    key_time: torch.Tensor | None = None,
+    cached_time: torch.Tensor | None = None,
+    max_attn_len: int = 0,
+) -> torch.Tensor:
+    """Attention of candidates over a stored history: what `hstu_attention` gives them as targets behind it.
+
+    Args:
+        q, k, v: (T, h, dqk) and (T, h, dv) of the candidates, jagged over rows by `offsets` (B + 1,).
+        cached_k, cached_v: of the histories' tokens, jagged by `cached_offsets` (B + 1,).
+        max_len, max_cached_len: upper bounds of both lengths.
+        softmax: softmax over the keys instead of silu(.)/N.
+        cached_time: (T',) int64, the stored keys' times; `query_time` and `key_time` are the candidates'.
+        alpha, normaliser, position_bias, time_bias, max_attn_len: as in `hstu_attention`; P >= the longest history + 1.
+
+    Returns:
+        (T, h, dv). Not differentiable where Triton runs: this is inference.
+
+    Raises:
+        ValueError: a time bias without times.
+    """
+    _check_times(time_bias, query_time, key_time, cached_time)
+    if _fits(q, k, v) and _fits(q, cached_k, cached_v):
+        from kernels.hstu_attention import cached
+
+        return cached.cached_attention(
+            q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha, normaliser, softmax,
+            position_bias, time_bias, query_time, key_time, cached_time, max_attn_len,
+        )  # fmt: skip
+    return naive.cached_attention(
+        q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha=alpha,
+        normaliser=normaliser, softmax=softmax, position_bias=position_bias, time_bias=time_bias,
+        query_time=query_time, key_time=key_time, cached_time=cached_time, max_attn_len=max_attn_len,
+    )  # fmt: skip
+
+
+def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    return fits_triton(q, k, v) and q.dtype == k.dtype == v.dtype and max(q.shape[2], v.shape[2]) <= _WIDEST_HEAD
+
+
+def _check_times(time_bias: torch.Tensor | None, *times: torch.Tensor | None) -> None:
+    if time_bias is not None and any(time is None for time in times):
+        raise ValueError("time_bias needs query_time and key_time (and cached_time, with a cache)")

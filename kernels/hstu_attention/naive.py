@@ -1,4 +1,4 @@
-"""HSTU attention and its softmax ablation in plain torch: padded to (B, h, N, N), any device and type."""
+"""HSTU attention, its softmax ablation and cached attention in plain torch, padded to (B, h, N, N)."""
 
 import functools
 import math
@@ -27,26 +27,14 @@ def hstu_attention(
     time_bias: torch.Tensor | None = None,
     query_time: torch.Tensor | None = None,
     key_time: torch.Tensor | None = None,
+    max_attn_len: int = 0,
+    contextual_seq_len: int = 0,
+    num_targets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """O_i = sum over j <= i of silu(alpha q_i . k_j + b_ij) / N * v_j (arXiv 2402.17152, equation 2).
-
-    Args:
-        q, k: (T, h, dqk), jagged over sequences.
-        v: (T, h, dv).
-        offsets: (B + 1,) int64.
-        max_len: an upper bound of the sequence lengths.
-        alpha: factor on q . k.
-        normaliser: N; None divides by each sequence's own length.
-        position_bias: p, (2P - 1,) with P >= max_len: adds p[j - i], index 0 at P - 1.
-        time_bias: w, (129,): adds w[time_bucket(query_time_i - key_time_j)].
-        query_time, key_time: (T,) int64, seconds; needed with `time_bias`.
-
-    Returns:
-        (T, h, dv).
-    """
-    scores = _scores(q, k, offsets, max_len, alpha, position_bias, time_bias, query_time, key_time)
-    weights = F.silu(scores).masked_fill(~_causal(max_len, q.device), 0.0)
-    n = offsets.diff().clamp(min=1)[:, None, None, None] if normaliser is None else normaliser
+    scores = _scores(q, k, offsets, max_len, num_targets, alpha, position_bias, time_bias, query_time, key_time)
+    seen = visible(offsets, max_len, max_attn_len, contextual_seq_len, num_targets)
+    weights = F.silu(scores).masked_fill(~seen[:, None], 0.0)
+    n = own_length(offsets, num_targets)[:, None, None, None] if normaliser is None else normaliser
     return _weighted_values(weights / n, v, offsets, max_len)
 
 
@@ -62,11 +50,70 @@ def softmax_attention(
     time_bias: torch.Tensor | None = None,
     query_time: torch.Tensor | None = None,
     key_time: torch.Tensor | None = None,
+    max_attn_len: int = 0,
+    contextual_seq_len: int = 0,
+    num_targets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The ablation of `hstu_attention`: the same scores, with softmax over j <= i instead of silu(.)/N."""
-    scores = _scores(q, k, offsets, max_len, alpha, position_bias, time_bias, query_time, key_time)
-    weights = torch.softmax(scores.masked_fill(~_causal(max_len, q.device), -torch.inf), dim=-1)
+    scores = _scores(q, k, offsets, max_len, num_targets, alpha, position_bias, time_bias, query_time, key_time)
+    seen = visible(offsets, max_len, max_attn_len, contextual_seq_len, num_targets)
+    weights = torch.softmax(scores.masked_fill(~seen[:, None], -torch.inf), dim=-1)
     return _weighted_values(weights, v, offsets, max_len)
+
+
+def cached_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    cached_k: torch.Tensor,
+    cached_v: torch.Tensor,
+    cached_offsets: torch.Tensor,
+    max_len: int,
+    max_cached_len: int,
+    *,
+    alpha: float = 1.0,
+    normaliser: float | None = None,
+    softmax: bool = False,
+    position_bias: torch.Tensor | None = None,
+    time_bias: torch.Tensor | None = None,
+    query_time: torch.Tensor | None = None,
+    key_time: torch.Tensor | None = None,
+    cached_time: torch.Tensor | None = None,
+    max_attn_len: int = 0,
+) -> torch.Tensor:
+    lengths, cached_lengths = offsets.diff(), cached_offsets.diff()
+    joined_offsets = jagged.offsets_from_lengths(lengths + cached_lengths)
+    total = len(q) + len(cached_k)
+    row, place = jagged.naive.row_and_place(joined_offsets, total)
+    is_new = place >= cached_lengths[row]
+
+    def join(cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Each row's cached tokens, then its new ones."""
+        tokens = new.new_empty(total, *new.shape[1:])
+        tokens[~is_new], tokens[is_new] = cached, new
+        return tokens
+
+    times: dict[str, Any] = {}
+    if time_bias is not None:
+        if query_time is None or key_time is None or cached_time is None:
+            raise ValueError("time_bias needs query_time, key_time and cached_time")
+        times = {"query_time": join(cached_time, query_time), "key_time": join(cached_time, key_time)}
+    attend = softmax_attention if softmax else functools.partial(hstu_attention, normaliser=normaliser)
+    joined_q = join(q.new_zeros(len(cached_k), *q.shape[1:]), q)
+    output = attend(
+        joined_q,
+        join(cached_k, k),
+        join(cached_v, v),
+        joined_offsets,
+        max_len + max_cached_len,
+        alpha=alpha,
+        position_bias=position_bias,
+        time_bias=time_bias,
+        **times,
+        max_attn_len=max_attn_len,
+        num_targets=lengths,
+    )
+    return output[is_new]
 
 
 def time_bucket(seconds: torch.Tensor) -> torch.Tensor:
@@ -75,14 +122,48 @@ def time_bucket(seconds: torch.Tensor) -> torch.Tensor:
     Compared against the buckets' first whole seconds, so every device gets the same bucket: a float32
     logarithm may round to either side of an edge.
     """
-    return torch.bucketize(seconds.abs(), _bucket_starts(seconds.device), right=True)
+    return torch.bucketize(seconds.abs(), bucket_starts(seconds.device), right=True)
 
 
 @functools.cache
-def _bucket_starts(device: torch.device) -> torch.Tensor:
-    """The least whole second in bucket k, for k = 1..128."""
-    starts = [math.ceil(math.exp(_BUCKET_WIDTH * bucket)) for bucket in range(1, TIME_BUCKETS)]
+def bucket_starts(device: torch.device) -> torch.Tensor:
+    """The least whole second in bucket k, for k = 1..128; capped at what int64 holds."""
+    starts = [min(math.ceil(math.exp(_BUCKET_WIDTH * bucket)), 2**63 - 1) for bucket in range(1, TIME_BUCKETS)]
     return torch.tensor(starts, dtype=torch.int64, device=device)
+
+
+def visible(
+    offsets: torch.Tensor, max_len: int, max_attn_len: int, contextual_seq_len: int, num_targets: torch.Tensor | None
+) -> torch.Tensor:
+    """Whether token i of a row sees its token j: rows i, columns j. `hstu_attention` states the rules.
+
+    (B, N, N) where rows differ, which they do with targets and with a prefix; else (1, N, N).
+    """
+    place = torch.arange(max_len, device=offsets.device)
+    i, j = place[:, None], place[None, :]
+    seen = (j <= i)[None]
+    if num_targets is not None:
+        history = _history(offsets, num_targets)[:, None, None]
+        seen = seen & ((j < history) | (i == j))
+        i, j = torch.minimum(i, history), torch.minimum(j, history)
+    if max_attn_len:
+        seen = seen & (i - j <= max_attn_len)
+    if contextual_seq_len:
+        seen = seen | (place < _history(offsets, num_targets).clamp(max=contextual_seq_len)[:, None])[:, None, :]
+    return seen
+
+
+def own_length(offsets: torch.Tensor, num_targets: torch.Tensor | None) -> torch.Tensor:
+    """(B,) tokens of a row, its targets counted as one, at least 1: what `normaliser` None divides by."""
+    lengths = offsets.diff()
+    if num_targets is not None:
+        lengths = lengths - (num_targets - 1).clamp(min=0)
+    return lengths.clamp(min=1)
+
+
+def _history(offsets: torch.Tensor, num_targets: torch.Tensor | None) -> torch.Tensor:
+    """(B,) tokens of a row before its targets."""
+    return offsets.diff() if num_targets is None else offsets.diff() - num_targets
 
 
 def _scores(
@@ -90,6 +171,7 @@ def _scores(
     k: torch.Tensor,
     offsets: torch.Tensor,
     max_len: int,
+    num_targets: torch.Tensor | None,
     alpha: float,
     position_bias: torch.Tensor | None,
     time_bias: torch.Tensor | None,
@@ -99,7 +181,10 @@ def _scores(
     """alpha q_i . k_j + b_ij, padded: (B, h, N, N)."""
     scores = alpha * _to_heads(q, offsets, max_len) @ _to_heads(k, offsets, max_len).transpose(-1, -2)
     if position_bias is not None:
-        scores = scores + _position_term(position_bias, max_len)
+        place = torch.arange(max_len, device=q.device)[None]
+        if num_targets is not None:
+            place = torch.minimum(place, _history(offsets, num_targets)[:, None])
+        scores = scores + _position_term(position_bias, place)[:, None]
     if time_bias is not None:
         if query_time is None or key_time is None:
             raise ValueError("time_bias needs query_time and key_time")
@@ -107,14 +192,11 @@ def _scores(
     return scores
 
 
-def _causal(n: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
-
-
 def _weighted_values(weights: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
     """(B, h, N, N) weights times v, back to jagged (T, h, dv)."""
     heads, dv = v.shape[1:]
-    output = (weights @ _to_heads(v, offsets, max_len)).transpose(1, 2).reshape(-1, max_len, heads * dv)
+    values = _to_heads(v, offsets, max_len)
+    output = (weights.to(values.dtype) @ values).transpose(1, 2).reshape(len(values), max_len, heads * dv)
     return jagged.to_jagged(output, offsets).view(-1, heads, dv)
 
 
@@ -122,14 +204,13 @@ def _to_heads(tensor: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torc
     """(T, h, d) jagged to (B, h, N, d) padded."""
     heads, dim = tensor.shape[1:]
     padded = jagged.to_padded(tensor.reshape(-1, heads * dim), offsets, max_len)
-    return padded.view(-1, max_len, heads, dim).transpose(1, 2)
+    return padded.view(len(offsets) - 1, max_len, heads, dim).transpose(1, 2)
 
 
-def _position_term(table: torch.Tensor, n: int) -> torch.Tensor:
-    """p[j - i] as (N, N): rows i, columns j."""
-    place = torch.arange(n, device=table.device)
+def _position_term(table: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """p[place_j - place_i] as (B, N, N) for places (B, N); B is 1 where all rows have the same."""
     zero = (len(table) - 1) // 2
-    return table[place[None, :] - place[:, None] + zero]
+    return _Lookup.apply(table, place[:, None, :] - place[:, :, None] + zero)
 
 
 def _time_term(

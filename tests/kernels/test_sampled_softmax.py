@@ -1,14 +1,18 @@
-"""Sampled softmax: its definition in loops, its two implementations, its limit."""
+"""Sampled softmax: its definition in loops, its three implementations, its limit."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kernels.sampled_softmax import dense, naive, sampled_softmax
+from kernels.sampled_softmax import dense, naive, sampled_softmax, triton_op
 
 TEMPERATURE = 0.05
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 
 
 def inputs(tokens: int = 9, items: int = 12, negatives: int = 5, dim: int = 4):
@@ -67,3 +71,159 @@ def test_the_dispatch_follows_the_catalogue_size(monkeypatch: pytest.MonkeyPatch
     for items in (320, 321):
         sampled_softmax(torch.zeros(1, 2), torch.zeros(items, 2), torch.zeros(1), torch.zeros(1, 5), TEMPERATURE)
     assert used == ["dense", "naive"]
+
+
+def test_what_fits_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.sampled_softmax.fits_triton", lambda *_: True)
+    monkeypatch.setattr(triton_op, "sampled_softmax", lambda *arguments: arguments)
+    arguments = (*inputs(), TEMPERATURE, None)
+    assert sampled_softmax(*arguments) == arguments
+
+
+def draws(
+    tokens: int, negatives: int, items: int, dim: int, dtype: torch.dtype = torch.float32, popular: float = 0.0
+) -> list[torch.Tensor]:
+    """States, table, positives, negatives; item 0 takes the share `popular` of all draws, the rest is uniform."""
+    torch.manual_seed(1000 * tokens + dim)
+    drawn = torch.randint(0, items, (tokens, 1 + negatives)) * (torch.rand(tokens, 1 + negatives) >= popular)
+    vectors = [torch.randn(rows, dim).to(DEVICE, dtype) for rows in (tokens, items)]
+    return [*vectors, drawn[:, 0].to(DEVICE), drawn[:, 1:].to(DEVICE)]
+
+
+def results(
+    implementation, states, table, positives, negatives, log_frequency: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """The losses, and the gradients of states and table of their weighted sum."""
+    leaves = [x.detach().requires_grad_() for x in (states, table)]
+    losses = implementation.sampled_softmax(*leaves, positives, negatives, TEMPERATURE, log_frequency)
+    weight = torch.arange(len(states), device=DEVICE) % 4 - 1  # exact in every type
+    return [losses.detach(), *torch.autograd.grad((losses * weight).sum(), leaves)]
+
+
+def assert_as_exact_as_naive(
+    states: torch.Tensor, table: torch.Tensor, *indices: torch.Tensor, log_frequency: torch.Tensor | None = None
+) -> None:
+    """The error against float64 is at most twice that of `naive` in the same type, up to a few roundings.
+
+    A logit, at most 1 / temperature, is rounded in float32 about twice (cosine, division); what that does to
+    the loss is absolute, to gradients relative. Gradients are rounded once more, to their type.
+    """
+    doubles = [None if x is None else x.double() for x in (states, table, log_frequency)]
+    exact = results(naive, *doubles[:2], *indices, doubles[2])
+    plain = results(naive, states, table, *indices, log_frequency)
+    fused = results(triton_op, states, table, *indices, log_frequency)
+    assert [x.dtype for x in fused] == [torch.float32, states.dtype, table.dtype]
+    logit = 2 * torch.finfo(torch.float32).eps / TEMPERATURE
+    for ours, theirs, truth in zip(fused, plain, exact, strict=True):
+        assert ours.shape == truth.shape
+        if truth.numel():
+            error, allowed = ((x.double() - truth).abs().max() for x in (ours, theirs))
+            rounding = logit if truth.dim() == 1 else (logit + torch.finfo(ours.dtype).eps / 2) * truth.abs().max()
+            assert error <= 2 * allowed + rounding
+
+
+def use_blocks(monkeypatch: pytest.MonkeyPatch, negatives: int, drawn: int, chunk: int) -> None:
+    """Blocks so small that a few tokens need several of every kind."""
+    rows = {
+        "sampled_softmax_norms": {"block_items": 4, "num_warps": 1},
+        "sampled_softmax_forward": {"block_negatives": negatives, "num_warps": 1},
+        "sampled_softmax_table": {"block_draws": drawn, "chunk": chunk, "num_warps": 1},
+    }
+    monkeypatch.setattr(triton_op, "configuration", lambda operation, *_: rows[operation])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("tokens", "negatives", "items", "dim", "popular"),
+    [
+        (23, 9, 12, 40, 0.0),  # items drawn twice, negatives that are the positive
+        (5, 3, 300, 8, 0.0),
+        (40, 9, 6, 17, 0.9),  # 360 draws of one item
+        (4, 0, 7, 9, 0.0),  # no negative
+        (0, 3, 5, 8, 0.0),  # no token
+        (3, 1, 1, 16, 0.0),  # no item but the positive
+    ],
+)
+def test_triton_is_as_exact_as_torch(tokens, negatives, items, dim, popular, dtype) -> None:
+    assert_as_exact_as_naive(*draws(tokens, negatives, items, dim, dtype, popular))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    tokens=st.integers(1, 24),
+    negatives=st.integers(0, 9),
+    items=st.integers(1, 12),
+    dim=st.integers(8, 40),
+    popular=st.sampled_from([0.0, 0.5, 0.95]),
+    blocks=st.tuples(st.sampled_from([2, 4]), st.sampled_from([2, 8]), st.sampled_from([1, 3, 8])),
+    corrected=st.booleans(),
+    dtype=st.sampled_from(TYPES),
+)
+def test_triton_with_many_blocks_and_chunks(tokens, negatives, items, dim, popular, blocks, corrected, dtype) -> None:
+    arguments = draws(tokens, negatives, items, dim, dtype, popular)
+    log_frequency = torch.linspace(-6, 0, items).to(DEVICE, dtype) if corrected else None
+    with pytest.MonkeyPatch.context() as patch:
+        use_blocks(patch, *blocks)
+        assert_as_exact_as_naive(*arguments, log_frequency=log_frequency)
+
+
+def test_triton_has_the_gradients_of_vectors_too_short_to_normalise() -> None:
+    states, table, *indices = draws(12, 5, 6, 10)
+    for vectors in (states, table):
+        vectors[0] = 0
+        vectors[1] *= 1e-8
+    exact = results(naive, states.double(), table.double(), *indices)
+    for ours, truth in zip(results(triton_op, states, table, *indices), exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_triton_takes_types_and_layouts_as_they_come() -> None:
+    states, table, positives, negatives = draws(10, 5, 6, 20)
+    states = states.half()
+    expected = results(triton_op, states.float(), table, positives, negatives)
+    wide = torch.cat([states, states], dim=1)[:, :20]
+    actual = results(triton_op, wide, table.T.contiguous().T, positives, negatives.T.contiguous().T)
+    for ours, truth, dtype in zip(actual, expected, [torch.float32, torch.float16, torch.float32], strict=True):
+        assert torch.equal(ours, truth.to(dtype))
+
+
+def test_triton_repeats_bit_by_bit_and_leaves_what_is_not_drawn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_blocks(monkeypatch, 4, 4, 8)
+    states, table, *indices = draws(20, 7, 5, 12, popular=0.5)
+    table = torch.cat([table, table])  # rows 5 to 9 are never drawn
+    first, second = (results(triton_op, states, table, *indices) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert not first[2][5:].any()
+
+
+def test_the_operators_are_registered_for_compilation() -> None:
+    states, table, *indices = draws(4, 3, 5, 8)
+    states.requires_grad_()
+    table.requires_grad_()
+    torch.library.opcheck(triton_op._forward, (states, table, *indices, TEMPERATURE, None))
+    saved = torch.ops.hstu.sampled_softmax_forward(states, table, *indices, TEMPERATURE, None)[1:4]
+    arguments = [x.detach() for x in (states, table, *indices, *saved)]
+    torch.library.opcheck(triton_op._table_gradient, arguments)
+
+
+@pytest.mark.gpu
+def test_triton_in_a_cuda_graph() -> None:
+    arguments = draws(500, 128, 3000, 50)
+    expected = results(triton_op, *arguments)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(triton_op, *arguments)
+    graph.replay()
+    assert all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.gpu
+def test_triton_needs_a_tenth_of_the_memory() -> None:
+    arguments = draws(2000, 128, 4000, 256, torch.bfloat16)
+    peaks = []
+    for implementation in (triton_op, naive):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results(implementation, *arguments)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[0] <= peaks[1] / 10

@@ -1,0 +1,67 @@
+"""What the Triton operations share: when they apply, and how a launch finds its block sizes."""
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+#: Launch parameters: operation -> "default" or a compute capability -> shape class -> parameters.
+TABLE = Path(__file__).with_name("configurations.json")
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def triton_available() -> bool:
+    """Whether Triton kernels can run here: on a CUDA device, or interpreted (TRITON_INTERPRET=1) for tests."""
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def fits_triton(*tensors: torch.Tensor | None) -> bool:
+    """Whether these tensors are what the Triton kernels take: float32, float16 or bfloat16, on CUDA."""
+    return triton_available() and all(t is None or (t.is_cuda and t.dtype in _TYPES) for t in tensors)
+
+
+def configuration(operation: str, shape_class: str, device: torch.device) -> Mapping[str, int]:
+    """The launch parameters of `operation` for a class of shapes, from the table checked in beside this file.
+
+    The table is chosen by the device's compute capability ("sm_90"); where that has no entry, "default" has.
+    `python -m kernels.tune` writes entries. Nothing is timed at run time: a choice that depends on timing
+    changes the order of additions from run to run.
+    """
+    return table_entry(operation, shape_class, _capability(device.type, device.index))
+
+
+@functools.cache
+def table_entry(operation: str, shape_class: str, capability: str) -> Mapping[str, int]:
+    """The table's entry for a capability such as "sm_90", or the default."""
+    rows = json.loads(TABLE.read_text())[operation]
+    return {**rows["default"][shape_class], **rows.get(capability, {}).get(shape_class, {})}
+
+
+@functools.cache
+def _capability(device: str, index: int | None) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index)) if device == "cuda" else "default"
+
+
+def write_table(path: Path, capability: str, chosen: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
+    """Enter operation -> shape class -> launch parameters for a capability; a line an entry, so that changes show."""
+    table = json.loads(path.read_text())
+    for operation, rows in chosen.items():
+        table[operation].setdefault(capability, {}).update(rows)
+    operations = []
+    for operation in sorted(table):
+        capabilities = []
+        for name, rows in table[operation].items():
+            lines = ",\n".join(f'      "{row}": {json.dumps(rows[row])}' for row in rows)
+            capabilities.append(f'    "{name}": {{\n{lines}\n    }}')
+        operations.append(f'  "{operation}": {{\n' + ",\n".join(capabilities) + "\n  }")
+    path.write_text("{\n" + ",\n".join(operations) + "\n}\n")

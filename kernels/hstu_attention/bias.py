@@ -1,0 +1,143 @@
+"""Kernels that prepare the biases: linear in tokens, shared by all heads, a small part of the attention's time."""
+# A kernel's arguments have no Python types.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
+import triton
+import triton.language as tl
+
+from kernels.hstu_attention.tiles import (
+    BAND_BLOCK,
+    HIDDEN,
+    LONGEST_SPAN,
+    approximate_bucket,
+    first_near_key,
+    spread_center,
+    time_entries,
+)
+
+
+@triton.jit(do_not_specialize=["zero"])
+def spread_kernel(position_bias, spread, zero, BLOCK: tl.constexpr):
+    """The position table as `position_pairs` reads it: zeros around it, once more shifted by one, and both reversed.
+
+    Grid (blocks of the width,); writes (4, width) float32.
+    """
+    center = spread_center(zero)
+    width = 2 * center + 2
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for shift in tl.static_range(2):
+        entry = place + shift - (center - zero)
+        inside = (entry >= 0) & (entry <= 2 * zero)
+        forwards = tl.load(position_bias + entry, mask=inside, other=0.0)
+        backwards = tl.load(position_bias + 2 * zero - entry, mask=inside, other=0.0)
+        tl.store(spread + shift * width + place, forwards, mask=place < width)
+        tl.store(spread + (2 + shift) * width + place, backwards, mask=place < width)
+
+
+@triton.jit(do_not_specialize=["position_zero"])
+def band_kernel(
+    band, offsets, position_bias, time_bias, bucket_edges, query_time, key_time, position_zero,
+    POSITION: tl.constexpr, BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Biases and causal mask near the diagonal: (T, 2 BAND_BLOCK), key `first_near_key(query) + column`.
+
+    Near the diagonal a tile has many buckets. Here each element's is computed once for all heads, and once for all
+    kernels of a pass. Grid (tiles of BLOCK queries, rows).
+    """
+    start = tl.load(offsets + tl.program_id(1))
+    n = (tl.load(offsets + tl.program_id(1) + 1) - start).to(tl.int32)
+    first = tl.program_id(0) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    if first < n:
+        query_times = tl.load(query_time + start + i, mask=i < n, other=0)[:, None]
+        for chunk in range(0, 2 * BAND_BLOCK, BLOCK):
+            j = first_near_key(first) + chunk + tl.arange(0, BLOCK)
+            value = tl.full([BLOCK, BLOCK], HIDDEN, tl.float32)
+            if (first_near_key(first) + chunk < first + BLOCK) & (first_near_key(first) + chunk >= 0):
+                key_times = tl.load(key_time + start + j, mask=j < n, other=0)[None, :]
+                bias = time_entries(time_bias, bucket_edges, query_times, key_times, ASSEMBLY)
+                if POSITION:
+                    index = tl.maximum(j[None, :] - tl.minimum(i, n - 1)[:, None] + position_zero, 0)
+                    bias += tl.load(position_bias + tl.minimum(index, 2 * position_zero))
+                value = tl.where(j[None, :] <= i[:, None], bias, HIDDEN)
+            column = chunk + tl.arange(0, BLOCK)
+            tl.store(
+                band + (start + i)[:, None] * (2 * BAND_BLOCK) + column[None, :],
+                value.to(band.dtype.element_ty),
+                mask=(i < n)[:, None],
+            )
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def relative_time_kernel(
+    query_time, key_time, offsets, since, query_ranges, key_ranges, tokens,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Times since the row's first key, (2, T) int32, queries' and keys', cut at LONGEST_SPAN; and their least and
+    greatest in tiles of BLOCK_M queries and of BLOCK_N keys, (slots, 2) int32.
+
+    A row's tiles start at slot offset // BLOCK_M + row, which leaves each row room enough. Grid (tiles of BLOCK, rows).
+    """
+    row, tile = tl.program_id(1), tl.program_id(0)
+    start = tl.load(offsets + row)
+    n = tl.load(offsets + row + 1) - start
+    i = tile * BLOCK + tl.arange(0, BLOCK)
+    if tile * BLOCK < n:
+        origin = tl.load(key_time + start)
+        query_since = _cut(tl.load(query_time + start + i, mask=i < n, other=0) - origin)
+        key_since = _cut(tl.load(key_time + start + i, mask=i < n, other=0) - origin)
+        tl.store(since + start + i, query_since, mask=i < n)
+        tl.store(since + tokens + start + i, key_since, mask=i < n)
+        _store_ranges(query_ranges, query_since, start, n, row, tile, BLOCK_M, BLOCK)
+        _store_ranges(key_ranges, key_since, start, n, row, tile, BLOCK_N, BLOCK)
+
+
+@triton.jit
+def _cut(seconds):
+    return tl.minimum(tl.maximum(seconds, -LONGEST_SPAN), LONGEST_SPAN).to(tl.int32)
+
+
+@triton.jit
+def _store_ranges(ranges, since, start, n, row, tile, SIZE, BLOCK):
+    """Least and greatest of every SIZE of the BLOCK values."""
+    i = tile * BLOCK + tl.arange(0, BLOCK)
+    parts = tl.arange(0, BLOCK // SIZE)
+    slots = start // SIZE + row + tile * (BLOCK // SIZE) + parts
+    inside = tile * BLOCK + parts * SIZE < n
+    low = tl.min(tl.reshape(tl.where(i < n, since, LONGEST_SPAN), [BLOCK // SIZE, SIZE]), 1)
+    high = tl.max(tl.reshape(tl.where(i < n, since, -LONGEST_SPAN), [BLOCK // SIZE, SIZE]), 1)
+    tl.store(ranges + 2 * slots, low, mask=inside)
+    tl.store(ranges + 2 * slots + 1, high, mask=inside)
+
+
+@triton.jit(do_not_specialize=["width"])
+def tile_bucket_kernel(
+    offsets, query_ranges, key_ranges, tiles, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Which buckets a tile of BLOCK_M queries and BLOCK_N keys has: (query tile slots, width) int32.
+
+    An entry packs the first, the last (8 bits each), whether no query is before a key (a bit, only with the next),
+    and whether the int32 times since the row's first key were not cut. One entry for some thousands of scores.
+    Grid (chunks of key tiles x query tiles of the longest row, rows).
+    """
+    chunks = tl.cdiv(width, BLOCK)
+    row, tile, chunk = tl.program_id(1), tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    start = tl.load(offsets + row)
+    n = tl.load(offsets + row + 1) - start
+    if tile * BLOCK_M < n:
+        slot = start // BLOCK_M + row + tile
+        query_low, query_high = tl.load(query_ranges + 2 * slot), tl.load(query_ranges + 2 * slot + 1)
+        key_tile = chunk * BLOCK + tl.arange(0, BLOCK)
+        pointers = key_ranges + 2 * (start // BLOCK_N + row + key_tile)
+        inside = key_tile * BLOCK_N < n
+        key_low, key_high = tl.load(pointers, mask=inside, other=0), tl.load(pointers + 1, mask=inside, other=0)
+        near = tl.maximum(tl.maximum(query_low - key_high, key_low - query_high), 0).to(tl.float32)
+        far = tl.maximum(tl.maximum(query_high - key_low, key_high - query_low), 0).to(tl.float32)
+        # Wider by more than the errors of logarithm and conversion, so that an element at an edge is counted in.
+        first = approximate_bucket(near * (1 - 1e-5), ASSEMBLY)
+        last = approximate_bucket(far * (1 + 1e-5), ASSEMBLY)
+        whole = (tl.minimum(key_low, query_low) > -LONGEST_SPAN) & (tl.maximum(key_high, query_high) < LONGEST_SPAN)
+        first, last = tl.where(whole, first, 0), tl.where(whole, last, 128)
+        flags = 65536 * (whole & (query_low >= key_high)).to(tl.int32) + 131072 * whole.to(tl.int32)
+        tl.store(tiles + slot * width + key_tile, first + 256 * last + flags, mask=key_tile < width)

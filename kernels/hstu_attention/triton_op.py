@@ -1,0 +1,512 @@
+"""HSTU and softmax attention as torch operations: launches of the Triton kernels, and their registration with torch."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.common import configuration
+from kernels.hstu_attention.backward import (
+    bias_gradient_kernel,
+    diagonal_sum_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+)
+from kernels.hstu_attention.bias import band_kernel, relative_time_kernel, spread_kernel, tile_bucket_kernel
+from kernels.hstu_attention.forward import forward_kernel
+from kernels.hstu_attention.naive import bucket_starts
+from kernels.hstu_attention.tiles import BAND_BLOCK, PADDING
+
+#: Rows no longer than this are of the "short" shape class.
+SHORT = 256
+_TIME_SLOTS = 256  # buckets 0..128, padded to a power of two
+_BIAS_PROGRAMS = 4096
+
+
+def shape_class(q: torch.Tensor, v: torch.Tensor, max_len: int, biased: bool) -> str:
+    """What the configuration table distinguishes: the padded head dimension, type width, row length, bias."""
+    dim = max(_block(q.shape[2]), _block(v.shape[2]))
+    words = [f"d{dim}", "short" if max_len <= SHORT else "long", "bias" if biased else "plain"]
+    return "-".join([*words, "fp32"] if q.dtype == torch.float32 else words)
+
+
+class _Launch:
+    """The arguments that all kernels of one call share."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        offsets: torch.Tensor,
+        max_len: int,
+        alpha: float,
+        normaliser: float | None,
+        position_bias: torch.Tensor | None,
+        time_bias: torch.Tensor | None,
+        query_time: torch.Tensor | None,
+        key_time: torch.Tensor | None,
+        max_attn_len: int,
+        contextual_seq_len: int,
+        num_targets: torch.Tensor | None,
+        softmax: bool,
+    ) -> None:
+        self.q, self.k, self.v = q, k, v
+        self.tokens, self.heads, self.dqk = q.shape
+        self.dv = v.shape[2]
+        self.offsets, self.rows, self.max_len = offsets, len(offsets) - 1, max_len
+        self.times = (query_time, key_time) if time_bias is not None else (None, None)
+        self.prefix = contextual_seq_len
+        self.biased = position_bias is not None or time_bias is not None
+        self.plain_masks = not (num_targets is not None or max_attn_len or contextual_seq_len)
+        self.tables = {
+            "position_bias": None if position_bias is None else position_bias.float().contiguous(),
+            "time_bias": None if time_bias is None else time_bias.float().contiguous(),
+            "bucket_edges": _bucket_edges(q.device) if time_bias is not None else None,
+            "query_time": self.times[0],
+            "key_time": self.times[1],
+        }
+        self.common: dict[str, Any] = {
+            "offsets": offsets,
+            "num_targets": num_targets,
+            **self.tables,
+            "alpha": alpha,
+            "normaliser": normaliser or 1.0,
+            "heads": self.heads,
+            "total_tokens": self.tokens,
+            "position_zero": (len(position_bias) - 1) // 2 if position_bias is not None else 0,
+            "window": max_attn_len,
+            "prefix": contextual_seq_len,
+            "DQK": self.dqk,
+            "DV": self.dv,
+            "BLOCK_DQK": _block(self.dqk),
+            "BLOCK_DV": _block(self.dv),
+            "POSITION": position_bias is not None,
+            "TIME": time_bias is not None,
+            "TARGETS": num_targets is not None,
+            "WINDOW": max_attn_len > 0,
+            "PREFIX": contextual_seq_len > 0,
+            "BY_LENGTH": normaliser is None and not softmax,
+            "SOFTMAX": softmax,
+            "PRECISION": "tf32" if q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "FAST": q.is_cuda and q.dtype != torch.float32,
+            "ASSEMBLY": q.is_cuda,
+        }
+        self.common["spread"], self.common["band"] = self._spread_table(), self._band()
+
+    def configuration(self, kernel: str) -> dict[str, int]:
+        name = shape_class(self.q, self.v, self.max_len, self.biased)
+        return dict(configuration(f"hstu_attention.{kernel}", name, self.q.device))
+
+    def rows_of(self, config: Mapping[str, int], **tensors: tuple[torch.Tensor, int]) -> dict[str, Any]:
+        """Arguments for token tensors (T, h, d), each with the tile height it is read at: tensors or descriptors."""
+        descriptor = bool(config["descriptor"]) and all(_describable(tensor) for tensor, _ in tensors.values())
+        arguments: dict[str, Any] = {"DESCRIPTOR": descriptor}
+        for name, (tensor, block) in tensors.items():
+            arguments[name] = _describe(tensor, block) if descriptor else tensor
+            letter = {"q": "q", "k": "k", "v": "v", "grad": "g"}[name]
+            arguments |= {f"stride_{letter}t": tensor.stride(0), f"stride_{letter}h": tensor.stride(1)}
+        return arguments
+
+    def _diagonals(self, rows: int, warps: int) -> bool:
+        """Whether score tiles come in the layout of Hopper's tensor cores, one warp above the other: not from float32
+        products that are not TF32, and not where a tile has less than 16 rows a warp."""
+        if not self.q.is_cuda:
+            return True
+        tensor_cores = self.q.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+        return tensor_cores and rows >= 16 * warps and torch.cuda.get_device_capability(self.q.device)[0] == 9
+
+    def _spread_table(self) -> torch.Tensor | None:
+        table = self.tables["position_bias"]
+        if table is None or not self.plain_masks or not self.tokens:
+            return None
+        zero = self.common["position_zero"]
+        width = 2 * (zero + PADDING.value + zero % 2) + 2
+        spread = table.new_empty(4, width)
+        spread_kernel[(triton.cdiv(width, 256),)](table, spread, zero, BLOCK=256)
+        return spread
+
+    def _band(self) -> torch.Tensor | None:
+        if not self.common["TIME"] or not self.plain_masks or not self.tokens:
+            return None
+        band = self.q.new_empty(self.tokens, 2 * BAND_BLOCK.value)
+        band_kernel[(triton.cdiv(self.max_len, 64), self.rows)](
+            band,
+            self.offsets,
+            **self.tables,
+            position_zero=self.common["position_zero"],
+            POSITION=self.common["POSITION"],
+            BLOCK=64,
+            ASSEMBLY=self.common["ASSEMBLY"],
+        )
+        return band
+
+    def tile_buckets(self, block_m: int, block_n: int) -> dict[str, Any]:
+        """Arguments that say how times fall into buckets, for tiles of block_m queries and block_n keys."""
+        query_time, key_time = self.times
+        if query_time is None:
+            return {"since": None, "tiles_buckets": None, "tiles_width": 0}
+        since = query_time.new_empty(2, self.tokens, dtype=torch.int32)
+        slots = self.tokens // block_m + self.rows + 1
+        query_ranges = since.new_empty(slots, 2)
+        key_ranges = since.new_empty(self.tokens // block_n + self.rows + 1, 2)
+        block = max(block_m, block_n)
+        relative_time_kernel[(triton.cdiv(self.max_len, block), self.rows)](
+            query_time, key_time, self.offsets, since, query_ranges, key_ranges, self.tokens,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=block,
+        )  # fmt: skip
+        width = triton.cdiv(self.max_len, block_n)
+        tiles = since.new_empty(slots, width)
+        programs = triton.cdiv(self.max_len, block_m) * triton.cdiv(width, 32)
+        tile_bucket_kernel[(programs, self.rows)](
+            self.offsets, query_ranges, key_ranges, tiles, width,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=32, ASSEMBLY=self.common["ASSEMBLY"],
+        )  # fmt: skip
+        return {"since": since, "tiles_buckets": tiles, "tiles_width": width}
+
+    def forward(self, config: Mapping[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.v.new_empty(self.tokens, self.heads, self.dv)
+        log_mass = self.q.new_empty((self.heads, self.tokens) if self.common["SOFTMAX"] else (0,), dtype=torch.float32)
+        tiles = triton.cdiv(self.max_len, config["block_m"])
+        if self.tokens and tiles:
+            forward_kernel[(tiles * self.heads, self.rows)](
+                output=output,
+                log_mass=log_mass,
+                **self.tile_buckets(config["block_m"], config["block_n"]),
+                stride_ot=output.stride(0),
+                stride_oh=output.stride(1),
+                num_tiles=tiles,
+                **self.rows_of(
+                    config,
+                    q=(self.q, config["block_m"]),
+                    k=(self.k, config["block_n"]),
+                    v=(self.v, config["block_n"]),
+                ),
+                **self.common,
+                **_blocks(config),
+                DIAGONALS=self._diagonals(config["block_m"], config["num_warps"]),
+            )
+        return output, log_mass
+
+    def key_gradient(
+        self,
+        config: Mapping[str, int],
+        grad: torch.Tensor,
+        log_mass: torch.Tensor,
+        delta: torch.Tensor | None,
+        dq: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """dk, dv; adds to the float32 `dq` if given; and, for a position bias with targets, the targets' sums."""
+        dk, dv = torch.empty_like(self.k, memory_format=torch.contiguous_format), self.v.new_empty(self.v.shape)
+        sums: list[torch.Tensor | None] = [None, None]
+        if self.common["TARGETS"] and self.common["POSITION"]:
+            sums = [log_mass.new_empty(self.heads, self.tokens) for _ in range(2)]
+        tiles = triton.cdiv(self.max_len, config["block_n"])
+        arguments = self.rows_of(
+            config,
+            q=(self.q, config["block_m"]),
+            grad=(grad, config["block_m"]),
+            k=(self.k, config["block_n"]),
+            v=(self.v, config["block_n"]),
+        )
+        dq_argument = dq if dq is None or not arguments["DESCRIPTOR"] else _describe(dq, config["block_m"])
+        key_gradient_kernel[(tiles * self.heads, self.rows)](
+            dq=dq_argument,
+            dk=dk,
+            dv=dv,
+            log_mass=log_mass,
+            delta=delta,
+            target_sums=sums[0],
+            self_sums=sums[1],
+            **self.tile_buckets(config["block_m"], config["block_n"]),
+            num_tiles=tiles,
+            ADD_DQ=dq is not None,
+            DIAGONALS=self._diagonals(config["block_n"], config["num_warps"]),
+            **arguments,
+            **self.common,
+            **_blocks(config),
+        )
+        return dk, dv, sums[0], sums[1]
+
+    def query_gradient(
+        self, config: Mapping[str, int], grad: torch.Tensor, log_mass: torch.Tensor, delta: torch.Tensor | None
+    ) -> torch.Tensor:
+        dq = self.q.new_empty(self.q.shape)
+        tiles = triton.cdiv(self.max_len, config["block_m"])
+        query_gradient_kernel[(tiles * self.heads, self.rows)](
+            dq=dq,
+            log_mass=log_mass,
+            delta=delta,
+            **self.tile_buckets(config["block_m"], config["block_n"]),
+            num_tiles=tiles,
+            **self.rows_of(
+                config,
+                q=(self.q, config["block_m"]),
+                grad=(grad, config["block_m"]),
+                k=(self.k, config["block_n"]),
+                v=(self.v, config["block_n"]),
+            ),
+            **self.common,
+            **_blocks(config),
+            DIAGONALS=self._diagonals(config["block_m"], config["num_warps"]),
+        )
+        return dq
+
+    def bias_gradient(
+        self,
+        config: Mapping[str, int],
+        deterministic: bool,
+        grad: torch.Tensor,
+        log_mass: torch.Tensor,
+        delta: torch.Tensor | None,
+        target_sums: torch.Tensor | None,
+        self_sums: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of the two tables, float32; None for a table that is not there."""
+        block = config["block_n"]
+        lowest = -(triton.cdiv(min(self.prefix, self.max_len), block) - 1) if self.prefix else 0
+        distances = triton.cdiv(self.max_len, block) - lowest
+        # Programs of the nearest distances have the most tiles and buckets: rows first, then tiles are dealt out.
+        row_splits = max(1, min(self.rows, _BIAS_PROGRAMS // distances))
+        tile_splits = max(1, _BIAS_PROGRAMS // (distances * row_splits))
+        tile_splits = min(tile_splits, distances)
+        splits = row_splits * tile_splits
+        position_sums = time_sums = None
+        position_bias, time_bias = self.tables["position_bias"], self.tables["time_bias"]
+        if position_bias is not None:
+            position_sums = log_mass.new_empty(distances, splits, block, block)
+        if time_bias is not None:
+            time_sums = log_mass.new_zeros(distances * splits, _TIME_SLOTS)
+        tensors = {"q": self.q, "grad": grad, "k": self.k, "v": self.v}
+        bias_gradient_kernel[(distances * splits,)](
+            position_sums=position_sums,
+            time_sums=time_sums,
+            log_mass=log_mass,
+            delta=delta,
+            **self.tile_buckets(block, block),
+            rows=self.rows,
+            small_edges=_small_edges(self.q.device) if time_sums is not None else None,
+            row_splits=row_splits,
+            tile_splits=tile_splits,
+            lowest=lowest,
+            BLOCK=block,
+            **self.rows_of(config, **{name: (tensor, block) for name, tensor in tensors.items()}),
+            **self.common,
+            DIAGONALS=self._diagonals(block, config["num_warps"]),
+            DETERMINISTIC=deterministic,
+            num_warps=config["num_warps"],
+            num_stages=config["num_stages"],
+            maxnreg=config.get("maxnreg"),
+        )
+        dp = dw = None
+        if position_sums is not None and position_bias is not None:
+            dp = log_mass.new_zeros(len(position_bias))
+            diagonal_sum_kernel[(distances + 1,)](
+                position_sums.sum(1), dp, distances, lowest, self.common["position_zero"], BLOCK=block
+            )
+            if target_sums is not None and self_sums is not None:
+                dp += self._target_position_gradient(dp, target_sums, self_sums)
+        if time_sums is not None and time_bias is not None:
+            dw = time_sums.sum(0)[: len(time_bias)]
+        return dp, dw
+
+    def _target_position_gradient(
+        self, like: torch.Tensor, target_sums: torch.Tensor, self_sums: torch.Tensor
+    ) -> torch.Tensor:
+        """What targets add: p[j - history] for every key j of the history, and p[0] of themselves."""
+        lengths = self.offsets.diff()
+        row = torch.repeat_interleave(lengths, output_size=self.tokens)
+        place = torch.arange(self.tokens, device=row.device) - self.offsets[row]
+        history = (lengths - self.common["num_targets"])[row]
+        zero = self.common["position_zero"]
+        index = (torch.minimum(place, history) - history + zero).clamp(min=0)
+        values = target_sums.sum(0) + self_sums.sum(0)
+        return torch.zeros_like(like).index_put_((index,), values, accumulate=True)
+
+
+@torch.library.custom_op("hstu::attention", mutates_args=())
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    max_len: int,
+    alpha: float,
+    normaliser: float | None,
+    position_bias: torch.Tensor | None,
+    time_bias: torch.Tensor | None,
+    query_time: torch.Tensor | None,
+    key_time: torch.Tensor | None,
+    max_attn_len: int,
+    contextual_seq_len: int,
+    num_targets: torch.Tensor | None,
+    softmax: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output (T, h, dv), log of softmax's denominators (h, T), empty without softmax)."""
+    launch = _Launch(
+        _rows(q), _rows(k), _rows(v), offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time,
+        key_time, max_attn_len, contextual_seq_len, num_targets, softmax,
+    )  # fmt: skip
+    return launch.forward(launch.configuration("forward"))
+
+
+@attention.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, softmax: bool = False, **named: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    softmax = others[-1] if len(others) == 12 else softmax
+    log_mass = q.new_empty((q.shape[1], q.shape[0]) if softmax else (0,), dtype=torch.float32)
+    return v.new_empty(v.shape), log_mass
+
+
+@torch.library.custom_op("hstu::attention_backward", mutates_args=())
+def attention_backward(
+    grad: torch.Tensor,
+    output: torch.Tensor,
+    log_mass: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    max_len: int,
+    alpha: float,
+    normaliser: float | None,
+    position_bias: torch.Tensor | None,
+    time_bias: torch.Tensor | None,
+    query_time: torch.Tensor | None,
+    key_time: torch.Tensor | None,
+    max_attn_len: int,
+    contextual_seq_len: int,
+    num_targets: torch.Tensor | None,
+    softmax: bool,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv, and the gradients of both tables (empty for a table that is not there)."""
+    launch = _Launch(
+        _rows(q), _rows(k), _rows(v), offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time,
+        key_time, max_attn_len, contextual_seq_len, num_targets, softmax,
+    )  # fmt: skip
+    if not q.numel() or not max_len:
+        tables = [log_mass.new_empty(0) if t is None else torch.zeros_like(t) for t in (position_bias, time_bias)]
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), tables[0], tables[1]
+    grad = _rows(grad)
+    delta = (grad.float() * output.float()).sum(-1).T.contiguous() if softmax else None
+    config = launch.configuration("key_gradient")
+    # One pass that adds dq as it goes, in no fixed order; or a second kernel for dq.
+    added = not deterministic and bool(config["add_dq"])
+    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if added else None
+    dk, dv, target_sums, self_sums = launch.key_gradient(config, grad, log_mass, delta, dq)
+    if dq is None:
+        dq = launch.query_gradient(launch.configuration("query_gradient"), grad, log_mass, delta)
+    dp = dw = None
+    if launch.biased:
+        config = launch.configuration("bias_gradient")
+        dp, dw = launch.bias_gradient(config, deterministic, grad, log_mass, delta, target_sums, self_sums)
+    return (
+        dq.to(q.dtype),
+        dk,
+        dv,
+        log_mass.new_empty(0) if dp is None or position_bias is None else dp.to(position_bias.dtype),
+        log_mass.new_empty(0) if dw is None or time_bias is None else dw.to(time_bias.dtype),
+    )
+
+
+@attention_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    output: torch.Tensor,
+    log_mass: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    max_len: int,
+    alpha: float,
+    normaliser: float | None,
+    position_bias: torch.Tensor | None,
+    time_bias: torch.Tensor | None,
+    *_others: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dp, dw = (log_mass.new_empty(0) if t is None else t.new_empty(t.shape) for t in (position_bias, time_bias))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dp, dw
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    tensors = [value for value in inputs if value is None or isinstance(value, torch.Tensor)]
+    ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
+    ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+    softmax = inputs[-1]
+    ctx.save_for_backward(
+        *(value for value in tensors if value is not None),
+        output[0] if softmax else output[0].new_empty(0),
+        output[1],
+    )
+
+
+def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    *saved, output, log_mass = ctx.saved_tensors
+    tensors = iter(saved)
+    inputs = [next(tensors) if flag else other for flag, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    dq, dk, dv, dp, dw = attention_backward(grad, output, log_mass, *inputs, deterministic)
+    gradients: list[torch.Tensor | None] = [None] * len(inputs)
+    gradients[:3] = dq, dk, dv
+    gradients[7] = dp if inputs[7] is not None else None
+    gradients[8] = dw if inputs[8] is not None else None
+    return tuple(gradients)
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@functools.cache
+def _bucket_edges(device: torch.device) -> torch.Tensor:
+    """The least second of every time bucket, then one beyond all differences (sums with a time must not overflow)."""
+    starts = bucket_starts(device)
+    return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), 2**62)])
+
+
+@functools.cache
+def _small_edges(device: torch.device) -> torch.Tensor:
+    return _bucket_edges(device).clamp(max=torch.iinfo(torch.int32).max).int()
+
+
+def _block(dim: int) -> int:
+    """The width of a tile for `dim` columns: a power of two, and at least what a matrix product takes."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _blocks(config: Mapping[str, int]) -> dict[str, int | None]:
+    return {
+        "BLOCK_M": config["block_m"],
+        "BLOCK_N": config["block_n"],
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
+        "maxnreg": config.get("maxnreg"),
+    }
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Tokens (T, h, d) whose vectors are contiguous."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def _describable(tensor: torch.Tensor) -> bool:
+    """Whether the tensor copy engine can read a head's tokens: a power of two wide, rows on 16 bytes."""
+    heads, dim = tensor.shape[1:]
+    size = tensor.element_size()
+    return (
+        dim == _block(dim)
+        and tensor.stride(2) == 1
+        and (tensor.stride(1) == dim or heads == 1)
+        and tensor.stride(0) * size % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
+def _describe(tensor: torch.Tensor, block: int) -> TensorDescriptor:
+    tokens, heads, dim = tensor.shape
+    return TensorDescriptor(tensor, [tokens, heads * dim], [tensor.stride(0), 1], [block, dim])

@@ -1,0 +1,10 @@
+"""The projection in torch: the normalised rows and the product go through memory."""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.norm_gate.naive import layer_norm
+
+
+def projection(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.silu(layer_norm(x) @ weight)

@@ -1,0 +1,246 @@
+"""Compile recorded kernel launches for GPUs this machine does not have, and read what the compiler used.
+
+Launches are recorded by running an operation on CPU tensors with the launch itself replaced, so what is compiled is
+what the operation would launch: argument types, alignment and constants included. Triton must not be interpreted.
+
+As a script, with a compute capability and names of CASES, it compiles what these launch with the parameters that the
+configuration table has for that GPU, and prints a line of JSON a kernel; with --keys, the keys of the compiled kernels
+instead, for several sequence lengths.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from kernels import common
+from kernels.hstu_attention import triton_op as hstu_attention
+from kernels.norm_gate import triton_op as norm_gate
+from kernels.projection import triton_op as projection
+from kernels.sampled_softmax import triton_op as sampled_softmax
+from kernels.tools.cases import attention_inputs
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass
+class Launch:
+    """A kernel and what it was launched with: arguments and compiler options."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.fn.__module__.removeprefix('kernels.')}.{self.kernel.fn.__name__}"
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within: kernels are not launched, but added to the list."""
+    launches: list[Launch] = []
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        launches.append(Launch(self, dict(zip(self.arg_names, args, strict=False)) | named))
+
+    original = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def specialise(launch: Launch, capability: int) -> tuple[dict[str, str], ASTSource, dict[str, Any]]:
+    """What Triton makes of a launch, by its own rules: the key of the compiled kernel, the source, the options.
+
+    The key has, for each argument, its type and what the kernel is specialised for: a value, divisibility by 16.
+    """
+    kernel = launch.kernel
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, options = bind(**launch.arguments)
+    key = dict(zip(kernel.arg_names, map(str, specialisation), strict=True)) | {"options": str(options)}
+    options, *source = kernel._pack_args(backend, launch.arguments, bound, specialisation, options)
+    return key, ASTSource(kernel, *source), vars(options)
+
+
+def compile_launch(launch: Launch, capability: int) -> dict[str, int]:
+    """What a launch takes on sm_<capability>: registers of a thread, its stack (spills) and the block's shared memory
+    in bytes, columns of tensor memory."""
+    _, source, options = specialise(launch, capability)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    return {**_resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared, "tensor_memory": tensor_memory}
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", output)
+    return {"registers": max(int(r) for r, _ in found), "stack": max(int(s) for _, s in found)}
+
+
+class OnGPU(torch.Tensor):
+    """A CPU tensor that an operation takes for one on a GPU; so are those made of it."""
+
+    is_cuda = True
+
+
+def pretend(capability: int) -> None:
+    """For the rest of this process, there is such a GPU, with TF32 allowed."""
+    version = divmod(capability, 10)
+    common._capability = lambda *_: f"sm_{capability}"
+    torch.cuda.get_device_capability = lambda *_: version
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an operation, forward and backward, on sequences of given lengths. The first lengths are compiled for;
+    the others make the same kernels."""
+
+    call: Callable[[torch.Tensor], None]
+    lengths: tuple[tuple[int, ...], ...]
+
+    def launches(self, lengths: tuple[int, ...]) -> list[Launch]:
+        with recorded() as launches:
+            self.call(torch.tensor(lengths))
+        return launches
+
+
+# A length or a batch of 1 is what a kernel may be specialised for, as are counts that 16 divides. Rows of up to 256
+# tokens and longer ones have tables of their own.
+_SHORT = ((160, 160), (1,), (7, 0, 211))
+_LONG = ((320, 320), (301,), (7, 0, 515))
+
+
+def _attention(
+    dtype: torch.dtype, heads: int, dim: int, lengths: tuple[tuple[int, ...], ...], bias: str = "both",
+    softmax: bool = False, masks: bool = False, deterministic: bool = False,
+) -> Case:  # fmt: skip
+    def call(lengths: torch.Tensor) -> None:
+        inputs = attention_inputs(lengths, heads, dim, dim, dtype, bias) | {"softmax": softmax}
+        if masks:
+            inputs |= {"max_attn_len": 64, "contextual_seq_len": 8, "num_targets": torch.ones_like(lengths)}
+            inputs["normaliser"] = None
+        tensors = {name: x.as_subclass(OnGPU) for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+        inputs |= tensors
+        output, log_mass = hstu_attention.attention(**inputs)
+        grad = torch.empty_like(output)
+        hstu_attention.attention_backward(grad, output, log_mass, **inputs, deterministic=deterministic)
+
+    return Case(call, lengths)
+
+
+def _sampled_softmax(dtype: torch.dtype, dim: int, corrected: bool) -> Case:
+    def call(lengths: torch.Tensor) -> None:
+        tokens, items = int(lengths.sum()), 1000
+        states, table = (torch.randn(n, dim).to(dtype).requires_grad_() for n in (tokens, items))
+        positives, negatives = torch.randint(items, (tokens,)), torch.randint(items, (tokens, 128))
+        frequency = torch.zeros(items) if corrected else None
+        sampled_softmax.sampled_softmax(states, table, positives, negatives, 0.05, frequency).sum().backward()
+
+    return Case(call, _SHORT)
+
+
+def _norm_gate(dtype: torch.dtype, width: int, dropout: float) -> Case:
+    def call(lengths: torch.Tensor) -> None:
+        mixed = torch.randn(int(lengths.sum()), 4 * width, dtype=dtype, requires_grad=True)  # U and what else UVQK is
+        attended = torch.randn(len(mixed), width, dtype=dtype, requires_grad=True)
+        norm_gate.norm_gate(mixed[:, :width], attended, dropout, True).sum().backward()
+
+    return Case(call, _SHORT)
+
+
+def _projection(dtype: torch.dtype, width: int) -> Case:
+    def call(lengths: torch.Tensor) -> None:
+        x, weight = (torch.randn(n, m, dtype=dtype, requires_grad=True) for n, m in
+                     ((int(lengths.sum()), width), (width, 4 * width)))  # fmt: skip
+        projection.projection(x, weight).sum().backward()
+
+    return Case(call, _SHORT)
+
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = {
+    "attention d 64": _attention(_BF16, 4, 64, _LONG),
+    "attention d 64, no bias": _attention(_BF16, 4, 64, _LONG, bias="none"),
+    "attention d 64, deterministic": _attention(_BF16, 4, 64, _LONG, deterministic=True),
+    "attention d 64, softmax": _attention(_BF16, 4, 64, _LONG, softmax=True),
+    "attention d 64, masks": _attention(_BF16, 4, 64, _LONG, masks=True),
+    "attention d 64, fp16": _attention(_FP16, 4, 64, _LONG),
+    "attention d 25, short": _attention(_BF16, 2, 25, _SHORT),
+    "attention d 32, short": _attention(_BF16, 8, 32, _SHORT),
+    "attention d 50, short, fp32": _attention(_FP32, 1, 50, _SHORT),
+    "attention d 128": _attention(_BF16, 2, 128, _LONG),
+    "attention d 256": _attention(_BF16, 2, 256, _LONG),
+    "attention d 256, deterministic": _attention(_BF16, 2, 256, _LONG, deterministic=True),
+    "sampled softmax d 50, fp32": _sampled_softmax(_FP32, 50, True),
+    "sampled softmax d 256": _sampled_softmax(_BF16, 256, False),
+    "norm gate D 50, fp32": _norm_gate(_FP32, 50, 0.2),
+    "norm gate D 256": _norm_gate(_BF16, 256, 0.2),
+    "norm gate D 512, no dropout": _norm_gate(_BF16, 512, 0.0),
+    "norm gate D 8192": _norm_gate(_BF16, 8192, 0.2),
+    "projection d 50, fp32": _projection(_FP32, 50),
+    "projection d 256": _projection(_BF16, 256),
+    "projection d 512": _projection(_BF16, 512),
+}
+
+
+def _compile(name: str, capability: int, done: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """The kernels of a case but those already done."""
+    case = CASES[name]
+    for launch in case.launches(case.lengths[0]):
+        identity = launch.name, str(specialise(launch, capability)[0])
+        if identity not in done:
+            done.add(identity)
+            print(name, launch.name, file=sys.stderr, flush=True)  # read where the compiler ends the process
+            try:
+                found: dict[str, Any] = compile_launch(launch, capability)
+            except Exception as error:  # whatever the compiler raises
+                found = {"error": f"{type(error).__name__}: {error} {error.__cause__ or ''}"}
+            yield {"case": name, "kernel": launch.name, **found}
+
+
+def _keys(name: str, capability: int) -> Iterator[dict[str, Any]]:
+    case = CASES[name]
+    for lengths in case.lengths:
+        for place, launch in enumerate(case.launches(lengths)):
+            key, _, _ = specialise(launch, capability)
+            yield {"case": name, "kernel": launch.name, "launch": place, "lengths": lengths, "key": key}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capability", type=int, help="80, 90 or 100")
+    parser.add_argument("cases", nargs="*", default=list(CASES), help="names of CASES; all, without any")
+    parser.add_argument("--keys", action="store_true", help="do not compile")
+    args = parser.parse_args()
+    pretend(args.capability)
+    torch.manual_seed(0)
+    done: set[tuple[str, str]] = set()
+    for name in args.cases:
+        lines = _keys(name, args.capability) if args.keys else _compile(name, args.capability, done)
+        for line in lines:
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

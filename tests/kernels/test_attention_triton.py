@@ -1,0 +1,291 @@
+"""The Triton attention kernels against the torch version: values and all gradients, on a GPU or interpreted."""
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from tolerance import assert_no_worse
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.hstu_attention import naive
+
+triton_op = pytest.importorskip("kernels.hstu_attention.triton_op", exc_type=ImportError)
+cached = pytest.importorskip("kernels.hstu_attention.cached", exc_type=ImportError)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = DEVICE == "cuda"
+# The interpreter's bfloat16 product is wrong, and its float32 has no TF32.
+TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+EXAMPLES = 40 if ON_GPU else 4
+NAMES = ("output", "dq", "dk", "dv", "d position_bias", "d time_bias")
+
+
+@pytest.fixture(autouse=True)
+def tf32() -> Any:
+    """float32 products on tensor cores; the naive version's are rounded likewise, by `TF32`."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...] = (40, 0, 1, 70)
+    heads: int = 2
+    dqk: int = 12
+    dv: int = 20
+    bias: str = "both"
+    times: str = "sorted"
+    softmax: bool = False
+    normaliser: float | None = 64.0
+    window: int = 0
+    prefix: int = 0
+    targets: tuple[int, ...] | None = None
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of both versions; tensors that want a gradient are float64 values that `dtype` holds exactly."""
+        generator = torch.Generator().manual_seed(sum(self.lengths) + self.dqk)
+        total, longest = sum(self.lengths), max(self.lengths)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype).double().to(DEVICE)
+
+        key_time, query_time = self._times(total, generator)
+        bias = self.bias
+        return {
+            "q": random(total, self.heads, self.dqk),
+            "k": random(total, self.heads, self.dqk),
+            "v": random(total, self.heads, self.dv),
+            "position_bias": random(2 * longest + 5) if bias in ("position", "both") else None,
+            "time_bias": random(naive.TIME_BUCKETS) if bias in ("time", "both") else None,
+            "offsets": torch.tensor([0, *torch.tensor(self.lengths).cumsum(0).tolist()]).to(DEVICE),
+            "max_len": longest,
+            "alpha": self.dqk**-0.5,
+            "normaliser": self.normaliser,
+            "query_time": query_time.to(DEVICE),
+            "key_time": key_time.to(DEVICE),
+            "max_attn_len": self.window,
+            "contextual_seq_len": self.prefix,
+            "num_targets": None if self.targets is None else torch.tensor(self.targets).to(DEVICE),
+            "grad": random(total, self.heads, self.dv),
+        }
+
+    def _times(self, total: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """(key times, query times); a query's is the next token's."""
+        match self.times:
+            case "equal":
+                times = torch.full((total + 1,), 10**9)
+            case "far":  # gaps from a second to beyond 32 bits
+                times = (10 ** (11 * torch.rand(total + 1, generator=generator))).long().cumsum(0)
+            case "random":
+                times = torch.randint(0, 10**7, (total + 1,), generator=generator)
+            case _:
+                times = (torch.rand(total + 1, generator=generator) ** 6 * 10**5).long().cumsum(0) + 10**9
+                times = times.flip(0) if self.times == "reversed" else times
+        return times[:-1], times[1:]
+
+
+class TF32(TorchDispatchMode):
+    """Within: operands of float32 products are rounded to TF32 first, which cuBLAS does or not as it sees fit."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.ops.aten.bmm.default and args[0].dtype == torch.float32:
+            args = [((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for tensor in args]
+        return func(*args, **(kwargs or {}))
+
+
+def run(version: str, case: Case, inputs: dict[str, Any], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Output and all gradients, in `dtype`."""
+    arguments = dict(inputs)
+    grad = arguments.pop("grad").to(dtype)
+    wanted = [name for name in ("q", "k", "v", "position_bias", "time_bias") if arguments[name] is not None]
+    for name in wanted:
+        arguments[name] = arguments[name].to(dtype).requires_grad_()
+    if version == "triton":
+        output, _ = triton_op.attention(**arguments, softmax=case.softmax)
+    else:
+        normaliser = arguments.pop("normaliser")
+        rule = {} if case.softmax else {"normaliser": normaliser}
+        output = (naive.softmax_attention if case.softmax else naive.hstu_attention)(**arguments, **rule)
+    return [output.detach(), *torch.autograd.grad(output, [arguments[name] for name in wanted], grad)]
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype)
+    present = [True] * 4 + [case.bias in ("position", "both"), case.bias in ("time", "both")]
+    names = [name for name, there in zip(NAMES, present, strict=True) if there]
+    exact = run("naive", case, inputs, torch.float64)
+    with TF32() if ON_GPU else contextlib.nullcontext():
+        low = run("naive", case, inputs, dtype)
+    assert_no_worse(run("triton", case, inputs, dtype), low, exact, names, tables=3 if case.softmax else 2)
+
+
+CASES = {
+    "no bias": Case(bias="none"),
+    "position": Case(bias="position"),
+    "time": Case(bias="time"),
+    "both": Case(),
+    "equal times": Case(times="equal"),
+    "times reversed": Case(times="reversed"),
+    "times at random": Case(times="random"),
+    "times beyond 32 bits": Case(times="far"),
+    "own length": Case(normaliser=None),
+    "window": Case(window=17),
+    "prefix": Case(prefix=9),
+    "window and prefix": Case(window=17, prefix=9),
+    "targets": Case(targets=(13, 0, 1, 9)),
+    "all targets": Case(lengths=(33, 5), targets=(33, 5), normaliser=None),
+    "targets, window, prefix": Case(targets=(13, 0, 1, 9), window=17, prefix=9),
+    "softmax": Case(softmax=True),
+    "softmax, targets, window, prefix": Case(softmax=True, targets=(13, 0, 1, 9), window=17, prefix=9),
+    "empty batch": Case(lengths=(0, 0)),
+    "one token": Case(lengths=(1,)),
+    "wide heads": Case(lengths=(37,), heads=1, dqk=72, dv=50),
+    "far from the diagonal": Case(lengths=(330, 150), heads=1, dqk=8, dv=8),
+    "far, times beyond 32 bits": Case(lengths=(300,), heads=1, dqk=8, dv=8, times="far"),
+    "far, times at random": Case(lengths=(270,), heads=1, dqk=8, dv=8, times="random"),
+    "ML-1M's heads": Case(lengths=(45, 3), heads=2, dqk=25, dv=25),
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_values_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    if dtype == torch.float16 and not ON_GPU and case not in (CASES["both"], CASES["softmax"], CASES["targets"]):
+        pytest.skip("interpreted, float16 is tried on three cases: seconds each")
+    check(case, dtype)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    longest = 300 if ON_GPU else 40
+    lengths = tuple(draw(st.lists(st.integers(0, longest), min_size=1, max_size=3)))
+    targets = tuple(draw(st.integers(0, n)) for n in lengths) if draw(st.booleans()) else None
+    softmax = draw(st.booleans())
+    # Where all times are equal, softmax's time gradient is a sum that cancels to nothing but rounding.
+    times = ["sorted", "reversed", "random", "far", *([] if softmax else ["equal"])]
+    return Case(
+        lengths=lengths,
+        heads=draw(st.integers(1, 3)),
+        dqk=draw(st.integers(8, 256 if ON_GPU else 40)),
+        dv=draw(st.integers(8, 256 if ON_GPU else 40)),
+        bias=draw(st.sampled_from(["none", "position", "time", "both"])),
+        times=draw(st.sampled_from(times)),
+        softmax=softmax,
+        normaliser=draw(st.sampled_from([None, 211.0])),
+        window=draw(st.sampled_from([0, 1, 30])),
+        prefix=draw(st.sampled_from([0, 1, 20])),
+        targets=targets,
+    )
+
+
+@given(case=cases(), dtype=st.sampled_from(TYPES))
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, phases=[Phase.generate])  # shrinking takes minutes
+def test_random_shapes(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 25, 32, 50, 64, 128, 256])
+@pytest.mark.parametrize("bias", ["none", "both"])
+def test_every_shape_class(dim: int, bias: str, dtype: torch.dtype) -> None:
+    """Each class of the configuration table, rows that fill no block, through tensor descriptors where they apply."""
+    check(Case(lengths=(211, 130, 1, 0, 64), dqk=dim, dv=dim, bias=bias), dtype)
+    check(Case(lengths=(700, 333), dqk=dim, dv=dim, bias=bias, targets=(5, 0), window=300), dtype)
+
+
+@pytest.mark.parametrize("case", [CASES["both"], CASES["targets, window, prefix"]], ids=["both", "masks"])
+def test_deterministic_mode_is_right_and_equal_to_the_bit(case: Case) -> None:
+    case = replace(case, dqk=16, dv=16, lengths=(60, 0, 1, 70) if not ON_GPU else (900, 0, 1, 700))
+    dtype = torch.float16
+    inputs = case.inputs(dtype)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        first, second = (run("triton", case, inputs, dtype) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_no_worse(first, run("naive", case, inputs, dtype), run("naive", case, inputs, torch.float64), NAMES)
+
+
+def test_added_query_gradients_equal_the_separate_kernels() -> None:
+    """Both ways to dq, whichever the table prefers for a shape."""
+    case = Case(lengths=(50, 3))
+    inputs = case.inputs(torch.float32)
+    grad = inputs.pop("grad").float()
+    for name in ("q", "k", "v", "position_bias", "time_bias"):
+        inputs[name] = inputs[name].float()
+    launch = triton_op._Launch(**inputs, softmax=False)
+    log_mass = grad.new_empty(0)
+    config = launch.configuration("key_gradient")
+    added = torch.zeros_like(inputs["q"])
+    launch.key_gradient(config, grad, log_mass, None, added)
+    alone = launch.query_gradient(launch.configuration("query_gradient"), grad, log_mass, None)
+    torch.testing.assert_close(added, alone, rtol=1e-2 if ON_GPU else 1e-5, atol=1e-3 if ON_GPU else 1e-6)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize("bias", ["none", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16, torch.float16] if ON_GPU else [])], ids=str)
+def test_cached_attention_equals_targets_behind_the_history(
+    dtype: torch.dtype, bias: str, window: int, softmax: bool
+) -> None:
+    case = Case(lengths=(70, 3, 34), targets=(6, 3, 33), bias=bias, window=window, softmax=softmax, normaliser=None)
+    inputs = case.inputs(dtype)
+    output = run("triton", case, inputs, dtype)[0]
+    row, place = naive.jagged.naive.row_and_place(inputs["offsets"], len(inputs["q"]))
+    new = place >= (inputs["offsets"].diff() - inputs["num_targets"])[row]
+
+    def part(name: str, which: torch.Tensor) -> torch.Tensor:
+        return inputs[name].to(dtype)[which]
+
+    cached_lengths = inputs["offsets"].diff() - inputs["num_targets"]
+    tables = {name: None if inputs[name] is None else inputs[name].to(dtype) for name in ("position_bias", "time_bias")}
+    for version in (cached.cached_attention, naive.cached_attention):
+        arguments = {
+            "q": part("q", new),
+            "k": part("k", new),
+            "v": part("v", new),
+            "offsets": naive.jagged.offsets_from_lengths(inputs["num_targets"]),
+            "cached_k": part("k", ~new),
+            "cached_v": part("v", ~new),
+            "cached_offsets": naive.jagged.offsets_from_lengths(cached_lengths),
+            "max_len": 33,
+            "max_cached_len": 64,
+            "alpha": inputs["alpha"],
+            "normaliser": None,
+            "softmax": softmax,
+            **tables,
+            "query_time": inputs["query_time"][new],
+            "key_time": inputs["key_time"][new],
+            "cached_time": inputs["key_time"][~new],
+            "max_attn_len": window,
+        }
+        tolerance = {torch.float32: 3e-3 if ON_GPU else 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+        torch.testing.assert_close(version(**arguments), output[new], rtol=tolerance, atol=tolerance)
+
+
+def test_buckets_equal_the_exact_ones() -> None:
+    """Whole seconds below 2^14, and either side of every later edge, as far as float32 tells them apart."""
+    edges = naive.bucket_starts(torch.device("cpu"))
+    edges = edges[edges < 2**62].double()
+    seconds = torch.cat(
+        [torch.arange(2**14 if ON_GPU else 40), (edges * (1 - 1e-5)).long(), (edges * (1 + 1e-5)).long()]
+    )
+    expected = naive.time_bucket(seconds)
+    zeros = torch.zeros(len(seconds), 1, 16, device=DEVICE)
+    # Every row is one token that sees itself: with V = 1 its output is silu(w[bucket]).
+    table = torch.arange(naive.TIME_BUCKETS, dtype=torch.float32, device=DEVICE)
+    for sign in (1, -1):
+        output, _ = triton_op.attention(
+            zeros, zeros, zeros + 1, torch.arange(len(seconds) + 1, device=DEVICE), 1, 1.0, 1.0, None, table,
+            sign * seconds.to(DEVICE), torch.zeros_like(seconds).to(DEVICE), 0, 0, None, False,
+        )  # fmt: skip
+        wanted = torch.nn.functional.silu(expected.float()).to(DEVICE)
+        torch.testing.assert_close(output[:, 0, 0], wanted, rtol=1e-3, atol=1e-5)
