@@ -62,6 +62,11 @@ def check_operations() -> list[str]:
             "asynchronous_complete_cumsum": (fbgemm.offsets_from_lengths, (lengths,), offsets),
             "jagged_to_padded_dense": (fbgemm.to_padded, (values, offsets, 4), padded),
             "dense_to_jagged": (fbgemm.to_jagged, (padded, offsets), values),
+            "jagged_index_select": (
+                lambda *inputs: fbgemm.select_rows(*inputs)[0],
+                (values, offsets, lengths.new_tensor([2, 0])),
+                values[[2, 3, 4, 0, 1]],
+            ),
         }
         for name in fbgemm.OPERATIONS:
             operation, arguments, expected = cases[name]

@@ -511,16 +511,18 @@ def bias_gradient_kernel(
                         )  # fmt: skip
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * alpha + bias
             dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
-            seen = visible(i[:, None], j[None, :], history, prefix_here, window, TARGETS, WINDOW, PREFIX)
-            seen = seen & (i < n)[:, None] & (j < n)[None, :]
             mass = tl.zeros([BLOCK], tl.float32)
             if SOFTMAX:
                 lane = head.to(tl.int64) * total_tokens + start + i
                 mass = tl.load(log_mass + lane, mask=i < n, other=0.0)
                 dp -= tl.load(delta + lane, mask=i < n, other=0.0)[:, None]
-            _, slopes = _weights_and_slopes(x, seen, mass[:, None], True, SOFTMAX, FAST)
+            _, slopes = _weights_and_slopes(x, x, mass[:, None], False, SOFTMAX, FAST)
             tile_sum += dp * slopes
             if head == heads - 1:
+                # Heads share the mask too, so it waits for their sum.
+                seen = visible(i[:, None], j[None, :], history, prefix_here, window, TARGETS, WINDOW, PREFIX)
+                seen = seen & (i < n)[:, None] & (j < n)[None, :]
+                tile_sum = tl.where(seen, tile_sum, 0.0)
                 if TIME:
                     if low == high:
                         time_sum += tl.where(slot == low, tl.sum(tile_sum) * scale, 0.0)

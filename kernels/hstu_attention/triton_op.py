@@ -119,6 +119,17 @@ class _Launch:
         tensor_cores = self.q.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
         return tensor_cores and rows >= 16 * warps and torch.cuda.get_device_capability(self.q.device)[0] == 9
 
+    def _blocks(self, config: Mapping[str, int]) -> dict[str, int | None]:
+        # The limit is chosen for the causal mask; with others, which need more registers, it would spill.
+        limit = config.get("maxnreg") if self.plain_masks else None
+        return {
+            "BLOCK_M": config["block_m"],
+            "BLOCK_N": config["block_n"],
+            "num_warps": config["num_warps"],
+            "num_stages": config["num_stages"],
+            "maxnreg": limit,
+        }
+
     def _spread_table(self) -> torch.Tensor | None:
         table = self.tables["position_bias"]
         if table is None or not self.plain_masks or not self.tokens:
@@ -186,7 +197,7 @@ class _Launch:
                     v=(self.v, config["block_n"]),
                 ),
                 **self.common,
-                **_blocks(config),
+                **self._blocks(config),
                 DIAGONALS=self._diagonals(config["block_m"], config["num_warps"]),
             )
         return output, log_mass
@@ -227,7 +238,7 @@ class _Launch:
             DIAGONALS=self._diagonals(config["block_n"], config["num_warps"]),
             **arguments,
             **self.common,
-            **_blocks(config),
+            **self._blocks(config),
         )
         return dk, dv, sums[0], sums[1]
 
@@ -250,7 +261,7 @@ class _Launch:
                 v=(self.v, config["block_n"]),
             ),
             **self.common,
-            **_blocks(config),
+            **self._blocks(config),
             DIAGONALS=self._diagonals(config["block_m"], config["num_warps"]),
         )
         return dq
@@ -477,16 +488,6 @@ def _small_edges(device: torch.device) -> torch.Tensor:
 def _block(dim: int) -> int:
     """The width of a tile for `dim` columns: a power of two, and at least what a matrix product takes."""
     return max(16, triton.next_power_of_2(dim))
-
-
-def _blocks(config: Mapping[str, int]) -> dict[str, int | None]:
-    return {
-        "BLOCK_M": config["block_m"],
-        "BLOCK_N": config["block_n"],
-        "num_warps": config["num_warps"],
-        "num_stages": config["num_stages"],
-        "maxnreg": config.get("maxnreg"),
-    }
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,3 +25,11 @@ def to_padded(values: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torc
 def to_jagged(padded: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """The inverse of `to_padded`: (B, N, D) to values (T, D); differentiable."""
     return (fbgemm if fbgemm.fits(padded) else naive).to_jagged(padded, offsets)
+
+
+def select_rows(values: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The given rows (B',) int64 of a jagged tensor (T, D), in that order: (values (T', D), offsets (B' + 1,)).
+
+    Differentiable in the values; a row may be given more than once.
+    """
+    return (fbgemm if fbgemm.fits(values) else naive).select_rows(values, offsets, rows)

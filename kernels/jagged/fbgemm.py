@@ -6,7 +6,7 @@ import warnings
 import torch
 
 #: Every fbgemm operation this project calls; `steps.doctor` tries each.
-OPERATIONS = ("asynchronous_complete_cumsum", "jagged_to_padded_dense", "dense_to_jagged")
+OPERATIONS = ("asynchronous_complete_cumsum", "jagged_to_padded_dense", "dense_to_jagged", "jagged_index_select")
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64)  # float64 is missing in jagged_to_padded_dense
 
 
@@ -41,3 +41,8 @@ def to_padded(values: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torc
 
 def to_jagged(padded: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return torch.ops.fbgemm.dense_to_jagged(padded, [offsets])[0]
+
+
+def select_rows(values: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    selected, lengths = torch.ops.fbgemm.jagged_index_select(values, offsets.diff(), rows)
+    return selected, offsets_from_lengths(lengths)

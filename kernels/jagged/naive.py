@@ -23,3 +23,9 @@ def to_padded(values: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torc
 def to_jagged(padded: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     row, place = row_and_place(offsets, int(offsets[-1]))
     return padded[row, place]
+
+
+def select_rows(values: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    selected = offsets_from_lengths(offsets.diff()[rows])
+    row, place = row_and_place(selected, int(selected[-1]))
+    return values[offsets[rows[row]] + place], selected

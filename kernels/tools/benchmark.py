@@ -2,9 +2,8 @@
 
     HSTU_COMMIT=$(git rev-parse --short HEAD) python -m kernels.tools.benchmark --output reports/kernels
 
-Medians of CUDA graph replays, of device time where a graph does not apply (autograd of the torch versions). Bytes
-are the fewest that must pass through device memory, inputs once and outputs once. `python -m steps.kernel_report`
-makes tables and a roofline of them.
+Medians of device time with cold caches. Bytes are the fewest that must pass through device memory, inputs once and
+outputs once. `python -m steps.kernel_report` makes tables and a roofline of them.
 """
 
 import argparse
@@ -35,11 +34,21 @@ LONG = ((1024, 64), (2048, 32), (4096, 16), (8192, 8))
 MOVIELENS = ((2, 25), (8, 32))
 
 
-def graph_ms(function: Callable[[], Any]) -> float:
-    return float(triton.testing.do_bench_cudagraph(function, rep=20, return_mode="median"))
+def milliseconds(function: Callable[[], Any], captured: bool = True) -> float:
+    """Median device time of a call with cold caches: of replays of a CUDA graph, so that launches cost nothing, or,
+    where it cannot be captured, of the call itself.
 
-
-def event_ms(function: Callable[[], Any]) -> float:
+    `do_bench` clears the L2 cache between calls, which also keeps them apart: in unbroken replays of long kernels the
+    GPU lowers its clock.
+    """
+    if captured:
+        for _ in range(3):
+            function()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        function = graph.replay
     return float(triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median"))
 
 
@@ -91,9 +100,9 @@ def attention_rows(n: int, batch: int, heads: int, dim: int, bias: str, ragged: 
         }  # fmt: skip
 
     rows = [
-        row("ours", "fwd", graph_ms(forward), flops[0], 4, peak_of(forward)),
-        row("ours", "bwd", graph_ms(lambda: backward(False)), flops[1], 7, peak_of(lambda: backward(False))),
-        row("ours, deterministic", "bwd", graph_ms(lambda: backward(True)), flops[1], 7, None),
+        row("ours", "fwd", milliseconds(forward), flops[0], 4, peak_of(forward)),
+        row("ours", "bwd", milliseconds(lambda: backward(False)), flops[1], 7, peak_of(lambda: backward(False))),
+        row("ours, deterministic", "bwd", milliseconds(lambda: backward(True)), flops[1], 7, None),
     ]
     if ragged:
         names: list[str] = [name for name in ("q", "k", "v", "position_bias", "time_bias") if inputs[name] is not None]
@@ -104,12 +113,12 @@ def attention_rows(n: int, batch: int, heads: int, dim: int, bias: str, ragged: 
 
         both = gradients(dense, *(inputs[name] for name in names))
         flop = sum(flops)
-        rows.append(row("dense torch", "fwd+bwd", event_ms(both), flop, 11, peak_of(both)))
+        rows.append(row("dense torch", "fwd+bwd", milliseconds(both, captured=False), flop, 11, peak_of(both)))
 
         def ours() -> Any:
             return forward(), backward(False)
 
-        rows.append(row("ours", "fwd+bwd", graph_ms(ours), flop, 11, peak_of(ours)))
+        rows.append(row("ours", "fwd+bwd", milliseconds(ours), flop, 11, peak_of(ours)))
     return rows
 
 
@@ -133,7 +142,7 @@ def flash_rows(n: int, batch: int, heads: int, dim: int) -> list[Row]:
             ("fwd", forward, 4, lambda: attend(q, k, v)),
             ("bwd", backward, 7, lambda: torch.autograd.grad(output, (q, k, v), grad, retain_graph=True)),
         ):
-            ms = event_ms(function)
+            ms = milliseconds(function, captured=False)
             rows.append(
                 {"implementation": "FlashAttention-2 (sdpa)", "pass": which, **shape, "ms": ms}
                 | {"tflops": flop / ms * 1e-9, "flops": flop, "bytes": tensors * size}
@@ -163,7 +172,7 @@ def softmax_rows(dim: int, dtype: torch.dtype, items: int, tokens: int = 16_000,
             return module.sampled_softmax(x, vectors, positives, drawn, 0.05, None)
 
         both = gradients(loss, states, table)
-        ms = event_ms(both)
+        ms = milliseconds(both)
         rows.append(
             {"implementation": name, "pass": "fwd+bwd", **shape, "ms": ms, "tflops": flop / ms * 1e-9, "flops": flop}
             | {"bytes": least, "peak_bytes": peak_of(both)}
@@ -183,7 +192,7 @@ def elementwise_rows(tokens: int, dim: int, dtype: torch.dtype) -> list[Row]:
         both = gradients(function, u, attended)
         rows.append(
             {"implementation": name, "pass": "fwd+bwd", "dtype": str(dtype)[6:], "tokens": tokens, "dim": dim}
-            | {"ms": event_ms(both), "tflops": None, "flops": None, "bytes": 8 * size, "peak_bytes": peak_of(both)}
+            | {"ms": milliseconds(both), "tflops": None, "flops": None, "bytes": 8 * size, "peak_bytes": peak_of(both)}
         )
     return rows
 
@@ -197,7 +206,7 @@ def projection_rows(tokens: int, dim: int, columns: int, dtype: torch.dtype) -> 
     rows = []
     for name, function in (("ours", projection_op.projection), ("torch", projection_naive.projection)):
         both = gradients(function, x, weight)
-        ms = event_ms(both)
+        ms = milliseconds(both)
         rows.append(
             {"implementation": name, "pass": "fwd+bwd", "dtype": str(dtype)[6:], "tokens": tokens, "dim": dim}
             | {"columns": columns, "ms": ms, "tflops": flop / ms * 1e-9, "flops": flop, "bytes": least}
@@ -210,9 +219,9 @@ def ceilings() -> Row:
     """What this GPU reaches: a device-to-device copy of 4 GB, bytes read and written, and a bf16 product of 8,192."""
     source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
-    copy = 2 * source.numel() * 4 / (event_ms(lambda: target.copy_(source)) * 1e-3)
+    copy = 2 * source.numel() * 4 / (milliseconds(lambda: target.copy_(source)) * 1e-3)
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = 2 * 8192**3 / (event_ms(lambda: a @ b) * 1e-3)
+    product = 2 * 8192**3 / (milliseconds(lambda: a @ b) * 1e-3)
     return {"copy_bytes_per_second": copy, "matmul_flops_per_second": product}
 
 

@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from kernels.hstu_attention import TIME_BUCKETS, hstu_attention, softmax_attention
+from kernels.norm_gate import norm_gate
+from kernels.projection import projection
 from steps.data.sequences import Batch
 from steps.models.base import PositionedModel
-
-_LAYER_NORM_EPS = 1e-6
 
 
 class HSTULayer(nn.Module):
@@ -28,7 +27,7 @@ class HSTULayer(nn.Module):
         dim, inner = config["dim"], self.heads * self.dv
         self.uvqk = nn.Parameter(torch.empty(dim, self.heads * 2 * (self.dv + self.dqk)))
         self.output = nn.Linear(inner, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         nn.init.normal_(self.uvqk, std=0.02)
         nn.init.xavier_uniform_(self.output.weight)
         self.position_bias: nn.Parameter | None = None
@@ -40,7 +39,7 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Tokens (T, d) to tokens (T, d)."""
-        mixed = F.silu(_layer_norm(x) @ self.uvqk)
+        mixed = projection(x, self.uvqk)
         inner, inner_qk = self.heads * self.dv, self.heads * self.dqk
         u, v, q, k = mixed.split([inner, inner, inner_qk, inner_qk], dim=-1)
         heads = (
@@ -60,7 +59,7 @@ class HSTULayer(nn.Module):
             attended = hstu_attention(
                 *heads, batch.offsets, batch.max_len, alpha=self.alpha, normaliser=self.normaliser, **bias
             )
-        return x + self.output(self.dropout(u * _layer_norm(attended.flatten(1))))
+        return x + self.output(norm_gate(u, attended.flatten(1), self.dropout, self.training))
 
 
 class HSTU(PositionedModel):
@@ -78,8 +77,3 @@ class HSTU(PositionedModel):
         for layer in self.layers:
             x = layer(x, batch)
         return x
-
-
-def _layer_norm(x: torch.Tensor) -> torch.Tensor:
-    """LayerNorm over the last dimension, without affine terms."""
-    return F.layer_norm(x, x.shape[-1:], eps=_LAYER_NORM_EPS)

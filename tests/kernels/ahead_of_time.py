@@ -27,6 +27,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kernels import common
+from kernels.hstu_attention import cached
 from kernels.hstu_attention import triton_op as hstu_attention
 from kernels.norm_gate import triton_op as norm_gate
 from kernels.projection import triton_op as projection
@@ -113,8 +114,8 @@ def pretend(capability: int) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an operation, forward and backward, on sequences of given lengths. The first lengths are compiled for;
-    the others make the same kernels."""
+    """A call of an operation, forward and backward, on sequences of given lengths; and lengths to call it with, of
+    which the first are what is compiled."""
 
     call: Callable[[torch.Tensor], None]
     lengths: tuple[tuple[int, ...], ...]
@@ -138,15 +139,32 @@ def _attention(
     def call(lengths: torch.Tensor) -> None:
         inputs = attention_inputs(lengths, heads, dim, dim, dtype, bias) | {"softmax": softmax}
         if masks:
-            inputs |= {"max_attn_len": 64, "contextual_seq_len": 8, "num_targets": torch.ones_like(lengths)}
-            inputs["normaliser"] = None
-        tensors = {name: x.as_subclass(OnGPU) for name, x in inputs.items() if isinstance(x, torch.Tensor)}
-        inputs |= tensors
+            targets = torch.ones_like(lengths)
+            inputs |= {"max_attn_len": 64, "contextual_seq_len": 8, "num_targets": targets, "normaliser": None}
+        inputs = _on_gpu(inputs)
         output, log_mass = hstu_attention.attention(**inputs)
         grad = torch.empty_like(output)
         hstu_attention.attention_backward(grad, output, log_mass, **inputs, deterministic=deterministic)
 
     return Case(call, lengths)
+
+
+def _cached_attention(
+    dtype: torch.dtype, heads: int, dim: int, lengths: tuple[tuple[int, ...], ...], softmax: bool = False
+) -> Case:
+    def call(lengths: torch.Tensor) -> None:
+        stored, new = (attention_inputs(n, heads, dim, dim, dtype, "both") for n in (lengths, lengths // 8 + 1))
+        names = ("q", "k", "v", "offsets", "max_len", "alpha", "normaliser", "time_bias", "query_time", "key_time")
+        inputs = {name: new[name] for name in names} | {"softmax": softmax, "max_attn_len": 64}
+        inputs |= {f"cached_{name}": stored[name] for name in ("k", "v", "offsets")}
+        inputs |= {"cached_time": stored["key_time"], "position_bias": stored["position_bias"]}
+        cached.cached_attention(**_on_gpu(inputs), max_cached_len=stored["max_len"])
+
+    return Case(call, lengths)
+
+
+def _on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.as_subclass(OnGPU) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
 
 def _sampled_softmax(dtype: torch.dtype, dim: int, corrected: bool) -> Case:
@@ -192,6 +210,9 @@ CASES = {
     "attention d 128": _attention(_BF16, 2, 128, _LONG),
     "attention d 256": _attention(_BF16, 2, 256, _LONG),
     "attention d 256, deterministic": _attention(_BF16, 2, 256, _LONG, deterministic=True),
+    "cached attention d 64": _cached_attention(_BF16, 4, 64, _LONG),
+    "cached attention d 25, short, softmax": _cached_attention(_BF16, 2, 25, _SHORT, softmax=True),
+    "cached attention d 256": _cached_attention(_BF16, 2, 256, _LONG),
     "sampled softmax d 50, fp32": _sampled_softmax(_FP32, 50, True),
     "sampled softmax d 256": _sampled_softmax(_BF16, 256, False),
     "norm gate D 50, fp32": _norm_gate(_FP32, 50, 0.2),

@@ -274,7 +274,7 @@ def test_cached_attention_equals_targets_behind_the_history(
 def test_buckets_equal_the_exact_ones() -> None:
     """Whole seconds below 2^14, and either side of every later edge, as far as float32 tells them apart."""
     edges = naive.bucket_starts(torch.device("cpu"))
-    edges = edges[edges < 2**62].double()
+    edges = edges[edges < 2**62].double()[:: 1 if ON_GPU else 6]
     seconds = torch.cat(
         [torch.arange(2**14 if ON_GPU else 40), (edges * (1 - 1e-5)).long(), (edges * (1 + 1e-5)).long()]
     )

@@ -26,6 +26,22 @@ def test_padded_rows_hold_their_values_and_zeros_behind(lengths: list[int], dim:
     assert torch.equal(jagged.to_jagged(padded, offsets), values)
 
 
+@given(lengths=lengths_lists, dim=st.integers(1, 4), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_selected_rows_are_those_rows_in_that_order(lengths: list[int], dim: int, data: st.DataObject) -> None:
+    chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=8))
+    offsets = naive.offsets_from_lengths(torch.tensor(lengths))
+    results = []
+    for operations in (naive, *([fbgemm] if fbgemm.available() else [])):
+        values = torch.randn(sum(lengths), dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        selected, selected_offsets = operations.select_rows(values, offsets, torch.tensor(chosen))
+        expected = torch.cat([values[offsets[row] : offsets[row + 1]] for row in chosen])
+        assert torch.equal(selected, expected)
+        assert selected_offsets.diff().tolist() == [lengths[row] for row in chosen]
+        results.append(torch.autograd.grad(selected, values, 2 * selected.detach())[0])
+    torch.testing.assert_close(results[0], results[-1])
+
+
 @pytest.mark.skipif(not fbgemm.available(), reason="fbgemm_gpu is not installed")
 @given(lengths=lengths_lists, dim=st.integers(1, 5))
 @settings(max_examples=50, deadline=None)

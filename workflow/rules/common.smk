@@ -10,9 +10,12 @@ localrules:
     track,
 
 
-MODEL_CODE = sorted(
-    str(path) for folder in ("steps/models", "steps/ranking", "kernels") for path in Path(folder).rglob("*.py")
-)
+MODEL_CODE = [
+    *sorted(
+        str(path) for folder in ("steps/models", "steps/ranking", "kernels") for path in Path(folder).rglob("*.py")
+    ),
+    "kernels/configurations.json",
+]
 RUN = "runs/{experiment}/{dataset}/{model}/{protocol}/seed-{seed}"
 
 
