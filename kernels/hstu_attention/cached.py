@@ -50,19 +50,19 @@ def cached_kernel(
     # Itself.
     own_k = load_rows(k, first, end, head, stride_kt, stride_kh, BLOCK_M, DQK, BLOCK_DQK, False, PRECISION)
     own_v = load_rows(v, first, end, head, stride_vt, stride_vh, BLOCK_M, DV, BLOCK_DV, False, PRECISION)
-    x = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1)[:, None] * alpha
+    own_x = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1)[:, None] * alpha
     if POSITION:
-        x += tl.load(position_bias + position_zero)
+        own_x += tl.load(position_bias + position_zero)
     if TIME:
         own_times = tl.load(key_time + i, mask=i < end, other=0)[:, None]
-        x += tl.load(time_bias + buckets(times, own_times, bucket_edges, ASSEMBLY))
-    top = x
+        own_x += tl.load(time_bias + buckets(times, own_times, bucket_edges, ASSEMBLY))
+    top = own_x
     if SOFTMAX:
         mass = tl.full([BLOCK_M, 1], 1.0, tl.float32)
         total = own_v.to(tl.float32)
     else:
         mass = tl.zeros([BLOCK_M, 1], tl.float32)
-        total = operand(silu(x, FAST), own_v.dtype, PRECISION).to(tl.float32) * own_v.to(tl.float32)
+        total = operand(silu(own_x, FAST), own_v.dtype, PRECISION).to(tl.float32) * own_v.to(tl.float32)
 
     begin = 0
     if WINDOW:
