@@ -15,7 +15,6 @@ from kernels.hstu_attention.tiles import (
     first_near_key,
     load_rows,
     one_over_n,
-    operand,
     row_of_program,
     silu_and_slope,
     small_buckets,
@@ -23,6 +22,7 @@ from kernels.hstu_attention.tiles import (
     unpack_tile,
     visible,
 )
+from kernels.tensor_cores import operand
 
 
 @triton.jit
@@ -433,26 +433,28 @@ def bias_gradient_kernel(
     tiles_width, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
     alpha, normaliser, rows, row_splits, tile_splits, lowest, heads, total_tokens, position_zero, window, prefix,
     DQK: tl.constexpr, DV: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK: tl.constexpr, POSITION: tl.constexpr, TIME: tl.constexpr, TARGETS: tl.constexpr, WINDOW: tl.constexpr,
-    PREFIX: tl.constexpr, BY_LENGTH: tl.constexpr, SOFTMAX: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POSITION: tl.constexpr, TIME: tl.constexpr,
+    TARGETS: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, BY_LENGTH: tl.constexpr,
+    SOFTMAX: tl.constexpr, DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, DIAGONALS: tl.constexpr, ASSEMBLY: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
     """Sums of score gradients for the bias tables, by the tiles' distance from the diagonal.
 
     Grid (distances x row splits x tile splits): a program takes every row_splits-th row and, of each, every
-    tile_splits-th of the tiles `distance` tiles below the diagonal. On these, an element's place in the tile decides
-    its j - i, so the position sums stay one (BLOCK, BLOCK) tile however many tiles go in; heads share the bias, so
-    bucket sums are taken of their sum. No two programs write to one place. Within a program, tiles of many buckets
-    add to its bucket sums element by element, unless DETERMINISTIC, which takes a pass over the tile a bucket.
+    tile_splits-th of the tiles whose first query is `distance` BLOCK_N beyond their first key. On these, an element's
+    place in the tile decides its j - i, so the position sums stay one (BLOCK_M, BLOCK_N) tile however many go in;
+    heads share the bias, so bucket sums are taken of their sum. No two programs write to one place. Within a program,
+    tiles of many buckets add to its bucket sums element by element, unless DETERMINISTIC, which takes a pass over the
+    tile a bucket.
     """
     splits = row_splits * tile_splits
     distance = lowest + tl.program_id(0) // splits
     tile_split = tl.program_id(0) % splits // row_splits
     program = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, BLOCK)
+    RATIO: tl.constexpr = BLOCK_M // BLOCK_N
     slot = tl.arange(0, 256)
-    position_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
+    position_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     time_sum = tl.zeros([256], tl.float32)
     for row in range(tl.program_id(0) % row_splits, rows, row_splits):
         start, n, history, prefix_here = row_of_program(offsets, num_targets, row, prefix, TARGETS)
@@ -460,47 +462,50 @@ def bias_gradient_kernel(
         if SOFTMAX:
             scale = 1.0
         last_place = tl.minimum(history, n - 1)
-        tile_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
-        bias = tl.zeros([BLOCK, BLOCK], tl.float32)
+        tile_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         packed, low, high, regular, value = 0, 0, 0, True, 0.0
-        first_tile = tl.maximum(distance, 0)
-        tiles = tl.maximum(tl.cdiv(n, BLOCK) + tl.minimum(distance, 0) - first_tile, 0)
+        first_tile = tl.cdiv(tl.maximum(distance, 0), RATIO)
+        end_tile = tl.minimum(tl.cdiv(n, BLOCK_M), tl.cdiv(tl.maximum(tl.cdiv(n, BLOCK_N) + distance, 0), RATIO))
         if PREFIX:
-            if distance < 0:  # keys after the query: only within the prefix
-                tiles = tl.minimum(tiles, tl.maximum(tl.cdiv(prefix_here, BLOCK) + distance, 0))
+            if distance <= -RATIO:  # all keys after all queries: only within the prefix
+                seen_tiles = tl.maximum(tl.cdiv(prefix_here, BLOCK_N) + distance, 0)
+                end_tile = tl.minimum(end_tile, tl.cdiv(seen_tiles, RATIO))
+        tiles = tl.maximum(end_tile - first_tile, 0)
         tiles = tl.cdiv(tl.maximum(tiles - tile_split, 0), tile_splits)
         for index in range(tiles * heads):
             tile = first_tile + tile_split + index // heads * tile_splits
             head = index % heads
-            query = tile * BLOCK
-            key = (tile - distance) * BLOCK
+            query = tile * BLOCK_M
+            key_tile = tile * RATIO - distance
+            key = key_tile * BLOCK_N
             q_tile = load_rows(
-                q, start + query, start + n, head, stride_qt, stride_qh, BLOCK, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
+                q, start + query, start + n, head, stride_qt, stride_qh, BLOCK_M, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
             )
             k_tile = load_rows(
-                k, start + key, start + n, head, stride_kt, stride_kh, BLOCK, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
+                k, start + key, start + n, head, stride_kt, stride_kh, BLOCK_N, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
             )
             grad_tile = load_rows(
-                grad, start + query, start + n, head, stride_gt, stride_gh, BLOCK, DV, BLOCK_DV, DESCRIPTOR, PRECISION
+                grad, start + query, start + n, head, stride_gt, stride_gh, BLOCK_M, DV, BLOCK_DV, DESCRIPTOR, PRECISION
             )
             v_tile = load_rows(
-                v, start + key, start + n, head, stride_vt, stride_vh, BLOCK, DV, BLOCK_DV, DESCRIPTOR, PRECISION
+                v, start + key, start + n, head, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, DESCRIPTOR, PRECISION
             )
-            i = query + place
-            j = key + place
+            i = query + tl.arange(0, BLOCK_M)
+            j = key + tl.arange(0, BLOCK_N)
             if head == 0:
-                tile_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
-                bias = tl.zeros([BLOCK, BLOCK], tl.float32)
+                tile_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 row_since, key_since = i, since
                 if TIME:
                     row_since = tl.load(since + start + i, mask=i < n, other=0)
                     key_since = since + total_tokens
-                    packed = tl.load(tiles_buckets + (start // BLOCK + row + tile) * tiles_width + tile - distance)
+                    packed = tl.load(tiles_buckets + (start // BLOCK_M + row + tile) * tiles_width + key_tile)
                     low, high, regular, value = unpack_tile(packed, time_bias)
                 bias = tile_bias(
                     position_bias, position_zero, spread, time_bias, bucket_edges, spread, query_time, key_time,
                     start, n, i, j, last_place, value, POSITION, TIME, TARGETS or WINDOW or PREFIX, False, False,
-                    BLOCK, BLOCK, True,
+                    BLOCK_M, BLOCK_N, True,
                     ASSEMBLY,
                 )  # fmt: skip
                 if TIME and not (TARGETS or WINDOW or PREFIX):
@@ -511,7 +516,7 @@ def bias_gradient_kernel(
                         )  # fmt: skip
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * alpha + bias
             dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
-            mass = tl.zeros([BLOCK], tl.float32)
+            mass = tl.zeros([BLOCK_M], tl.float32)
             if SOFTMAX:
                 lane = head.to(tl.int64) * total_tokens + start + i
                 mass = tl.load(log_mass + lane, mask=i < n, other=0.0)
@@ -556,24 +561,30 @@ def bias_gradient_kernel(
                         tile_sum = tl.where((i < history)[:, None], tile_sum, 0.0)
                     position_sum += tile_sum * scale
     if POSITION:
-        tl.store(position_sums + program * BLOCK * BLOCK + place[:, None] * BLOCK + place[None, :], position_sum)
+        place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(position_sums + program * BLOCK_M * BLOCK_N + place, position_sum)
     if TIME:
         tl.atomic_add(time_sums + program * 256 + slot, time_sum, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["tiles", "lowest", "position_zero"])
-def diagonal_sum_kernel(position_sums, gradient, tiles, lowest, position_zero, BLOCK: tl.constexpr):
-    """dp from the tiles (distances, BLOCK, BLOCK) of position sums; grid (distances + 1,).
+@triton.jit(do_not_specialize=["distances", "lowest", "position_zero"])
+def diagonal_sum_kernel(
+    position_sums, gradient, distances, lowest, position_zero, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """dp from the tiles (distances, BLOCK_M, BLOCK_N) of position sums; grid (distances + BLOCK_M / BLOCK_N,).
 
-    For i - j = D BLOCK + t with 0 <= t < BLOCK: elements whose row is t beyond the column in the tile of distance D,
-    and those whose column is BLOCK - t beyond the row in that of distance D + 1.
+    A program sums for i - j = window BLOCK_N + t, 0 <= t < BLOCK_N. In a tile `above` distances nearer, these are the
+    elements whose row is above BLOCK_N + t beyond their column.
     """
-    near = tl.program_id(0) - 1
-    row = tl.arange(0, BLOCK)[:, None]
-    t = tl.arange(0, BLOCK)[None, :]
-    tile = position_sums + near.to(tl.int64) * BLOCK * BLOCK + row * BLOCK
-    here = tl.load(tile + row - t, mask=(row >= t) & (near >= 0), other=0.0)
-    after = tl.load(tile + BLOCK * BLOCK + row - t + BLOCK, mask=(row < t) & (near + 1 < tiles), other=0.0)
-    index = position_zero - ((lowest + near) * BLOCK + tl.arange(0, BLOCK))
-    inside = (index >= 0) & (index <= 2 * position_zero)
-    tl.store(gradient + index, tl.sum(here + after, 0), mask=inside)
+    window = lowest - 1 + tl.program_id(0)
+    row = tl.arange(0, BLOCK_M)[:, None]
+    t = tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for above in tl.static_range(-1, BLOCK_M // BLOCK_N):
+        tile = window - above - lowest
+        column = row - above * BLOCK_N - t[None, :]
+        inside = (column >= 0) & (column < BLOCK_N) & (tile >= 0) & (tile < distances)
+        pointers = position_sums + tile.to(tl.int64) * BLOCK_M * BLOCK_N + row * BLOCK_N + column
+        total += tl.sum(tl.load(pointers, mask=inside, other=0.0), 0)
+    index = position_zero - (window * BLOCK_N + t)
+    tl.store(gradient + index, total, mask=(index >= 0) & (index <= 2 * position_zero))

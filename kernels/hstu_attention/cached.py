@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from kernels.common import configuration
-from kernels.hstu_attention.tiles import buckets, exp_of, load_rows, operand, silu
+from kernels.hstu_attention.tiles import buckets, exp_of, load_rows, silu
 from kernels.hstu_attention.triton_op import _block, _bucket_edges, _rows, shape_class
+from kernels.tensor_cores import operand
 
 _LOWEST = tl.constexpr(-1e30)
 
@@ -198,7 +199,7 @@ def cached_attention(
         BY_LENGTH=normaliser is None,
         SOFTMAX=softmax,
         PRECISION="tf32" if q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        FAST=q.is_cuda and q.dtype != torch.float32,
+        FAST=q.is_cuda and q.dtype == torch.bfloat16,
         ASSEMBLY=q.is_cuda,
         num_warps=config["num_warps"],
         num_stages=2,

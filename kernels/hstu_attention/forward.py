@@ -11,13 +11,13 @@ from kernels.hstu_attention.tiles import (
     first_near_key,
     load_rows,
     one_over_n,
-    operand,
     row_of_program,
     silu,
     tile_bias,
     unpack_tile,
     visible,
 )
+from kernels.tensor_cores import operand
 
 #: Masked scores and the first running maximum of softmax: finite, so that no difference of two is undefined.
 _LOWEST = tl.constexpr(-1e30)

@@ -24,6 +24,7 @@ from kernels.hstu_attention.tiles import BAND_BLOCK, PADDING
 SHORT = 256
 _TIME_SLOTS = 256  # buckets 0..128, padded to a power of two
 _BIAS_PROGRAMS = 4096
+_BAND_TILE = 32  # tiles of 64 take up to 242 registers a thread, for 64-bit times
 
 
 def shape_class(q: torch.Tensor, v: torch.Tensor, max_len: int, biased: bool) -> str:
@@ -92,10 +93,11 @@ class _Launch:
             "BY_LENGTH": normaliser is None and not softmax,
             "SOFTMAX": softmax,
             "PRECISION": "tf32" if q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee",
-            "FAST": q.is_cuda and q.dtype != torch.float32,
+            "FAST": q.is_cuda and q.dtype == torch.bfloat16,
             "ASSEMBLY": q.is_cuda,
         }
         self.common["spread"], self.common["band"] = self._spread_table(), self._band()
+        self._tile_buckets: dict[tuple[int, int], dict[str, Any]] = {}
 
     def configuration(self, kernel: str) -> dict[str, int]:
         name = shape_class(self.q, self.v, self.max_len, self.biased)
@@ -144,13 +146,13 @@ class _Launch:
         if not self.common["TIME"] or not self.plain_masks or not self.tokens:
             return None
         band = self.q.new_empty(self.tokens, 2 * BAND_BLOCK.value)
-        band_kernel[(triton.cdiv(self.max_len, 64), self.rows)](
+        band_kernel[(triton.cdiv(self.max_len, _BAND_TILE), self.rows)](
             band,
             self.offsets,
             **self.tables,
             position_zero=self.common["position_zero"],
             POSITION=self.common["POSITION"],
-            BLOCK=64,
+            BLOCK=_BAND_TILE,
             ASSEMBLY=self.common["ASSEMBLY"],
         )
         return band
@@ -160,23 +162,25 @@ class _Launch:
         query_time, key_time = self.times
         if query_time is None:
             return {"since": None, "tiles_buckets": None, "tiles_width": 0}
-        since = query_time.new_empty(2, self.tokens, dtype=torch.int32)
-        slots = self.tokens // block_m + self.rows + 1
-        query_ranges = since.new_empty(slots, 2)
-        key_ranges = since.new_empty(self.tokens // block_n + self.rows + 1, 2)
-        block = max(block_m, block_n)
-        relative_time_kernel[(triton.cdiv(self.max_len, block), self.rows)](
-            query_time, key_time, self.offsets, since, query_ranges, key_ranges, self.tokens,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=block,
-        )  # fmt: skip
-        width = triton.cdiv(self.max_len, block_n)
-        tiles = since.new_empty(slots, width)
-        programs = triton.cdiv(self.max_len, block_m) * triton.cdiv(width, 32)
-        tile_bucket_kernel[(programs, self.rows)](
-            self.offsets, query_ranges, key_ranges, tiles, width,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=32, ASSEMBLY=self.common["ASSEMBLY"],
-        )  # fmt: skip
-        return {"since": since, "tiles_buckets": tiles, "tiles_width": width}
+        if (block_m, block_n) not in self._tile_buckets:
+            since = query_time.new_empty(2, self.tokens, dtype=torch.int32)
+            slots = self.tokens // block_m + self.rows + 1
+            query_ranges = since.new_empty(slots, 2)
+            key_ranges = since.new_empty(self.tokens // block_n + self.rows + 1, 2)
+            block = max(block_m, block_n)
+            relative_time_kernel[(triton.cdiv(self.max_len, block), self.rows)](
+                query_time, key_time, self.offsets, since, query_ranges, key_ranges, self.tokens,
+                BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=block,
+            )  # fmt: skip
+            width = triton.cdiv(self.max_len, block_n)
+            tiles = since.new_empty(slots, width)
+            programs = triton.cdiv(self.max_len, block_m) * triton.cdiv(width, 32)
+            tile_bucket_kernel[(programs, self.rows)](
+                self.offsets, query_ranges, key_ranges, tiles, width,
+                BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=32, ASSEMBLY=self.common["ASSEMBLY"],
+            )  # fmt: skip
+            self._tile_buckets[block_m, block_n] = {"since": since, "tiles_buckets": tiles, "tiles_width": width}
+        return self._tile_buckets[block_m, block_n]
 
     def forward(self, config: Mapping[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
         output = self.v.new_empty(self.tokens, self.heads, self.dv)
@@ -277,9 +281,11 @@ class _Launch:
         self_sums: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of the two tables, float32; None for a table that is not there."""
-        block = config["block_n"]
-        lowest = -(triton.cdiv(min(self.prefix, self.max_len), block) - 1) if self.prefix else 0
-        distances = triton.cdiv(self.max_len, block) - lowest
+        block_m, block_n = config["block_m"], config["block_n"]
+        ratio = block_m // block_n
+        # In multiples of block_n: a tile's last keys are up to ratio - 1 beyond its first query, prefix keys more.
+        lowest = -max(ratio, triton.cdiv(min(self.prefix, self.max_len), block_n)) + 1
+        distances = (triton.cdiv(self.max_len, block_m) - 1) * ratio - lowest + 1
         # Programs of the nearest distances have the most tiles and buckets: rows first, then tiles are dealt out.
         row_splits = max(1, min(self.rows, _BIAS_PROGRAMS // distances))
         tile_splits = max(1, _BIAS_PROGRAMS // (distances * row_splits))
@@ -288,25 +294,26 @@ class _Launch:
         position_sums = time_sums = None
         position_bias, time_bias = self.tables["position_bias"], self.tables["time_bias"]
         if position_bias is not None:
-            position_sums = log_mass.new_empty(distances, splits, block, block)
+            position_sums = log_mass.new_empty(distances, splits, block_m, block_n)
         if time_bias is not None:
             time_sums = log_mass.new_zeros(distances * splits, _TIME_SLOTS)
-        tensors = {"q": self.q, "grad": grad, "k": self.k, "v": self.v}
+        tensors = {"q": (self.q, block_m), "grad": (grad, block_m), "k": (self.k, block_n), "v": (self.v, block_n)}
         bias_gradient_kernel[(distances * splits,)](
             position_sums=position_sums,
             time_sums=time_sums,
             log_mass=log_mass,
             delta=delta,
-            **self.tile_buckets(block, block),
+            **self.tile_buckets(block_m, block_n),
             rows=self.rows,
             small_edges=_small_edges(self.q.device) if time_sums is not None else None,
             row_splits=row_splits,
             tile_splits=tile_splits,
             lowest=lowest,
-            BLOCK=block,
-            **self.rows_of(config, **{name: (tensor, block) for name, tensor in tensors.items()}),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            **self.rows_of(config, **tensors),
             **self.common,
-            DIAGONALS=self._diagonals(block, config["num_warps"]),
+            DIAGONALS=self._diagonals(block_m, config["num_warps"]),
             DETERMINISTIC=deterministic,
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],
@@ -315,8 +322,14 @@ class _Launch:
         dp = dw = None
         if position_sums is not None and position_bias is not None:
             dp = log_mass.new_zeros(len(position_bias))
-            diagonal_sum_kernel[(distances + 1,)](
-                position_sums.sum(1), dp, distances, lowest, self.common["position_zero"], BLOCK=block
+            diagonal_sum_kernel[(distances + ratio,)](
+                position_sums.sum(1),
+                dp,
+                distances,
+                lowest,
+                self.common["position_zero"],
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
             )
             if target_sums is not None and self_sums is not None:
                 dp += self._target_position_gradient(dp, target_sums, self_sums)

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from kernels.common import configuration
 from kernels.norm_gate.triton_op import normalise, normalise_backward
+from kernels.tensor_cores import operand
 
 
 @triton.jit
@@ -32,9 +33,10 @@ def _normalised_rows(x_ptr, rows, left, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _weight_tile(weight_ptr, columns, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr):
+def _weight_tile(weight_ptr, columns, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     across = tl.arange(0, BLOCK_D)[:, None]
-    return tl.load(weight_ptr + across * K + columns, mask=(across < D) & (columns < K), other=0.0)
+    tile = tl.load(weight_ptr + across * K + columns, mask=(across < D) & (columns < K), other=0.0)
+    return operand(tile, tile.dtype, PRECISION)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -54,10 +56,10 @@ def _forward_kernel(
     left = (tokens - first).to(tl.int32)
     rows = tl.arange(0, BLOCK_T)[:, None]
     xhat, _ = _normalised_rows(x_ptr + first * D, rows, left, D, BLOCK_D)
-    xhat = xhat.to(x_ptr.dtype.element_ty)
+    xhat = operand(xhat, x_ptr.dtype.element_ty, PRECISION)
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)[None, :]
-        weight = _weight_tile(weight_ptr, columns, D, K, BLOCK_D)
+        weight = _weight_tile(weight_ptr, columns, D, K, BLOCK_D, PRECISION)
         z = tl.dot(xhat, weight, input_precision=PRECISION)
         out = z * tl.sigmoid(z)
         tl.store(out_ptr + first * K + rows * K + columns, out, mask=(rows < left) & (columns < K))
@@ -87,10 +89,11 @@ def _backward_kernel(
     normalised, _ = _normalised_rows(x_ptr + first * D, rows, left, D, BLOCK_D)
     xhat = normalised.to(x_ptr.dtype.element_ty)
     tl.store(xhat_ptr + first * D + rows * D + across, xhat, mask=inside)
+    xhat = operand(xhat, xhat.dtype, PRECISION)
     dxhat = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)[None, :]
-        weight = _weight_tile(weight_ptr, columns, D, K, BLOCK_D)
+        weight = _weight_tile(weight_ptr, columns, D, K, BLOCK_D, PRECISION)
         at = rows * K + columns
         mask = (rows < left) & (columns < K)
         gradient = tl.load(gradient_ptr + first * K + at, mask=mask, other=0.0).to(tl.float32)
@@ -98,7 +101,7 @@ def _backward_kernel(
         sigmoid = tl.sigmoid(z)
         dz = (gradient * sigmoid * (1 + z * (1 - sigmoid))).to(x_ptr.dtype.element_ty)
         tl.store(dz_ptr + first * K + at, dz, mask=mask)
-        dxhat = tl.dot(dz, tl.trans(weight), dxhat, input_precision=PRECISION)
+        dxhat = tl.dot(operand(dz, dz.dtype, PRECISION), tl.trans(weight), dxhat, input_precision=PRECISION)
     normalised, rstd = _normalised_rows(x_ptr + first * D, rows, left, D, BLOCK_D)
     dx = normalise_backward(dxhat, normalised, rstd, D)
     tl.store(dx_ptr + first * D + rows * D + across, dx, mask=inside)

@@ -45,7 +45,8 @@ def candidates(kernel: str, dim: int, length: str, biased: bool) -> Iterator[Con
         case "query_gradient":
             sizes = [(64, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
         case _:
-            sizes = [(64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 2)] + ([(64, 64, 4, 3)] if dim <= 64 else [])
+            sizes = [(64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
+            sizes += [(64, 64, 4, 3), (128, 64, 8, 3)] if dim <= 64 else []
     descriptor = int(torch.cuda.get_device_capability()[0] >= 9)
     for m, n, warps, stages in sizes:
         if length == "short" and max(m, n) == 128:

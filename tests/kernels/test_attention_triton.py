@@ -229,6 +229,19 @@ def test_added_query_gradients_equal_the_separate_kernels() -> None:
     torch.testing.assert_close(added, alone, rtol=1e-2 if ON_GPU else 1e-5, atol=1e-3 if ON_GPU else 1e-6)
 
 
+@pytest.mark.parametrize("tile", [(64, 16), (32, 32)])
+@pytest.mark.parametrize("case", [Case(dqk=16, dv=16), Case(targets=(13, 0, 1, 9), window=17, prefix=30)])
+def test_bias_gradients_do_not_depend_on_the_tiles(
+    case: Case, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def configuration(launch: Any, kernel: str, original: Any = triton_op._Launch.configuration) -> dict[str, int]:
+        config = original(launch, kernel)
+        return config | ({"block_m": tile[0], "block_n": tile[1]} if kernel == "bias_gradient" else {})
+
+    monkeypatch.setattr(triton_op._Launch, "configuration", configuration)
+    check(case, torch.float32)
+
+
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("window", [0, 30])
 @pytest.mark.parametrize("bias", ["none", "both"])
