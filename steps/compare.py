@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from matplotlib import rcParams
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from scipy import stats
@@ -22,6 +21,7 @@ from tabulate import tabulate as render
 from steps.common import params
 from steps.common.cli import run_step
 from steps.common.files import atomic_path, write_text
+from steps.reporting.figures import save_figure
 from steps.reporting.records import Record, by_row, labels, read_records
 
 METRIC = "ndcg@10"
@@ -170,11 +170,7 @@ def main(args: argparse.Namespace) -> None:
             claims += [f"## {dataset}, protocol {protocol}", "\n".join(sentences)]
     if len(claims) == 1:
         claims.append("No pair of models of this experiment has a published ordering.")
-    rcParams["svg.hashsalt"] = "hstu"  # the same intervals, the same bytes
-    figure = draw_intervals(found, names)
-    for form, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 120})):
-        with atomic_path(args.output / f"intervals.{form}") as temporary:
-            figure.savefig(temporary, format=form, **options)
+    save_figure(draw_intervals(found, names), args.output / "intervals")
     with atomic_path(args.output / "comparisons.csv") as temporary:
         pl.DataFrame(table, schema=_SCHEMA).write_csv(temporary)
     write_text(args.output / "comparisons.md", "\n\n".join(text) + "\n")

@@ -7,12 +7,11 @@ Writes `table.md`, `roofline.svg` and `roofline.png`.
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jsonschema
-from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import StrMethodFormatter
@@ -20,7 +19,8 @@ from tabulate import tabulate as render
 
 from steps.common import params
 from steps.common.cli import StepError, run_step
-from steps.common.files import atomic_path, read_json, write_text
+from steps.common.files import read_json, write_text
+from steps.reporting.figures import save_figure
 
 _ATTENTION = "hstu_attention"
 _CEILINGS = "ceilings"
@@ -364,11 +364,6 @@ def _markdown(made: list[Section], ceilings: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _save(path: Path, write: Callable[[Path], Any]) -> None:
-    with atomic_path(path) as temporary:
-        write(temporary)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", required=True, type=Path, help="folder of json files: reports/kernels")
     parser.add_argument("--output", required=True, type=Path, help="folder for the table and the roofline")
@@ -386,10 +381,7 @@ def main(args: argparse.Namespace) -> None:
             made.append(published_section(published, attention, device))
         made += [operation_section(name, rows, device) for name, rows in on_device.items() if rows]
     text = _markdown(made, ceilings)
-    rcParams["svg.hashsalt"] = "hstu"  # the same points, the same bytes
-    figure = draw_roofline(results, ceilings)
-    _save(args.output / "roofline.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
-    _save(args.output / "roofline.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    save_figure(draw_roofline(results, ceilings), args.output / "roofline")
     write_text(args.output / "table.md", text)
 
 

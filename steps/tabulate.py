@@ -4,13 +4,11 @@ Reads runs, or the small records of runs that are committed under reports/: both
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from jinja2 import Environment
-from matplotlib import rcParams
 from matplotlib.figure import Figure
 from tabulate import tabulate as render
 
@@ -18,6 +16,7 @@ from steps.common import params
 from steps.common.cli import run_step
 from steps.common.files import atomic_path, write_text
 from steps.reporting.details import beyond, beyond_table, variant_table, variants
+from steps.reporting.figures import save_figure
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records
 
 _SHOWN = ("hr@10", "ndcg@10", "hr@50", "hr@200", "ndcg@200", "mrr")
@@ -195,11 +194,6 @@ def _details(records: list[Record], title: str) -> tuple[str, list[dict[str, Any
     return "\n\n".join(parts) + "\n", rules, others
 
 
-def _save(path: Path, write: Callable[[Path], Any]) -> None:
-    with atomic_path(path) as temporary:
-        write(temporary)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", required=True)
     parser.add_argument("--runs", required=True, type=Path, help="runs/<experiment> or reports/<experiment>/records")
@@ -214,17 +208,15 @@ def main(args: argparse.Namespace) -> None:
     summary = summarise(records)
     made, footer = sections(summary, paper, titles, labels(records)), provenance(records, missing)
     details, rules, others = _details(records, title)
-    rcParams["svg.hashsalt"] = "hstu"  # the same curves, the same bytes
-    figure = draw_curves(records, paper, titles)
-    _save(args.output / "curves.svg", lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
-    _save(args.output / "curves.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    save_figure(draw_curves(records, paper, titles), args.output / "curves")
     for name, table in {
         "runs": _runs_table(records),
         "table": summary,
         "variants": pl.DataFrame(rules, infer_schema_length=None),
         "beyond": pl.DataFrame(others, infer_schema_length=None),
     }.items():
-        _save(args.output / f"{name}.csv", table.write_csv)
+        with atomic_path(args.output / f"{name}.csv") as temporary:
+            table.write_csv(temporary)
     write_text(args.output / "details.md", details)
     write_text(args.output / "table.html", _html(title, made, footer))
     write_text(args.output / "table.md", _markdown(title, made, footer))

@@ -503,7 +503,7 @@ def bias_gradient_kernel(
                     packed = tl.load(tiles_buckets + (start // BLOCK_M + row + tile) * tiles_width + key_tile)
                     low, high, regular, value = unpack_tile(packed, time_bias)
                 bias = tile_bias(
-                    position_bias, position_zero, spread, time_bias, bucket_edges, spread, query_time, key_time,
+                    position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                     start, n, i, j, last_place, value, POSITION, TIME, TARGETS or WINDOW or PREFIX, False, False,
                     BLOCK_M, BLOCK_N, True,
                     ASSEMBLY,

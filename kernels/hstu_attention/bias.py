@@ -1,4 +1,4 @@
-"""Kernels that prepare the biases: linear in tokens, shared by all heads, a small part of the attention's time."""
+"""Kernels that prepare the biases, once for all heads."""
 # A kernel's arguments have no Python types.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
@@ -18,7 +18,7 @@ from kernels.hstu_attention.tiles import (
 
 @triton.jit(do_not_specialize=["zero"])
 def spread_kernel(position_bias, spread, zero, BLOCK: tl.constexpr):
-    """The position table as `position_pairs` reads it: zeros around it, once more shifted by one, and both reversed.
+    """The position table as `position_diagonals` reads it: zeros around it; once more, shifted by one; both reversed.
 
     Grid (blocks of the width,); writes (4, width) float32.
     """

@@ -16,11 +16,6 @@ from kernels.tensor_cores import operand
 _LOWEST = tl.constexpr(-1e30)
 
 
-@triton.jit
-def _lookup(table, index, mask):
-    return tl.load(table + index, mask=mask, other=0.0)
-
-
 @triton.jit(do_not_specialize=["num_tiles", "position_zero", "window"])
 def cached_kernel(
     q, k, v, output, offsets, cached_k, cached_v, cached_offsets,
@@ -98,7 +93,8 @@ def cached_kernel(
         )
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * alpha
         if POSITION:
-            x += _lookup(position_bias, j - history + position_zero, j < history)[None, :]
+            entries = position_bias + (j - history + position_zero)
+            x += tl.load(entries, mask=j < history, other=0.0)[None, :]
         if TIME:
             key_times = tl.load(cached_time + stored + j, mask=j < history, other=0)[None, :]
             x += tl.load(time_bias + buckets(times, key_times, bucket_edges, ASSEMBLY))
