@@ -19,8 +19,11 @@ from steps.common.files import read_json, sha256
 class Batch:
     """Windows of several users, jagged. Each token predicts the next one of its user.
 
-    item, timestamp, next_item, next_timestamp: (T,) int64. offsets: (B + 1,) int64. max_len: the longest
-    window. user: (B,) int64, places in `Sequences`.
+    item, timestamp, next_item, next_timestamp: (T,) int64. offsets: (R + 1,) int64. row, place: (T,) int64, each
+    token's window and its place there. max_len: at least the longest window. user: (B,) int64, places in `Sequences`.
+
+    Without padding R is B, and `real` None. With it the tokens that `real` (T,) leaves out are padding: item and
+    next item 0, times 0, in rows of their own behind the users', of which the last may be empty.
     """
 
     item: torch.Tensor
@@ -28,13 +31,38 @@ class Batch:
     next_item: torch.Tensor
     next_timestamp: torch.Tensor
     offsets: torch.Tensor
+    row: torch.Tensor
+    place: torch.Tensor
     max_len: int
     user: torch.Tensor
+    real: torch.Tensor | None = None
 
     @property
     def last(self) -> torch.Tensor:
-        """The places (B,) of each window's last token."""
-        return self.offsets[1:] - 1
+        """The places (B,) of each user's last token."""
+        return self.offsets[1 : len(self.user) + 1] - 1
+
+    def to_jagged(self, padded: torch.Tensor) -> torch.Tensor:
+        """`kernels.jagged.to_jagged` by this batch's offsets: (R, N, D) to (T, D), without waiting for the device."""
+        return padded.flatten(0, 1).index_select(0, self.row * padded.shape[1] + self.place)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a padded batch, known before its users: `users`, and `tokens` with padding, in so many `rows`."""
+
+    users: int
+    tokens: int
+    rows: int
+    max_len: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the host knows of a batch without asking the device: its tokens, and the longest window's."""
+
+    tokens: int
+    longest: int
 
 
 class Sequences:
@@ -56,33 +84,70 @@ class Sequences:
         lengths = self.offsets.diff()
         return torch.nonzero(lengths - drop >= 2)[:, 0]
 
-    def batch(self, users: torch.Tensor, drop: torch.Tensor, max_len: int) -> Batch:
+    def window_lengths(self, users: torch.Tensor, drop: torch.Tensor, max_len: int) -> torch.Tensor:
+        """How many tokens (B,) int64 the window of each of `users` (B,) has without their last `drop` (B,) rows."""
+        rows = self.offsets[users + 1] - drop - self.offsets[users]
+        return torch.minimum(rows, torch.full_like(rows, max_len + 1)) - 1
+
+    def batch(self, users: torch.Tensor, drop: torch.Tensor, max_len: int, size: Size | None = None) -> Batch:
         """The latest windows of `users` (B,), their last `drop` (B,) interactions left out.
 
         A window is the last `max_len` + 1 rows: all but the last are tokens, all but the first are what
         they predict. Training drops the held-out rows; to predict one held-out row, drop those after it.
+        Without its `size` the host waits for the device to tell it.
         """
-        end = self.offsets[users + 1] - drop
-        lengths = torch.minimum(end - self.offsets[users], torch.full_like(end, max_len + 1)) - 1
+        lengths = self.window_lengths(users, drop, max_len)
         offsets = offsets_from_lengths(lengths)
-        row, place = row_and_place(offsets, int(offsets[-1]))
-        index = (end - lengths - 1)[row] + place
+        size = size or Size(int(offsets[-1]), int(lengths.max()))
+        row, place = row_and_place(offsets, size.tokens)
+        index = (self.offsets[users + 1] - drop - lengths - 1)[row] + place
         return Batch(
             item=self.item[index],
             timestamp=self.timestamp[index],
             next_item=self.item[index + 1],
             next_timestamp=self.timestamp[index + 1],
             offsets=offsets,
-            max_len=int(lengths.max()),
+            row=row,
+            place=place,
+            max_len=size.longest,
             user=users,
         )
 
-    def histories(self, users: torch.Tensor, drop: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole history before each user's row to predict: (place of the user in `users`, item), both (S,)."""
+    def padded_batch(self, users: torch.Tensor, drop: torch.Tensor, layout: Layout) -> Batch:
+        """The same windows in a shape that is known beforehand, so that the host need not wait for the device."""
+        lengths = self.window_lengths(users, drop, layout.max_len)
+        offsets = offsets_from_lengths(lengths)
+        total = offsets[-1]
+        spare = torch.arange(1, layout.rows - layout.users + 1, device=offsets.device)
+        offsets = torch.cat([offsets, (total + spare * layout.max_len).clamp(max=layout.tokens)])
+        row, place = row_and_place(offsets, layout.tokens)
+        real = torch.arange(layout.tokens, device=offsets.device) < total
+        first = torch.nn.functional.pad(self.offsets[users + 1] - drop - lengths - 1, (0, len(spare)))
+        index = torch.where(real, first[row] + place, 0)
+        return Batch(
+            item=self.item[index] * real,
+            timestamp=self.timestamp[index] * real,
+            next_item=self.item[index + 1] * real,
+            next_timestamp=self.timestamp[index + 1] * real,
+            offsets=offsets,
+            row=row,
+            place=place,
+            max_len=layout.max_len,
+            user=users,
+            real=real,
+        )
+
+    def histories(
+        self, users: torch.Tensor, drop: torch.Tensor, total: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole history before each user's row to predict: (place of the user in `users`, item), both (S,).
+
+        Without `total`, S, the host waits for the device to tell it.
+        """
         start = self.offsets[users]
         lengths = self.offsets[users + 1] - drop - 1 - start
         offsets = offsets_from_lengths(lengths)
-        row, place = row_and_place(offsets, int(offsets[-1]))
+        row, place = row_and_place(offsets, int(offsets[-1]) if total is None else total)
         return row, self.item[start[row] + place]
 
     def counts(self, drop: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.jagged.naive import row_and_place
-from steps.data.sequences import Batch, Sequences
+from steps.data.sequences import Batch, Layout, Sequences
 from steps.models.losses import next_item_loss, scores
 
 
@@ -39,7 +38,13 @@ class SequenceModel(Model):
     """A model with a vector per item, trained to predict the next item.
 
     `config` is the `model` entry of a run's config.json, `training` its `training` entry.
+
+    An epoch is trained in one of two ways: over `losses`, whose shapes are whatever the data has, or over
+    `static_steps` and `static_loss`, whose few shapes a CUDA graph can hold. Both are the same mathematics.
     """
+
+    #: What matrix products are taken in between the item vectors and the states; None: in the weights' own type.
+    compute: torch.dtype | None = None
 
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
         super().__init__()
@@ -54,9 +59,15 @@ class SequenceModel(Model):
     def encode(self, batch: Batch) -> torch.Tensor:
         """States (T, d), one per token, not normalised."""
 
+    def low_precision(self) -> torch.autocast:
+        """Within it, matrix products and attention are taken in `compute`; norms and the sum of layers are not."""
+        # A cached copy of a weight would outlive the step that made it.
+        kind, dtype = self.items.weight.device.type, self.compute or torch.bfloat16
+        return torch.autocast(kind, dtype=dtype, enabled=self.compute is not None, cache_enabled=False)
+
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean loss over all tokens."""
-        return next_item_loss(self.loss_config, self.encode(batch), self.items.weight, batch.next_item)
+        return next_item_loss(self.loss_config, self.encode(batch), self.items.weight, batch.next_item, batch.real)
 
     def losses(
         self, sequences: Sequences, order: torch.Tensor, drop: torch.Tensor, max_len: int, batch_size: int
@@ -69,15 +80,40 @@ class SequenceModel(Model):
         """How many losses an epoch over so many users has; None where only running it tells."""
         return -(-users // batch_size)
 
+    def static_steps(
+        self, lengths: torch.Tensor, order: torch.Tensor, max_len: int, batch_size: int, bucket: int
+    ) -> list[tuple[Any, torch.Tensor]]:
+        """The same epoch, as a layout and an int64 tensor on the device for each step.
+
+        lengths (U,): tokens of every user's window, on the host like `order`. A batch is padded to a multiple of
+        `bucket` tokens, by rows of at most `max_len`; its tensor is its users.
+        """
+        spare = -(-bucket // max_len)
+        tokens = [-(-int(part.sum()) // bucket) * bucket for part in lengths[order].split(batch_size)]
+        batches = order.to(self.items.weight.device).split(batch_size)
+        return [
+            (Layout(len(users), total, len(users) + spare, max_len), users)
+            for users, total in zip(batches, tokens, strict=True)
+        ]
+
+    def static_loss(self, sequences: Sequences, drop: torch.Tensor, layout: Any, given: torch.Tensor) -> torch.Tensor:
+        """The loss of one of `static_steps`, whose tensor is `given` on the device."""
+        return self.loss(sequences.padded_batch(given, drop[given], layout))
+
     def score(self, batch: Batch) -> torch.Tensor:
         """Similarity of the last state and every item vector."""
         return scores(self.loss_config["similarity"], self.encode(batch)[batch.last], self.items.weight)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over all parameters."""
-        options = self.optimizer_config
+        """AdamW over all parameters; on CUDA one whose step a graph can hold."""
+        options, on_cuda = self.optimizer_config, self.items.weight.is_cuda
         return torch.optim.AdamW(
-            self.parameters(), lr=options["lr"], betas=tuple(options["betas"]), weight_decay=options["weight_decay"]
+            self.parameters(),
+            lr=options["lr"],
+            betas=tuple(options["betas"]),
+            weight_decay=options["weight_decay"],
+            capturable=on_cuda,
+            fused=on_cuda or None,
         )
 
 
@@ -92,5 +128,4 @@ class PositionedModel(SequenceModel):
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """The input (T, d). Position 0 is the window's first item."""
-        _, place = row_and_place(batch.offsets, len(batch.item))
-        return self.input_dropout(self.items(batch.item) * self.dim**0.5 + self.position(place))
+        return self.input_dropout(self.items(batch.item) * self.dim**0.5 + self.position(batch.place))

@@ -35,15 +35,15 @@ class BERTBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
-        """Tokens (T, d) to tokens (T, d)."""
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
+        """Tokens (T, d), with their places (T,) in a padded batch laid out row by row, to tokens (T, d)."""
         padded = jagged.to_padded(self.qkv(x), offsets, max_len)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in padded.chunk(3, dim=-1))
         real = torch.arange(max_len, device=x.device) < offsets.diff()[:, None]  # (B, N)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=real[:, None, None, :], dropout_p=self.dropout_share if self.training else 0.0
         )
-        attended = self.output(jagged.to_jagged(attended.transpose(1, 2).flatten(2), offsets))
+        attended = self.output(attended.transpose(1, 2).flatten(0, 1).index_select(0, index).flatten(1))
         x = self.attention_norm(x + self.dropout(attended))
         return self.feed_forward_norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
 
@@ -78,14 +78,18 @@ class BERT4Rec(SequenceModel):
         """Full cross-entropy of the masked items, over windows of the history and its next item."""
         item, offsets = with_next(batch)
         masked = self._choose(offsets, len(item))
-        states = self._encode(item, masked, offsets, batch.max_len + 1)[masked]
-        return F.cross_entropy(self._logits(states), item[masked])
+        states = self._encode(item, masked, offsets, batch.max_len + 1)
+        if batch.real is None:
+            return F.cross_entropy(self._logits(states[masked]), item[masked])
+        places = torch.argsort(~masked, stable=True)[: self._most_masked(len(item), len(offsets) - 1)]
+        targets = item[places] * masked[places]  # 0 behind the masked ones, and for masked padding
+        return F.cross_entropy(self._logits(states[places]), targets, ignore_index=0)
 
     def score(self, batch: Batch) -> torch.Tensor:
         item, offsets = with_next(batch)
-        last = torch.zeros_like(item, dtype=torch.bool)
-        last[offsets[1:] - 1] = True  # the next item itself is hidden behind the mask
-        return self._logits(self._encode(item, last, offsets, batch.max_len + 1)[last])
+        last = offsets[1:] - 1
+        masked = torch.zeros_like(item, dtype=torch.bool).index_fill(0, last, True)  # the next item itself is hidden
+        return self._logits(self._encode(item, masked, offsets, batch.max_len + 1)[last])
 
     def _choose(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
         """Which items (T,) to mask: at least one of every sequence."""
@@ -96,12 +100,21 @@ class BERT4Rec(SequenceModel):
         none_drawn = torch.zeros(len(offsets) - 1, device=offsets.device).index_add_(0, row, drawn.float()) == 0
         return drawn | (last & none_drawn[row])
 
+    def _most_masked(self, total: int, rows: int) -> int:
+        """A bound, known beforehand, of how many of `total` items in so many rows are masked: six deviations over.
+
+        If it were passed, one step's loss would miss a few of its terms.
+        """
+        drawn = total * self.mask_share
+        return min(total, rows + int(drawn + 6 * (drawn * (1 - self.mask_share)) ** 0.5) + 1)
+
     def _encode(self, item: torch.Tensor, masked: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
-        _, place = row_and_place(offsets, len(item))
+        row, place = row_and_place(offsets, len(item))
         vectors = torch.where(masked[:, None], self.mask, self.items(item))
         x = self.input_dropout(self.input_norm(vectors + self.position(place)))
-        for block in self.blocks:
-            x = block(x, offsets, max_len)
+        with self.low_precision():
+            for block in self.blocks:
+                x = block(x, offsets, max_len, row * max_len + place)
         return x
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -110,11 +123,13 @@ class BERT4Rec(SequenceModel):
 
 
 def with_next(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The windows with the item each predicts behind its last token: values (T + B,), offsets (B + 1,)."""
-    rows = len(batch.user)
+    """The windows with the item each predicts behind its last token: values (T + R,), offsets (R + 1,).
+
+    Rows of padding get one more token of padding.
+    """
+    rows = len(batch.offsets) - 1
     offsets = batch.offsets + torch.arange(rows + 1, device=batch.offsets.device)
-    row, place = row_and_place(batch.offsets, len(batch.item))
-    item = batch.item.new_empty(len(batch.item) + rows)
-    item[offsets[row] + place] = batch.item
-    item[offsets[1:] - 1] = batch.next_item[batch.last]
+    item = batch.item.new_zeros(len(batch.item) + rows)
+    item[offsets[batch.row] + batch.place] = batch.item
+    item[offsets[1 : len(batch.user) + 1] - 1] = batch.next_item[batch.last]
     return item, offsets

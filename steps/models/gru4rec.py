@@ -5,7 +5,9 @@ per event; negatives shared by the mini-batch (the other lanes' targets and `sam
 popularity^alpha); cross-entropy with the logQ correction; item vectors shared by input and output; Adagrad.
 """
 
+import heapq
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +15,37 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import jagged
+from kernels.jagged import offsets_from_lengths
+from kernels.jagged.naive import row_and_place
 from steps.data.sequences import Batch, Sequences
+from steps.models.adagrad import Adagrad
 from steps.models.base import SequenceModel
 
 _ADAGRAD_EPS = 1e-6
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The shape of every static step: so many parallel users, and the batch their losses are divided by."""
+
+    count: int
+    batch: int
+
+
+class _Carried:
+    """What static steps find on the device besides their own tensor: the lanes' state, and what samples come from.
+
+    state: (lanes, d), written by every step. popularity: (V + 1,) counts. cumulative: (V + 1,) float64, the running
+    sum of popularity^alpha.
+    """
+
+    def __init__(self, model: "GRU4Rec", sequences: Sequences, drop: torch.Tensor, lanes: int) -> None:
+        weight, counts = model.items.weight, sequences.counts(drop)
+        self.state = weight.new_zeros(lanes, model.dim)
+        self.popularity = counts.to(weight.dtype)
+        # On the host, where a running sum of floats is the same from run to run.
+        self.cumulative = (counts.cpu().double() ** model.sample_alpha).cumsum(0).to(weight.device)
 
 
 class GRU4Rec(SequenceModel):
@@ -30,6 +59,7 @@ class GRU4Rec(SequenceModel):
         self.gru = nn.GRU(self.dim, self.dim, batch_first=True)
         self.bias = nn.Parameter(torch.zeros(num_items + 1))
         self.hidden_dropout = nn.Dropout(training["dropout"])
+        self._carried: _Carried | None = None
         bound = (6 / (2 * self.dim)) ** 0.5  # Glorot, per gate
         for name, parameter in self.gru.named_parameters():
             if name.startswith("weight"):
@@ -41,7 +71,7 @@ class GRU4Rec(SequenceModel):
 
     def encode(self, batch: Batch) -> torch.Tensor:
         states, _ = self.gru(jagged.to_padded(self.items(batch.item), batch.offsets, batch.max_len))
-        return jagged.to_jagged(states, batch.offsets)
+        return batch.to_jagged(states)
 
     def score(self, batch: Batch) -> torch.Tensor:
         return self.encode(batch)[batch.last] @ self.items.weight.T + self.bias
@@ -64,10 +94,53 @@ class GRU4Rec(SequenceModel):
     def steps(self, users: int, batch_size: int) -> int | None:
         return None
 
+    def static_steps(
+        self, lengths: torch.Tensor, order: torch.Tensor, max_len: int, batch_size: int, bucket: int
+    ) -> list[tuple[Any, torch.Tensor]]:
+        """The same events, each with a tensor (3, lanes): user or -1, place in the user's window, tokens in it.
+
+        As the lanes run out of users they stay empty.
+        """
+        lengths, lanes = lengths[order], min(batch_size, len(order))
+        free = [(0, lane) for lane in range(lanes)]  # a heap of (first event, lane)
+        taken = []
+        for length in lengths.tolist():
+            event, lane = free[0]
+            taken.append((event, lane))
+            heapq.heapreplace(free, (event + length, lane))
+        event, lane = torch.tensor(taken).T
+        row, place = row_and_place(offsets_from_lengths(lengths), int(lengths.sum()))
+        table = torch.zeros(max(free)[0], 3, lanes, dtype=torch.int64)
+        table[:, 0] = -1
+        table[event[row] + place, :, lane[row]] = torch.stack([order[row], place, lengths[row]], dim=1)
+        layout = Lanes(lanes, batch_size)
+        return [(layout, given) for given in table.to(self.items.weight.device)]
+
+    def static_loss(self, sequences: Sequences, drop: torch.Tensor, layout: Any, given: torch.Tensor) -> torch.Tensor:
+        user, place, length = given
+        busy = user >= 0
+        if self._carried is None or len(self._carried.state) != layout.count:
+            self._carried = _Carried(self, sequences, drop, layout.count)
+        carried = self._carried
+        index = torch.where(busy, sequences.offsets[user + 1] - drop[user] - length - 1 + place, 0)
+        state = torch.where((place > 0)[:, None], carried.state, 0.0)
+        with self.low_precision():
+            hidden = torch.gru_cell(self.items(sequences.item[index]), state, *self.gru.all_weights[0])
+        hidden = self.hidden_dropout(hidden.to(state.dtype))
+        carried.state.copy_(hidden.detach())
+        share = torch.rand(self.samples, dtype=torch.float64, device=user.device)
+        drawn = torch.searchsorted(carried.cumulative, share * carried.cumulative[-1], right=True)
+        drawn = drawn.clamp(max=self.num_items)
+        logits = self._logits(hidden, sequences.item[index + 1], drawn, carried.popularity)
+        logits = logits.masked_fill(F.pad(~busy, (0, self.samples)), -torch.inf)  # an empty lane has no target
+        own = torch.where(busy, torch.arange(layout.count, device=user.device), _IGNORED)
+        return F.cross_entropy(logits, own, ignore_index=_IGNORED, reduction="sum") / layout.batch
+
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adagrad that divides by sqrt(sum of squares + 1e-6), as the author's."""
+        """Adagrad that divides by sqrt(sum of squares + 1e-6), as the author's; on CUDA one that a graph can hold."""
         options = {"lr": self.optimizer_config["lr"], "initial_accumulator_value": _ADAGRAD_EPS, "eps": 0.0}
-        return torch.optim.Adagrad(self.parameters(), **options)
+        kind = Adagrad if self.items.weight.is_cuda else torch.optim.Adagrad
+        return kind(self.parameters(), **options)
 
     def _event(
         self, batch: Batch, place: torch.Tensor, state: torch.Tensor, popularity: torch.Tensor
@@ -77,10 +150,16 @@ class GRU4Rec(SequenceModel):
         hidden = self.hidden_dropout(hidden[0])
         targets = batch.next_item[place]
         drawn = torch.multinomial(popularity**self.sample_alpha, self.samples, replacement=True)
+        return self._logits(hidden, targets, drawn, popularity), hidden.detach()
+
+    def _logits(
+        self, hidden: torch.Tensor, targets: torch.Tensor, drawn: torch.Tensor, popularity: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits (lanes, lanes + samples) of the lanes' targets and the shared samples, after the logQ correction."""
         candidates = torch.cat([targets, drawn])
         logits = hidden @ self.items(candidates).T + self.bias[candidates]
         rate = torch.cat([popularity[targets], popularity[drawn] ** self.sample_alpha])
-        return logits - self.logq * rate.log(), hidden.detach()
+        return logits - self.logq * rate.log()
 
     def _lanes(self, batch: Batch, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Places (lanes,) of the tokens of each event, and the lanes' state (lanes, d), zero where a window begins.

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kernels.hstu_attention import TIME_BUCKETS, hstu_attention, softmax_attention
@@ -37,9 +38,9 @@ class HSTULayer(nn.Module):
         if self.time != "none":
             self.time_bias = nn.Parameter(torch.empty(TIME_BUCKETS).normal_(std=0.02))
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Tokens (T, d) to tokens (T, d)."""
-        mixed = projection(x, self.uvqk)
+    def forward(self, x: torch.Tensor, batch: Batch, compute: torch.dtype) -> torch.Tensor:
+        """Tokens (T, d) to tokens (T, d), of the type they came in; between them everything is in `compute`."""
+        mixed = projection(x.to(compute), self.uvqk.to(compute))
         inner, inner_qk = self.heads * self.dv, self.heads * self.dqk
         u, v, q, k = mixed.split([inner, inner, inner_qk, inner_qk], dim=-1)
         heads = (
@@ -59,7 +60,8 @@ class HSTULayer(nn.Module):
             attended = hstu_attention(
                 *heads, batch.offsets, batch.max_len, alpha=self.alpha, normaliser=self.normaliser, **bias
             )
-        return x + self.output(norm_gate(u, attended.flatten(1), self.dropout, self.training))
+        gated = norm_gate(u, attended.flatten(1), self.dropout, self.training)
+        return x + F.linear(gated, self.output.weight.to(compute), self.output.bias.to(compute)).to(x.dtype)
 
 
 class HSTU(PositionedModel):
@@ -75,5 +77,5 @@ class HSTU(PositionedModel):
     def encode(self, batch: Batch) -> torch.Tensor:
         x = self.embed(batch)
         for layer in self.layers:
-            x = layer(x, batch)
+            x = layer(x, batch, self.compute or x.dtype)
         return x

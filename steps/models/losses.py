@@ -1,6 +1,7 @@
 """The losses a next-item model can be trained with, each a mean over all tokens.
 
 States (T, d) predict `targets` (T,) among items 1..V, whose vectors are `table` (V + 1, d); row 0 is padding.
+Of a padded batch the tokens that `real` (T,) leaves out, whose targets are 0, do not count.
 `config` is the `loss` entry of a row in params/models.yaml. Its `similarity` also says how items are
 ranked: by cosine or by dot product.
 """
@@ -17,28 +18,39 @@ _PADDING = 0
 
 
 def next_item_loss(
-    config: dict[str, Any], states: torch.Tensor, table: torch.Tensor, targets: torch.Tensor
+    config: dict[str, Any],
+    states: torch.Tensor,
+    table: torch.Tensor,
+    targets: torch.Tensor,
+    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The configured loss: `sampled-softmax`, `in-batch-softmax`, `softmax`, `bce` or `gbce`."""
     match config["name"]:
         case "sampled-softmax":
             negatives = _uniform(len(targets), config["negatives"], table)
-            return sampled_softmax(states, table, targets, negatives, config["temperature"]).mean()
+            return mean(sampled_softmax(states, table, targets, negatives, config["temperature"]), real)
         case "in-batch-softmax":
-            return in_batch_softmax(states, table, targets, config["negatives"], config["temperature"])
+            return in_batch_softmax(states, table, targets, config["negatives"], config["temperature"], real)
         case "softmax":
             logits = scores(config["similarity"], states, table) / config["temperature"]
             logits[:, _PADDING] = -torch.inf
-            return F.cross_entropy(logits, targets)
+            return F.cross_entropy(logits, targets, ignore_index=_PADDING)
         case "bce":
             negatives = _uniform(len(targets), config["negatives"], table)
-            return binary_cross_entropy(*_logits(config, states, table, targets, negatives))
+            return binary_cross_entropy(*_logits(config, states, table, targets, negatives), real=real)
         case "gbce":
             negatives = _uniform(len(targets), config["negatives"], table)
             power = gbce_power(config["negatives"], len(table) - 1, config["calibration"])
-            return binary_cross_entropy(*_logits(config, states, table, targets, negatives), power)
+            return binary_cross_entropy(*_logits(config, states, table, targets, negatives), power, real)
         case name:
             raise ValueError(f"no loss {name!r}")
+
+
+def mean(losses: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """The mean of losses (T,) over the real tokens."""
+    if real is None:
+        return losses.mean()
+    return torch.where(real, losses, 0.0).sum() / real.sum()
 
 
 def scores(similarity: str, states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -49,27 +61,36 @@ def scores(similarity: str, states: torch.Tensor, table: torch.Tensor) -> torch.
 
 
 def in_batch_softmax(
-    states: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, negatives: int, temperature: float
+    states: torch.Tensor,
+    table: torch.Tensor,
+    targets: torch.Tensor,
+    negatives: int,
+    temperature: float,
+    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sampled softmax whose negatives are drawn from the batch's targets, so popular items come more often.
 
     The logarithm of an item's frequency in the batch, the rate it is drawn at, is subtracted from its logit
     (the logQ correction; arXiv 2306.04039).
     """
-    drawn = targets[torch.randint(0, len(targets), (len(targets), negatives), device=targets.device)]
-    frequency = torch.bincount(targets, minlength=len(table)) / len(targets)
+    drawn = targets[_places(targets, negatives, real)]
+    # torch.bincount would wait for the device.
+    times = torch.zeros(len(table), dtype=torch.int64, device=targets.device)
+    frequency = times.index_add_(0, targets, torch.ones_like(targets)) / (len(targets) if real is None else real.sum())
     log_frequency = frequency.clamp(min=1 / len(targets)).log()  # items outside the batch are never looked up
-    return sampled_softmax(states, table, targets, drawn, temperature, log_frequency).mean()
+    return mean(sampled_softmax(states, table, targets, drawn, temperature, log_frequency), real)
 
 
-def binary_cross_entropy(positive: torch.Tensor, negative: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+def binary_cross_entropy(
+    positive: torch.Tensor, negative: torch.Tensor, power: float = 1.0, real: torch.Tensor | None = None
+) -> torch.Tensor:
     """-(power log sigmoid(s+) + sum over negatives log(1 - sigmoid(s-))) / (R + 1), from logits (T,) and (T, R).
 
     With power 1 this is SASRec's loss (arXiv 1808.09781, equation 7), as a mean over its R + 1 terms;
     with power beta gSASRec's gBCE (arXiv 2308.07192, equation 14).
     """
     terms = -power * F.logsigmoid(positive) - F.logsigmoid(-negative).sum(1)
-    return (terms / (negative.shape[1] + 1)).mean()
+    return mean(terms / (negative.shape[1] + 1), real)
 
 
 def gbce_power(negatives: int, items: int, calibration: float) -> float:
@@ -84,6 +105,14 @@ def gbce_power(negatives: int, items: int, calibration: float) -> float:
 def _uniform(tokens: int, count: int, table: torch.Tensor) -> torch.Tensor:
     """Negatives (tokens, count), drawn uniformly with replacement from all items."""
     return torch.randint(1, len(table), (tokens, count), device=table.device)
+
+
+def _places(targets: torch.Tensor, count: int, real: torch.Tensor | None) -> torch.Tensor:
+    """Places (T, count) of targets, drawn uniformly with replacement; never of padding, which stands at the end."""
+    shape = (len(targets), count)
+    if real is None:
+        return torch.randint(0, len(targets), shape, device=targets.device)
+    return torch.randint(0, 2**62, shape, device=targets.device) % real.sum()
 
 
 def _logits(

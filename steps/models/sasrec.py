@@ -57,7 +57,7 @@ class SASRecBlock(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
             is_causal=True,  # padding stands behind every real token, so causality hides it
         )
-        return self.output(jagged.to_jagged(attended.transpose(1, 2).flatten(2), batch.offsets))
+        return self.output(batch.to_jagged(attended.transpose(1, 2).flatten(2)))
 
 
 class SASRec(PositionedModel):
@@ -73,8 +73,9 @@ class SASRec(PositionedModel):
 
     def encode(self, batch: Batch) -> torch.Tensor:
         x = self.embed(batch)
-        for block in self.blocks:
-            x = block(x, batch)
+        with self.low_precision():
+            for block in self.blocks:
+                x = block(x, batch)
         return x
 
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import jagged
-from kernels.jagged.naive import row_and_place
 from steps.data.sequences import Batch
 from steps.models.base import SequenceModel
 
@@ -36,13 +35,13 @@ class TransformerPPBlock(nn.Module):
         for layer in (self.qkv, self.output, self.gate, self.inner, self.outer):
             nn.init.xavier_normal_(layer.weight)
 
-    def forward(self, x: torch.Tensor, place: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Tokens (T, d), with their places (T,) in the window, to tokens (T, d)."""
-        x = x + self.dropout(self._attend(self.attention_norm(x), place, batch))
+    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Tokens (T, d) to tokens (T, d)."""
+        x = x + self.dropout(self._attend(self.attention_norm(x), batch))
         normed = self.feed_forward_norm(x)
         return x + self.dropout(self.outer(F.silu(self.gate(normed)) * self.inner(normed)))
 
-    def _attend(self, x: torch.Tensor, place: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
 
         def pad(tensor: torch.Tensor) -> torch.Tensor:  # (T, h, d / h) to (B, h, N, d / h)
@@ -50,9 +49,9 @@ class TransformerPPBlock(nn.Module):
             return padded.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         attended = F.scaled_dot_product_attention(
-            pad(rotate(q, place)), pad(rotate(k, place)), pad(v), is_causal=True
+            pad(rotate(q, batch.place)), pad(rotate(k, batch.place)), pad(v), is_causal=True
         )  # padding stands behind every real token, so causality hides it
-        return self.output(jagged.to_jagged(attended.transpose(1, 2).flatten(2), batch.offsets))
+        return self.output(batch.to_jagged(attended.transpose(1, 2).flatten(2)))
 
 
 class TransformerPP(SequenceModel):
@@ -67,10 +66,10 @@ class TransformerPP(SequenceModel):
         self.norm = nn.RMSNorm(self.dim)
 
     def encode(self, batch: Batch) -> torch.Tensor:
-        _, place = row_and_place(batch.offsets, len(batch.item))
         x = self.input_dropout(self.items(batch.item) * self.dim**0.5)
-        for block in self.blocks:
-            x = block(x, place, batch)
+        with self.low_precision():
+            for block in self.blocks:
+                x = block(x, batch)
         return self.norm(x)
 
 
@@ -78,10 +77,11 @@ def rotate(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Rotary embedding (arXiv 2104.09864) of x (T, h, d) at places (T,).
 
     Features a and a + d/2 turn together by place x base^(-2a/d). An odd last feature is left as it is.
+    Angles are at least float32: bfloat16 does not tell place 257 from 256.
     """
-    half = x.shape[-1] // 2
-    frequency = _ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
-    angle = place.to(x.dtype)[:, None, None] * frequency
+    half, dtype = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
+    frequency = _ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = place.to(dtype)[:, None, None] * frequency
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = [first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()]
-    return torch.cat([*turned, rest], dim=-1)
+    return torch.cat([*turned, rest], dim=-1).to(x.dtype)
