@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save
 
 from steps.common.cli import run_step
-from steps.common.device import pick_device
+from steps.common.device import compute_type, pick_device
 from steps.common.files import atomic_path, read_json, read_jsonl, write_json
 from steps.data.holdout import hold_out
 from steps.data.sequences import load_sequences
-from steps.models import build
+from steps.models import SequenceModel, build
 from steps.models.checkpoint import load_weights
 from steps.ranking.beyond import beyond_accuracy
 from steps.ranking.metrics import metrics
@@ -32,16 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, type=Path, help="the run's folder, which train filled")
     parser.add_argument("--data", required=True, type=Path, help="data/processed/<dataset>")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--precision", choices=["bf16", "tf32"], help="on cuda (default: as it was trained)")
 
 
 def main(args: argparse.Namespace) -> None:
     config = read_json(args.run / "config.json")
     protocol, training = config["protocol"], config["training"]
-    device = pick_device(args.device)
+    device, trained = pick_device(args.device), read_json(args.run / "training.json")
+    torch.backends.cuda.matmul.allow_tf32 = True  # as after every epoch of the training
     sequences, _ = load_sequences(args.data, device)
     holdout = hold_out(sequences, protocol)
     model = build(config, sequences.num_items).to(device)
     load_weights(model, args.run / "model.safetensors")
+    if isinstance(model, SequenceModel):
+        as_trained = "bf16" if trained.get("precision") == "bf16" else "tf32"
+        _, model.compute = compute_type(args.precision or as_trained, device)
 
     own = Rules.of(protocol)
     found: dict[str, Any] = {}
@@ -60,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
         found["test_best"] = {name: best[f"test/{name}"] for name in found["test"]} | {"epoch": best["epoch"]}
     with atomic_path(args.run / "ranks.safetensors") as temporary:
         temporary.write_bytes(save({name: tensor.cpu() for name, tensor in kept.items()}))
-    write_json(args.run / "metrics.json", {**found, **read_json(args.run / "training.json")})
+    write_json(args.run / "metrics.json", {**found, **trained})
 
 
 if __name__ == "__main__":

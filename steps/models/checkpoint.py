@@ -25,23 +25,24 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise StepError(f"{path} does not hold the weights of this model: {error}. Train again") from error
 
 
-def save_state(
-    path: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    best: dict[str, torch.Tensor],
-    progress: dict[str, Any],
-) -> None:
-    """Write all that training needs to go on: weights, optimiser, best weights so far, and JSON `progress`."""
+def state_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """All that training needs to go on: weights, optimiser, best weights so far."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in state.items()}
+    return tensors
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
+    """Write `state_tensors`, and JSON `progress`, atomically."""
     _write(path, tensors, {"progress": json.dumps(progress)})
 
 
 def load_progress(path: Path) -> dict[str, Any] | None:
-    """The `progress` that `save_state` wrote; None if there is no usable file."""
+    """The `progress` that `write_tensors` wrote; None if there is no usable file."""
     try:
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["progress"])

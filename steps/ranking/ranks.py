@@ -8,8 +8,12 @@ import torch
 
 from steps.common.cli import StepError
 from steps.data.holdout import Questions
-from steps.data.sequences import Batch, Sequences
+from steps.data.sequences import Sequences, Size
 from steps.models import Model
+
+#: A GPU is filled by so many users at once, or by so many scores, 1 GB in float32.
+_USERS_AT_ONCE = 1024
+_SCORES_AT_ONCE = 2**28
 
 
 @dataclass(frozen=True)
@@ -49,23 +53,45 @@ def rank(
     always a candidate. Leaves the model in evaluation mode. Raises StepError if a score is not finite.
     """
     model.eval()
+    device = sequences.item.device
+    if device.type == "cuda":
+        batch_size = max(batch_size, min(_USERS_AT_ONCE, _SCORES_AT_ONCE // (sequences.num_items + 1)))
     candidates = {rule: _candidates(sequences, rule) for rule in {rule.candidates for rule in rules}}
     parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in rules]
-    for users, drop in zip(questions.users.split(batch_size), questions.drop.split(batch_size), strict=True):
-        batch = sequences.batch(users, drop, max_len)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    split = zip(
+        questions.users.split(batch_size),
+        questions.drop.split(batch_size),
+        _sizes(sequences, questions, max_len, batch_size),
+        strict=True,
+    )
+    for users, drop, (size, history) in split:
+        batch = sequences.batch(users, drop, max_len, size)
         target = batch.next_item[batch.last][:, None]
         scores = model.score(batch)
-        if not torch.isfinite(scores).all():
-            raise StepError("scores are not finite: training diverged; lower the learning rate")
+        finite &= torch.isfinite(scores).all()
         own = scores.gather(1, target)
         for rule, part in zip(rules, parts, strict=True):
             left_out = ~candidates[rule.candidates].expand_as(scores)
-            left_out = left_out.index_put(_seen(sequences, batch, drop, rule.exclude), torch.tensor(True))
+            row, item = (
+                sequences.histories(users, drop, history) if rule.exclude == "history" else (batch.row, batch.item)
+            )
+            left_out.view(-1).index_fill_(0, row * scores.shape[1] + item, True)
             left_out.scatter_(1, target, False)
             ranked = scores.masked_fill(left_out, -torch.inf)
             ahead = (ranked > own).sum(1) + 0.5 * ((ranked == own).sum(1) - 1)  # the target ties with itself
             part.append((1 + ahead, ranked.topk(top, dim=1).indices))
+    if not finite:  # the one wait for the device
+        raise StepError("scores are not finite: training diverged; lower the learning rate")
     return [Ranking(*(torch.cat(column) for column in zip(*part, strict=True))) for part in parts]
+
+
+def _sizes(sequences: Sequences, questions: Questions, max_len: int, batch_size: int) -> list[tuple[Size, int]]:
+    """Of every batch of questions, what the host must know: its size, and that of its users' whole histories."""
+    lengths = sequences.window_lengths(questions.users, questions.drop, max_len).cpu()
+    whole = sequences.window_lengths(questions.users, questions.drop, len(sequences.item)).cpu()
+    parts = zip(lengths.split(batch_size), whole.split(batch_size), strict=True)
+    return [(Size(int(part.sum()), int(part.max())), int(histories.sum())) for part, histories in parts]
 
 
 def _candidates(sequences: Sequences, rule: str) -> torch.Tensor:
@@ -75,11 +101,3 @@ def _candidates(sequences: Sequences, rule: str) -> torch.Tensor:
     candidate = torch.ones(sequences.num_items + 1, dtype=torch.bool, device=sequences.item.device)
     candidate[0] = False
     return candidate
-
-
-def _seen(sequences: Sequences, batch: Batch, drop: torch.Tensor, rule: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The seen items that are left out, as (place of the user in the batch, item)."""
-    if rule == "history":
-        return sequences.histories(batch.user, drop)
-    places = torch.arange(len(batch.user), device=batch.user.device)
-    return torch.repeat_interleave(places, batch.offsets.diff()), batch.item

@@ -18,7 +18,7 @@ from steps.common.params import Run, load, resolve
 from steps.data.sequences import load_sequences
 from steps.models import build
 from steps.models.checkpoint import load_weights, save_weights
-from steps.train import reported_epoch
+from steps.training.loop import reported_epoch
 from tests.conftest import ROOT, write_processed
 
 STRICT = {"name": "strict", "split": "leave-last-out", "report": "best", "candidates": "rated", "exclude": "history"}

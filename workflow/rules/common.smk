@@ -16,6 +16,7 @@ MODEL_CODE = [
     ),
     "kernels/configurations.json",
 ]
+TRAINING_CODE = sorted(str(path) for path in Path("steps/training").glob("*.py"))
 RUN = "runs/{experiment}/{dataset}/{model}/{protocol}/seed-{seed}"
 
 

@@ -25,6 +25,7 @@ rule train:
         "steps/data/sequences.py",
         "steps/data/holdout.py",
         MODEL_CODE,
+        TRAINING_CODE,
         config=f"{RUN}/config.json",
         data="data/processed/{dataset}",
     output:

@@ -1,0 +1,207 @@
+"""The epochs of a training: what is drawn, watched, selected, kept, and when it ends.
+
+Every epoch draws its randomness from the seed and the epoch's number, on CUDA every step, so that a training which
+goes on from a state, or beside others on one GPU, ends where it would have ended alone.
+"""
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steps.common.cli import StepError
+from steps.common.progress import progress
+from steps.data.holdout import Holdout, hold_out
+from steps.data.sequences import Sequences
+from steps.models import Model, SequenceModel, build
+from steps.models.checkpoint import load_progress, load_state
+from steps.ranking.metrics import metrics
+from steps.ranking.ranks import Rules, rank
+from steps.training.device import Place
+from steps.training.states import StateWriter
+from steps.training.steps import StaticSteps, bucket_size
+
+SEEDS_APART = 1_000_003  # so that no (seed, epoch) shares its random numbers with another
+_STEPS_APART = 2**20  # likewise for steps, of which an epoch has fewer
+SELECTED_BY = "ndcg@10"
+
+
+class Training:
+    """One run in training. `history` has a dict per finished epoch.
+
+    static: whether steps have static shapes, padded to `bucket`s of tokens; as on CUDA, where they are captured too.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        sequences: Sequences,
+        data_sha256: str,
+        run: Path,
+        compute: torch.dtype | None = None,
+        static: bool | None = None,
+        capture: bool = True,
+        title: str = "",
+    ) -> None:
+        self.config, self.sequences = config, sequences
+        self.device = sequences.item.device
+        self.place = Place(self.device)
+        self.title = title
+        self.holdout = hold_out(sequences, config["protocol"])
+        training = config["training"]
+        with self.place.entered():
+            torch.manual_seed(config["seed"] * SEEDS_APART)
+            model = build(config, sequences.num_items).to(self.device)
+            if not isinstance(model, SequenceModel):
+                raise TypeError(f"{type(model).__name__} is fitted, not trained")
+            self.model, self.model.compute = model, compute
+            self.optimizer = model.optimizer()
+            on_cuda = self.device.type == "cuda"
+            self.static: StaticSteps | None = None
+            if on_cuda if static is None else static:
+                drop = self.holdout.train_drop
+                self.static = StaticSteps(model, self.optimizer, sequences, drop, self.place, capture and on_cuda)
+            self.history: list[dict[str, Any]] = []
+            self.best: dict[str, torch.Tensor] = {}
+            self._resume(run / "resume" / "state.safetensors", data_sha256)
+            users = sequences.trainable_users(self.holdout.train_drop)
+            if not len(users):
+                raise StepError("no user has two interactions besides those held out: nothing to train on")
+            self._users = users.cpu()
+            every = torch.arange(sequences.num_users, device=self.device)
+            self._lengths = sequences.window_lengths(every, self.holdout.train_drop, training["max_len"]).cpu()
+        self.steps: int | None = None  # of the last epoch
+
+    def _resume(self, path: Path, data_sha256: str) -> None:
+        kind = [self.config, data_sha256, str(self.model.compute), self.static is not None]
+        self._identity = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()
+        self._states = StateWriter(path, self.device)
+        saved = load_progress(path)
+        if saved is not None and saved["identity"] == self._identity:
+            self.best = {
+                name: tensor.to(self.device) for name, tensor in load_state(path, self.model, self.optimizer).items()
+            }
+            self.history = saved["history"]
+            print(f"{self.title}resuming after epoch {len(self.history)} from {path}", flush=True)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or validation has not improved for `patience` of them."""
+        training, done = self.config["training"], len(self.history)
+        patience = training.get("patience")
+        if done and patience and self.config["protocol"]["report"] == "best":
+            return done >= training["epochs"] or done - reported_epoch(self.config, self.history) >= patience
+        return done >= training["epochs"]
+
+    def epochs(self) -> Iterator[None]:
+        """Train; yields after every step that is queued, so that other runs can queue theirs."""
+        while not self.finished:
+            epoch, epochs = len(self.history) + 1, self.config["training"]["epochs"]
+            title = f"{self.title}epoch {epoch}/{epochs}"
+            start = time.perf_counter()
+            self.steps = 0
+            for _ in self._epoch(epoch, title):
+                self.steps += 1
+                yield
+            loss = float(self._total) / self.steps  # the epoch's one wait for the device
+            if loss != loss:
+                raise StepError(f"the loss is not a number in {title}: training diverged; lower the learning rate")
+            seconds = time.perf_counter() - start
+            line = {"epoch": epoch, "train/loss": round(loss, 6), "train/seconds": round(seconds, 3)}
+            line |= watch(self.model, self.config, self.sequences, self.holdout)
+            self.history.append(line)
+            print(self.title + summary(line, epochs), flush=True)
+            if self.config["protocol"]["report"] == "best" and line == max(self.history, key=_selection):
+                self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            state = {"identity": self._identity, "history": self.history}
+            self._states.offer(self.model, self.optimizer, self.best, state, self.finished)
+        if self.best:
+            self.model.load_state_dict(self.best)
+        self._states.finish()
+
+    def _epoch(self, epoch: int, title: str) -> Iterator[None]:
+        """One pass over the users in random order, one window each; yields after every step. Sums the losses."""
+        self.model.train()
+        training = self.config["training"]
+        max_len, batch_size, drop = training["max_len"], training["batch"], self.holdout.train_drop
+        seed = self.config["seed"] * SEEDS_APART + epoch
+        torch.manual_seed(seed)
+        order = self._users[torch.randperm(len(self._users))]
+        if self.static is not None:
+            bucket = bucket_size(batch_size, max_len)
+            steps = self.model.static_steps(self._lengths, order, max_len, batch_size, bucket)
+            self._total = self.static.total.zero_()
+            for step, (layout, given) in enumerate(progress(steps, desc=title, unit="step")):
+                self.static(layout, given, seed * _STEPS_APART + step)
+                yield
+            return
+        self._total = torch.zeros((), device=self.device)
+        losses = self.model.losses(self.sequences, order.to(self.device), drop, max_len, batch_size)
+        for loss in progress(losses, total=self.model.steps(len(order), batch_size), desc=title, unit="step"):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self._total += loss.detach()
+            yield
+
+    def record(self) -> dict[str, Any]:
+        """How the training went: what it took, and how."""
+        seconds = statistics.median(line["train/seconds"] for line in self.history)
+        done = len(self.history)
+        return {
+            "step_ms": round(1000 * seconds / self.steps, 3) if self.steps else None,
+            "steps_per_second": round(self.steps / seconds, 1) if self.steps and seconds else None,
+            "captured": self.static is not None and self.static.capture,
+            "stopped_early": done if done < self.config["training"]["epochs"] else None,
+        }
+
+
+def train_together(trainings: list[Training]) -> dict[int, StepError]:
+    """Train all, taking turns at every step; returns those that failed, by their place. Others go on without them."""
+    going = {index: training.epochs() for index, training in enumerate(trainings)}
+    failed: dict[int, StepError] = {}
+    while going:
+        for index, steps in list(going.items()):
+            with trainings[index].place.entered():
+                try:
+                    next(steps)
+                except StopIteration:
+                    del going[index]
+                except StepError as error:
+                    failed[index] = error
+                    del going[index]
+    return failed
+
+
+def reported_epoch(config: dict[str, Any], history: list[dict[str, Any]]) -> int:
+    """The epoch whose weights the protocol reports: the last, or the first with the best validation NDCG@10."""
+    return (history[-1] if config["protocol"]["report"] == "last" else max(history, key=_selection))["epoch"]
+
+
+def watch(model: Model, config: dict[str, Any], sequences: Sequences, holdout: Holdout) -> dict[str, Any]:
+    """The epoch's metrics: on validation where the protocol has one, else on test, which it then may not select by."""
+    split, training = holdout.watched, config["training"]
+    start = time.perf_counter()
+    rules = [Rules.of(config["protocol"])]
+    (found,) = rank(model, sequences, holdout.questions[split], rules, training["max_len"], training["batch"])
+    line: dict[str, Any] = {f"{split}/{name}": value for name, value in metrics(found.ranks).items()}
+    return line | {f"{split}/seconds": round(time.perf_counter() - start, 3)}
+
+
+def summary(line: dict[str, Any], epochs: int) -> str:
+    """An epoch in one line."""
+    split = "valid" if "valid/hr@10" in line else "test"
+    return (
+        f"epoch {line['epoch']}/{epochs}  loss {line['train/loss']:.4f}  {split} "
+        f"hr@10 {line[f'{split}/hr@10']:.4f}  ndcg@10 {line[f'{split}/ndcg@10']:.4f}  "
+        f"{line['train/seconds']:.1f} s + {line[f'{split}/seconds']:.1f} s"
+    )
+
+
+def _selection(line: dict[str, Any]) -> float:
+    return line[f"valid/{SELECTED_BY}"]

@@ -1,0 +1,109 @@
+"""One step of the optimiser in a shape known beforehand, captured as a CUDA graph where there is a GPU.
+
+A step of a small model is hundreds of small kernels, which Python launches more slowly than a GPU runs them.
+A graph holds them all: the host launches it, and never waits for the device within an epoch.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from steps.data.sequences import Sequences
+from steps.models import SequenceModel
+from steps.training.device import Place
+
+#: Largest batches hold so many buckets: on ML-1M batches of 128 users fall into about six, with 4 % padding.
+_BUCKETS = 24
+_BUCKET_MULTIPLE = 256  # a whole number of every kernel's blocks
+
+
+def bucket_size(batch_size: int, max_len: int) -> int:
+    """To a multiple of how many tokens batches are padded."""
+    return max(1, round(batch_size * max_len / _BUCKETS / _BUCKET_MULTIPLE)) * _BUCKET_MULTIPLE
+
+
+def prepare(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW the state its first step would make, since a graph would make it again at every replay."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+class StaticSteps:
+    """The steps of one run. With `capture` each layout becomes a graph when it is first met; all share their memory.
+
+    total: (), the sum of the losses since `start_epoch`.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        optimizer: torch.optim.Optimizer,
+        sequences: Sequences,
+        drop: torch.Tensor,
+        place: Place,
+        capture: bool,
+    ) -> None:
+        self.model, self.optimizer, self.sequences, self.drop = model, optimizer, sequences, drop
+        self.place = place
+        self.capture = capture
+        self.total = torch.zeros((), device=sequences.item.device)
+        self._graphs: dict[Hashable, Callable[[torch.Tensor], None]] = {}
+        self._pool: Any = None
+        prepare(optimizer)
+
+    def __call__(self, layout: Hashable, given: torch.Tensor, seed: int) -> None:
+        """Take one step; its random numbers are those of `seed`."""
+        if self.capture and layout not in self._graphs:
+            self._graphs[layout] = self._captured(layout, given)
+        torch.manual_seed(seed)
+        if self.capture:
+            self._graphs[layout](given)
+        else:
+            self._step(layout, given)
+
+    def _gradients(self, layout: Hashable, given: torch.Tensor) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model.static_loss(self.sequences, self.drop, layout, given)
+        loss.backward()
+        return loss.detach()
+
+    def _step(self, layout: Hashable, given: torch.Tensor) -> None:
+        loss = self._gradients(layout, given)
+        self.optimizer.step()
+        self.total += loss
+        # The gradients' memory is another graph's next.
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _captured(self, layout: Hashable, given: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        """The step as a graph that reads what it is given from a place of its own; eagerly if that cannot be."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        buffer, graph = given.clone(), torch.cuda.CUDAGraph()
+        # Once without a graph: kernels are compiled and cached tables made, which a capture does not allow. Without
+        # the optimiser nothing is trained, and the step's seed is set afterwards.
+        self._gradients(layout, buffer)
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            # The thread that writes states may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self.place.stream, capture_error_mode="thread_local"):
+                self._step(layout, buffer)
+        except (RuntimeError, NotImplementedError) as error:
+            self.capture = False
+            self.optimizer.zero_grad(set_to_none=True)
+            self.place.renew_random()
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"training without a CUDA graph, which cannot hold {type(self.model).__name__}: {reason}", flush=True)
+
+        def replay(given: torch.Tensor) -> None:
+            buffer.copy_(given)
+            graph.replay()
+
+        return replay

@@ -1,0 +1,277 @@
+"""The training engine: static shapes change no number, and runs end alike alone, together, unbroken and resumed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steps.data.sequences import load_sequences
+from steps.models import losses
+from steps.models.adagrad import Adagrad
+from steps.models.gru4rec import GRU4Rec
+from steps.ranking.ranks import Rules, rank
+from steps.training.loop import Training, train_together
+from steps.training.steps import bucket_size
+from tests.conftest import write_processed
+from tests.steps.test_models import MAX_LEN, make, sequences
+from tests.steps.test_train import config
+
+LOSSES = {
+    "sampled-softmax": {"similarity": "cosine", "temperature": 0.05},
+    "in-batch-softmax": {"similarity": "cosine", "temperature": 0.05},
+    "softmax": {"similarity": "dot", "temperature": 1.0},
+    "bce": {"similarity": "dot", "temperature": 1.0},
+    "gbce": {"similarity": "dot", "temperature": 1.0, "calibration": 0.75},
+}
+MODELS = ["hstu", "hstu-softmax", "sasrec", "transformer++", "bert4rec"]
+
+
+def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the first tokens of any batch see the same negatives."""
+    torch.manual_seed(9)
+    drawn = torch.randint(1, 50, (5000, 7))
+    monkeypatch.setattr(losses, "_uniform", lambda tokens, count, table: drawn[:tokens, :count])
+    monkeypatch.setattr(losses, "_places", lambda targets, count, real: drawn[: len(targets), :count] % 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"), [(name, "sampled-softmax") for name in MODELS] + [("sasrec", x) for x in LOSSES]
+)
+@pytest.mark.parametrize("bucket", [1, 7, 256])
+def test_padding_changes_neither_loss_nor_gradients(
+    name: str, loss: str, bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same_draws(monkeypatch)
+    model = make(name, loss={"name": loss} | LOSSES[loss])
+    data = sequences([9, 3, 40, 220, 2])
+    users, drop = torch.tensor([3, 0, 4, 2, 1]), torch.zeros(5, dtype=torch.int64)
+    if name == "bert4rec":  # the same items masked, whatever lies behind them
+        monkeypatch.setattr(
+            model, "_choose", lambda offsets, total: (torch.arange(total) % 5 == 0) | (torch.arange(total) == 3)
+        )
+    found = []
+    lengths = data.window_lengths(torch.arange(5), drop, MAX_LEN)
+    ((layout, given),) = model.static_steps(lengths, users, MAX_LEN, 5, bucket)
+    assert layout.tokens % bucket == 0
+    assert 0 <= layout.tokens - int(lengths.sum()) < bucket
+    for value in (model.loss(data.batch(users, drop, MAX_LEN)), model.static_loss(data, drop, layout, given)):
+        model.zero_grad()
+        value.backward()
+        found.append([value.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for whole, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, whole, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("bucket", [1, 10, 25])
+def test_padding_lies_in_rows_of_its_own(bucket: int) -> None:
+    data, users = sequences([9, 3, 14]), torch.tensor([2, 0])
+    drop = torch.ones(3, dtype=torch.int64)
+    model = make("sasrec")
+    ((layout, _),) = model.static_steps(data.window_lengths(torch.arange(3), drop, 10), users, 10, 2, bucket)
+    whole, padded = data.batch(users, drop[users], 10), data.padded_batch(users, drop[users], layout)
+    tokens = len(whole.item)
+    assert len(padded.item) == layout.tokens == int(padded.offsets[-1])
+    assert padded.real is not None
+    assert padded.real.tolist() == [True] * tokens + [False] * (layout.tokens - tokens)
+    for name in ("item", "timestamp", "next_item", "next_timestamp"):
+        assert torch.equal(getattr(padded, name)[:tokens], getattr(whole, name))
+        assert not getattr(padded, name)[tokens:].any()
+    assert torch.equal(padded.offsets[:3], whole.offsets)
+    assert padded.offsets.diff().max() <= 10
+    assert torch.equal(padded.last, whole.last)
+
+
+def test_buckets_are_multiples_of_256_and_a_24th_of_the_largest_batch() -> None:
+    assert bucket_size(128, 200) == 1024
+    assert bucket_size(16, 20) == 256
+
+
+def test_gru4rec_has_the_same_events_in_static_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("gru4rec")
+    assert isinstance(model, GRU4Rec)
+    data, order = sequences([9, 3, 14, 5, 5, 7, 2]), torch.tensor([6, 2, 0, 1, 5, 4, 3])
+    drop = torch.zeros(7, dtype=torch.int64)
+    drawn = data.item[:30].clone()
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: drawn)
+    monkeypatch.setattr(torch, "searchsorted", lambda *_, **__: drawn)
+    steps = model.static_steps(data.window_lengths(torch.arange(7), drop, 10), order, 10, 3, 1)
+    eager = list(model.losses(data, order, drop, 10, 3))
+    assert len(eager) == len(steps)
+    for value, (layout, given) in zip(eager, steps, strict=True):
+        found = []
+        for one in (value, model.static_loss(data, drop, layout, given)):
+            model.zero_grad()
+            one.backward()
+            found.append([one.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        for first, second in zip(*found, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-11)
+
+
+def test_gru4rec_draws_by_popularity() -> None:
+    model = make("gru4rec", samples=40_000)
+    data, drop = sequences([200] * 5), torch.zeros(5, dtype=torch.int64)
+    layout, given = model.static_steps(data.window_lengths(torch.arange(5), drop, 10), torch.arange(5), 10, 5, 1)[0]
+    seen: list[torch.Tensor] = []
+    logits = model._logits
+    model._logits = lambda hidden, targets, drawn, counts: (seen.append(drawn), logits(hidden, targets, drawn, counts))[
+        1
+    ]
+    model.static_loss(data, drop, layout, given)
+    expected = data.counts(drop).double() ** 0.5
+    share = torch.bincount(seen[0], minlength=len(expected)) / 40_000
+    torch.testing.assert_close(share.double(), expected / expected.sum(), rtol=0, atol=0.004)
+
+
+def test_adagrad_is_torchs() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(5, 3)
+    weights = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    options = {"lr": 0.05, "initial_accumulator_value": 1e-6, "eps": 0.0}
+    optimizers = [torch.optim.Adagrad(weights[:1], **options), Adagrad(weights[1:], **options)]
+    for _ in range(4):
+        gradient = torch.randn(5, 3)
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1])
+    states = [next(iter(optimizer.state_dict()["state"].values())) for optimizer in optimizers]
+    for name in ("step", "sum"):
+        torch.testing.assert_close(states[0][name], states[1][name])
+
+
+@pytest.mark.parametrize("name", [*MODELS, "gru4rec"])
+def test_low_precision_is_near_full_and_states_stay_float32(name: str) -> None:
+    model, data = make(name, torch.float32), sequences([9, 30])
+    batch = data.batch(torch.arange(2), torch.zeros(2, dtype=torch.int64), MAX_LEN)
+    full = model.encode(batch)
+    model.compute = torch.bfloat16
+    low = model.encode(batch)
+    assert low.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(full, low).min() > 0.98
+    model.train().loss(batch).backward()
+    assert all(parameter.grad is None or parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_processed(tmp_path_factory.mktemp("data") / "t", [9 + user % 17 for user in range(60)], 80)
+
+
+def training(data: Path, run: Path, device: str = "cpu", static: bool = True, **options: Any) -> Training:
+    settings = options.pop("settings", None) or config(epochs=3)
+    found, digest = load_sequences(data, torch.device(device))
+    return Training(settings, found, digest, run, static=static, **options)
+
+
+def same(first: Training, second: Training) -> None:
+    histories = [
+        [{key: value for key, value in line.items() if "seconds" not in key} for line in one.history]
+        for one in (first, second)
+    ]
+    assert histories[0] == histories[1]
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", ["hstu", "gru4rec", "bert4rec"])
+def test_runs_together_end_as_alone(name: str, data: Path, tmp_path: Path) -> None:
+    settings = [config(name, epochs=2) | {"seed": seed} for seed in (3, 4)]
+    together = [training(data, tmp_path / f"t{index}", settings=one) for index, one in enumerate(settings)]
+    assert train_together(together) == {}
+    for index, one in enumerate(settings):
+        alone = training(data, tmp_path / f"a{index}", settings=one)
+        train_together([alone])
+        same(alone, together[index])
+
+
+def test_a_run_that_fails_stops_no_other(data: Path, tmp_path: Path) -> None:
+    diverges = config(epochs=2, optimizer={"lr": 1e30, "betas": [0.9, 0.98], "weight_decay": 0.0})
+    runs = [training(data, tmp_path / "a", settings=diverges), training(data, tmp_path / "b")]
+    assert list(train_together(runs)) == [0]
+    assert len(runs[1].history) == 3
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_state_goes_on_to_the_same_end(static: bool, data: Path, tmp_path: Path) -> None:
+    whole = training(data, tmp_path / "whole", static=static)
+    train_together([whole])
+    broken = training(data, tmp_path / "broken", static=static)
+    for _ in broken.epochs():
+        if len(broken.history) == 2:
+            break
+    broken._states.finish()
+    resumed = training(data, tmp_path / "broken", static=static)
+    assert len(resumed.history) == 2
+    train_together([resumed])
+    same(whole, resumed)
+
+
+def test_training_stops_when_validation_no_longer_improves(data: Path, tmp_path: Path) -> None:
+    settings = config(epochs=50)
+    settings["training"]["patience"] = 2
+    stopped = training(data, tmp_path / "run", settings=settings)
+    train_together([stopped])
+    values = [line["valid/ndcg@10"] for line in stopped.history]
+    best = values.index(max(values))
+    assert len(values) < 50
+    assert len(values) == best + 1 + 2
+    assert stopped.record()["stopped_early"] == len(values)
+
+
+def test_a_run_of_the_fixed_schedule_has_no_patience(data: Path, tmp_path: Path) -> None:
+    settings = config(epochs=6)
+    settings["training"]["patience"] = 1
+    settings["protocol"] = settings["protocol"] | {"report": "last"}
+    one = training(data, tmp_path / "run", settings=settings)
+    train_together([one])
+    assert len(one.history) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*MODELS, "gru4rec"])
+def test_captured_steps_are_eager_steps(name: str, data: Path, tmp_path: Path) -> None:
+    settings = config(name, epochs=2)
+    runs = [
+        training(data, tmp_path / str(capture), "cuda", settings=settings, capture=capture, compute=torch.bfloat16)
+        for capture in (True, False)
+    ]
+    for run in runs:
+        train_together([run])
+    assert runs[0].record()["captured"]
+    for name, tensor in runs[0].model.state_dict().items():
+        torch.testing.assert_close(tensor, runs[1].model.state_dict()[name], rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["hstu", "sasrec", "gru4rec"])
+def test_captured_runs_together_end_as_alone(name: str, data: Path, tmp_path: Path) -> None:
+    torch.use_deterministic_algorithms(True)  # CUBLAS_WORKSPACE_CONFIG=:4096:8 has to be set
+    try:
+        settings = [config(name, epochs=2) | {"seed": seed} for seed in (3, 4, 5)]
+        together = [training(data, tmp_path / f"t{i}", "cuda", settings=one) for i, one in enumerate(settings)]
+        assert train_together(together) == {}
+        for index, one in enumerate(settings):
+            alone = training(data, tmp_path / f"a{index}", "cuda", settings=one)
+            train_together([alone])
+            same(alone, together[index])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+def test_ranking_waits_for_the_device_once_at_its_end(data: Path, tmp_path: Path) -> None:
+    one = training(data, tmp_path / "run", "cuda")
+    questions = one.holdout.questions["valid"]
+    rules = [Rules("rated", "history"), Rules("catalogue", "window")]
+    whole = rank(one.model, one.sequences, questions, rules, 20, 16)
+    small = rank(
+        one.model.cpu(),
+        load_sequences(data, torch.device("cpu"))[0],
+        type(questions)(questions.users.cpu(), questions.drop.cpu()),
+        rules,
+        20,
+        16,
+    )
+    for first, second in zip(whole, small, strict=True):
+        assert (first.ranks.cpu() - second.ranks).abs().mean() < 0.5
