@@ -81,7 +81,7 @@ class BERT4Rec(SequenceModel):
         states = self._encode(item, masked, offsets, batch.max_len + 1)
         if batch.real is None:
             return F.cross_entropy(self._logits(states[masked]), item[masked])
-        places = torch.argsort(~masked, stable=True)[: self._most_masked(len(item), len(offsets) - 1)]
+        places = torch.argsort((~masked).byte(), stable=True)[: self._most_masked(len(item), len(offsets) - 1)]
         targets = item[places] * masked[places]  # 0 behind the masked ones, and for masked padding
         return F.cross_entropy(self._logits(states[places]), targets, ignore_index=0)
 

@@ -51,8 +51,8 @@ def load_progress(path: Path) -> dict[str, Any] | None:
 
 
 def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Put the state in `path` into model and optimiser; returns the best weights so far."""
-    tensors = load_file(path)
+    """Put the state in `path` into model and optimiser; returns the best weights so far, on the model's device."""
+    tensors = load_file(path, device=str(next(model.parameters()).device))
     groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         group, key = name.split("/", 1)

@@ -21,6 +21,11 @@ class Place:
         self._random = torch.Generator(self.device)
         _default_generator(self.device).graphsafe_set_state(self._random)
 
+    def wait(self) -> None:
+        """Wait for all that the run has queued, so that other streams may read it."""
+        if self.device.type == "cuda":
+            self.stream.synchronize()
+
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Work is queued on the run's stream and draws from the run's generator. Not to be held across a `yield`."""

@@ -83,9 +83,7 @@ class Training:
         self._states = StateWriter(path, self.device)
         saved = load_progress(path)
         if saved is not None and saved["identity"] == self._identity:
-            self.best = {
-                name: tensor.to(self.device) for name, tensor in load_state(path, self.model, self.optimizer).items()
-            }
+            self.best = load_state(path, self.model, self.optimizer)
             self.history = saved["history"]
             print(f"{self.title}resuming after epoch {len(self.history)} from {path}", flush=True)
 
@@ -123,6 +121,7 @@ class Training:
         if self.best:
             self.model.load_state_dict(self.best)
         self._states.finish()
+        self.place.wait()
 
     def _epoch(self, epoch: int, title: str) -> Iterator[None]:
         """One pass over the users in random order, one window each; yields after every step. Sums the losses."""
