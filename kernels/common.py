@@ -26,19 +26,15 @@ def triton_available() -> bool:
 
 
 def fits_triton(*tensors: torch.Tensor | None) -> bool:
-    """Whether these tensors go to the Triton kernels: float32, float16 or bfloat16, on CUDA, and HSTU_TRITON=1.
-
-    They are asked for by that variable as long as some of their tests fail on a GPU; without it, torch computes.
-    """
-    wanted = os.environ.get("HSTU_TRITON") == "1" and triton_available()
-    return wanted and all(t is None or (t.is_cuda and t.dtype in _TYPES) for t in tensors)
+    """Whether these tensors go to the Triton kernels: float32, float16 or bfloat16, on CUDA."""
+    return triton_available() and all(t is None or (t.is_cuda and t.dtype in _TYPES) for t in tensors)
 
 
 def configuration(operation: str, shape_class: str, device: torch.device) -> Mapping[str, int]:
     """The launch parameters of `operation` for a class of shapes, from the table checked in beside this file.
 
     The table is chosen by the device's compute capability ("sm_90"); where that has no entry, "default" has.
-    `python -m kernels.tune` writes entries. Nothing is timed at run time: a choice that depends on timing
+    `python -m kernels.tools.tune` writes entries. Nothing is timed at run time: a choice that depends on timing
     changes the order of additions from run to run.
     """
     return table_entry(operation, shape_class, _capability(device.type, device.index))

@@ -13,6 +13,7 @@ from kernels.hstu_attention.tiles import (
     add_to_entries,
     exp_of,
     first_near_key,
+    load_band,
     load_rows,
     one_over_n,
     row_of_program,
@@ -414,6 +415,37 @@ def query_gradient_kernel(
     )
 
 
+@triton.jit
+def _add_to_buckets(
+    time_sum, time_sums, tile_sum, seen, packed, low, high, scale, since, query_time, key_time, bucket_edges,
+    small_edges, start, n, i, j, total_tokens, DIAGONALS, DETERMINISTIC, ASSEMBLY,
+):  # fmt: skip
+    """Adds a tile's score gradients, summed over heads, to the bucket sums: to `time_sum` (256,), a bucket a pass, or,
+    where there are many buckets and not DETERMINISTIC, to `time_sums` in memory, element by element."""
+    slot = tl.arange(0, 256)
+    if low == high:
+        time_sum += tl.where(slot == low, tl.sum(tile_sum) * scale, 0.0)
+    elif packed >= 131072:
+        passed = tl.load(since + start + i, mask=i < n, other=0)[:, None]
+        passed -= tl.load(since + total_tokens + start + j, mask=j < n, other=0)[None, :]
+        bucket_tile = small_buckets(tl.abs(passed), small_edges, ASSEMBLY)
+        if DETERMINISTIC or high - low < 4:
+            for bucket in range(low, high + 1):
+                in_bucket = tl.sum(tl.where(bucket_tile == bucket, tile_sum, 0.0))
+                time_sum += tl.where(slot == bucket, in_bucket * scale, 0.0)
+        else:
+            add_to_entries(time_sums, bucket_tile, tile_sum * scale, seen, ASSEMBLY and DIAGONALS)
+    else:
+        query_times = tl.load(query_time + start + i, mask=i < n, other=0)[:, None]
+        key_times = tl.load(key_time + start + j, mask=j < n, other=0)[None, :]
+        for bucket in range(low, high + 1):
+            inside = tl.abs(query_times - key_times) >= tl.load(bucket_edges + bucket)
+            inside &= tl.abs(query_times - key_times) < tl.load(bucket_edges + bucket + 1)
+            in_bucket = tl.sum(tl.where(inside, tile_sum, 0.0))
+            time_sum += tl.where(slot == bucket, in_bucket * scale, 0.0)
+    return time_sum
+
+
 @triton.jit(
     do_not_specialize=[
         "rows",
@@ -421,6 +453,7 @@ def query_gradient_kernel(
         "total_tokens",
         "row_splits",
         "tile_splits",
+        "copies",
         "lowest",
         "window",
         "prefix",
@@ -428,10 +461,11 @@ def query_gradient_kernel(
     ]
 )
 def bias_gradient_kernel(
-    q, k, v, grad, position_sums, time_sums, log_mass, delta, offsets, num_targets,
+    q, k, v, grad, position_sums, time_sums, band_gradient, log_mass, delta, offsets, num_targets,
     position_bias, spread, time_bias, bucket_edges, small_edges, band, query_time, key_time, since, tiles_buckets,
     tiles_width, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    alpha, normaliser, rows, row_splits, tile_splits, lowest, heads, total_tokens, position_zero, window, prefix,
+    alpha, normaliser, rows, row_splits, tile_splits, copies, lowest, heads, total_tokens, position_zero, window,
+    prefix,
     DQK: tl.constexpr, DV: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POSITION: tl.constexpr, TIME: tl.constexpr,
     TARGETS: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, BY_LENGTH: tl.constexpr,
@@ -444,10 +478,15 @@ def bias_gradient_kernel(
     Grid (distances x row splits x tile splits): a program takes every row_splits-th row and, of each, every
     tile_splits-th of the tiles whose first query is `distance` BLOCK_N beyond their first key. On these, an element's
     place in the tile decides its j - i, so the position sums stay one (BLOCK_M, BLOCK_N) tile however many go in;
-    heads share the bias, so bucket sums are taken of their sum. No two programs write to one place. Within a program,
-    tiles of many buckets add to its bucket sums element by element, unless DETERMINISTIC, which takes a pass over the
-    tile a bucket.
+    heads share the bias, so bucket sums are taken of their sum. Near the diagonal, where a tile has many buckets, this
+    sum is written to `band_gradient`, from which `band_gradient_kernel` takes the bucket sums; under other masks than
+    the causal one such tiles add to the bucket sums element by element, or, DETERMINISTIC, take a pass a bucket.
+
+    Adds to position sums (distances, BLOCK_M, BLOCK_N), DETERMINISTIC (distances, splits, BLOCK_M, BLOCK_N), and to
+    time sums (copies, 256), DETERMINISTIC with a copy for each program: no two programs add to one place then.
     """
+    GENERAL: tl.constexpr = TARGETS or WINDOW or PREFIX
+    BANDED: tl.constexpr = TIME and not GENERAL
     splits = row_splits * tile_splits
     distance = lowest + tl.program_id(0) // splits
     tile_split = tl.program_id(0) % splits // row_splits
@@ -464,7 +503,7 @@ def bias_gradient_kernel(
         last_place = tl.minimum(history, n - 1)
         tile_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        packed, low, high, regular, value = 0, 0, 0, True, 0.0
+        packed, low, high, regular, value, near = 0, 0, 0, True, 0.0, False
         first_tile = tl.cdiv(tl.maximum(distance, 0), RATIO)
         end_tile = tl.minimum(tl.cdiv(n, BLOCK_M), tl.cdiv(tl.maximum(tl.cdiv(n, BLOCK_N) + distance, 0), RATIO))
         if PREFIX:
@@ -502,18 +541,22 @@ def bias_gradient_kernel(
                     key_since = since + total_tokens
                     packed = tl.load(tiles_buckets + (start // BLOCK_M + row + tile) * tiles_width + key_tile)
                     low, high, regular, value = unpack_tile(packed, time_bias)
-                bias = tile_bias(
-                    position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
-                    start, n, i, j, last_place, value, POSITION, TIME, TARGETS or WINDOW or PREFIX, False, False,
-                    BLOCK_M, BLOCK_N, True,
-                    ASSEMBLY,
-                )  # fmt: skip
-                if TIME and not (TARGETS or WINDOW or PREFIX):
-                    if high > low:
-                        bias = add_time_steps(
-                            bias, time_bias, bucket_edges, row_since, key_since, query_time, key_time, start, n, i, j,
-                            low, high, regular, True,
-                        )  # fmt: skip
+                if BANDED:
+                    near = key >= first_near_key(query)
+                    if near:
+                        bias = load_band(band, start, n, i[:, None], j[None, :])
+                if not near:
+                    bias = tile_bias(
+                        position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
+                        start, n, i, j, last_place, value, POSITION, TIME, GENERAL, False, False,
+                        BLOCK_M, BLOCK_N, True, ASSEMBLY,
+                    )  # fmt: skip
+                    if BANDED:
+                        if high > low:
+                            bias = add_time_steps(
+                                bias, time_bias, bucket_edges, row_since, key_since, query_time, key_time, start, n,
+                                i, j, low, high, regular, True,
+                            )  # fmt: skip
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * alpha + bias
             dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
             mass = tl.zeros([BLOCK_M], tl.float32)
@@ -528,43 +571,27 @@ def bias_gradient_kernel(
                 seen = visible(i[:, None], j[None, :], history, prefix_here, window, TARGETS, WINDOW, PREFIX)
                 seen = seen & (i < n)[:, None] & (j < n)[None, :]
                 tile_sum = tl.where(seen, tile_sum, 0.0)
+                if BANDED:
+                    if near:
+                        place = (start + i)[:, None] * (2 * BAND_BLOCK) + (j[None, :] - first_near_key(i)[:, None])
+                        tl.store(band_gradient + place, tile_sum * scale, mask=(i < n)[:, None])
                 if TIME:
-                    if low == high:
-                        time_sum += tl.where(slot == low, tl.sum(tile_sum) * scale, 0.0)
-                    else:
-                        if packed >= 131072:
-                            passed = tl.load(since + start + i, mask=i < n, other=0)[:, None]
-                            passed -= tl.load(since + total_tokens + start + j, mask=j < n, other=0)[None, :]
-                            bucket_tile = small_buckets(tl.abs(passed), small_edges, ASSEMBLY)
-                            if DETERMINISTIC or high - low < 4:
-                                for bucket in range(low, high + 1):
-                                    in_bucket = tl.sum(tl.where(bucket_tile == bucket, tile_sum, 0.0))
-                                    time_sum += tl.where(slot == bucket, in_bucket * scale, 0.0)
-                            else:
-                                add_to_entries(
-                                    time_sums + program * 256,
-                                    bucket_tile,
-                                    tile_sum * scale,
-                                    seen,
-                                    ASSEMBLY and DIAGONALS,
-                                )
-                        else:
-                            query_times = tl.load(query_time + start + i, mask=i < n, other=0)[:, None]
-                            key_times = tl.load(key_time + start + j, mask=j < n, other=0)[None, :]
-                            for bucket in range(low, high + 1):
-                                inside = tl.abs(query_times - key_times) >= tl.load(bucket_edges + bucket)
-                                inside &= tl.abs(query_times - key_times) < tl.load(bucket_edges + bucket + 1)
-                                in_bucket = tl.sum(tl.where(inside, tile_sum, 0.0))
-                                time_sum += tl.where(slot == bucket, in_bucket * scale, 0.0)
+                    if not near:
+                        time_sum = _add_to_buckets(
+                            time_sum, time_sums + program % copies * 256, tile_sum, seen, packed, low, high, scale,
+                            since, query_time, key_time, bucket_edges, small_edges, start, n, i, j, total_tokens,
+                            DIAGONALS, DETERMINISTIC, ASSEMBLY,
+                        )  # fmt: skip
                 if POSITION:
                     if TARGETS:  # their sums are taken by key, in the kernel of the keys' gradients
                         tile_sum = tl.where((i < history)[:, None], tile_sum, 0.0)
                     position_sum += tile_sum * scale
     if POSITION:
         place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(position_sums + program * BLOCK_M * BLOCK_N + place, position_sum)
+        copy = program if DETERMINISTIC else program // splits
+        tl.atomic_add(position_sums + copy * BLOCK_M * BLOCK_N + place, position_sum, sem="relaxed")
     if TIME:
-        tl.atomic_add(time_sums + program * 256 + slot, time_sum, sem="relaxed")
+        tl.atomic_add(time_sums + program % copies * 256 + slot, time_sum, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["distances", "lowest", "position_zero"])

@@ -10,9 +10,10 @@ from kernels.hstu_attention.tiles import (
     HIDDEN,
     LONGEST_SPAN,
     approximate_bucket,
+    buckets,
+    entries,
     first_near_key,
     spread_center,
-    time_entries,
 )
 
 
@@ -36,13 +37,14 @@ def spread_kernel(position_bias, spread, zero, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["position_zero"])
 def band_kernel(
-    band, offsets, position_bias, time_bias, bucket_edges, query_time, key_time, position_zero,
+    band, near_buckets, offsets, position_bias, time_bias, bucket_edges, query_time, key_time, position_zero,
     POSITION: tl.constexpr, BLOCK: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Biases and causal mask near the diagonal: (T, 2 BAND_BLOCK), key `first_near_key(query) + column`.
+    """Biases and causal mask near the diagonal: (T, 2 BAND_BLOCK), key `first_near_key(query) + column`; and the time
+    buckets, uint8, zero where a query does not see the key.
 
-    Near the diagonal a tile has many buckets. Here each element's is computed once for all heads, and once for all
-    kernels of a pass. Grid (tiles of BLOCK queries, rows).
+    Near the diagonal a tile has many buckets. Here each element's is computed once, for all heads and for all kernels
+    of both passes. Grid (tiles of BLOCK queries, rows).
     """
     start = tl.load(offsets + tl.program_id(1))
     n = (tl.load(offsets + tl.program_id(1) + 1) - start).to(tl.int32)
@@ -50,22 +52,63 @@ def band_kernel(
     i = first + tl.arange(0, BLOCK)
     if first < n:
         query_times = tl.load(query_time + start + i, mask=i < n, other=0)[:, None]
-        for chunk in range(0, 2 * BAND_BLOCK, BLOCK):
-            j = first_near_key(first) + chunk + tl.arange(0, BLOCK)
-            value = tl.full([BLOCK, BLOCK], HIDDEN, tl.float32)
-            if (first_near_key(first) + chunk < first + BLOCK) & (first_near_key(first) + chunk >= 0):
+        for chunk in range(0, 2 * BAND_BLOCK, BAND_BLOCK):
+            j = first_near_key(first) + chunk + tl.arange(0, BAND_BLOCK)
+            value = tl.full([BLOCK, BAND_BLOCK], HIDDEN, tl.float32)
+            bucket = tl.zeros([BLOCK, BAND_BLOCK], tl.int32)
+            if first_near_key(first) + chunk >= 0:
                 key_times = tl.load(key_time + start + j, mask=j < n, other=0)[None, :]
-                bias = time_entries(time_bias, bucket_edges, query_times, key_times, ASSEMBLY)
+                bucket = buckets(query_times, key_times, bucket_edges, ASSEMBLY)
+                bias = entries(time_bias, bucket, ASSEMBLY)
                 if POSITION:
                     index = tl.maximum(j[None, :] - tl.minimum(i, n - 1)[:, None] + position_zero, 0)
                     bias += tl.load(position_bias + tl.minimum(index, 2 * position_zero))
                 value = tl.where(j[None, :] <= i[:, None], bias, HIDDEN)
-            column = chunk + tl.arange(0, BLOCK)
-            tl.store(
-                band + (start + i)[:, None] * (2 * BAND_BLOCK) + column[None, :],
-                value.to(band.dtype.element_ty),
-                mask=(i < n)[:, None],
-            )
+                bucket = tl.where(j[None, :] <= i[:, None], bucket, 0)
+            place = (start + i)[:, None] * (2 * BAND_BLOCK) + (chunk + tl.arange(0, BAND_BLOCK))[None, :]
+            tl.store(band + place, value.to(band.dtype.element_ty), mask=(i < n)[:, None])
+            tl.store(near_buckets + place, bucket.to(tl.uint8), mask=(i < n)[:, None])
+
+
+@triton.jit(do_not_specialize=["copies"])
+def band_gradient_kernel(
+    band_gradient, near_buckets, time_sums, offsets, copies, BLOCK: tl.constexpr, DETERMINISTIC: tl.constexpr
+):  # fmt: skip
+    """Adds the gradients of the band's biases, (T, 2 BAND_BLOCK) float32 and written where a query sees the key, to
+    bucket sums (copies, 256).
+
+    Times are sorted in most rows, so that a query's keys of one bucket stand side by side: where a run of equal
+    buckets ends, the sum of its group of 16 keys up to there is added to this bucket, and taken from the next. (Over
+    longer groups, rounding errors of the sum would show in the difference.) Grid (tiles of BLOCK queries, rows).
+    DETERMINISTIC takes a pass over the tile a bucket instead, and a copy a program.
+    """
+    row, tile = tl.program_id(1), tl.program_id(0)
+    start = tl.load(offsets + row)
+    n = (tl.load(offsets + row + 1) - start).to(tl.int32)
+    first = tile * BLOCK
+    if first < n:
+        program = row * tl.num_programs(0) + tile
+        sums = time_sums + (program % copies) * 256
+        i = first + tl.arange(0, BLOCK)
+        column = tl.arange(0, 2 * BAND_BLOCK)
+        key = (first_near_key(i))[:, None] + column[None, :]
+        seen = (key >= 0) & (key <= i[:, None]) & (i < n)[:, None]
+        place = (start + i)[:, None] * (2 * BAND_BLOCK) + column[None, :]
+        gradient = tl.load(band_gradient + place, mask=seen, other=0.0)
+        bucket = tl.load(near_buckets + place, mask=seen, other=0).to(tl.int32)
+        if DETERMINISTIC:
+            slot = tl.arange(0, 256)
+            total = tl.zeros([256], tl.float32)
+            for index in range(tl.max(bucket) + 1):
+                total += tl.where(slot == index, tl.sum(tl.where(bucket == index, gradient, 0.0)), 0.0)
+            tl.store(sums + slot, total)
+        else:
+            within = seen & (key < i[:, None]) & (column % 16 < 15)[None, :]
+            following = tl.load(near_buckets + place + 1, mask=within, other=0).to(tl.int32)
+            groups = tl.reshape(gradient, [BLOCK, 2 * BAND_BLOCK // 16, 16])
+            total = tl.reshape(tl.cumsum(groups, 2), [BLOCK, 2 * BAND_BLOCK])
+            tl.atomic_add(sums + bucket, total, mask=seen & ((bucket != following) | ~within), sem="relaxed")
+            tl.atomic_add(sums + following, -total, mask=within & (bucket != following), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["tokens"])

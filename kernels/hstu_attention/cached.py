@@ -10,7 +10,7 @@ import triton.language as tl
 
 from kernels.common import configuration
 from kernels.hstu_attention.tiles import buckets, exp_of, load_rows, silu
-from kernels.hstu_attention.triton_op import _block, _bucket_edges, _rows, shape_class
+from kernels.hstu_attention.triton_op import _block, _bucket_edges, _rows, shape_class, value_block
 from kernels.tensor_cores import operand
 
 _LOWEST = tl.constexpr(-1e30)
@@ -186,7 +186,7 @@ def cached_attention(
         DQK=dqk,
         DV=dv,
         BLOCK_DQK=_block(dqk),
-        BLOCK_DV=_block(dv),
+        BLOCK_DV=value_block(dqk, dv),
         BLOCK_M=block_m,
         BLOCK_N=min(config["block_n"], 64),
         POSITION=position_bias is not None,

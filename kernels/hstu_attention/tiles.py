@@ -73,7 +73,7 @@ def one_over_n(normaliser, n, history, BY_LENGTH):
 
 
 @triton.jit
-def _entries(base, index, ASSEMBLY):
+def entries(base, index, ASSEMBLY):
     """Entries of a small float32 table for a whole tile of indices.
 
     In assembly, because tl.load would stage the tile through shared memory, as it does operands of a product:
@@ -97,7 +97,7 @@ def _entries(base, index, ASSEMBLY):
 def position_entries(table, zero, i, j, last, ASSEMBLY):
     """p[j - i] of tokens clamped to `last`, where the row's last token stands: targets all stand there, and tokens
     beyond the row, which are masked, must not read beyond the table."""
-    return _entries(table, tl.minimum(j, last) - tl.minimum(i, last) + zero, ASSEMBLY)
+    return entries(table, tl.minimum(j, last) - tl.minimum(i, last) + zero, ASSEMBLY)
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def small_buckets(passed, edges, ASSEMBLY):
 
 @triton.jit
 def _ints(base, index, ASSEMBLY):
-    """As `_entries`, of an int32 table."""
+    """As `entries`, of an int32 table."""
     if ASSEMBLY:
         values = tl.inline_asm_elementwise(
             "{ .reg .u64 address; mad.wide.s32 address, $2, 4, $1; ld.global.nc.s32 $0, [address]; }",
@@ -266,7 +266,7 @@ def add_to_entries(base, index, value, mask, ASSEMBLY):
 
 @triton.jit
 def _longs(base, index, ASSEMBLY):
-    """As `_entries`, of an int64 table."""
+    """As `entries`, of an int64 table."""
     if ASSEMBLY:
         values = tl.inline_asm_elementwise(
             "{ .reg .u64 address; mad.wide.s32 address, $2, 8, $1; ld.global.nc.s64 $0, [address]; }",
@@ -284,7 +284,7 @@ def _longs(base, index, ASSEMBLY):
 @triton.jit
 def time_entries(table, edges, query_time, key_time, ASSEMBLY):
     """w[bucket(query_time - key_time)], element by element."""
-    return _entries(table, buckets(query_time, key_time, edges, ASSEMBLY), ASSEMBLY)
+    return entries(table, buckets(query_time, key_time, edges, ASSEMBLY), ASSEMBLY)
 
 
 @triton.jit

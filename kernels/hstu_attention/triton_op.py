@@ -15,7 +15,13 @@ from kernels.hstu_attention.backward import (
     key_gradient_kernel,
     query_gradient_kernel,
 )
-from kernels.hstu_attention.bias import band_kernel, relative_time_kernel, spread_kernel, tile_bucket_kernel
+from kernels.hstu_attention.bias import (
+    band_gradient_kernel,
+    band_kernel,
+    relative_time_kernel,
+    spread_kernel,
+    tile_bucket_kernel,
+)
 from kernels.hstu_attention.forward import forward_kernel
 from kernels.hstu_attention.naive import bucket_starts
 from kernels.hstu_attention.tiles import BAND_BLOCK, PADDING
@@ -24,7 +30,8 @@ from kernels.hstu_attention.tiles import BAND_BLOCK, PADDING
 SHORT = 256
 _TIME_SLOTS = 256  # buckets 0..128, padded to a power of two
 _BIAS_PROGRAMS = 4096
-_BAND_TILE = 32  # tiles of 64 take up to 242 registers a thread, for 64-bit times
+_BAND_TILE = 8  # queries, beside 128 or 256 keys: 64-bit times and sums along a row take many registers
+_TIME_COPIES = 64  # of the bucket sums, so that few programs add to one place at a time
 
 
 def shape_class(q: torch.Tensor, v: torch.Tensor, max_len: int, biased: bool) -> str:
@@ -54,7 +61,9 @@ class _Launch:
         contextual_seq_len: int,
         num_targets: torch.Tensor | None,
         softmax: bool,
+        bands: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
+        """`bands`: those of the forward pass, where this is the backward pass."""
         self.q, self.k, self.v = q, k, v
         self.tokens, self.heads, self.dqk = q.shape
         self.dv = v.shape[2]
@@ -84,7 +93,7 @@ class _Launch:
             "DQK": self.dqk,
             "DV": self.dv,
             "BLOCK_DQK": _block(self.dqk),
-            "BLOCK_DV": _block(self.dv),
+            "BLOCK_DV": value_block(self.dqk, self.dv),
             "POSITION": position_bias is not None,
             "TIME": time_bias is not None,
             "TARGETS": num_targets is not None,
@@ -96,7 +105,9 @@ class _Launch:
             "FAST": q.is_cuda and q.dtype == torch.bfloat16,
             "ASSEMBLY": q.is_cuda,
         }
-        self.common["spread"], self.common["band"] = self._spread_table(), self._band()
+        self.common["spread"] = self._spread_table()
+        self.bands = bands or self._bands()
+        self.common["band"] = self.bands[0] if self.bands[0].numel() else None
         self._tile_buckets: dict[tuple[int, int], dict[str, Any]] = {}
 
     def configuration(self, kernel: str) -> dict[str, int]:
@@ -142,20 +153,23 @@ class _Launch:
         spread_kernel[(triton.cdiv(width, 256),)](table, spread, zero, BLOCK=256)
         return spread
 
-    def _band(self) -> torch.Tensor | None:
-        if not self.common["TIME"] or not self.plain_masks or not self.tokens:
-            return None
-        band = self.q.new_empty(self.tokens, 2 * BAND_BLOCK.value)
-        band_kernel[(triton.cdiv(self.max_len, _BAND_TILE), self.rows)](
-            band,
-            self.offsets,
-            **self.tables,
-            position_zero=self.common["position_zero"],
-            POSITION=self.common["POSITION"],
-            BLOCK=_BAND_TILE,
-            ASSEMBLY=self.common["ASSEMBLY"],
-        )
-        return band
+    def _bands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Biases and buckets near the diagonal, (T, 2 BAND_BLOCK) each; empty where there are no times."""
+        wanted = self.common["TIME"] and self.plain_masks
+        band = self.q.new_empty(self.tokens if wanted else 0, 2 * BAND_BLOCK.value)
+        near_buckets = torch.empty_like(band, dtype=torch.uint8)
+        if band.numel():
+            band_kernel[(triton.cdiv(self.max_len, _BAND_TILE), self.rows)](
+                band,
+                near_buckets,
+                self.offsets,
+                **self.tables,
+                position_zero=self.common["position_zero"],
+                POSITION=self.common["POSITION"],
+                BLOCK=_BAND_TILE,
+                ASSEMBLY=self.common["ASSEMBLY"],
+            )
+        return band, near_buckets
 
     def tile_buckets(self, block_m: int, block_n: int) -> dict[str, Any]:
         """Arguments that say how times fall into buckets, for tiles of block_m queries and block_n keys."""
@@ -291,16 +305,23 @@ class _Launch:
         tile_splits = max(1, _BIAS_PROGRAMS // (distances * row_splits))
         tile_splits = min(tile_splits, distances)
         splits = row_splits * tile_splits
-        position_sums = time_sums = None
+        band_grid = (triton.cdiv(self.max_len, _BAND_TILE), self.rows)
+        position_sums = time_sums = near_sums = band_gradient = None
         position_bias, time_bias = self.tables["position_bias"], self.tables["time_bias"]
         if position_bias is not None:
-            position_sums = log_mass.new_empty(distances, splits, block_m, block_n)
+            position_sums = log_mass.new_zeros(distances, splits if deterministic else 1, block_m, block_n)
         if time_bias is not None:
-            time_sums = log_mass.new_zeros(distances * splits, _TIME_SLOTS)
+            copies = distances * splits if deterministic else _TIME_COPIES
+            near_copies = 0 if not self.plain_masks else band_grid[0] * band_grid[1] if deterministic else copies
+            sums = log_mass.new_zeros(copies + near_copies, _TIME_SLOTS)
+            time_sums, near_sums = sums.split([copies, near_copies])
+            if self.plain_masks:
+                band_gradient = log_mass.new_empty(self.bands[1].shape)
         tensors = {"q": (self.q, block_m), "grad": (grad, block_m), "k": (self.k, block_n), "v": (self.v, block_n)}
         bias_gradient_kernel[(distances * splits,)](
             position_sums=position_sums,
             time_sums=time_sums,
+            band_gradient=band_gradient,
             log_mass=log_mass,
             delta=delta,
             **self.tile_buckets(block_m, block_n),
@@ -308,6 +329,7 @@ class _Launch:
             small_edges=_small_edges(self.q.device) if time_sums is not None else None,
             row_splits=row_splits,
             tile_splits=tile_splits,
+            copies=len(time_sums) if time_sums is not None else 1,
             lowest=lowest,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
@@ -323,7 +345,7 @@ class _Launch:
         if position_sums is not None and position_bias is not None:
             dp = log_mass.new_zeros(len(position_bias))
             diagonal_sum_kernel[(distances + ratio,)](
-                position_sums.sum(1),
+                position_sums.sum(1) if deterministic else position_sums,
                 dp,
                 distances,
                 lowest,
@@ -333,8 +355,13 @@ class _Launch:
             )
             if target_sums is not None and self_sums is not None:
                 dp += self._target_position_gradient(dp, target_sums, self_sums)
-        if time_sums is not None and time_bias is not None:
-            dw = time_sums.sum(0)[: len(time_bias)]
+        if time_bias is not None:
+            if band_gradient is not None and near_sums is not None:
+                band_gradient_kernel[band_grid](
+                    band_gradient, self.bands[1], near_sums, self.offsets, len(near_sums),
+                    BLOCK=_BAND_TILE, DETERMINISTIC=deterministic,
+                )  # fmt: skip
+            dw = sums.sum(0)[: len(time_bias)]
         return dp, dw
 
     def _target_position_gradient(
@@ -368,22 +395,38 @@ def attention(
     contextual_seq_len: int,
     num_targets: torch.Tensor | None,
     softmax: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output (T, h, dv), log of softmax's denominators (h, T), empty without softmax)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(output (T, h, dv), log of softmax's denominators (h, T), biases and time buckets near the diagonal, (T, 256)
+    each); the last three for the backward pass, and empty where they do not apply."""
     launch = _Launch(
         _rows(q), _rows(k), _rows(v), offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time,
         key_time, max_attn_len, contextual_seq_len, num_targets, softmax,
     )  # fmt: skip
-    return launch.forward(launch.configuration("forward"))
+    return *launch.forward(launch.configuration("forward")), *launch.bands
 
 
 @attention.register_fake
 def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, softmax: bool = False, **named: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    softmax = others[-1] if len(others) == 12 else softmax
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    max_len: int,
+    alpha: float,
+    normaliser: float | None,
+    position_bias: torch.Tensor | None,
+    time_bias: torch.Tensor | None,
+    query_time: torch.Tensor | None,
+    key_time: torch.Tensor | None,
+    max_attn_len: int,
+    contextual_seq_len: int,
+    num_targets: torch.Tensor | None,
+    softmax: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     log_mass = q.new_empty((q.shape[1], q.shape[0]) if softmax else (0,), dtype=torch.float32)
-    return v.new_empty(v.shape), log_mass
+    banded = time_bias is not None and not (max_attn_len or contextual_seq_len or num_targets is not None)
+    band = q.new_empty(q.shape[0] if banded else 0, 2 * BAND_BLOCK.value)
+    return v.new_empty(v.shape), log_mass, band, torch.empty_like(band, dtype=torch.uint8)
 
 
 @torch.library.custom_op("hstu::attention_backward", mutates_args=())
@@ -391,6 +434,8 @@ def attention_backward(
     grad: torch.Tensor,
     output: torch.Tensor,
     log_mass: torch.Tensor,
+    band: torch.Tensor,
+    near_buckets: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -411,7 +456,7 @@ def attention_backward(
     """dq, dk, dv, and the gradients of both tables (empty for a table that is not there)."""
     launch = _Launch(
         _rows(q), _rows(k), _rows(v), offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time,
-        key_time, max_attn_len, contextual_seq_len, num_targets, softmax,
+        key_time, max_attn_len, contextual_seq_len, num_targets, softmax, (band, near_buckets),
     )  # fmt: skip
     if not q.numel() or not max_len:
         tables = [log_mass.new_empty(0) if t is None else torch.zeros_like(t) for t in (position_bias, time_bias)]
@@ -443,6 +488,8 @@ def _(
     grad: torch.Tensor,
     output: torch.Tensor,
     log_mass: torch.Tensor,
+    band: torch.Tensor,
+    near_buckets: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -458,7 +505,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dp, dw
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     tensors = [value for value in inputs if value is None or isinstance(value, torch.Tensor)]
     ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
     ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
@@ -466,16 +513,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.save_for_backward(
         *(value for value in tensors if value is not None),
         output[0] if softmax else output[0].new_empty(0),
-        output[1],
+        *output[1:],
     )
 
 
-def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    *saved, output, log_mass = ctx.saved_tensors
+def _backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    *saved, output, log_mass, band, near_buckets = ctx.saved_tensors
     tensors = iter(saved)
     inputs = [next(tensors) if flag else other for flag, other in zip(ctx.is_tensor, ctx.others, strict=True)]
     deterministic = torch.are_deterministic_algorithms_enabled()
-    dq, dk, dv, dp, dw = attention_backward(grad, output, log_mass, *inputs, deterministic)
+    dq, dk, dv, dp, dw = attention_backward(grad, output, log_mass, band, near_buckets, *inputs, deterministic)
     gradients: list[torch.Tensor | None] = [None] * len(inputs)
     gradients[:3] = dq, dk, dv
     gradients[7] = dp if inputs[7] is not None else None
@@ -501,6 +548,16 @@ def _small_edges(device: torch.device) -> torch.Tensor:
 def _block(dim: int) -> int:
     """The width of a tile for `dim` columns: a power of two, and at least what a matrix product takes."""
     return max(16, triton.next_power_of_2(dim))
+
+
+def value_block(dqk: int, dv: int) -> int:
+    """The width of a tile of V.
+
+    ptxas 12.8 miscompiles products with a tile of V that is not full, 16 or 32 wide and narrower than Q's (it reads a
+    uniform register that it never set; tests/kernels/ahead_of_time.py looks for that): such a tile is made wider.
+    """
+    block = _block(dv)
+    return block if dv == block else max(block, min(64, _block(dqk)))
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

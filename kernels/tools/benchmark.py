@@ -76,14 +76,14 @@ def attention_rows(n: int, batch: int, heads: int, dim: int, bias: str, ragged: 
     lengths = lengths_of(batch, n, ragged, "cuda")
     inputs = attention_inputs(lengths, heads, dim, dim, torch.bfloat16, bias)
     arguments = list(inputs.values())
-    output, log_mass = attention(*arguments)
+    output, *saved = attention(*arguments)
     grad = torch.randn_like(output)
 
     def forward() -> Any:
         return attention(*arguments)
 
     def backward(deterministic: bool) -> Any:
-        return attention_backward(grad, output, log_mass, *arguments, deterministic)
+        return attention_backward(grad, output, *saved, *arguments, deterministic)
 
     flops = attention_flops(lengths, heads, dim, dim)
     size = output.numel() * output.element_size()
@@ -251,8 +251,9 @@ def main() -> None:
     write(
         "sampled_softmax", [row for dim, dtype in small for v in (3_884, 27_279) for row in softmax_rows(dim, dtype, v)]
     )
-    write("norm_gate", [row for dim, dtype in small for row in elementwise_rows(21_000, dim, dtype)])
-    write("projection", [row for dim, dtype in small for row in projection_rows(21_000, dim, 4 * dim, dtype)])
+    widths = ((50, torch.float32), (50, torch.bfloat16), (64, torch.bfloat16), (256, torch.bfloat16))
+    write("norm_gate", [row for dim, dtype in widths for row in elementwise_rows(21_000, dim, dtype)])
+    write("projection", [row for dim, dtype in widths for row in projection_rows(21_000, dim, 4 * dim, dtype)])
     rows += [row for n, batch in LONG for bias in ("none", "both") for row in attention_rows(n, batch, 4, 128, bias)]
     rows += [row for n, batch in LONG for bias in ("position", "time") for row in attention_rows(n, batch, 4, 64, bias)]
     rows += [row for n, batch in LONG for row in flash_rows(n, batch, 4, 128)]

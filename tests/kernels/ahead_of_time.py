@@ -81,7 +81,7 @@ def specialise(launch: Launch, capability: int) -> tuple[dict[str, str], ASTSour
 
 def compile_launch(launch: Launch, capability: int) -> dict[str, int]:
     """What a launch takes on sm_<capability>: registers of a thread, its stack (spills) and the block's shared memory
-    in bytes, columns of tensor memory."""
+    in bytes, columns of tensor memory; and how many uniform registers it reads that nothing has set."""
     _, source, options = specialise(launch, capability)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -94,8 +94,31 @@ def _resources(cubin: bytes) -> dict[str, int]:
         file.flush()
         command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(_TOOLS / "nvdisasm"), "-c", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"REG:(\d+) STACK:(\d+)", output)
-    return {"registers": max(int(r) for r, _ in found), "stack": max(int(s) for _, s in found)}
+    return {
+        "registers": max(int(r) for r, _ in found),
+        "stack": max(int(s) for _, s in found),
+        "unset": len(_unset_registers(code)),
+    }
+
+
+def _unset_registers(code: str) -> set[str]:
+    """Uniform registers whose first mention in a program is an addition to themselves.
+
+    ptxas 12.8 writes such programs for some shapes: it adds an offset to an address of shared memory that it forgot
+    to copy, so that a matrix product reads wherever the register points.
+    """
+    unset, seen = set(), set()
+    for line in code.splitlines():
+        registers = re.findall(r"\bUR\d+\b", line)
+        if re.search(r"\bUIADD3\b", line) and registers[0] in registers[1:] and registers[0] not in seen:
+            unset.add(registers[0])
+        seen.update(registers)
+        # A wide operation sets the register after the named one, too.
+        seen.update(f"UR{int(name[2:]) + 1}" for name in registers)
+    return unset
 
 
 class OnGPU(torch.Tensor):
@@ -134,17 +157,17 @@ _LONG = ((320, 320), (301,), (7, 0, 515))
 
 def _attention(
     dtype: torch.dtype, heads: int, dim: int, lengths: tuple[tuple[int, ...], ...], bias: str = "both",
-    softmax: bool = False, masks: bool = False, deterministic: bool = False,
+    softmax: bool = False, masks: bool = False, deterministic: bool = False, dv: int | None = None,
 ) -> Case:  # fmt: skip
     def call(lengths: torch.Tensor) -> None:
-        inputs = attention_inputs(lengths, heads, dim, dim, dtype, bias) | {"softmax": softmax}
+        inputs = attention_inputs(lengths, heads, dim, dv or dim, dtype, bias) | {"softmax": softmax}
         if masks:
             targets = torch.ones_like(lengths)
             inputs |= {"max_attn_len": 64, "contextual_seq_len": 8, "num_targets": targets, "normaliser": None}
         inputs = _on_gpu(inputs)
-        output, log_mass = hstu_attention.attention(**inputs)
+        output, *saved = hstu_attention.attention(**inputs)
         grad = torch.empty_like(output)
-        hstu_attention.attention_backward(grad, output, log_mass, **inputs, deterministic=deterministic)
+        hstu_attention.attention_backward(grad, output, *saved, *inputs.values(), deterministic)
 
     return Case(call, lengths)
 
@@ -205,6 +228,7 @@ CASES = {
     "attention d 64, masks": _attention(_BF16, 4, 64, _LONG, masks=True),
     "attention d 64, fp16": _attention(_FP16, 4, 64, _LONG),
     "attention d 25, short": _attention(_BF16, 2, 25, _SHORT),
+    "attention d 73 and 8": _attention(_BF16, 2, 73, _LONG, dv=8),
     "attention d 32, short": _attention(_BF16, 8, 32, _SHORT),
     "attention d 50, short, fp32": _attention(_FP32, 1, 50, _SHORT),
     "attention d 128": _attention(_BF16, 2, 128, _LONG),

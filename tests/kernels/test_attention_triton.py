@@ -106,7 +106,7 @@ def run(version: str, case: Case, inputs: dict[str, Any], dtype: torch.dtype) ->
     for name in wanted:
         arguments[name] = arguments[name].to(dtype).requires_grad_()
     if version == "triton":
-        output, _ = triton_op.attention(**arguments, softmax=case.softmax)
+        output, *_ = triton_op.attention(**arguments, softmax=case.softmax)
     else:
         normaliser = arguments.pop("normaliser")
         rule = {} if case.softmax else {"normaliser": normaliser}
@@ -296,7 +296,7 @@ def test_buckets_equal_the_exact_ones() -> None:
     # Every row is one token that sees itself: with V = 1 its output is silu(w[bucket]).
     table = torch.arange(naive.TIME_BUCKETS, dtype=torch.float32, device=DEVICE)
     for sign in (1, -1):
-        output, _ = triton_op.attention(
+        output, *_ = triton_op.attention(
             zeros, zeros, zeros + 1, torch.arange(len(seconds) + 1, device=DEVICE), 1, 1.0, 1.0, None, table,
             sign * seconds.to(DEVICE), torch.zeros_like(seconds).to(DEVICE), 0, 0, None, False,
         )  # fmt: skip

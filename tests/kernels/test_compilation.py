@@ -60,7 +60,7 @@ def compiled() -> Iterator[dict[int, list[Future[list[dict[str, Any]]]]]]:
 def problems(line: dict[str, Any], capability: int) -> str:
     if "error" in line:
         return line["error"]
-    limits = {"shared": SHARED[capability], "stack": STACK, "tensor_memory": TENSOR_MEMORY}
+    limits = {"shared": SHARED[capability], "stack": STACK, "tensor_memory": TENSOR_MEMORY, "unset": 0}
     return ", ".join(f"{name} {line[name]} > {limit}" for name, limit in limits.items() if line[name] > limit)
 
 
