@@ -51,7 +51,7 @@ def _kept(seed_ptr, threshold, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
-def _forward_kernel(
+def norm_gate_forward_kernel(
     u_ptr,
     attended_ptr,
     seed_ptr,
@@ -81,7 +81,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
-def _backward_kernel(
+def norm_gate_backward_kernel(
     gradient_ptr,
     u_ptr,
     attended_ptr,
@@ -133,7 +133,7 @@ def norm_gate_forward(
     if out.numel():
         grid, arguments = _launch("norm_gate_forward", u, seed, dropout)
         with torch.cuda.device_of(u):
-            _forward_kernel[grid](u, attended, seed, out, **arguments)
+            norm_gate_forward_kernel[grid](u, attended, seed, out, **arguments)
     return out
 
 
@@ -147,7 +147,7 @@ def norm_gate_backward(
     if gradient.numel():
         grid, arguments = _launch("norm_gate_backward", u, seed, dropout)
         with torch.cuda.device_of(u):
-            _backward_kernel[grid](gradient, u, attended, seed, du, dattended, **arguments)
+            norm_gate_backward_kernel[grid](gradient, u, attended, seed, du, dattended, **arguments)
     return du, dattended
 
 

@@ -40,7 +40,7 @@ def _weight_tile(weight_ptr, columns, D: tl.constexpr, K: tl.constexpr, BLOCK_D:
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _forward_kernel(
+def projection_forward_kernel(
     x_ptr,
     weight_ptr,
     out_ptr,
@@ -66,7 +66,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _backward_kernel(
+def projection_backward_kernel(
     gradient_ptr,
     x_ptr,
     weight_ptr,
@@ -115,7 +115,7 @@ def projection(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if out.numel():
         grid, arguments = _launch("projection_forward", x, weight)
         with torch.cuda.device_of(x):
-            _forward_kernel[grid](x, weight, out, **arguments)
+            projection_forward_kernel[grid](x, weight, out, **arguments)
     return out
 
 
@@ -129,7 +129,7 @@ def projection_backward(
     if gradient.numel():
         grid, arguments = _launch("projection_backward", x, weight)
         with torch.cuda.device_of(x):
-            _backward_kernel[grid](gradient, x, weight, dx, xhat, dz, **arguments)
+            projection_backward_kernel[grid](gradient, x, weight, dx, xhat, dz, **arguments)
     return dx, xhat, dz
 
 

@@ -34,7 +34,7 @@ _MASKED_LOGIT = tl.constexpr(MASKED_LOGIT)
 
 
 @triton.jit(do_not_specialize=["item_count"])
-def _inverse_norm_kernel(
+def softmax_norm_kernel(
     table, inverse_norms, item_count, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ITEMS: tl.constexpr
 ):
     """1 / max(norm, eps) of every row of the table: once per item rather than once per draw."""
@@ -54,7 +54,7 @@ def _through_norm(gradient, unit, norm):
 
 
 @triton.jit  # negative_count is specialised by divisibility: by 16, ids load in vectors, and masks are simple
-def _forward_kernel(
+def softmax_forward_kernel(
     states,
     table,
     inverse_norms,
@@ -134,7 +134,9 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["draw_count", "logit_count"])
-def _weight_kernel(order, logits, maxima, scales, tokens, weights, draw_count, logit_count, BLOCK_PLACES: tl.constexpr):
+def softmax_weight_kernel(
+    order, logits, maxima, scales, tokens, weights, draw_count, logit_count, BLOCK_PLACES: tl.constexpr
+):
     """Token of every place in the sorted list, and by what its state is multiplied in the item's gradient."""
     places = tl.program_id(0) * BLOCK_PLACES + tl.arange(0, BLOCK_PLACES)
     valid = places < draw_count
@@ -159,7 +161,7 @@ def _weighted_sum(tokens, weights, places, valid, states, D: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _chunk_kernel(
+def softmax_chunk_kernel(
     drawn,
     tokens,
     weights,
@@ -183,7 +185,7 @@ def _chunk_kernel(
 
 
 @triton.jit
-def _item_kernel(
+def softmax_item_kernel(
     offsets,
     tokens,
     weights,
@@ -244,8 +246,8 @@ def _forward(
     sizes = _sizes(dim, configuration("sampled_softmax_forward", _width(dim), states.device))
     with torch.cuda.device_of(states):
         blocks = triton.cdiv(items, norm_sizes["BLOCK_ITEMS"])
-        _inverse_norm_kernel[(blocks,)](table, inverse_norms, items, **norm_sizes)
-        _forward_kernel[(tokens,)](
+        softmax_norm_kernel[(blocks,)](table, inverse_norms, items, **norm_sizes)
+        softmax_forward_kernel[(tokens,)](
             states.contiguous(),
             table,
             inverse_norms,
@@ -301,7 +303,7 @@ def _table_gradient(
     gradient = torch.empty_like(table, memory_format=torch.contiguous_format)
     sums = (sorted_tokens, weights, states.contiguous(), chunk_sums)
     with torch.cuda.device_of(states):
-        _weight_kernel[(triton.cdiv(len(drawn), _BLOCK_PLACES),)](
+        softmax_weight_kernel[(triton.cdiv(len(drawn), _BLOCK_PLACES),)](
             order,
             logits,
             maxima,
@@ -312,8 +314,8 @@ def _table_gradient(
             logits.shape[1],
             BLOCK_PLACES=_BLOCK_PLACES,
         )
-        _chunk_kernel[(chunks,)](drawn, *sums, **sizes)
-        _item_kernel[(items,)](offsets, *sums, table.contiguous(), gradient, **sizes)
+        softmax_chunk_kernel[(chunks,)](drawn, *sums, **sizes)
+        softmax_item_kernel[(items,)](offsets, *sums, table.contiguous(), gradient, **sizes)
     return gradient
 
 

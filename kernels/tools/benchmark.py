@@ -215,6 +215,9 @@ def projection_rows(tokens: int, dim: int, columns: int, dtype: torch.dtype) -> 
     return rows
 
 
+OPERATIONS = ["ceilings", "sampled_softmax", "norm_gate", "projection", "hstu_attention"]
+
+
 def ceilings() -> Row:
     """What this GPU reaches: a device-to-device copy of 4 GB, bytes read and written, and a bf16 product of 8,192."""
     source = torch.randn(1 << 30, device="cuda")
@@ -228,6 +231,7 @@ def ceilings() -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for one json an operation")
+    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
     args.output.mkdir(parents=True, exist_ok=True)
@@ -238,26 +242,27 @@ def main() -> None:
         args.output.joinpath(f"{name}.json").write_text(json.dumps(marked, indent=1) + "\n")
         print(f"{name}: written", flush=True)
 
-    write("ceilings", ceilings())
-    torch.cuda.empty_cache()
-    rows = [row for n, batch in LONG for bias in ("none", "both") for row in attention_rows(n, batch, 4, 64, bias)]
-    rows += [row for n, batch in LONG for row in flash_rows(n, batch, 4, 64)]
-    write("hstu_attention", rows)
-    for heads, dim in MOVIELENS:
-        for bias in ("none", "both"):
-            rows += attention_rows(211, 128, heads, dim, bias, ragged=True)
-    write("hstu_attention", rows)
+    if "ceilings" in args.operations:
+        write("ceilings", ceilings())
+        torch.cuda.empty_cache()
     small = ((50, torch.float32), (256, torch.bfloat16))
-    write(
-        "sampled_softmax", [row for dim, dtype in small for v in (3_884, 27_279) for row in softmax_rows(dim, dtype, v)]
-    )
+    if "sampled_softmax" in args.operations:
+        catalogues = (3_884, 27_279)
+        write(
+            "sampled_softmax", [row for dim, dtype in small for v in catalogues for row in softmax_rows(dim, dtype, v)]
+        )
     widths = ((50, torch.float32), (50, torch.bfloat16), (64, torch.bfloat16), (256, torch.bfloat16))
-    write("norm_gate", [row for dim, dtype in widths for row in elementwise_rows(21_000, dim, dtype)])
-    write("projection", [row for dim, dtype in widths for row in projection_rows(21_000, dim, 4 * dim, dtype)])
-    rows += [row for n, batch in LONG for bias in ("none", "both") for row in attention_rows(n, batch, 4, 128, bias)]
-    rows += [row for n, batch in LONG for bias in ("position", "time") for row in attention_rows(n, batch, 4, 64, bias)]
-    rows += [row for n, batch in LONG for row in flash_rows(n, batch, 4, 128)]
-    write("hstu_attention", rows)
+    if "norm_gate" in args.operations:
+        write("norm_gate", [row for dim, dtype in widths for row in elementwise_rows(21_000, dim, dtype)])
+    if "projection" in args.operations:
+        write("projection", [row for dim, dtype in widths for row in projection_rows(21_000, dim, 4 * dim, dtype)])
+    if "hstu_attention" in args.operations:
+        rows = [row for heads, dim in MOVIELENS for bias in ("none", "both")
+                for row in attention_rows(211, 128, heads, dim, bias, ragged=True)]  # fmt: skip
+        for dim, biases in ((64, ("none", "both", "position", "time")), (128, ("none", "both"))):
+            rows += [row for n, batch in LONG for bias in biases for row in attention_rows(n, batch, 4, dim, bias)]
+            rows += [row for n, batch in LONG for row in flash_rows(n, batch, 4, dim)]
+            write("hstu_attention", rows)
 
 
 if __name__ == "__main__":

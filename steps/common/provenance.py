@@ -13,14 +13,16 @@ _LIBRARIES = ("torch", "triton", "numpy", "safetensors", "fbgemm-gpu", "fbgemm-g
 def commit() -> str:
     """The commit of this checkout, with `-dirty` when tracked files differ from it.
 
-    On a machine that received the files without git, the environment variable `HSTU_COMMIT` says it;
-    with neither, `unknown`.
+    On a machine that received the files without git, or with another commit's, the environment variable
+    `HSTU_COMMIT` says it; with neither, `unknown`.
     """
+    if "HSTU_COMMIT" in os.environ:
+        return os.environ["HSTU_COMMIT"]
     try:
         head = _git("rev-parse", "HEAD")
         dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ":!reports")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("HSTU_COMMIT", "unknown")
+        return "unknown"
     return head + ("-dirty" if dirty else "")
 
 

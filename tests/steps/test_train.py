@@ -20,29 +20,7 @@ from steps.models import build
 from steps.models.checkpoint import load_weights, save_weights
 from steps.training.loop import reported_epoch
 from tests.conftest import ROOT, write_processed
-
-STRICT = {"name": "strict", "split": "leave-last-out", "report": "best", "candidates": "rated", "exclude": "history"}
-PAPER = {"name": "paper", "split": "leave-last-out", "report": "last", "candidates": "catalogue", "exclude": "window"}
-
-
-def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int = 4, **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"label": model, "model": model}
-    if model not in ("popular", "markov"):
-        settings |= {"dim": 16, "blocks": 2, "heads": 2, "dqk": 8, "dv": 8, "extra_positions": 11}
-        settings |= {
-            "attention": "silu",
-            "alpha": 1.0,
-            "normaliser": "max_len",
-            "bias": {"position": True, "time": "next"},
-        }
-        settings |= {"loss": {"name": "sampled-softmax", "similarity": "cosine", "temperature": 0.05}}
-        settings |= {"mask_share": 0.2, "samples": 30, "sample_alpha": 0.5, "logq": 1.0, "neighbours": 9, "shrink": 1.0}
-        settings |= {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0}}
-    training = {"max_len": 20, "epochs": epochs, "batch": 16, "negatives": 16, "dropout": 0.2}
-    return {"experiment": "t", "dataset": "t", "row": model, "protocol": protocol, "seed": 3} | {
-        "model": settings | changes,
-        "training": training,
-    }
+from tests.steps.runs import PAPER, config
 
 
 def command(name: str, run: Path, data: Path, *more: str) -> list[str]:

@@ -14,8 +14,8 @@ from steps.ranking.ranks import Rules, rank
 from steps.training.loop import Training, train_together
 from steps.training.steps import bucket_size
 from tests.conftest import write_processed
+from tests.steps.runs import config
 from tests.steps.test_models import MAX_LEN, make, sequences
-from tests.steps.test_train import config
 
 LOSSES = {
     "sampled-softmax": {"similarity": "cosine", "temperature": 0.05},

@@ -1,0 +1,45 @@
+"""The profile of a training step: kernels find their part, and the floor counts what the mathematics needs."""
+
+import pytest
+import torch
+
+from steps.profile_training import full_sequences, least, part_of
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("forward_kernel", "attention, forward"),
+        ("projection_forward_kernel", "projection"),
+        ("norm_gate_backward_kernel", "norm and gate"),
+        ("softmax_forward_kernel", "loss"),
+        ("bias_gradient_kernel", "attention, bias gradients"),
+        ("key_gradient_kernel", "attention, backward"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "matrix products"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", "element-wise and other"),
+    ],
+)
+def test_kernels_find_their_part(kernel: str, part: str) -> None:
+    assert part_of(kernel) == part
+
+
+@pytest.mark.parametrize("held_out", [1, 2])
+def test_every_window_is_full(held_out: int) -> None:
+    sequences = full_sequences(50, 6, 20, torch.device("cpu"))
+    users = torch.arange(6)
+    assert sequences.window_lengths(users, torch.full((6,), held_out), 20).tolist() == [20] * 6
+    assert int(sequences.item.min()) >= 1
+    assert int(sequences.item.max()) <= 50
+
+
+def test_the_floor_of_one_layer_by_hand() -> None:
+    config = {
+        "model": {"heads": 2, "dqk": 3, "dv": 5, "dim": 7, "blocks": 1},
+        "training": {"batch": 4, "max_len": 10, "negatives": 6},
+    }
+    found = least(config, items=8)
+    # 40 tokens; uvqk has 2 (2 x 3 + 2 x 5) = 32 columns, attention's result 10; scores of 4 x 10 x 10 / 2 = 200 pairs.
+    products = 3 * 2 * 40 * 7 * (32 + 10)
+    attention = 3.5 * 2 * 2 * (3 + 5) * 200
+    assert found["flops"] == products + attention + 3 * 2 * 40 * 7 * 7
+    assert found["bytes"] == 40 * (2 * (8 * 32 + 4 * 10) + 24 * 7) + 28 * (9 * 7 + 7 * 42)
