@@ -1,7 +1,7 @@
 """What every model offers, and what the sequence models share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -96,8 +96,12 @@ class SequenceModel(Model):
             for users, total in zip(batches, tokens, strict=True)
         ]
 
+    def parts(self, layout: Any, given: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The tensors of the optimiser's steps, in order, that one of `static_steps` holds; usually the one."""
+        return [given]
+
     def static_loss(self, sequences: Sequences, drop: torch.Tensor, layout: Any, given: torch.Tensor) -> torch.Tensor:
-        """The loss of one of `static_steps`, whose tensor is `given` on the device."""
+        """The loss of one of an item's `parts`, whose tensor is `given` on the device."""
         return self.loss(sequences.padded_batch(given, drop[given], layout))
 
     def score(self, batch: Batch) -> torch.Tensor:

@@ -6,7 +6,7 @@ popularity^alpha); cross-entropy with the logQ correction; item vectors shared b
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from steps.models.base import SequenceModel
 
 _ADAGRAD_EPS = 1e-6
 _IGNORED = -100
+#: Events that one CUDA graph holds: an event's kernels are shorter than what the host needs to launch a graph.
+_EVENTS = 16
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class GRU4Rec(SequenceModel):
     def static_steps(
         self, lengths: torch.Tensor, order: torch.Tensor, max_len: int, batch_size: int, bucket: int
     ) -> list[tuple[Any, torch.Tensor]]:
-        """The same events, each with a tensor (3, lanes): user or -1, place in the user's window, tokens in it.
+        """The same events, some at a time, each a (3, lanes) tensor: user or -1, place in the window, its tokens.
 
         As the lanes run out of users they stay empty.
         """
@@ -114,7 +116,10 @@ class GRU4Rec(SequenceModel):
         table[:, 0] = -1
         table[event[row] + place, :, lane[row]] = torch.stack([order[row], place, lengths[row]], dim=1)
         layout = Lanes(lanes, batch_size)
-        return [(layout, given) for given in table.to(self.items.weight.device)]
+        return [(layout, given) for given in table.to(self.items.weight.device).split(_EVENTS)]
+
+    def parts(self, layout: Any, given: torch.Tensor) -> Sequence[torch.Tensor]:
+        return given.unbind()
 
     def static_loss(self, sequences: Sequences, drop: torch.Tensor, layout: Any, given: torch.Tensor) -> torch.Tensor:
         user, place, length = given

@@ -85,28 +85,38 @@ class Training:
         if saved is not None and saved["identity"] == self._identity:
             self.best = load_state(path, self.model, self.optimizer)
             self.history = saved["history"]
-            print(f"{self.title}resuming after epoch {len(self.history)} from {path}", flush=True)
+            print(f"{self.title}resuming after epoch {self.done} from {path}", flush=True)
+
+    @property
+    def done(self) -> int:
+        """How many epochs are."""
+        return self.history[-1]["epoch"] if self.history else 0
 
     @property
     def finished(self) -> bool:
         """Whether all epochs are done, or validation has not improved for `patience` of them."""
-        training, done = self.config["training"], len(self.history)
+        training = self.config["training"]
         patience = training.get("patience")
-        if done and patience and self.config["protocol"]["report"] == "best":
-            return done >= training["epochs"] or done - reported_epoch(self.config, self.history) >= patience
-        return done >= training["epochs"]
+        if self.history and patience and self.config["protocol"]["report"] == "best":
+            return self.done >= training["epochs"] or self.done - reported_epoch(self.config, self.history) >= patience
+        return self.done >= training["epochs"]
 
     def epochs(self) -> Iterator[None]:
-        """Train; yields after every step that is queued, so that other runs can queue theirs."""
+        """Train; yields whenever steps are queued, so that other runs can queue theirs.
+
+        The model is watched, and a line of the history written, after every `watch_every` epochs and after the last.
+        """
+        epochs, every = self.config["training"]["epochs"], self.config["training"].get("watch_every", 1)
         while not self.finished:
-            epoch, epochs = len(self.history) + 1, self.config["training"]["epochs"]
-            title = f"{self.title}epoch {epoch}/{epochs}"
             start = time.perf_counter()
             self.steps = 0
-            for _ in self._epoch(epoch, title):
-                self.steps += 1
-                yield
-            loss = float(self._total) / self.steps  # the epoch's one wait for the device
+            self._total = self.static.total.zero_() if self.static else torch.zeros((), device=self.device)
+            for epoch in range(self.done + 1, min(self.done + every, epochs) + 1):
+                title = f"{self.title}epoch {epoch}/{epochs}"
+                for taken in self._epoch(epoch, title):
+                    self.steps += taken
+                    yield
+            loss = float(self._total) / self.steps  # the one wait for the device
             if loss != loss:
                 raise StepError(f"the loss is not a number in {title}: training diverged; lower the learning rate")
             seconds = time.perf_counter() - start
@@ -123,8 +133,9 @@ class Training:
         self._states.finish()
         self.place.wait()
 
-    def _epoch(self, epoch: int, title: str) -> Iterator[None]:
-        """One pass over the users in random order, one window each; yields after every step. Sums the losses."""
+    def _epoch(self, epoch: int, title: str) -> Iterator[int]:
+        """One pass over the users in random order, one window each; yields how many steps were taken, every time some
+        are queued. Adds their losses to the total."""
         self.model.train()
         training = self.config["training"]
         max_len, batch_size, drop = training["max_len"], training["batch"], self.holdout.train_drop
@@ -134,29 +145,26 @@ class Training:
         if self.static is not None:
             bucket = bucket_size(batch_size, max_len)
             steps = self.model.static_steps(self._lengths, order, max_len, batch_size, bucket)
-            self._total = self.static.total.zero_()
             for step, (layout, given) in enumerate(progress(steps, desc=title, unit="step")):
                 self.static(layout, given, seed * _STEPS_APART + step)
-                yield
+                yield len(self.model.parts(layout, given))
             return
-        self._total = torch.zeros((), device=self.device)
         losses = self.model.losses(self.sequences, order.to(self.device), drop, max_len, batch_size)
         for loss in progress(losses, total=self.model.steps(len(order), batch_size), desc=title, unit="step"):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
             self._total += loss.detach()
-            yield
+            yield 1
 
     def record(self) -> dict[str, Any]:
         """How the training went: what it took, and how."""
         seconds = statistics.median(line["train/seconds"] for line in self.history)
-        done = len(self.history)
         return {
             "step_ms": round(1000 * seconds / self.steps, 3) if self.steps else None,
             "steps_per_second": round(self.steps / seconds, 1) if self.steps and seconds else None,
             "captured": self.static is not None and self.static.capture,
-            "stopped_early": done if done < self.config["training"]["epochs"] else None,
+            "stopped_early": self.done if self.done < self.config["training"]["epochs"] else None,
         }
 
 

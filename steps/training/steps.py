@@ -61,11 +61,12 @@ class StaticSteps:
 
     def __call__(self, layout: Hashable, given: torch.Tensor, seed: int) -> None:
         """Take one step; its random numbers are those of `seed`."""
-        if self.capture and layout not in self._graphs:
-            self._graphs[layout] = self._captured(layout, given)
+        shape = (layout, given.shape)
+        if self.capture and shape not in self._graphs:
+            self._graphs[shape] = self._captured(layout, given)
         torch.manual_seed(seed)
         if self.capture:
-            self._graphs[layout](given)
+            self._graphs[shape](given)
         else:
             self._step(layout, given)
 
@@ -76,9 +77,10 @@ class StaticSteps:
         return loss.detach()
 
     def _step(self, layout: Hashable, given: torch.Tensor) -> None:
-        loss = self._gradients(layout, given)
-        self.optimizer.step()
-        self.total += loss
+        for part in self.model.parts(layout, given):
+            loss = self._gradients(layout, part)
+            self.optimizer.step()
+            self.total += loss
         # The gradients' memory is another graph's next.
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -89,7 +91,7 @@ class StaticSteps:
         buffer, graph = given.clone(), torch.cuda.CUDAGraph()
         # Once without a graph: kernels are compiled and cached tables made, which a capture does not allow. Without
         # the optimiser nothing is trained, and the step's seed is set afterwards.
-        self._gradients(layout, buffer)
+        self._gradients(layout, self.model.parts(layout, buffer)[0])
         self.optimizer.zero_grad(set_to_none=True)
         try:
             # The thread that writes states may use the device meanwhile.

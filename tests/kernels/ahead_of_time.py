@@ -113,11 +113,12 @@ def _unset_registers(code: str) -> set[str]:
     unset, seen = set(), set()
     for line in code.splitlines():
         registers = re.findall(r"\bUR\d+\b", line)
-        if re.search(r"\bUIADD3\b", line) and registers[0] in registers[1:] and registers[0] not in seen:
-            unset.add(registers[0])
-        seen.update(registers)
-        # A wide operation sets the register after the named one, too.
-        seen.update(f"UR{int(name[2:]) + 1}" for name in registers)
+        first = next(iter(registers), "")
+        if re.search(r"\bUIADD3\b", line) and first in registers[1:] and first not in seen:
+            unset.add(first)
+        # A wide operation sets the registers after the named one, too.
+        width = 4 if ".128" in line else 2 if ".64" in line or "WIDE" in line else 1
+        seen.update(f"UR{int(first[2:]) + further}" for further in range(width) if first)
     return unset
 
 

@@ -95,7 +95,8 @@ def test_gru4rec_has_the_same_events_in_static_shape(monkeypatch: pytest.MonkeyP
     drawn = data.item[:30].clone()
     monkeypatch.setattr(torch, "multinomial", lambda *_, **__: drawn)
     monkeypatch.setattr(torch, "searchsorted", lambda *_, **__: drawn)
-    steps = model.static_steps(data.window_lengths(torch.arange(7), drop, 10), order, 10, 3, 1)
+    groups = model.static_steps(data.window_lengths(torch.arange(7), drop, 10), order, 10, 3, 1)
+    steps = [(layout, part) for layout, group in groups for part in model.parts(layout, group)]
     eager = list(model.losses(data, order, drop, 10, 3))
     assert len(eager) == len(steps)
     for value, (layout, given) in zip(eager, steps, strict=True):
@@ -111,7 +112,8 @@ def test_gru4rec_has_the_same_events_in_static_shape(monkeypatch: pytest.MonkeyP
 def test_gru4rec_draws_by_popularity() -> None:
     model = make("gru4rec", samples=40_000)
     data, drop = sequences([200] * 5), torch.zeros(5, dtype=torch.int64)
-    layout, given = model.static_steps(data.window_lengths(torch.arange(5), drop, 10), torch.arange(5), 10, 5, 1)[0]
+    layout, group = model.static_steps(data.window_lengths(torch.arange(5), drop, 10), torch.arange(5), 10, 5, 1)[0]
+    given = model.parts(layout, group)[0]
     seen: list[torch.Tensor] = []
     logits = model._logits
     model._logits = lambda hidden, targets, drawn, counts: (seen.append(drawn), logits(hidden, targets, drawn, counts))[
@@ -226,6 +228,22 @@ def test_a_run_of_the_fixed_schedule_has_no_patience(data: Path, tmp_path: Path)
     one = training(data, tmp_path / "run", settings=settings)
     train_together([one])
     assert len(one.history) == 6
+
+
+def test_watching_less_often_changes_nothing_but_the_history(data: Path, tmp_path: Path) -> None:
+    settings = config(epochs=7)
+    settings["protocol"] = settings["protocol"] | {"report": "last"}
+    often = training(data, tmp_path / "often", settings=settings)
+    fewer = settings | {"training": settings["training"] | {"watch_every": 3}}
+    seldom = training(data, tmp_path / "seldom", settings=fewer)
+    train_together([often, seldom])
+    assert [line["epoch"] for line in seldom.history] == [3, 6, 7]
+    for name, tensor in often.model.state_dict().items():
+        assert torch.equal(tensor, seldom.model.state_dict()[name])
+    means = [line["train/loss"] for line in often.history]
+    for line, expected in zip(seldom.history, (means[:3], means[3:6], means[6:]), strict=True):
+        assert line["train/loss"] == pytest.approx(sum(expected) / len(expected), abs=2e-6)
+        assert line["test/hr@10"] == often.history[line["epoch"] - 1]["test/hr@10"]
 
 
 @pytest.mark.gpu
