@@ -15,25 +15,10 @@ import triton
 import triton.language as tl
 
 from kernels.common import configuration
+from kernels.layer_norm.triton_op import normalise, normalise_backward, shape_class
 from kernels.norm_gate.naive import LAYER_NORM_EPS
 
 _EPS = tl.constexpr(LAYER_NORM_EPS)
-
-
-@triton.jit
-def normalise(x, inside, D: tl.constexpr):
-    """Rows of float32 (R, C), zero outside, to their layer norm, zero outside, and 1 / standard deviation (R, 1)."""
-    centred = tl.where(inside, x - tl.sum(x, 1, keep_dims=True) / D, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / D + _EPS)
-    return centred * rstd, rstd
-
-
-@triton.jit
-def normalise_backward(gradient, xhat, rstd, D: tl.constexpr):
-    """The gradient of a row from that of its layer norm; both are zero outside the row."""
-    mean = tl.sum(gradient, 1, keep_dims=True) / D
-    along = tl.sum(gradient * xhat, 1, keep_dims=True) / D
-    return rstd * (gradient - mean - xhat * along)
 
 
 @triton.jit
@@ -73,7 +58,7 @@ def norm_gate_forward_kernel(
     at = rows * D + columns
     u = tl.load(u_ptr + start * U_STRIDE + rows * U_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
     attended = tl.load(attended_ptr + start * D + at, mask=inside, other=0.0).to(tl.float32)
-    xhat, _ = normalise(attended, columns < D, D)
+    xhat, _ = normalise(attended, columns < D, D, _EPS)
     gated = u * xhat
     if DROPOUT:
         gated = tl.where(_kept(seed_ptr, threshold, first + rows, ROWS, COLUMNS), gated * scale, 0.0)
@@ -108,7 +93,7 @@ def norm_gate_backward_kernel(
     attended = tl.load(attended_ptr + start * D + at, mask=inside, other=0.0).to(tl.float32)
     if DROPOUT:
         gradient = tl.where(_kept(seed_ptr, threshold, first + rows, ROWS, COLUMNS), gradient * scale, 0.0)
-    xhat, rstd = normalise(attended, columns < D, D)
+    xhat, rstd = normalise(attended, columns < D, D, _EPS)
     tl.store(du_ptr + start * D + at, gradient * xhat, mask=inside)
     dattended = normalise_backward(gradient * u, xhat, rstd, D)
     tl.store(dattended_ptr + start * D + at, dattended, mask=inside)
@@ -185,7 +170,7 @@ def _launch(
     operation: str, u: torch.Tensor, seed: torch.Tensor | None, dropout: float
 ) -> tuple[tuple[int], dict[str, Any]]:
     tokens, width = u.shape
-    constants, options = _parameters(width, configuration(operation, _shape_class(width), u.device))
+    constants, options = _parameters(width, configuration(operation, shape_class(width), u.device))
     arguments = {
         "tokens": tokens,
         "threshold": round(dropout * 2**32) - 2**31,  # so many of the 2^32 words are below
@@ -194,11 +179,6 @@ def _launch(
         "DROPOUT": seed is not None,
     }
     return (triton.cdiv(tokens, constants["ROWS"]),), arguments | constants | options
-
-
-def _shape_class(width: int) -> str:
-    """The name of the launch parameters for rows of this width."""
-    return next(name for name in ("64", "512", "8192") if width <= int(name))
 
 
 def _parameters(width: int, entry: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:

@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from kernels.norm_gate.naive import layer_norm
+from kernels.layer_norm.naive import layer_norm
+from kernels.norm_gate.naive import LAYER_NORM_EPS
 
 
 def projection(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return F.silu(layer_norm(x) @ weight)
+    return F.silu(layer_norm(x, LAYER_NORM_EPS) @ weight)

@@ -21,15 +21,18 @@ import triton
 import triton.language as tl
 
 from kernels.common import configuration
-from kernels.norm_gate.triton_op import normalise, normalise_backward
+from kernels.layer_norm.triton_op import normalise, normalise_backward
+from kernels.norm_gate.naive import LAYER_NORM_EPS
 from kernels.tensor_cores import operand
+
+_EPS = tl.constexpr(LAYER_NORM_EPS)
 
 
 @triton.jit
 def _normalised_rows(x_ptr, rows, left, D: tl.constexpr, BLOCK_D: tl.constexpr):
     across = tl.arange(0, BLOCK_D)[None, :]
     x = tl.load(x_ptr + rows * D + across, mask=(rows < left) & (across < D), other=0.0).to(tl.float32)
-    return normalise(x, across < D, D)
+    return normalise(x, across < D, D, _EPS)
 
 
 @triton.jit

@@ -19,6 +19,8 @@ import triton.testing
 
 from kernels.hstu_attention import naive
 from kernels.hstu_attention.triton_op import attention, attention_backward
+from kernels.layer_norm import layer_norm
+from kernels.layer_norm import naive as layer_norm_naive
 from kernels.norm_gate import naive as norm_gate_naive
 from kernels.norm_gate import norm_gate
 from kernels.projection import naive as projection_naive
@@ -183,16 +185,35 @@ def softmax_rows(dim: int, dtype: torch.dtype, items: int, tokens: int = 16_000,
 def elementwise_rows(tokens: int, dim: int, dtype: torch.dtype) -> list[Row]:
     """norm_gate with dropout 0.2 against torch's layer_norm, product and dropout."""
     u, attended = torch.randn(2, tokens, dim, device="cuda", dtype=dtype)
-    size = u.numel() * u.element_size()
+    return _against_torch(
+        lambda a, b: norm_gate(a, b, 0.2, True), lambda a, b: norm_gate_naive.norm_gate(a, b, 0.2, True), u, attended
+    )
+
+
+def layer_norm_rows(tokens: int, dim: int, dtype: torch.dtype) -> list[Row]:
+    """Affine layer norm against torch's."""
+    x = torch.randn(tokens, dim, device="cuda", dtype=dtype)
+    weight, bias = torch.randn(2, dim, device="cuda", dtype=dtype)
+    return _against_torch(
+        lambda *tensors: layer_norm(tensors[0], 1e-6, *tensors[1:]),
+        lambda *tensors: layer_norm_naive.layer_norm(tensors[0], 1e-6, *tensors[1:]),
+        x, weight, bias,
+    )  # fmt: skip
+
+
+def _against_torch(ours: Callable[..., Any], theirs: Callable[..., Any], *inputs: torch.Tensor) -> list[Row]:
+    """Rows of an operation without products; bytes: every (T, D) input read twice, every gradient and the output's
+    written or read once."""
+    (tokens, dim), dtype = inputs[0].shape, inputs[0].dtype
+    size = inputs[0].numel() * inputs[0].element_size()
+    large = sum(tensor.ndim == 2 for tensor in inputs)
     rows = []
-    for name, function in (
-        ("ours", lambda a, b: norm_gate(a, b, 0.2, True)),
-        ("torch", lambda a, b: norm_gate_naive.norm_gate(a, b, 0.2, True)),
-    ):
-        both = gradients(function, u, attended)
+    for name, function in (("ours", ours), ("torch", theirs)):
+        both = gradients(function, *inputs)
         rows.append(
             {"implementation": name, "pass": "fwd+bwd", "dtype": str(dtype)[6:], "tokens": tokens, "dim": dim}
-            | {"ms": milliseconds(both), "tflops": None, "flops": None, "bytes": 8 * size, "peak_bytes": peak_of(both)}
+            | {"ms": milliseconds(both), "tflops": None, "flops": None, "bytes": (3 * large + 2) * size}
+            | {"peak_bytes": peak_of(both)}
         )
     return rows
 
@@ -215,7 +236,7 @@ def projection_rows(tokens: int, dim: int, columns: int, dtype: torch.dtype) -> 
     return rows
 
 
-OPERATIONS = ["ceilings", "sampled_softmax", "norm_gate", "projection", "hstu_attention"]
+OPERATIONS = ["ceilings", "sampled_softmax", "norm_gate", "layer_norm", "projection", "hstu_attention"]
 
 
 def ceilings() -> Row:
@@ -254,6 +275,8 @@ def main() -> None:
     widths = ((50, torch.float32), (50, torch.bfloat16), (64, torch.bfloat16), (256, torch.bfloat16))
     if "norm_gate" in args.operations:
         write("norm_gate", [row for dim, dtype in widths for row in elementwise_rows(21_000, dim, dtype)])
+    if "layer_norm" in args.operations:
+        write("layer_norm", [row for dim, dtype in widths for row in layer_norm_rows(21_000, dim, dtype)])
     if "projection" in args.operations:
         write("projection", [row for dim, dtype in widths for row in projection_rows(21_000, dim, 4 * dim, dtype)])
     if "hstu_attention" in args.operations:

@@ -14,10 +14,18 @@ from torch import nn
 
 from kernels import jagged
 from kernels.jagged.naive import row_and_place
+from kernels.layer_norm import layer_norm
 from steps.data.sequences import Batch
 from steps.models.base import SequenceModel
 
 _SHARE_LAST_ONLY = 1 / 11
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, of tokens (T, d), by this project's kernel where there is a GPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.eps, self.weight, self.bias)
 
 
 class BERTBlock(nn.Module):
@@ -29,10 +37,10 @@ class BERTBlock(nn.Module):
         self.dropout_share = dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
-        self.attention_norm = nn.LayerNorm(dim)
+        self.attention_norm = LayerNorm(dim)
         self.inner = nn.Linear(dim, 4 * dim)
         self.outer = nn.Linear(4 * dim, dim)
-        self.feed_forward_norm = nn.LayerNorm(dim)
+        self.feed_forward_norm = LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
@@ -56,13 +64,13 @@ class BERT4Rec(SequenceModel):
         self.mask_share: float = config["mask_share"]
         self.mask = nn.Parameter(torch.empty(self.dim))
         self.position = nn.Embedding(training["max_len"] + 1, self.dim)
-        self.input_norm = nn.LayerNorm(self.dim)
+        self.input_norm = LayerNorm(self.dim)
         self.input_dropout = nn.Dropout(training["dropout"])
         self.blocks = nn.ModuleList(
             BERTBlock(self.dim, config["heads"], training["dropout"]) for _ in range(config["blocks"])
         )
         self.transform = nn.Linear(self.dim, self.dim)
-        self.output_norm = nn.LayerNorm(self.dim)
+        self.output_norm = LayerNorm(self.dim)
         self.bias = nn.Parameter(torch.zeros(num_items + 1))
         for name, parameter in self.named_parameters():
             if name == "mask" or (name.endswith("weight") and parameter.dim() > 1):
@@ -118,8 +126,8 @@ class BERT4Rec(SequenceModel):
         return x
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        logits = self.output_norm(F.gelu(self.transform(states))) @ self.items.weight.T + self.bias
-        return logits.index_fill(1, torch.zeros(1, dtype=torch.int64, device=logits.device), -1e9)  # padding
+        bias = self.bias.index_fill(0, torch.zeros(1, dtype=torch.int64, device=states.device), -1e9)  # padding
+        return self.output_norm(F.gelu(self.transform(states))) @ self.items.weight.T + bias
 
 
 def with_next(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import jagged
+from kernels.layer_norm import layer_norm
 from steps.data.sequences import Batch
 from steps.models.base import PositionedModel
 
@@ -41,8 +42,8 @@ class SASRecBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Tokens (T, d) to tokens (T, d)."""
-        normed = _layer_norm(x)
-        x = _layer_norm(normed + self._attend(normed, x, batch))
+        normed = layer_norm(x, _LAYER_NORM_EPS)
+        x = layer_norm(normed + self._attend(normed, x, batch), _LAYER_NORM_EPS)
         return x + self.dropout(self.outer(self.dropout(F.relu(self.inner(x)))))
 
     def _attend(self, normed: torch.Tensor, x: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -77,7 +78,3 @@ class SASRec(PositionedModel):
             for block in self.blocks:
                 x = block(x, batch)
         return x
-
-
-def _layer_norm(x: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=_LAYER_NORM_EPS)

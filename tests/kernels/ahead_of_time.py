@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from kernels import common
 from kernels.hstu_attention import cached
 from kernels.hstu_attention import triton_op as hstu_attention
+from kernels.layer_norm import triton_op as layer_norm
 from kernels.norm_gate import triton_op as norm_gate
 from kernels.projection import triton_op as projection
 from kernels.sampled_softmax import triton_op as sampled_softmax
@@ -211,6 +212,15 @@ def _norm_gate(dtype: torch.dtype, width: int, dropout: float) -> Case:
     return Case(call, _SHORT)
 
 
+def _layer_norm(dtype: torch.dtype, width: int) -> Case:
+    def call(lengths: torch.Tensor) -> None:
+        x = torch.randn(int(lengths.sum()), width, dtype=dtype, requires_grad=True)
+        parameters = [torch.randn(width, dtype=dtype, requires_grad=True) for _ in range(2)]
+        layer_norm.layer_norm(x, 1e-6, *parameters).sum().backward()
+
+    return Case(call, _SHORT)
+
+
 def _projection(dtype: torch.dtype, width: int) -> Case:
     def call(lengths: torch.Tensor) -> None:
         x, weight = (torch.randn(n, m, dtype=dtype, requires_grad=True) for n, m in
@@ -244,6 +254,8 @@ CASES = {
     "norm gate D 256": _norm_gate(_BF16, 256, 0.2),
     "norm gate D 512, no dropout": _norm_gate(_BF16, 512, 0.0),
     "norm gate D 8192": _norm_gate(_BF16, 8192, 0.2),
+    "layer norm D 50, fp32": _layer_norm(_FP32, 50),
+    "layer norm D 1024": _layer_norm(_BF16, 1024),
     "projection d 50, fp32": _projection(_FP32, 50),
     "projection d 256": _projection(_BF16, 256),
     "projection d 512": _projection(_BF16, 512),

@@ -1,0 +1,35 @@
+"""Layer norm over rows whose width need not suit torch's vectorised kernels."""
+
+import torch
+
+from kernels.common import fits_triton
+from kernels.layer_norm import naive
+
+_WIDEST = 8192  # a row is one tile of the Triton kernels
+
+
+def layer_norm(
+    x: torch.Tensor, eps: float, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) over the last dimension, then times weight plus bias where they are given.
+
+    Args:
+        x: (T, D).
+        eps: added to the variance.
+        weight, bias: (D,), both or neither.
+
+    Returns:
+        (T, D), of the type of x. Statistics are float32, or the type of x where that is wider.
+
+    Raises:
+        ValueError: for x that is not (T, D), or one of weight and bias alone.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x must be (T, D), not {tuple(x.shape)}")
+    if (weight is None) != (bias is None):
+        raise ValueError("weight and bias must both be given, or neither")
+    if fits_triton(x, weight, bias) and x.shape[1] <= _WIDEST:
+        from kernels.layer_norm import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
+
+        return triton_op.layer_norm(x, eps, weight, bias)
+    return naive.layer_norm(x, eps, weight, bias)
