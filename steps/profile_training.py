@@ -27,14 +27,16 @@ PARTS = {
     "attention, backward": ["key_gradient", "query_gradient"],
     "attention, bias gradients": ["bias_gradient", "band_gradient", "diagonal_sum"],
     "projection": ["projection_"],
-    "norm and gate": ["norm_gate_"],
+    "norms and gate": ["norm_gate_", "layer_norm", "LayerNorm", "GammaBeta"],
     "loss": ["softmax_", "SoftMax", "nll_loss", "radixSort", "RadixSort", "DeviceScan", "DeviceRadix"],
     "matrix products": ["gemm", "cutlass", "nvjet", "cublas"],
     "item vectors": ["embedding", "indexSelect", "index_elementwise", "krn_partial", "sum_and_scatter"],
     "optimiser": ["multi_tensor", "FusedAdam", "fused_adam"],
     "random numbers": ["distribution", "random"],
 }
-_OWN = ("projection_", "norm_gate_", "softmax_")  # whose forward kernels are not attention's
+_SHAPE = ("blocks", "dim", "heads", "dqk", "dv")
+_KERNELS = 25  # the longest, by name
+_OWN = ("projection_", "norm_gate_", "layer_norm_", "softmax_")  # whose forward kernels are not attention's
 
 
 def part_of(kernel: str) -> str:
@@ -78,7 +80,7 @@ def least(config: dict[str, Any], items: int) -> dict[str, float]:
 
 
 def time_steps(training: Training, count: int) -> tuple[list[float], dict[str, float]]:
-    """Milliseconds of `count` steps, each from one event to the next; and milliseconds of a step by part."""
+    """Milliseconds of `count` steps, each from one event to the next; and milliseconds of a step by kernel."""
     batch, max_len = training.config["training"]["batch"], training.config["training"]["max_len"]
     static, order = training.static, torch.arange(batch)
     if static is None:
@@ -89,7 +91,6 @@ def time_steps(training: Training, count: int) -> tuple[list[float], dict[str, f
         training.model.train()
         for seed in range(3):
             static(layout, given, seed)
-        torch.cuda.reset_peak_memory_stats()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         events[0].record()
         for seed, event in enumerate(events[1:]):
@@ -101,12 +102,16 @@ def time_steps(training: Training, count: int) -> tuple[list[float], dict[str, f
             for seed in range(5):
                 static(layout, given, seed)
             torch.cuda.synchronize()
+    kernels = {event.key: event.self_device_time_total / 5000 for event in profile.key_averages()}
+    return times, {name: ms for name, ms in sorted(kernels.items(), key=lambda kernel: -kernel[1]) if ms}
+
+
+def by_part(kernels: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of a step by part, the longest first."""
     parts: dict[str, float] = {}
-    for event in profile.key_averages():
-        if event.self_device_time_total:
-            part = part_of(event.key)
-            parts[part] = parts.get(part, 0.0) + event.self_device_time_total / 5000
-    return times, dict(sorted(parts.items(), key=lambda part: -part[1]))
+    for kernel, ms in kernels.items():
+        parts[part_of(kernel)] = parts.get(part_of(kernel), 0.0) + ms
+    return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
 def measure(config: dict[str, Any], items: int, steps: int, folder: Path) -> list[dict[str, Any]]:
@@ -118,19 +123,21 @@ def measure(config: dict[str, Any], items: int, steps: int, folder: Path) -> lis
     rows = []
     for captured in (True, False):
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         run = Training(config, sequences, "", folder, compute, static=True, capture=captured)
-        times, parts = time_steps(run, steps)
+        times, kernels = time_steps(run, steps)
         rows.append(
             {
                 "model": config["row"],
-                "shape": {name: config["model"][name] for name in ("blocks", "dim", "heads", "dqk", "dv")}
+                "shape": {name: config["model"][name] for name in _SHAPE}
                 | {"max_len": training["max_len"], "items": items, "negatives": training["negatives"]},
                 "batch": training["batch"],
                 "captured": captured,
                 "step_ms": round(statistics.median(times), 4),
                 "peak_bytes": torch.cuda.max_memory_allocated(),
-                "parts_ms": {part: round(ms, 4) for part, ms in parts.items()},
-                "least": least(config, items),
+                "parts_ms": {part: round(ms, 4) for part, ms in by_part(kernels).items()},
+                "kernels_ms": {name[:100]: round(ms, 4) for name, ms in list(kernels.items())[:_KERNELS]},
+                "least": least(config, items) if config["model"]["model"] == "hstu" else None,
                 "precision": precision,
                 "device": device_name(device),
                 "commit": commit(),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steps.profile_training import full_sequences, least, part_of
+from steps.profile_training import by_part, full_sequences, least, part_of
 
 
 @pytest.mark.parametrize(
@@ -11,7 +11,8 @@ from steps.profile_training import full_sequences, least, part_of
     [
         ("forward_kernel", "attention, forward"),
         ("projection_forward_kernel", "projection"),
-        ("norm_gate_backward_kernel", "norm and gate"),
+        ("norm_gate_backward_kernel", "norms and gate"),
+        ("layer_norm_forward_kernel", "norms and gate"),
         ("softmax_forward_kernel", "loss"),
         ("bias_gradient_kernel", "attention, bias gradients"),
         ("key_gradient_kernel", "attention, backward"),
@@ -21,6 +22,11 @@ from steps.profile_training import full_sequences, least, part_of
 )
 def test_kernels_find_their_part(kernel: str, part: str) -> None:
     assert part_of(kernel) == part
+
+
+def test_parts_are_the_sums_of_their_kernels() -> None:
+    kernels = {"key_gradient_kernel": 2.0, "query_gradient_kernel": 1.0, "add": 4.0}
+    assert list(by_part(kernels).items()) == [("element-wise and other", 4.0), ("attention, backward", 3.0)]
 
 
 @pytest.mark.parametrize("held_out", [1, 2])
