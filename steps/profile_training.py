@@ -86,7 +86,8 @@ def time_steps(training: Training, count: int) -> tuple[list[float], dict[str, f
     if static is None:
         raise TypeError("steps are static on CUDA")
     lengths = torch.full((batch,), max_len)
-    ((layout, given),) = training.model.static_steps(lengths, order, max_len, batch, 256)
+    layout, given = training.model.static_steps(lengths, order, max_len, batch, 256)[0]
+    at_once = len(training.model.parts(layout, given))
     with training.place.entered():
         training.model.train()
         for seed in range(3):
@@ -97,12 +98,12 @@ def time_steps(training: Training, count: int) -> tuple[list[float], dict[str, f
             static(layout, given, seed)
             event.record()
         torch.cuda.synchronize()
-        times = [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+        times = [before.elapsed_time(after) / at_once for before, after in itertools.pairwise(events)]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for seed in range(5):
                 static(layout, given, seed)
             torch.cuda.synchronize()
-    kernels = {event.key: event.self_device_time_total / 5000 for event in profile.key_averages()}
+    kernels = {event.key: event.self_device_time_total / 5000 / at_once for event in profile.key_averages()}
     return times, {name: ms for name, ms in sorted(kernels.items(), key=lambda kernel: -kernel[1]) if ms}
 
 
