@@ -2,14 +2,17 @@
 attention for scoring candidates.
 
 On CUDA, float32, float16 and bfloat16 go through Triton kernels that never hold an N x N matrix; elsewhere through
-the torch version in `naive`. Gradients are the same to the bit from run to run where
-`torch.use_deterministic_algorithms(True)` is set.
+the torch version in `naive`, on a CPU in groups of rows of like length. Gradients are the same to the bit from run to
+run where `torch.use_deterministic_algorithms(True)` is set.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from kernels.common import fits_triton
-from kernels.hstu_attention import naive
+from kernels.hstu_attention import grouped, naive
 from kernels.hstu_attention.naive import TIME_BUCKETS, time_bucket
 
 __all__ = ["TIME_BUCKETS", "cached_attention", "hstu_attention", "softmax_attention", "time_bucket"]
@@ -69,10 +72,10 @@ def hstu_attention(
             q, k, v, offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time, key_time,
             max_attn_len, contextual_seq_len, num_targets, False,
         )[0]  # fmt: skip
-    return naive.hstu_attention(
-        q, k, v, offsets, max_len, alpha=alpha, normaliser=normaliser, position_bias=position_bias,
-        time_bias=time_bias, query_time=query_time, key_time=key_time, max_attn_len=max_attn_len,
-        contextual_seq_len=contextual_seq_len, num_targets=num_targets,
+    return _in_torch(
+        naive.hstu_attention, q, k, v, offsets, max_len, alpha=alpha, normaliser=normaliser,
+        position_bias=position_bias, time_bias=time_bias, query_time=query_time, key_time=key_time,
+        max_attn_len=max_attn_len, contextual_seq_len=contextual_seq_len, num_targets=num_targets,
     )  # fmt: skip
 
 
@@ -101,9 +104,9 @@ def softmax_attention(
             q, k, v, offsets, max_len, alpha, None, position_bias, time_bias, query_time, key_time,
             max_attn_len, contextual_seq_len, num_targets, True,
         )[0]  # fmt: skip
-    return naive.softmax_attention(
-        q, k, v, offsets, max_len, alpha=alpha, position_bias=position_bias, time_bias=time_bias,
-        query_time=query_time, key_time=key_time, max_attn_len=max_attn_len,
+    return _in_torch(
+        naive.softmax_attention, q, k, v, offsets, max_len, alpha=alpha, position_bias=position_bias,
+        time_bias=time_bias, query_time=query_time, key_time=key_time, max_attn_len=max_attn_len,
         contextual_seq_len=contextual_seq_len, num_targets=num_targets,
     )  # fmt: skip
 
@@ -158,6 +161,12 @@ def cached_attention(
         normaliser=normaliser, softmax=softmax, position_bias=position_bias, time_bias=time_bias,
         query_time=query_time, key_time=key_time, cached_time=cached_time, max_attn_len=max_attn_len,
     )  # fmt: skip
+
+
+def _in_torch(attend: Callable[..., torch.Tensor], q: torch.Tensor, *inputs: Any, **named: Any) -> torch.Tensor:
+    if q.is_cuda or not len(q):
+        return attend(q, *inputs, **named)
+    return grouped.by_length(attend, q, *inputs, **named)
 
 
 def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

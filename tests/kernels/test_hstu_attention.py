@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.hstu_attention import TIME_BUCKETS, hstu_attention, softmax_attention, time_bucket
+from kernels.hstu_attention import TIME_BUCKETS, grouped, hstu_attention, naive, softmax_attention, time_bucket
 
 
 def bucket_by_hand(seconds: int) -> int:
@@ -121,3 +121,40 @@ def test_time_bias_gradient_on_cuda_equals_the_cpu_and_its_deterministic_twin() 
         torch.testing.assert_close(gradient("cuda"), expected)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["hstu_attention", "softmax_attention"])
+@pytest.mark.parametrize("masks", [False, True])
+def test_rows_grouped_by_length_give_the_same(name: str, masks: bool) -> None:
+    lengths = [30, 3, 1, 0, 17, 8, 29, 4, 2]
+    *tensors, offsets, position, time, query_time, key_time = inputs(lengths)
+    options = {"position_bias": position, "time_bias": time, "query_time": query_time, "key_time": key_time}
+    options |= {"normaliser": None} if name == "hstu_attention" else {}
+    if masks:
+        options |= {"max_attn_len": 5, "contextual_seq_len": 2}
+        options |= {"num_targets": torch.tensor([4, 0, 1, 0, 17, 2, 0, 1, 1])}
+    attend, calls = getattr(naive, name), []
+
+    def counted(*args, **named):
+        calls.append(args[4])
+        return attend(*args, **named)
+
+    leaves = [*tensors, position, time]
+    found = []
+    for function in (attend, lambda *args, **named: grouped.by_length(counted, *args, **named)):
+        for tensor in leaves:
+            tensor.requires_grad_().grad = None
+        output = function(*tensors, offsets, 30, **options)
+        (output * torch.arange(output.numel()).view_as(output)).sum().backward()
+        found.append([output.detach(), *(tensor.grad for tensor in leaves)])
+    assert len(calls) == 4
+    assert max(calls) == 30
+    assert min(calls) < 5
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-9)
+
+
+def test_rows_of_like_length_are_not_grouped() -> None:
+    q, k, v, offsets, *_ = inputs([9, 10, 10, 9])
+    expected = naive.hstu_attention(q, k, v, offsets, 10)
+    assert torch.equal(hstu_attention(q, k, v, offsets, 10), expected)
