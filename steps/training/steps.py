@@ -13,7 +13,7 @@ from steps.data.sequences import Sequences
 from steps.models import SequenceModel
 from steps.training.device import Place
 
-#: Largest batches hold so many buckets: on ML-1M batches of 128 users fall into about six, with 4 % padding.
+#: Largest batches hold so many buckets: on ML-1M all batches of 101 epochs fall into ten sizes, with 3.8 % padding.
 _BUCKETS = 24
 _BUCKET_MULTIPLE = 256  # a whole number of every kernel's blocks
 
