@@ -27,7 +27,12 @@ def triton_available() -> bool:
 
 def fits_triton(*tensors: torch.Tensor | None) -> bool:
     """Whether these tensors go to the Triton kernels: float32, float16 or bfloat16, on CUDA."""
-    return triton_available() and all(t is None or (t.is_cuda and t.dtype in _TYPES) for t in tensors)
+    return _triton_available() and all(t is None or (t.is_cuda and t.dtype in _TYPES) for t in tensors)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _triton_available() -> bool:
+    return triton_available()
 
 
 def configuration(operation: str, shape_class: str, device: torch.device) -> Mapping[str, int]:

@@ -1,8 +1,9 @@
 """Where the time of a training step goes, and how far it is from what the GPU could do.
 
 Trains the run of a `config.json` on users whose windows are all full, which is the longest a step can take: as CUDA
-graphs, and launched one kernel at a time for comparison. Writes rows of `reports/speed/train.json`, which
-`--set model.dim=256` and the like give other shapes. Needs a CUDA GPU, torch, numpy and safetensors alone.
+graphs of the kernels that torch.compile makes, as CUDA graphs without it, and launched one kernel at a time. Writes
+rows of `reports/speed/train.json`, which `--set model.dim=256` and the like give other shapes. Needs a CUDA GPU, torch,
+numpy and safetensors alone.
 """
 
 import argparse
@@ -116,16 +117,16 @@ def by_part(kernels: dict[str, float]) -> dict[str, float]:
 
 
 def measure(config: dict[str, Any], items: int, steps: int, folder: Path) -> list[dict[str, Any]]:
-    """Rows of one config: captured, and launched kernel by kernel."""
+    """Rows of one config: compiled and captured, captured, and launched kernel by kernel."""
     device = torch.device("cuda")
     precision, compute = compute_type("bf16", device)
     training = config["training"]
     sequences = full_sequences(items, training["batch"], training["max_len"], device)
     rows = []
-    for captured in (True, False):
+    for captured, compiled in ((True, True), (True, False), (False, False)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        run = Training(config, sequences, "", folder, compute, static=True, capture=captured)
+        run = Training(config, sequences, "", folder, compute, static=True, capture=captured, compiled=compiled)
         times, kernels = time_steps(run, steps)
         rows.append(
             {
@@ -133,7 +134,7 @@ def measure(config: dict[str, Any], items: int, steps: int, folder: Path) -> lis
                 "shape": {name: config["model"][name] for name in _SHAPE}
                 | {"max_len": training["max_len"], "items": items, "negatives": training["negatives"]},
                 "batch": training["batch"],
-                "captured": captured,
+                **{key: value for key, value in run.record().items() if key in ("captured", "compiled")},
                 "step_ms": round(statistics.median(times), 4),
                 "peak_bytes": torch.cuda.max_memory_allocated(),
                 "parts_ms": {part: round(ms, 4) for part, ms in by_part(kernels).items()},
@@ -173,7 +174,8 @@ def main(args: argparse.Namespace) -> None:
     rows = measure(config, args.items, args.steps, args.output.parent)
     write_json(args.output, rows)
     for row in rows:
-        print(f"{row['model']}, captured {row['captured']}: {row['step_ms']} ms, {row['peak_bytes'] / 2**20:.0f} MiB")
+        how = f"captured {row['captured']}, compiled {row['compiled']}"
+        print(f"{row['model']}, {how}: {row['step_ms']} ms, {row['peak_bytes'] / 2**20:.0f} MiB")
         for part, ms in row["parts_ms"].items():
             print(f"  {part}: {ms:.3f} ms")
 

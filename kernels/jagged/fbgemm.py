@@ -26,9 +26,14 @@ def available() -> bool:
 
 def fits(tensor: torch.Tensor) -> bool:
     """Whether fbgemm can take `tensor`: its type, and its device (a CPU build knows no CUDA)."""
-    if tensor.dtype not in _TYPES or not available():
+    return tensor.dtype in _TYPES and _fits_device(tensor.device.type)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _fits_device(device: str) -> bool:
+    if not available():
         return False
-    return not tensor.is_cuda or torch._C._dispatch_has_kernel_for_dispatch_key("fbgemm::dense_to_jagged", "CUDA")
+    return device != "cuda" or torch._C._dispatch_has_kernel_for_dispatch_key("fbgemm::dense_to_jagged", "CUDA")
 
 
 def offsets_from_lengths(lengths: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,8 @@ def layer_norm(
         raise ValueError(f"x must be (T, D), not {tuple(x.shape)}")
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias must both be given, or neither")
-    if fits_triton(x, weight, bias) and x.shape[1] <= _WIDEST:
+    # A kernel of its own would keep torch.compile from fusing the norm with what stands around it.
+    if fits_triton(x, weight, bias) and x.shape[1] <= _WIDEST and not torch.compiler.is_compiling():
         from kernels.layer_norm import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
 
         return triton_op.layer_norm(x, eps, weight, bias)

@@ -16,6 +16,7 @@ class Adagrad(torch.optim.Optimizer):
         self, parameters: Iterable[torch.Tensor], lr: float, initial_accumulator_value: float, eps: float
     ) -> None:
         super().__init__(parameters, {"lr": lr, "eps": eps})
+        self._update = _update
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = {
@@ -27,10 +28,26 @@ class Adagrad(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is called
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            gradients = [parameter.grad for parameter in parameters]
-            sums = [self.state[parameter]["sum"] for parameter in parameters]
-            torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
-            torch._foreach_addcmul_(sums, gradients, gradients)
-            roots = torch._foreach_sqrt(sums)
-            torch._foreach_add_(roots, group["eps"])
-            torch._foreach_addcdiv_(parameters, gradients, roots, value=-group["lr"])
+            states = [self.state[parameter] for parameter in parameters]
+            torch._foreach_add_([state["step"] for state in states], 1)
+            tensors = [
+                [parameter.detach(), parameter.grad, state["sum"]]
+                for parameter, state in zip(parameters, states, strict=True)
+            ]
+            self._update(tensors, group["lr"], group["eps"])
+
+    @torch.no_grad()
+    def compile(self) -> None:
+        """Have torch.compile make one kernel of an update: now, as none can be made while a graph is captured."""
+        self._update = torch.compile(_update)
+        for group in self.param_groups:
+            tensors = [[torch.zeros_like(parameter.detach()) for _ in range(3)] for parameter in group["params"]]
+            self._update(tensors, group["lr"], group["eps"])
+
+
+def _update(tensors: list[list[torch.Tensor]], lr: float, eps: float) -> None:
+    parameters, gradients, sums = zip(*tensors, strict=True)
+    torch._foreach_addcmul_(sums, gradients, gradients)
+    roots = torch._foreach_sqrt(sums)
+    torch._foreach_add_(roots, eps)
+    torch._foreach_addcdiv_(parameters, gradients, roots, value=-lr)

@@ -16,7 +16,7 @@ from kernels import jagged
 from kernels.jagged.naive import row_and_place
 from kernels.layer_norm import layer_norm
 from steps.data.sequences import Batch
-from steps.models.base import SequenceModel
+from steps.models.base import SequenceModel, look_up
 
 _SHARE_LAST_ONLY = 1 / 11
 
@@ -118,8 +118,8 @@ class BERT4Rec(SequenceModel):
 
     def _encode(self, item: torch.Tensor, masked: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
         row, place = row_and_place(offsets, len(item))
-        vectors = torch.where(masked[:, None], self.mask, self.items(item))
-        x = self.input_dropout(self.input_norm(vectors + self.position(place)))
+        vectors = torch.where(masked[:, None], self.mask, look_up(self.items, item))
+        x = self.input_dropout(self.input_norm(vectors + look_up(self.position, place)))
         with self.low_precision():
             for block in self.blocks:
                 x = block(x, offsets, max_len, row * max_len + place)

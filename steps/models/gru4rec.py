@@ -19,7 +19,7 @@ from kernels.jagged import offsets_from_lengths
 from kernels.jagged.naive import row_and_place
 from steps.data.sequences import Batch, Sequences
 from steps.models.adagrad import Adagrad
-from steps.models.base import SequenceModel
+from steps.models.base import SequenceModel, look_up
 
 _ADAGRAD_EPS = 1e-6
 _IGNORED = -100
@@ -72,7 +72,7 @@ class GRU4Rec(SequenceModel):
         nn.init.uniform_(self.items.weight, -bound, bound)
 
     def encode(self, batch: Batch) -> torch.Tensor:
-        states, _ = self.gru(jagged.to_padded(self.items(batch.item), batch.offsets, batch.max_len))
+        states, _ = self.gru(jagged.to_padded(look_up(self.items, batch.item), batch.offsets, batch.max_len))
         return batch.to_jagged(states)
 
     def score(self, batch: Batch) -> torch.Tensor:
@@ -122,30 +122,44 @@ class GRU4Rec(SequenceModel):
         return given.unbind()
 
     def static_loss(self, sequences: Sequences, drop: torch.Tensor, layout: Any, given: torch.Tensor) -> torch.Tensor:
-        user, place, length = given
-        busy = user >= 0
         if self._carried is None or len(self._carried.state) != layout.count:
             self._carried = _Carried(self, sequences, drop, layout.count)
         carried = self._carried
-        index = torch.where(busy, sequences.offsets[user + 1] - drop[user] - length - 1 + place, 0)
-        state = torch.where((place > 0)[:, None], carried.state, 0.0)
-        with self.low_precision():
-            hidden = torch.gru_cell(self.items(sequences.item[index]), state, *self.gru.all_weights[0])
-        hidden = self.hidden_dropout(hidden.to(state.dtype))
-        carried.state.copy_(hidden.detach())
-        share = torch.rand(self.samples, dtype=torch.float64, device=user.device)
-        drawn = torch.searchsorted(carried.cumulative, share * carried.cumulative[-1], right=True)
-        drawn = drawn.clamp(max=self.num_items)
-        logits = self._logits(hidden, sequences.item[index + 1], drawn, carried.popularity)
-        logits = logits.masked_fill(F.pad(~busy, (0, self.samples)), -torch.inf)  # an empty lane has no target
-        own = torch.where(busy, torch.arange(layout.count, device=user.device), _IGNORED)
-        return F.cross_entropy(logits, own, ignore_index=_IGNORED, reduction="sum") / layout.batch
+        share = torch.rand(self.samples, dtype=torch.float64, device=given.device)
+        loss, state = self._static_event(given, share, carried, sequences, drop, self.gru.all_weights[0])
+        carried.state.copy_(state)
+        return loss / layout.batch
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Adagrad that divides by sqrt(sum of squares + 1e-6), as the author's; on CUDA one that a graph can hold."""
         options = {"lr": self.optimizer_config["lr"], "initial_accumulator_value": _ADAGRAD_EPS, "eps": 0.0}
         kind = Adagrad if self.items.weight.is_cuda else torch.optim.Adagrad
         return kind(self.parameters(), **options)
+
+    def compile_blocks(self) -> None:
+        self._static_event = torch.compile(self._static_event)  # type: ignore[method-assign]
+
+    def _static_event(
+        self,
+        given: torch.Tensor,
+        share: torch.Tensor,
+        carried: _Carried,
+        sequences: Sequences,
+        drop: torch.Tensor,
+        gru: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the lanes' losses at one event, and their new state; share (samples,) from 0 to 1."""
+        user, place, length = given
+        busy = user >= 0
+        index = torch.where(busy, sequences.offsets[user + 1] - drop[user] - length - 1 + place, 0)
+        state = torch.where((place > 0)[:, None], carried.state, 0.0)
+        hidden = self.hidden_dropout(gru_cell(look_up(self.items, sequences.item[index]), state, *gru))
+        drawn = torch.searchsorted(carried.cumulative, share * carried.cumulative[-1], right=True)
+        drawn = drawn.clamp(max=self.num_items)
+        logits = self._logits(hidden, sequences.item[index + 1], drawn, carried.popularity)
+        logits = logits.masked_fill(F.pad(~busy, (0, self.samples)), -torch.inf)  # an empty lane has no target
+        own = torch.where(busy, torch.arange(len(user), device=user.device), _IGNORED)
+        return F.cross_entropy(logits, own, ignore_index=_IGNORED, reduction="sum"), hidden.detach()
 
     def _event(
         self, batch: Batch, place: torch.Tensor, state: torch.Tensor, popularity: torch.Tensor
@@ -162,7 +176,7 @@ class GRU4Rec(SequenceModel):
     ) -> torch.Tensor:
         """Logits (lanes, lanes + samples) of the lanes' targets and the shared samples, after the logQ correction."""
         candidates = torch.cat([targets, drawn])
-        logits = hidden @ self.items(candidates).T + self.bias[candidates]
+        logits = hidden @ look_up(self.items, candidates).T + self.bias.index_select(0, candidates)
         rate = torch.cat([popularity[targets], popularity[drawn] ** self.sample_alpha])
         return logits - self.logq * rate.log()
 
@@ -193,3 +207,19 @@ class GRU4Rec(SequenceModel):
             if len(kept) < len(place):
                 place, end = [place[lane] for lane in kept], [end[lane] for lane in kept]
                 state = state[kept]
+
+
+def gru_cell(
+    x: torch.Tensor,
+    state: torch.Tensor,
+    weight_x: torch.Tensor,
+    weight_state: torch.Tensor,
+    bias_x: torch.Tensor,
+    bias_state: torch.Tensor,
+) -> torch.Tensor:
+    """torch.gru_cell on (lanes, d), in operations that torch.compile can fuse."""
+    reset_x, update_x, new_x = F.linear(x, weight_x, bias_x).chunk(3, dim=1)
+    reset_state, update_state, new_state = F.linear(state, weight_state, bias_state).chunk(3, dim=1)
+    update = torch.sigmoid(update_x + update_state)
+    new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_state) * new_state)
+    return (1 - update) * new + update * state

@@ -70,12 +70,12 @@ class HSTU(PositionedModel):
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
         super().__init__(config, training, num_items)
         nn.init.xavier_normal_(self.position.weight)
-        self.layers = nn.ModuleList(
+        self.blocks = nn.ModuleList(
             HSTULayer(config, self.positions, training["dropout"]) for _ in range(config["blocks"])
         )
 
     def encode(self, batch: Batch) -> torch.Tensor:
         x = self.embed(batch)
-        for layer in self.layers:
-            x = layer(x, batch, self.compute or x.dtype)
+        for block in self.blocks:
+            x = block(x, batch, self.compute or x.dtype)
         return x

@@ -28,6 +28,7 @@ from steps.training.steps import StaticSteps, bucket_size
 
 SEEDS_APART = 1_000_003  # so that no (seed, epoch) shares its random numbers with another
 _STEPS_APART = 2**20  # likewise for steps, of which an epoch has fewer
+_COMPILED_FROM = 20_000  # steps, as compiling takes half a minute, which shorter trainings do not win back
 SELECTED_BY = "ndcg@10"
 
 
@@ -35,6 +36,7 @@ class Training:
     """One run in training. `history` has a dict per finished epoch.
 
     static: whether steps have static shapes, padded to `bucket`s of tokens; as on CUDA, where they are captured too.
+    compiled: whether torch.compile fuses static steps; on CUDA where a training is long.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Training:
         compute: torch.dtype | None = None,
         static: bool | None = None,
         capture: bool = True,
+        compiled: bool | None = None,
         title: str = "",
     ) -> None:
         self.config, self.sequences = config, sequences
@@ -61,24 +64,31 @@ class Training:
                 raise TypeError(f"{type(model).__name__} is fitted, not trained")
             self.model, self.model.compute = model, compute
             self.optimizer = model.optimizer()
-            on_cuda = self.device.type == "cuda"
-            self.static: StaticSteps | None = None
-            if on_cuda if static is None else static:
-                drop = self.holdout.train_drop
-                self.static = StaticSteps(model, self.optimizer, sequences, drop, self.place, capture and on_cuda)
-            self.history: list[dict[str, Any]] = []
-            self.best: dict[str, torch.Tensor] = {}
-            self._resume(run / "resume" / "state.safetensors", data_sha256)
-            users = sequences.trainable_users(self.holdout.train_drop)
+            drop = self.holdout.train_drop
+            users = sequences.trainable_users(drop)
             if not len(users):
                 raise StepError("no user has two interactions besides those held out: nothing to train on")
             self._users = users.cpu()
             every = torch.arange(sequences.num_users, device=self.device)
-            self._lengths = sequences.window_lengths(every, self.holdout.train_drop, training["max_len"]).cpu()
+            self._lengths = sequences.window_lengths(every, drop, training["max_len"]).cpu()
+            on_cuda = self.device.type == "cuda"
+            self.static: StaticSteps | None = None
+            if on_cuda if static is None else static:
+                capture, compiled = capture and on_cuda, on_cuda and self._is_long() if compiled is None else compiled
+                self.static = StaticSteps(model, self.optimizer, sequences, drop, self.place, capture, compiled)
+            self.history: list[dict[str, Any]] = []
+            self.best: dict[str, torch.Tensor] = {}
+            self._resume(run / "resume" / "state.safetensors", data_sha256)
         self.steps: int | None = None  # of the last epoch
 
+    def _is_long(self) -> bool:
+        training = self.config["training"]
+        by_event = int(self._lengths.sum()) // training["batch"]
+        steps = self.model.steps(len(self._users), training["batch"]) or by_event
+        return steps * training["epochs"] >= _COMPILED_FROM
+
     def _resume(self, path: Path, data_sha256: str) -> None:
-        kind = [self.config, data_sha256, str(self.model.compute), self.static is not None]
+        kind = [self.config, data_sha256, str(self.model.compute), self.static and self.static.compiled]
         self._identity = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()
         self._states = StateWriter(path, self.device)
         saved = load_progress(path)
@@ -121,7 +131,8 @@ class Training:
                 raise StepError(f"the loss is not a number in {title}: training diverged; lower the learning rate")
             seconds = time.perf_counter() - start
             line = {"epoch": epoch, "train/loss": round(loss, 6), "train/seconds": round(seconds, 3)}
-            line |= watch(self.model, self.config, self.sequences, self.holdout)
+            with torch.compiler.set_stance("force_eager"):  # the compiled blocks are for training
+                line |= watch(self.model, self.config, self.sequences, self.holdout)
             self.history.append(line)
             print(self.title + summary(line, epochs), flush=True)
             if self.config["protocol"]["report"] == "best" and line == max(self.history, key=_selection):
@@ -164,6 +175,7 @@ class Training:
             "step_ms": round(1000 * seconds / self.steps, 3) if self.steps else None,
             "steps_per_second": round(self.steps / seconds, 1) if self.steps and seconds else None,
             "captured": self.static is not None and self.static.capture,
+            "compiled": self.static is not None and self.static.compiled,
             "stopped_early": self.done if self.done < self.config["training"]["epochs"] else None,
         }
 

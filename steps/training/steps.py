@@ -1,7 +1,8 @@
 """One step of the optimiser in a shape known beforehand, captured as a CUDA graph where there is a GPU.
 
 A step of a small model is hundreds of small kernels, which Python launches more slowly than a GPU runs them.
-A graph holds them all: the host launches it, and never waits for the device within an epoch.
+A graph holds them all: the host launches it, and never waits for the device within an epoch. In a long training
+torch.compile makes them fewer first.
 """
 
 from collections.abc import Callable, Hashable
@@ -11,6 +12,7 @@ import torch
 
 from steps.data.sequences import Sequences
 from steps.models import SequenceModel
+from steps.models.adagrad import Adagrad
 from steps.training.device import Place
 
 #: Largest batches hold so many buckets: on ML-1M all batches of 101 epochs fall into ten sizes, with 3.8 % padding.
@@ -39,6 +41,7 @@ def prepare(optimizer: torch.optim.Optimizer) -> None:
 class StaticSteps:
     """The steps of one run. With `capture` each layout becomes a graph when it is first met; all share their memory.
 
+    compiled: whether torch.compile fuses the steps' kernels; where it fails training goes on without, and says so.
     total: (), the sum of the losses since `start_epoch`.
     """
 
@@ -50,14 +53,18 @@ class StaticSteps:
         drop: torch.Tensor,
         place: Place,
         capture: bool,
+        compiled: bool = False,
     ) -> None:
         self.model, self.optimizer, self.sequences, self.drop = model, optimizer, sequences, drop
         self.place = place
         self.capture = capture
+        self.compiled = compiled
         self.total = torch.zeros((), device=sequences.item.device)
         self._graphs: dict[Hashable, Callable[[torch.Tensor], None]] = {}
         self._pool: Any = None
         prepare(optimizer)
+        if compiled:
+            model.compile_blocks()
 
     def __call__(self, layout: Hashable, given: torch.Tensor, seed: int) -> None:
         """Take one step; its random numbers are those of `seed`."""
@@ -84,25 +91,41 @@ class StaticSteps:
         # The gradients' memory is another graph's next.
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _warm_up(self, layout: Hashable, given: torch.Tensor) -> None:
+        """All that a step does for the first time, and a capture does not allow: kernels are compiled and cached tables
+        made. Nothing is trained, and the step's seed is set afterwards."""
+        try:
+            self._gradients(layout, given)
+            if self.compiled and isinstance(self.optimizer, Adagrad):
+                self.optimizer.compile()
+        except RuntimeError as error:
+            if not self.compiled:
+                raise
+            self._without("torch.compile", error)
+            self.compiled = False
+            torch.compiler.set_stance("force_eager")
+            self._gradients(layout, given)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _without(self, what: str, error: BaseException) -> None:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"training without {what}, which does not take {type(self.model).__name__}: {reason}", flush=True)
+
     def _captured(self, layout: Hashable, given: torch.Tensor) -> Callable[[torch.Tensor], None]:
         """The step as a graph that reads what it is given from a place of its own; eagerly if that cannot be."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         buffer, graph = given.clone(), torch.cuda.CUDAGraph()
-        # Once without a graph: kernels are compiled and cached tables made, which a capture does not allow. Without
-        # the optimiser nothing is trained, and the step's seed is set afterwards.
-        self._gradients(layout, self.model.parts(layout, buffer)[0])
-        self.optimizer.zero_grad(set_to_none=True)
+        self._warm_up(layout, self.model.parts(layout, buffer)[0])
         try:
             # The thread that writes states may use the device meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self.place.stream, capture_error_mode="thread_local"):
                 self._step(layout, buffer)
         except (RuntimeError, NotImplementedError) as error:
+            self._without("a CUDA graph", error)
             self.capture = False
             self.optimizer.zero_grad(set_to_none=True)
             self.place.renew_random()
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"training without a CUDA graph, which cannot hold {type(self.model).__name__}: {reason}", flush=True)
 
         def replay(given: torch.Tensor) -> None:
             buffer.copy_(given)

@@ -116,7 +116,7 @@ def test_hstu_equals_the_equations_by_hand(lengths: list[int], dtype: torch.dtyp
     for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
         items, n = data.item[start:end], end - start
         x = exact.items.weight[items] * math.sqrt(6) + exact.position.weight[:n]
-        for layer in exact.layers:
+        for layer in exact.blocks:
             x = layer_by_hand(layer, x, data.timestamp[start:end], data.next_timestamp[start:end])
         scale = float(x.abs().max())
         assert float((found[start:end].double() - x).abs().max()) / scale < tolerance
@@ -124,7 +124,7 @@ def test_hstu_equals_the_equations_by_hand(lengths: list[int], dtype: torch.dtyp
 
 def test_hstu_weights_start_as_the_authors_do() -> None:
     torch.manual_seed(0)
-    layer = build(config("hstu", dim=64, heads=1, dqk=64, dv=64), 5000).layers[0]
+    layer = build(config("hstu", dim=64, heads=1, dqk=64, dv=64), 5000).blocks[0]
     model = build(config("hstu", dim=64, heads=1, dqk=64, dv=64), 5000)
     assert layer.uvqk.std().item() == pytest.approx(0.02, rel=0.03)
     assert layer.position_bias.std().item() == pytest.approx(0.02, rel=0.15)

@@ -1,6 +1,5 @@
 """Training: it learns, survives a kill, repeats itself bit for bit, and runs on a bare machine."""
 
-import json
 import math
 import shutil
 import signal
@@ -182,18 +181,6 @@ def test_weights_of_another_model_are_refused(data: Path, tmp_path: Path) -> Non
     assert result.returncode == 1
     assert "does not hold the weights of this model" in result.stderr
     assert not (run / "metrics.json").exists()
-
-
-@pytest.mark.gpu
-def test_cuda_trains_the_model_that_the_cpu_evaluates(data: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", config(epochs=3))
-    subprocess.run(command("train", run, data, "--device", "cuda"), check=True, cwd=ROOT)
-    reports = []
-    for device in ("cuda", "cpu"):
-        subprocess.run(command("evaluate", run, data, "--device", device), check=True, cwd=ROOT)
-        reports.append(json.loads((run / "metrics.json").read_text()))
-    assert reports[0]["test"]["mrr"] == pytest.approx(reports[1]["test"]["mrr"], abs=0.01)
-    assert reports[0]["peak_bytes"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,15 @@
 """The training engine: static shapes change no number, and runs end alike alone, together, unbroken and resumed."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from steps.common.files import read_json, write_json
 from steps.data.sequences import load_sequences
 from steps.models import losses
 from steps.models.adagrad import Adagrad
@@ -13,7 +17,7 @@ from steps.models.gru4rec import GRU4Rec
 from steps.ranking.ranks import Rules, rank
 from steps.training.loop import Training, train_together
 from steps.training.steps import bucket_size
-from tests.conftest import write_processed
+from tests.conftest import ROOT, write_processed
 from tests.steps.runs import config
 from tests.steps.test_models import MAX_LEN, make, sequences
 
@@ -275,6 +279,62 @@ def test_captured_runs_together_end_as_alone(name: str, data: Path, tmp_path: Pa
             same(alone, together[index])
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*MODELS, "gru4rec"])
+def test_compiled_steps_are_eager_steps(name: str, data: Path, tmp_path: Path) -> None:
+    settings = config(name, epochs=2)
+    settings["training"]["dropout"] = 0.0  # whose draws torch.compile numbers in its own way
+    runs = [
+        training(data, tmp_path / str(compiled), "cuda", settings=settings, compiled=compiled, compute=torch.bfloat16)
+        for compiled in (True, False)
+    ]
+    for run in runs:
+        train_together([run])
+    assert runs[0].record()["compiled"]
+    assert runs[0].record()["captured"]
+    for name, tensor in runs[0].model.state_dict().items():
+        torch.testing.assert_close(tensor, runs[1].model.state_dict()[name], rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.gpu
+def test_cuda_trains_the_model_that_the_cpu_evaluates(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_json(run / "config.json", config(epochs=3))
+    reports = []
+    for step, device in (("train", "cuda"), ("evaluate", "cuda"), ("evaluate", "cpu")):
+        command = [sys.executable, "-m", f"steps.{step}", "--run", run, "--data", data, "--device", device]
+        subprocess.run(command, check=True, cwd=ROOT)
+        reports += [read_json(run / "metrics.json")] if step == "evaluate" else []
+    assert reports[0]["test"]["mrr"] == pytest.approx(reports[1]["test"]["mrr"], abs=0.01)
+    assert reports[0]["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", ["sasrec", "transformer++", "bert4rec", "gru4rec"])
+def test_torch_compile_takes_the_blocks_in_one_graph_for_all_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, graphs = torch.compile, CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(
+        torch, "compile", lambda *model, **options: real(*model, **options | {"backend": graphs, "fullgraph": True})
+    )
+    torch._dynamo.reset()
+    model, data = make(name).train(), sequences([9, 3, 14, 5, 5, 7, 2])
+    drop = torch.zeros(7, dtype=torch.int64)
+    lengths = data.window_lengths(torch.arange(7), drop, MAX_LEN)
+    model.compile_blocks()
+    for order in (torch.tensor([6, 2, 0]), torch.tensor([1, 5, 4]), torch.tensor([0, 1, 3])):
+        ((layout, given), *_) = model.static_steps(lengths, order, MAX_LEN, 3, 8)
+        found = []
+        for stance in ("default", "force_eager"):
+            model.zero_grad()
+            torch.manual_seed(1)
+            with torch.compiler.set_stance(stance):
+                loss = model.static_loss(data, drop, layout, model.parts(layout, given)[0])
+            loss.backward()
+            found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        for ours, eager in zip(*found, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-9, atol=1e-11)
+    assert graphs.frame_count <= 3
 
 
 @pytest.mark.gpu
