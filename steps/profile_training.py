@@ -134,7 +134,8 @@ def measure(config: dict[str, Any], items: int, steps: int, folder: Path) -> lis
                 "shape": {name: config["model"][name] for name in _SHAPE}
                 | {"max_len": training["max_len"], "items": items, "negatives": training["negatives"]},
                 "batch": training["batch"],
-                **{key: value for key, value in run.record().items() if key in ("captured", "compiled")},
+                "captured": captured,
+                "compiled": run.static is not None and run.static.compiled,
                 "step_ms": round(statistics.median(times), 4),
                 "peak_bytes": torch.cuda.max_memory_allocated(),
                 "parts_ms": {part: round(ms, 4) for part, ms in by_part(kernels).items()},

@@ -45,15 +45,19 @@ class BERTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
         """Tokens (T, d), with their places (T,) in a padded batch laid out row by row, to tokens (T, d)."""
-        padded = jagged.to_padded(self.qkv(x), offsets, max_len)
+        attended = self._attend(self.qkv(x), offsets, max_len, index)
+        x = self.attention_norm(x + self.dropout(self.output(attended)))
+        return self.feed_forward_norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.11 fails at this mask where sizes are dynamic
+    def _attend(self, qkv: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
+        padded = jagged.to_padded(qkv, offsets, max_len)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in padded.chunk(3, dim=-1))
-        real = torch.arange(max_len, device=x.device) < offsets.diff()[:, None]  # (B, N)
+        real = torch.arange(max_len, device=qkv.device) < offsets.diff()[:, None]  # (B, N)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=real[:, None, None, :], dropout_p=self.dropout_share if self.training else 0.0
         )
-        attended = self.output(attended.transpose(1, 2).flatten(0, 1).index_select(0, index).flatten(1))
-        x = self.attention_norm(x + self.dropout(attended))
-        return self.feed_forward_norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
+        return attended.transpose(1, 2).flatten(0, 1).index_select(0, index).flatten(1)
 
 
 class BERT4Rec(SequenceModel):
