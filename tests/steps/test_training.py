@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from steps.common.files import read_json, write_json
-from steps.data.sequences import load_sequences
-from steps.models import losses
+from steps.data.sequences import Sequences, load_sequences
+from steps.models import SequenceModel, losses
 from steps.models.adagrad import Adagrad
 from steps.models.gru4rec import GRU4Rec
 from steps.ranking.ranks import Rules, rank
@@ -154,7 +155,7 @@ def test_low_precision_is_near_full_and_states_stay_float32(name: str) -> None:
     model.compute = torch.bfloat16
     low = model.encode(batch)
     assert low.dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(full, low).min() > 0.98
+    assert torch.nn.functional.cosine_similarity(full, low).mean() > 0.99
     model.train().loss(batch).backward()
     assert all(parameter.grad is None or parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
@@ -168,6 +169,23 @@ def training(data: Path, run: Path, device: str = "cpu", static: bool = True, **
     settings = options.pop("settings", None) or config(epochs=3)
     found, digest = load_sequences(data, torch.device(device))
     return Training(settings, found, digest, run, static=static, **options)
+
+
+def compare_compiled(
+    model: SequenceModel, data: Sequences, drop: torch.Tensor, layout: Any, given: torch.Tensor, tolerance: float
+) -> None:
+    """Loss and gradients of the compiled blocks and of the eager ones; tolerance: a share of the largest gradient."""
+    model.compile_blocks()
+    found = []
+    for stance in ("default", "force_eager"):
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.compiler.set_stance(stance):
+            loss = model.static_loss(data, drop, layout, model.parts(layout, given)[0])
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=0, atol=tolerance * max(1e-3, float(eager.abs().max())))
 
 
 def same(first: Training, second: Training) -> None:
@@ -250,7 +268,16 @@ def test_watching_less_often_changes_nothing_but_the_history(data: Path, tmp_pat
         assert line["test/hr@10"] == often.history[line["epoch"] - 1]["test/hr@10"]
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """CUBLAS_WORKSPACE_CONFIG=:4096:8 has to be set."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")  # as AdamW makes much of gradients that are nothing but rounding
 @pytest.mark.parametrize("name", [*MODELS, "gru4rec"])
 def test_captured_steps_are_eager_steps(name: str, data: Path, tmp_path: Path) -> None:
     settings = config(name, epochs=2)
@@ -262,40 +289,44 @@ def test_captured_steps_are_eager_steps(name: str, data: Path, tmp_path: Path) -
         train_together([run])
     assert runs[0].record()["captured"]
     for name, tensor in runs[0].model.state_dict().items():
-        torch.testing.assert_close(tensor, runs[1].model.state_dict()[name], rtol=2e-2, atol=2e-3)
+        torch.testing.assert_close(tensor, runs[1].model.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("name", ["hstu", "sasrec", "gru4rec"])
 def test_captured_runs_together_end_as_alone(name: str, data: Path, tmp_path: Path) -> None:
-    torch.use_deterministic_algorithms(True)  # CUBLAS_WORKSPACE_CONFIG=:4096:8 has to be set
-    try:
-        settings = [config(name, epochs=2) | {"seed": seed} for seed in (3, 4, 5)]
-        together = [training(data, tmp_path / f"t{i}", "cuda", settings=one) for i, one in enumerate(settings)]
-        assert train_together(together) == {}
-        for index, one in enumerate(settings):
-            alone = training(data, tmp_path / f"a{index}", "cuda", settings=one)
-            train_together([alone])
-            same(alone, together[index])
-    finally:
-        torch.use_deterministic_algorithms(False)
+    settings = [config(name, epochs=2) | {"seed": seed} for seed in (3, 4, 5)]
+    together = [training(data, tmp_path / f"t{i}", "cuda", settings=one) for i, one in enumerate(settings)]
+    assert train_together(together) == {}
+    for index, one in enumerate(settings):
+        alone = training(data, tmp_path / f"a{index}", "cuda", settings=one)
+        train_together([alone])
+        same(alone, together[index])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*MODELS, "gru4rec"])
-def test_compiled_steps_are_eager_steps(name: str, data: Path, tmp_path: Path) -> None:
-    settings = config(name, epochs=2)
-    settings["training"]["dropout"] = 0.0  # whose draws torch.compile numbers in its own way
-    runs = [
-        training(data, tmp_path / str(compiled), "cuda", settings=settings, compiled=compiled, compute=torch.bfloat16)
-        for compiled in (True, False)
-    ]
-    for run in runs:
+def test_compiled_blocks_are_eager_blocks(name: str) -> None:
+    model, given = make(name, torch.float32).cuda(), sequences([9, 3, 14, 5, 5, 7, 2])
+    data = Sequences(given.offsets.cuda(), given.item.cuda(), given.timestamp.cuda(), given.num_items)
+    drop = torch.zeros(7, dtype=torch.int64)
+    lengths = given.window_lengths(torch.arange(7), drop, MAX_LEN)
+    layout, users = model.static_steps(lengths, torch.arange(7), MAX_LEN, 7, 8)[0]
+    compare_compiled(model, data, drop.cuda(), layout, users, 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["hstu", "bert4rec", "gru4rec"])
+def test_compiled_steps_are_captured_and_learn_alike(name: str, data: Path, tmp_path: Path) -> None:
+    losses = []
+    for compiled in (True, False):
+        run = training(data, tmp_path / str(compiled), "cuda", settings=config(name, epochs=4), compiled=compiled)
         train_together([run])
-    assert runs[0].record()["compiled"]
-    assert runs[0].record()["captured"]
-    for name, tensor in runs[0].model.state_dict().items():
-        torch.testing.assert_close(tensor, runs[1].model.state_dict()[name], rtol=2e-2, atol=2e-3)
+        assert run.record()["compiled"] is compiled
+        assert run.record()["captured"]
+        losses.append(run.history[-1]["train/loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 @pytest.mark.gpu
@@ -320,19 +351,9 @@ def test_torch_compile_takes_the_blocks_once_for_all_sizes(name: str, monkeypatc
     model, data = make(name).train(), sequences([9, 3, 14, 5, 5, 7, 2])
     drop = torch.zeros(7, dtype=torch.int64)
     lengths = data.window_lengths(torch.arange(7), drop, MAX_LEN)
-    model.compile_blocks()
     for order in (torch.tensor([6, 2, 0]), torch.tensor([1, 5, 4]), torch.tensor([0, 1, 3])):
         ((layout, given), *_) = model.static_steps(lengths, order, MAX_LEN, 3, 8)
-        found = []
-        for stance in ("default", "force_eager"):
-            model.zero_grad()
-            torch.manual_seed(1)
-            with torch.compiler.set_stance(stance):
-                loss = model.static_loss(data, drop, layout, model.parts(layout, given)[0])
-            loss.backward()
-            found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-        for ours, eager in zip(*found, strict=True):
-            torch.testing.assert_close(ours, eager, rtol=1e-9, atol=1e-11)
+        compare_compiled(model, data, drop, layout, given, 1e-9)
     assert graphs.frame_count <= 3
 
 
