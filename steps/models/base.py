@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from kernels.rowwise_table import RowwiseTable, distinct
 from steps.data.sequences import Batch, Layout, Sequences
 from steps.models.losses import next_item_loss, scores
 
@@ -37,7 +39,9 @@ class CountingModel(Model):
 class SequenceModel(Model):
     """A model with a vector per item, trained to predict the next item.
 
-    `config` is the `model` entry of a run's config.json, `training` its `training` entry.
+    `config` is the `model` entry of a run's config.json, `training` its `training` entry. With an `items` entry the
+    item vectors are a `RowwiseTable`, which the optimiser does not hold: it learns within the backward pass. A step
+    then touches the items of its batch and `pool` negatives, drawn uniformly, from which every token draws its own.
 
     An epoch is trained in one of two ways: over `losses`, whose shapes are whatever the data has, or over
     `static_steps` and `static_loss`, whose few shapes a CUDA graph can hold. Both are the same mathematics.
@@ -53,12 +57,22 @@ class SequenceModel(Model):
         self.dim: int = config["dim"]
         self.loss_config: dict[str, Any] = {"negatives": training["negatives"]} | config["loss"]
         self.optimizer_config: dict[str, Any] = config["optimizer"]
-        self.items = nn.Embedding(num_items + 1, self.dim)
+        self.items: nn.Embedding | RowwiseTable
+        if "items" in config:
+            own = config["items"]
+            self.pool: int = own["pool"]
+            self.items = RowwiseTable(num_items + 1, self.dim, own["lr"], getattr(torch, own["dtype"]))
+        else:
+            self.items = nn.Embedding(num_items + 1, self.dim)
         nn.init.trunc_normal_(self.items.weight, std=0.02, a=-0.04, b=0.04)
 
     @abstractmethod
+    def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """States (T, d), one per token, not normalised, from the vectors (T, d) of the batch's items."""
+
     def encode(self, batch: Batch) -> torch.Tensor:
         """States (T, d), one per token, not normalised."""
+        return self.states(look_up(self.items, batch.item), batch)
 
     def compile_blocks(self) -> None:
         """Have torch.compile fuse what happens between matrix products, of whatever sizes, the next time it does."""
@@ -73,7 +87,34 @@ class SequenceModel(Model):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean loss over all tokens."""
-        return next_item_loss(self.loss_config, self.encode(batch), self.items.weight, batch.next_item, batch.real)
+        if isinstance(self.items, nn.Embedding):
+            return next_item_loss(self.loss_config, self.encode(batch), self.items.weight, batch.next_item, batch.real)
+        pool = torch.randint(1, self.num_items + 1, (self.pool,), device=batch.item.device)
+        rows, place = distinct(torch.cat([batch.item, batch.next_item, pool]))
+        vectors = self.items(rows)
+        item, next_item, pool = place.split([len(batch.item), len(batch.next_item), len(pool)])
+        states = self.states(vectors.index_select(0, item), batch)
+        return next_item_loss(self.loss_config, states, vectors, next_item, batch.real, pool)
+
+    @contextmanager
+    def unlearning(self) -> Iterator[None]:
+        """Within it a backward pass changes nothing, not even a `RowwiseTable`."""
+        if isinstance(self.items, nn.Embedding):
+            yield
+            return
+        self.items.frozen = True
+        try:
+            yield
+        finally:
+            self.items.frozen = False
+
+    def item_bytes(self, optimizer: torch.optim.Optimizer) -> float:
+        """Bytes that the item vectors and what is kept of their gradients take, a float of the table."""
+        if isinstance(self.items, RowwiseTable):
+            tensors = [self.items.weight, self.items.sums]
+        else:
+            tensors = [self.items.weight, *optimizer.state[self.items.weight].values()]
+        return sum(tensor.nbytes for tensor in tensors) / self.items.weight.numel()
 
     def losses(
         self, sequences: Sequences, order: torch.Tensor, drop: torch.Tensor, max_len: int, batch_size: int
@@ -112,7 +153,8 @@ class SequenceModel(Model):
 
     def score(self, batch: Batch) -> torch.Tensor:
         """Similarity of the last state and every item vector."""
-        return scores(self.loss_config["similarity"], self.encode(batch)[batch.last], self.items.weight)
+        last = self.encode(batch)[batch.last]
+        return scores(self.loss_config["similarity"], last, self.items.weight.to(last.dtype))
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW over all parameters; on CUDA one whose step a graph can hold."""
@@ -136,13 +178,15 @@ class PositionedModel(SequenceModel):
         self.position = nn.Embedding(self.positions, self.dim)
         self.input_dropout = nn.Dropout(training["dropout"])
 
-    def embed(self, batch: Batch) -> torch.Tensor:
+    def embed(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The input (T, d). Position 0 is the window's first item."""
-        return self.input_dropout(look_up(self.items, batch.item) * self.dim**0.5 + look_up(self.position, batch.place))
+        return self.input_dropout(vectors * self.dim**0.5 + look_up(self.position, batch.place))
 
 
-def look_up(table: nn.Embedding, index: torch.Tensor) -> torch.Tensor:
-    """Rows (T, d) of a table."""
+def look_up(table: nn.Embedding | RowwiseTable, index: torch.Tensor) -> torch.Tensor:
+    """Rows (T, d) of a table; of a `RowwiseTable` without gradients."""
+    if isinstance(table, RowwiseTable):
+        return table.weight.index_select(0, index).float()
     if table.weight.is_cuda:  # where the gradient of `table(index)` sorts, a tenth of SASRec's step on an H200
         return table.weight.index_select(0, index)
     return table(index)

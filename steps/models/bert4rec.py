@@ -82,9 +82,9 @@ class BERT4Rec(SequenceModel):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def encode(self, batch: Batch) -> torch.Tensor:
-        """States (T, d) of the history's tokens, nothing masked."""
-        return self._encode(batch.item, torch.zeros_like(batch.item, dtype=torch.bool), batch.offsets, batch.max_len)
+    def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Nothing masked."""
+        return self._states(vectors, batch.offsets, batch.max_len)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Full cross-entropy of the masked items, over windows of the history and its next item."""
@@ -121,8 +121,10 @@ class BERT4Rec(SequenceModel):
         return min(total, rows + int(drawn + 6 * (drawn * (1 - self.mask_share)) ** 0.5) + 1)
 
     def _encode(self, item: torch.Tensor, masked: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
-        row, place = row_and_place(offsets, len(item))
-        vectors = torch.where(masked[:, None], self.mask, look_up(self.items, item))
+        return self._states(torch.where(masked[:, None], self.mask, look_up(self.items, item)), offsets, max_len)
+
+    def _states(self, vectors: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
+        row, place = row_and_place(offsets, len(vectors))
         x = self.input_dropout(self.input_norm(vectors + look_up(self.position, place)))
         with self.low_precision():
             for block in self.blocks:

@@ -71,8 +71,8 @@ class GRU4Rec(SequenceModel):
         bound = (6 / (num_items + self.dim)) ** 0.5
         nn.init.uniform_(self.items.weight, -bound, bound)
 
-    def encode(self, batch: Batch) -> torch.Tensor:
-        states, _ = self.gru(jagged.to_padded(look_up(self.items, batch.item), batch.offsets, batch.max_len))
+    def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
+        states, _ = self.gru(jagged.to_padded(vectors, batch.offsets, batch.max_len))
         return batch.to_jagged(states)
 
     def score(self, batch: Batch) -> torch.Tensor:

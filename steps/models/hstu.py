@@ -74,8 +74,8 @@ class HSTU(PositionedModel):
             HSTULayer(config, self.positions, training["dropout"]) for _ in range(config["blocks"])
         )
 
-    def encode(self, batch: Batch) -> torch.Tensor:
-        x = self.embed(batch)
+    def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
+        x = self.embed(vectors, batch)
         for block in self.blocks:
             x = block(x, batch, self.compute or x.dtype)
         return x

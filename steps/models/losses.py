@@ -23,11 +23,15 @@ def next_item_loss(
     table: torch.Tensor,
     targets: torch.Tensor,
     real: torch.Tensor | None = None,
+    pool: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The configured loss: `sampled-softmax`, `in-batch-softmax`, `softmax`, `bce` or `gbce`."""
+    """The configured loss: `sampled-softmax`, `in-batch-softmax`, `softmax`, `bce` or `gbce`.
+
+    pool: (P,), the rows of the table that sampled softmax may draw its negatives from, if not from all.
+    """
     match config["name"]:
         case "sampled-softmax":
-            negatives = _uniform(len(targets), config["negatives"], table)
+            negatives = _uniform(len(targets), config["negatives"], table, pool)
             return mean(sampled_softmax(states, table, targets, negatives, config["temperature"]), real)
         case "in-batch-softmax":
             return in_batch_softmax(states, table, targets, config["negatives"], config["temperature"], real)
@@ -102,8 +106,10 @@ def gbce_power(negatives: int, items: int, calibration: float) -> float:
     return alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
 
 
-def _uniform(tokens: int, count: int, table: torch.Tensor) -> torch.Tensor:
-    """Negatives (tokens, count), drawn uniformly with replacement from all items."""
+def _uniform(tokens: int, count: int, table: torch.Tensor, pool: torch.Tensor | None = None) -> torch.Tensor:
+    """Negatives (tokens, count), drawn uniformly with replacement from all items, or from those of the pool."""
+    if pool is not None:
+        return pool[torch.randint(0, len(pool), (tokens, count), device=table.device)]
     return torch.randint(1, len(table), (tokens, count), device=table.device)
 
 

@@ -72,8 +72,8 @@ class SASRec(PositionedModel):
             SASRecBlock(self.dim, config["heads"], training["dropout"]) for _ in range(config["blocks"])
         )
 
-    def encode(self, batch: Batch) -> torch.Tensor:
-        x = self.embed(batch)
+    def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
+        x = self.embed(vectors, batch)
         with self.low_precision():
             for block in self.blocks:
                 x = block(x, batch)

@@ -12,7 +12,7 @@ from torch import nn
 
 from kernels import jagged
 from steps.data.sequences import Batch
-from steps.models.base import SequenceModel, look_up
+from steps.models.base import SequenceModel
 
 _ROTARY_BASE = 10_000.0
 
@@ -65,8 +65,8 @@ class TransformerPP(SequenceModel):
         )
         self.norm = nn.RMSNorm(self.dim)
 
-    def encode(self, batch: Batch) -> torch.Tensor:
-        x = self.input_dropout(look_up(self.items, batch.item) * self.dim**0.5)
+    def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
+        x = self.input_dropout(vectors * self.dim**0.5)
         with self.low_precision():
             for block in self.blocks:
                 x = block(x, batch)

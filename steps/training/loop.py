@@ -174,6 +174,7 @@ class Training:
         return {
             "step_ms": round(1000 * seconds / self.steps, 3) if self.steps else None,
             "steps_per_second": round(self.steps / seconds, 1) if self.steps and seconds else None,
+            "item_bytes_per_float": round(self.model.item_bytes(self.optimizer), 3),
             "captured": self.static is not None and self.static.capture,
             "compiled": self.static is not None and self.static.compiled,
             "stopped_early": self.done if self.done < self.config["training"]["epochs"] else None,

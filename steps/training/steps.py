@@ -95,7 +95,8 @@ class StaticSteps:
         """All that a step does for the first time, and a capture does not allow: kernels are compiled and cached tables
         made. Nothing is trained, and the step's seed is set afterwards."""
         try:
-            self._gradients(layout, given)
+            with self.model.unlearning():
+                self._gradients(layout, given)
             if self.compiled and isinstance(self.optimizer, Adagrad):
                 self.optimizer.compile()
         except RuntimeError as error:
@@ -104,7 +105,8 @@ class StaticSteps:
             self._without("torch.compile", error)
             self.compiled = False
             torch.compiler.set_stance("force_eager")
-            self._gradients(layout, given)
+            with self.model.unlearning():
+                self._gradients(layout, given)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _without(self, what: str, error: BaseException) -> None:

@@ -7,6 +7,8 @@ PAPER = {"name": "paper", "split": "leave-last-out", "report": "last", "candidat
 
 
 def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int = 4, **changes: Any) -> dict[str, Any]:
+    if model == "hstu-rowwise":
+        model, changes = "hstu", {"items": {"lr": 0.05, "dtype": "float16", "pool": 50}} | changes
     settings: dict[str, Any] = {"label": model, "model": model}
     if model not in ("popular", "markov"):
         settings |= {"dim": 16, "blocks": 2, "heads": 2, "dqk": 8, "dv": 8, "extra_positions": 11}

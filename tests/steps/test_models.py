@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from steps.data.sequences import Batch, Sequences
-from steps.models import SequenceModel, build
+from steps.models import SequenceModel, build, losses
 
 MAX_LEN, ITEMS = 200, 60
 CAUSAL = ["hstu", "hstu-softmax", "sasrec", "transformer++", "gru4rec"]
@@ -204,6 +204,40 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     assert [
         key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
     ] == []
+
+
+@pytest.mark.parametrize("bucket", [None, 8])  # padded, as on a GPU, or not
+@pytest.mark.parametrize("name", ["hstu", "sasrec", "transformer++"])
+def test_a_rowwise_table_has_the_loss_of_the_whole_table_and_learns_its_gradient(
+    name: str, bucket: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rowwise = make(name, torch.float32, items={"lr": 0.05, "dtype": "float32", "pool": 20})
+    whole = make(name, torch.float32)
+    whole.load_state_dict(rowwise.state_dict() | {"items.weight": rowwise.items.weight}, strict=False)
+    assert not any("items" in key for key, _ in rowwise.named_parameters())
+    data, users, drop = sequences([9, 3, 14]), torch.tensor([2, 0, 1]), torch.zeros(3, dtype=torch.int64)
+    if bucket is None:
+        windows = data.batch(users, drop, MAX_LEN)
+    else:
+        ((layout, _),) = rowwise.static_steps(data.window_lengths(torch.arange(3), drop, MAX_LEN), users, MAX_LEN, 3, 8)
+        windows = data.padded_batch(users, drop, layout)
+    torch.manual_seed(5)
+    pool = torch.randint(1, ITEMS + 1, (20,))
+    negatives = pool[torch.randint(0, 20, (len(windows.item), 7))]
+    before = rowwise.items.weight.clone()
+    torch.manual_seed(5)
+    found = rowwise.loss(windows)
+    found.backward()
+    monkeypatch.setattr(losses, "_uniform", lambda *_: negatives)
+    expected = whole.loss(windows)
+    expected.backward()
+    torch.testing.assert_close(found, expected)
+    for key, parameter in rowwise.named_parameters():
+        torch.testing.assert_close(parameter.grad, dict(whole.named_parameters())[key].grad, rtol=1e-3, atol=1e-4)
+    gradient = whole.items.weight.grad[1:]
+    rate = 0.05 / (gradient.square().mean(1).sqrt() + 1e-8)
+    torch.testing.assert_close(rowwise.items.weight[1:], before[1:] - rate[:, None] * gradient, rtol=1e-3, atol=1e-4)
+    assert torch.equal(rowwise.items.weight[0], before[0])
 
 
 def test_scores_are_cosines_of_the_last_state() -> None:

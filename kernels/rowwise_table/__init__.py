@@ -1,0 +1,65 @@
+"""A large table of vectors that learns by rowwise Adagrad: two bytes a float in half precision, and four a row.
+
+AdamW with float32 weights keeps twelve bytes a float. Here the optimiser has one number a row, the running sum of the
+mean square of its gradients, and updates only the rows that a step looked up, as soon as their gradient is known.
+fbgemm_gpu's table-batched embeddings do it where they fit; the torch twin in `naive` elsewhere.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels.rowwise_table import fbgemm, naive
+
+__all__ = ["RowwiseTable", "distinct"]
+
+EPS = 1e-8
+
+
+class RowwiseTable(nn.Module):
+    """Vectors (rows, dim), looked up by row; row 0 is padding, looked up as zeros, and never changes.
+
+    Its backward pass learns: sums[r] += mean(g^2), weight[r] -= lr g / (sqrt(sums[r]) + 1e-8), for the gradient g of
+    each row looked up. Half-precision weights are rounded stochastically on CUDA, since most updates there are smaller
+    than half of their last digit, and to the nearest on a CPU. State: `weight` (rows, dim) and `sums` (rows,) float32.
+    """
+
+    weight: torch.Tensor
+    sums: torch.Tensor
+
+    def __init__(self, rows: int, dim: int, lr: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.lr = lr
+        #: Whether a backward pass leaves the table as it is.
+        self.frozen = False
+        self.register_buffer("weight", torch.empty(rows, dim, dtype=dtype))
+        self.register_buffer("sums", torch.zeros(rows))
+        self._fused: tuple[Any] | None = None  # in a tuple, so that it is no submodule with weights of its own
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Vectors (n, dim) float32 of `rows` (n,) int64, of which only 0 may stand there twice."""
+        return torch.where((rows > 0)[:, None], self._look_up(rows), 0.0)
+
+    def _look_up(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.frozen or not torch.is_grad_enabled():
+            return self.weight.index_select(0, rows).float().requires_grad_(torch.is_grad_enabled())
+        if not fbgemm.fits(self.weight):
+            return naive.look_up(self.weight, self.sums, rows, self.lr, EPS)
+        if self._fused is None or not fbgemm.holds(self._fused[0], self.weight):
+            fused, self.weight, self.sums = fbgemm.take_over(self.weight, self.sums, self.lr, EPS)
+            self._fused = (fused,)
+        return fbgemm.look_up(self._fused[0], rows)
+
+
+def distinct(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct values of `index` (n,) in order, with zeros behind them to (n,); and each entry's place among them.
+
+    Unlike torch.unique it has a size that is known beforehand, so that the host need not wait for the device.
+    """
+    ordered, order = index.sort(stable=True)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    place = new.cumsum(0) - 1
+    values = torch.zeros_like(index).index_put((place,), ordered)
+    return values, torch.empty_like(index).index_put((order,), place)

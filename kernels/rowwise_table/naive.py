@@ -1,0 +1,53 @@
+"""Rowwise Adagrad in torch, in shapes that a CUDA graph can hold."""
+
+from typing import Any
+
+import torch
+
+_DROPPED = 13  # bits of float32's mantissa that float16 has not
+
+
+def look_up(weight: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, lr: float, eps: float) -> torch.Tensor:
+    """Vectors (n, d) float32 of distinct rows (n,), whose gradient updates `weight` (V, d) and `sums` (V,) in place."""
+    return _LookUp.apply(sums.new_zeros((), requires_grad=True), weight, sums, rows, lr, eps)
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: torch.Tensor,
+        weight: torch.Tensor,
+        sums: torch.Tensor,
+        rows: torch.Tensor,
+        lr: float,
+        eps: float,
+    ) -> torch.Tensor:
+        """anchor: requires a gradient, so that there is a backward pass."""
+        ctx.table = weight, sums, rows, lr, eps
+        return weight.index_select(0, rows).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:
+        weight, sums, rows, lr, eps = ctx.table
+        update(weight, sums, rows, gradient, lr, eps)
+        return (None,) * 6
+
+
+def update(
+    weight: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor, lr: float, eps: float
+) -> None:
+    """One step of rowwise Adagrad (Duchi et al. 2011, with one sum a row) on distinct rows."""
+    sums.index_add_(0, rows, gradient.square().mean(1))
+    rate = lr / (sums.index_select(0, rows).sqrt() + eps)
+    value = weight.index_select(0, rows).float() - rate[:, None] * gradient
+    weight.index_copy_(0, rows, stochastically(value, weight.dtype) if weight.is_cuda else value.to(weight.dtype))
+
+
+def stochastically(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 rounded to one of its float16 neighbours, the nearer the likelier, so that the mean is the value."""
+    if dtype != torch.float16:
+        return value.to(dtype)
+    bits = value.view(torch.int32)
+    bits = bits + torch.randint_like(bits, 2**_DROPPED)
+    return ((bits >> _DROPPED) << _DROPPED).view(torch.float32).half()
