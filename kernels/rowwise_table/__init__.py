@@ -53,10 +53,16 @@ class RowwiseTable(nn.Module):
 
 
 def distinct(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distinct values of `index` (n,) in order, with zeros behind them to (n,); and each entry's place among them.
+    """The distinct values of `index` (n,) in order; and each entry's place (n,) among them.
 
-    Unlike torch.unique it has a size that is known beforehand, so that the host need not wait for the device.
+    On CUDA zeros stand behind them to (n,), a size that is known beforehand: the host need not wait for the device.
     """
+    if not index.is_cuda:
+        return torch.unique(index, return_inverse=True)
+    return _padded_distinct(index)
+
+
+def _padded_distinct(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ordered, order = index.sort(stable=True)
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[1:] = ordered[1:] != ordered[:-1]

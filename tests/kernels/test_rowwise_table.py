@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.rowwise_table import EPS, RowwiseTable, distinct, fbgemm, naive
+from kernels.rowwise_table import EPS, RowwiseTable, _padded_distinct, distinct, fbgemm, naive
 
 ROWS, DIM, LR = 40, 8, 0.05
+Find = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @pytest.fixture(params=["torch", "fbgemm"])
@@ -81,10 +82,13 @@ def test_a_loaded_state_goes_on_as_the_saved_one(make: Callable[[torch.dtype], R
     assert torch.equal(first.sums, second.sums)
 
 
-def test_distinct_is_unique_with_a_size_known_beforehand() -> None:
+@pytest.mark.parametrize(
+    ("find", "expected"), [(distinct, [0, 3, 5, 9]), (_padded_distinct, [0, 3, 5, 9, 0, 0, 0])], ids=["cpu", "padded"]
+)
+def test_distinct_values_and_the_place_of_each_entry(find: Find, expected: list[int]) -> None:
     index = torch.tensor([5, 0, 5, 3, 9, 3, 3])
-    values, place = distinct(index)
-    assert values.tolist() == [0, 3, 5, 9, 0, 0, 0]
+    values, place = find(index)
+    assert values.tolist() == expected
     assert torch.equal(values[place], index)
 
 
