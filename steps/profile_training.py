@@ -1,9 +1,9 @@
 """Where the time of a training step goes, and how far it is from what the GPU could do.
 
 Trains the run of a `config.json` on users whose windows are all full, which is the longest a step can take: as CUDA
-graphs of the kernels that torch.compile makes, as CUDA graphs without it, and launched one kernel at a time. Writes
-rows of `reports/speed/train.json`, which `--set model.dim=256` and the like give other shapes. Needs a CUDA GPU, torch,
-numpy and safetensors alone.
+graphs of the kernels that torch.compile makes, as CUDA graphs without it, and launched one kernel at a time. Adds rows
+to a list like `reports/speed/train.json`, in place of older ones of the same case; `--set model.dim=256` and the like
+make other shapes. Needs a CUDA GPU, torch, numpy and safetensors alone.
 """
 
 import argparse
@@ -150,12 +150,21 @@ def measure(config: dict[str, Any], items: int, steps: int, folder: Path) -> lis
     return rows
 
 
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The old rows but those measured again, then the new."""
+
+    def case(row: dict[str, Any]) -> list[Any]:
+        return [row[name] for name in ("model", "shape", "batch", "captured", "compiled", "precision", "device")]
+
+    return [row for row in old if case(row) not in [case(other) for other in new]] + new
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path, help="a run's config.json, which plan writes")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="dotted keys of the config to change")
     parser.add_argument("--items", required=True, type=int, help="items of the catalogue")
     parser.add_argument("--steps", type=int, default=30, help="steps to time")
-    parser.add_argument("--output", required=True, type=Path, help="json to write, a list of rows")
+    parser.add_argument("--output", required=True, type=Path, help="json of rows to write, or to add to")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -173,7 +182,7 @@ def main(args: argparse.Namespace) -> None:
             raise StepError(f"--set {setting}: {args.config} has no key {key}")
         place[last] = json.loads(value)
     rows = measure(config, args.items, args.steps, args.output.parent)
-    write_json(args.output, rows)
+    write_json(args.output, merged(read_json(args.output) if args.output.exists() else [], rows))
     for row in rows:
         how = f"captured {row['captured']}, compiled {row['compiled']}"
         print(f"{row['model']}, {how}: {row['step_ms']} ms, {row['peak_bytes'] / 2**20:.0f} MiB")

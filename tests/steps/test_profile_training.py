@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steps.profile_training import by_part, full_sequences, least, part_of
+from steps.profile_training import by_part, full_sequences, least, merged, part_of
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,15 @@ def test_kernels_find_their_part(kernel: str, part: str) -> None:
 def test_parts_are_the_sums_of_their_kernels() -> None:
     kernels = {"key_gradient_kernel": 2.0, "query_gradient_kernel": 1.0, "add": 4.0}
     assert list(by_part(kernels).items()) == [("element-wise and other", 4.0), ("attention, backward", 3.0)]
+
+
+def test_rows_measured_again_replace_the_old() -> None:
+    def row(step_ms: float, **case: object) -> dict[str, object]:
+        plain = {"model": "hstu", "shape": {"dim": 50}, "batch": 128, "precision": "bf16", "device": "H200"}
+        return plain | {"captured": True, "compiled": True} | case | {"step_ms": step_ms}
+
+    old = [row(1.0), row(2.0, compiled=False), row(3.0, shape={"dim": 256})]
+    assert merged(old, [row(0.5), row(4.0, device="H100")]) == [*old[1:], row(0.5), row(4.0, device="H100")]
 
 
 @pytest.mark.parametrize("held_out", [1, 2])
