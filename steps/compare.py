@@ -3,7 +3,8 @@
 For every (data set, protocol): each user's NDCG@10, averaged over seeds, gives every model a bootstrap
 interval and every pair of models a paired difference with its interval, a Wilcoxon signed-rank test, and
 Holm's correction over the pairs of the table. Writes `comparisons.csv`, `comparisons.md`, `intervals.svg`
-and `.png`, and `claims.md`, which says where a published ordering holds. Reads runs or their records.
+and `.png`, and `claims.md`, which says where a published ordering holds, and how near protocol `paper` comes to the
+published figures and to the authors' code. Reads runs or their records.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from steps.common import params
 from steps.common.cli import run_step
 from steps.common.files import atomic_path, write_text
 from steps.reporting.figures import save_figure
+from steps.reporting.parity import curve_table, parity_table
 from steps.reporting.records import Record, by_row, labels, read_records
 
 METRIC = "ndcg@10"
@@ -113,6 +115,22 @@ def orderings(published: dict[str, Any], models: dict[str, np.ndarray], pairs: l
     return sentences
 
 
+def parity(records: list[Record], paper: dict[str, Any]) -> list[str]:
+    """Paragraphs: ours under protocol paper beside the published figures and the authors' code; none without these."""
+    parts = []
+    for heading, note, (headers, lines) in (
+        ("# Parity", _PARITY, parity_table(records, paper)),
+        (
+            "## Learning curves",
+            "Test figures after an epoch, ours as the mean over seeds.",
+            curve_table(records, paper),
+        ),
+    ):
+        if lines:
+            parts += [heading, note, render(lines, headers, tablefmt="github", disable_numparse=True)]
+    return parts
+
+
 def draw_intervals(found: dict[tuple[str, str], dict[str, np.ndarray]], names: dict[str, str]) -> Figure:
     """NDCG@10 of every model with its interval: a panel per (dataset, protocol)."""
     tallest = max(len(models) for models in found.values())
@@ -140,7 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     records, _ = read_records(args.experiment, args.runs)
     found, names = read_gains(records, args.runs), labels(records)
-    paper = params.load("paper")["public_datasets"]
+    paper = params.load("paper")
     text, claims, table = ["# Comparisons"], ["# Published orderings"], []
     text.append(
         f"Test {METRIC.upper()} per user, averaged over seeds. Intervals: {_CONFIDENCE:.0%} bootstrap over users "
@@ -165,11 +183,12 @@ def main(args: argparse.Namespace) -> None:
             text.append(
                 render(lines, ["pair", "difference", "interval", "p"], tablefmt="github", disable_numparse=True)
             )
-        sentences = orderings(paper.get(dataset, {}), models, pairs)
+        sentences = orderings(paper["public_datasets"].get(dataset, {}), models, pairs)
         if sentences:
             claims += [f"## {dataset}, protocol {protocol}", "\n".join(sentences)]
     if len(claims) == 1:
         claims.append("No pair of models of this experiment has a published ordering.")
+    claims += parity(records, paper)
     save_figure(draw_intervals(found, names), args.output / "intervals")
     with atomic_path(args.output / "comparisons.csv") as temporary:
         pl.DataFrame(table, schema=_SCHEMA).write_csv(temporary)
@@ -177,6 +196,10 @@ def main(args: argparse.Namespace) -> None:
     write_text(args.output / "claims.md", "\n\n".join(claims) + "\n")
 
 
+_PARITY = (
+    "Protocol paper. Rerun: the authors' code as it is, one run. Published figures lie nearer to the best epoch on "
+    "test than to the last, so each is compared with its like."
+)
 _SCHEMA: dict[str, Any] = {"dataset": pl.String, "protocol": pl.String, "better": pl.String, "worse": pl.String}
 _SCHEMA |= dict.fromkeys(("difference", "low", "high", "p"), pl.Float64) | {"users": pl.Int64, "p_holm": pl.Float64}
 

@@ -95,7 +95,10 @@ def sections(
 
 
 def draw_curves(records: list[Record], paper: dict[str, Any], titles: dict[str, str]) -> Figure:
-    """NDCG@10 after every epoch: a panel per (dataset, protocol), a colour per model, a line per seed."""
+    """NDCG@10 after every epoch: a panel per (dataset, protocol), a colour per model, a line per seed.
+
+    Dashes: the published figure. Crosses: the authors' code, rerun.
+    """
     panels = list(dict.fromkeys((record.run.dataset, record.run.protocol) for record in records))
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
@@ -118,6 +121,10 @@ def draw_curves(records: list[Record], paper: dict[str, Any], titles: dict[str, 
             reported = paper["public_datasets"].get(dataset, {}).get(run.model) if protocol == "paper" else None
             if reported:
                 axis.axhline(reported[_CURVE], color=colour, linewidth=0.8, linestyle="--")
+            rerun = paper["reruns"].get(dataset, {}).get(run.model) if protocol == "paper" else None
+            if rerun:
+                points = [(epoch, figures[_CURVE]) for epoch, figures in rerun["epochs"].items()]
+                axis.plot(*zip(*points, strict=True), "x", color=colour, markersize=5)
         axis.set(title=f"{titles[dataset]}, protocol {protocol}", xlabel="epoch", ylabel=f"{split} NDCG@10")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

@@ -1,0 +1,80 @@
+"""Protocol `paper` beside the published figures and beside the authors' code, rerun on the same data."""
+
+from typing import Any
+
+from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd
+
+METRICS = ("hr@10", "ndcg@10")
+_BEST_AT_LEAST = 0.97  # of the published figure, as one run's best epoch
+_LAST_AT_LEAST = 0.98  # of the rerun's last epoch
+_PROTOCOL = "paper"
+
+
+def parity_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines: a line per model and metric that others reported, with a verdict on the best and last epoch.
+
+    The last epoch is compared with the rerun's last only if both have the same number.
+    """
+    names, lines = labels(records), []
+    for (dataset, model), seeds in _compared(records, paper).items():
+        published = paper["public_datasets"].get(dataset, {}).get(model, {})
+        rerun = paper["reruns"].get(dataset, {}).get(model, {"best": {}, "epochs": {}})
+        last = rerun["epochs"].get(seeds[0].history[-1]["epoch"], {})
+        for metric in METRICS:
+            ours_last = mean_and_sd(seed.metrics["test"][metric] for seed in seeds)
+            ours_best = mean_and_sd(seed.metrics["test_best"][metric] for seed in seeds)
+            lines.append(
+                [
+                    dataset,
+                    names[model],
+                    metric.upper(),
+                    *(_figure(figures.get(metric)) for figures in (published, rerun["best"], last)),
+                    cell(*ours_best),
+                    cell(*ours_last),
+                    _verdict(ours_best[0], published.get(metric), _BEST_AT_LEAST),
+                    _verdict(ours_last[0], last.get(metric), _LAST_AT_LEAST),
+                ]
+            )
+    headers = ["data set", "model", "metric", "published", "rerun best", "rerun last", "ours best", "ours last"]
+    best, last = f"best / published >= {_BEST_AT_LEAST}", f"last / rerun >= {_LAST_AT_LEAST}"
+    return [*headers, best, last], lines
+
+
+def curve_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines: a line per model and epoch of the rerun's curve, ours as a mean over seeds."""
+    names, lines = labels(records), []
+    for (dataset, model), seeds in _compared(records, paper).items():
+        for epoch, figures in paper["reruns"].get(dataset, {}).get(model, {"epochs": {}})["epochs"].items():
+            watched = [line for seed in seeds for line in seed.history if line["epoch"] == epoch]
+            if len(watched) < len(seeds):
+                continue
+            line = [dataset, names[model], str(epoch)]
+            for metric in METRICS:
+                ours = mean_and_sd(one[f"test/{metric}"] for one in watched)
+                line += [_figure(figures[metric]), cell(*ours), f"{ours[0] / figures[metric] - 1:+.1%}"]
+            lines.append(line)
+    headers = ["data set", "model", "epoch"]
+    for metric in METRICS:
+        headers += [f"rerun {metric.upper()}", f"ours {metric.upper()}", "difference"]
+    return headers, lines
+
+
+def _compared(records: list[Record], paper: dict[str, Any]) -> dict[tuple[str, str], list[Record]]:
+    """The records under protocol paper of models that others reported, by data set and model."""
+    return {
+        (dataset, model): seeds
+        for (dataset, protocol, model), seeds in by_row(records).items()
+        if protocol == _PROTOCOL
+        and (model in paper["public_datasets"].get(dataset, {}) or model in paper["reruns"].get(dataset, {}))
+    }
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _verdict(ours: float, theirs: float | None, at_least: float) -> str:
+    """Ours as a share of theirs, and whether that is enough."""
+    if theirs is None:
+        return ""
+    return f"{'yes' if ours >= at_least * theirs else 'no'} ({ours / theirs:.3f})"

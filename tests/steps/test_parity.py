@@ -1,0 +1,63 @@
+"""Parity: each figure beside its like, shares and verdicts, and the curve at the rerun's epochs."""
+
+from typing import Any
+
+from steps.common.params import Run
+from steps.reporting.parity import curve_table, parity_table
+from steps.reporting.records import Record
+
+PAPER: dict[str, Any] = {
+    "public_datasets": {"d": {"hstu": {"hr@10": 0.3, "ndcg@10": 0.2}, "other": {"hr@10": 0.1, "ndcg@10": 0.1}}},
+    "reruns": {
+        "d": {
+            "hstu": {
+                "best": {"hr@10": 0.28, "ndcg@10": 0.19},
+                "epochs": {1: {"hr@10": 0.1, "ndcg@10": 0.05}, 3: {"hr@10": 0.25, "ndcg@10": 0.16}},
+            }
+        }
+    },
+}
+
+
+def record(
+    seed: int, last: float, best: float, protocol: str = "paper", model: str = "hstu", epochs: int = 3
+) -> Record:
+    history = [
+        {"epoch": epoch, "test/hr@10": last * epoch / epochs, "test/ndcg@10": 0.5 * last * epoch / epochs}
+        for epoch in range(1, epochs + 1)
+    ]
+    metrics = {
+        "test": {"hr@10": last, "ndcg@10": 0.5 * last},
+        "test_best": {"hr@10": best, "ndcg@10": 0.5 * best, "epoch": 2},
+    }
+    return Record(Run("e", "d", model, protocol, seed), {"model": {"label": model.upper()}}, history, metrics)
+
+
+def test_best_stands_beside_published_and_last_beside_the_rerun_s_last() -> None:
+    headers, lines = parity_table([record(0, 0.242, 0.290), record(1, 0.25, 0.2996), record(0, 0.9, 0.9, "strict")], PAPER)
+    first, second = (dict(zip(headers, line, strict=True)) for line in lines)
+    assert [first[name] for name in ("published", "rerun best", "rerun last")] == ["0.3000", "0.2800", "0.2500"]
+    assert first["ours best"].startswith("0.2948 ± 0.0068")
+    assert first["ours last"].startswith("0.2460 ± 0.0057")
+    assert first["best / published >= 0.97"] == "yes (0.983)"
+    assert first["last / rerun >= 0.98"] == "yes (0.984)"
+    assert second["best / published >= 0.97"] == "no (0.737)"
+
+
+def test_last_epochs_of_other_numbers_are_not_compared() -> None:
+    headers, lines = parity_table([record(0, 0.24, 0.29, epochs=4)], PAPER)
+    found = dict(zip(headers, lines[0], strict=True))
+    assert (found["rerun last"], found["last / rerun >= 0.98"]) == ("", "")
+
+
+def test_the_curve_has_the_epochs_that_both_have() -> None:
+    headers, lines = curve_table([record(0, 0.24, 0.29), record(1, 0.26, 0.3)], PAPER)
+    assert [line[2] for line in lines] == ["1", "3"]
+    assert dict(zip(headers, lines[1], strict=True))["ours HR@10"].startswith("0.2500")
+    assert lines[0][5] == "-16.7%"  # 0.25 / 3 beside 0.1
+    assert curve_table([record(0, 0.24, 0.29, epochs=2)], PAPER)[1][0][2] == "1"
+
+
+def test_models_nobody_reported_are_left_out() -> None:
+    assert parity_table([record(0, 0.2, 0.2, model="mine")], PAPER)[1] == []
+    assert curve_table([record(0, 0.2, 0.2, model="other")], PAPER)[1] == []
