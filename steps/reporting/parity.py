@@ -1,4 +1,4 @@
-"""Protocol `paper` beside the published figures and beside the authors' code, rerun on the same data."""
+"""Protocol `paper` beside the published figures and the authors' code, and `strict` beside other people's runs."""
 
 from typing import Any
 
@@ -56,6 +56,23 @@ def curve_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str]
     headers = ["data set", "model", "epoch"]
     for metric in METRICS:
         headers += [f"rerun {metric.upper()}", f"ours {metric.upper()}", "difference"]
+    return headers, lines
+
+
+def independent_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines: a line per run of other people, with ours of the same kind under protocol strict."""
+    lines = []
+    for (dataset, protocol, model), seeds in by_row(records).items():
+        for other in paper["independent"].get(dataset, []):
+            if (protocol, model) == ("strict", other.get("row")):
+                line = [dataset, other["model"], paper["sources"][other["source"]]]
+                for metric in METRICS:
+                    ours = mean_and_sd(seed.metrics["test"][metric] for seed in seeds)
+                    line += [_figure(other[metric]), cell(*ours)]
+                lines.append(line)
+    headers = ["data set", "model", "whose"]
+    for metric in METRICS:
+        headers += [f"their {metric.upper()}", f"ours {metric.upper()}"]
     return headers, lines
 
 

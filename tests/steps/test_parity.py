@@ -3,11 +3,18 @@
 from typing import Any
 
 from steps.common.params import Run
-from steps.reporting.parity import curve_table, parity_table
+from steps.reporting.parity import curve_table, independent_table, parity_table
 from steps.reporting.records import Record
 
 PAPER: dict[str, Any] = {
     "public_datasets": {"d": {"hstu": {"hr@10": 0.3, "ndcg@10": 0.2}, "other": {"hr@10": 0.1, "ndcg@10": 0.1}}},
+    "sources": {"us": "another team"},
+    "independent": {
+        "d": [
+            {"source": "us", "model": "their HSTU", "row": "hstu", "hr@10": 0.31, "ndcg@10": 0.21},
+            {"source": "us", "model": "unlike ours", "hr@10": 0.31, "ndcg@10": 0.21},
+        ]
+    },
     "reruns": {
         "d": {
             "hstu": {
@@ -34,7 +41,9 @@ def record(
 
 
 def test_best_stands_beside_published_and_last_beside_the_rerun_s_last() -> None:
-    headers, lines = parity_table([record(0, 0.242, 0.290), record(1, 0.25, 0.2996), record(0, 0.9, 0.9, "strict")], PAPER)
+    headers, lines = parity_table(
+        [record(0, 0.242, 0.290), record(1, 0.25, 0.2996), record(0, 0.9, 0.9, "strict")], PAPER
+    )
     first, second = (dict(zip(headers, line, strict=True)) for line in lines)
     assert [first[name] for name in ("published", "rerun best", "rerun last")] == ["0.3000", "0.2800", "0.2500"]
     assert first["ours best"].startswith("0.2948 ± 0.0068")
@@ -61,3 +70,8 @@ def test_the_curve_has_the_epochs_that_both_have() -> None:
 def test_models_nobody_reported_are_left_out() -> None:
     assert parity_table([record(0, 0.2, 0.2, model="mine")], PAPER)[1] == []
     assert curve_table([record(0, 0.2, 0.2, model="other")], PAPER)[1] == []
+
+
+def test_independent_runs_stand_beside_strict() -> None:
+    (line,) = independent_table([record(0, 0.24, 0.29), record(0, 0.3, 0.3, "strict")], PAPER)[1]
+    assert line == ["d", "their HSTU", "another team", "0.3100", "0.3000", "0.2100", "0.1500"]
