@@ -30,9 +30,12 @@ def fits_triton(*tensors: torch.Tensor | None) -> bool:
     return _triton_available() and all(t is None or (t.is_cuda and t.dtype in _TYPES) for t in tensors)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_available() -> bool:
     return triton_available()
+
+
+# As torch.compiler.assume_constant_result does, whose import takes a second.
+_triton_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def configuration(operation: str, shape_class: str, device: torch.device) -> Mapping[str, int]:

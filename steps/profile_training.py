@@ -7,6 +7,7 @@ make other shapes. Needs a CUDA GPU, torch, numpy and safetensors alone.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -64,9 +65,9 @@ def least(config: dict[str, Any], items: int) -> dict[str, float]:
     """Floating-point operations and bytes that an HSTU step with full windows cannot do without.
 
     Operations: every product forward, twice backward; attention at half, 2.5 times backward. Bytes: AdamW reads
-    weight, gradient and two moments, and writes all but the gradient. In every layer U, V, Q and K, in bf16, are
-    written once and read twice forward, and read twice backward, where their gradients are written once and read twice;
-    attention's result and its gradient pass four times, the float32 residual six.
+    weight, gradient and two moments, and writes all but the gradient; a rowwise table's are not counted. In every layer
+    U, V, Q and K, in bf16, are written once and read twice forward, and read twice backward, where their gradients are
+    written once and read twice; attention's result and its gradient pass four times, the float32 residual six.
     """
     model, training = config["model"], config["training"]
     heads, dqk, dv, dim, blocks = (model[name] for name in ("heads", "dqk", "dv", "dim", "blocks"))
@@ -75,7 +76,7 @@ def least(config: dict[str, Any], items: int) -> dict[str, float]:
     attention = 2 * heads * (dqk + dv) * training["batch"] * n * n / 2
     layer = 3 * 2 * tokens * dim * (mixed + inner) + 3.5 * attention
     loss = 3 * 2 * tokens * (training["negatives"] + 1) * dim
-    parameters = (items + 1) * dim + blocks * dim * (mixed + inner)
+    parameters = blocks * dim * (mixed + inner) + (0 if "items" in model else (items + 1) * dim)
     traffic = blocks * tokens * (2 * (8 * mixed + 4 * inner) + 4 * 6 * dim)
     return {"flops": blocks * layer + loss, "bytes": traffic + 7 * 4 * parameters}
 
@@ -134,7 +135,7 @@ def measure(config: dict[str, Any], items: int, steps: int, folder: Path) -> lis
                 "shape": {name: config["model"][name] for name in _SHAPE}
                 | {"max_len": training["max_len"], "items": items, "negatives": training["negatives"]},
                 "batch": training["batch"],
-                "captured": captured,
+                "captured": run.static is not None and run.static.capture,
                 "compiled": run.static is not None and run.static.compiled,
                 "step_ms": round(statistics.median(times), 4),
                 "peak_bytes": torch.cuda.max_memory_allocated(),
@@ -147,6 +148,7 @@ def measure(config: dict[str, Any], items: int, steps: int, folder: Path) -> lis
             }
         )
         del run
+        gc.collect()  # compiled models are cycles, whose memory would count as the next one's
     return rows
 
 

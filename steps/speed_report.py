@@ -105,7 +105,8 @@ def markdown(rows: list[Row], ceilings: dict[str, Any], records: Path) -> str:
         f"rate of a copy, whichever is more; counted for HSTU. Commits {commits}.",
         speed_table(found, ceilings),
         "## Whole trainings",
-        "All epochs of the recorded runs, evaluations apart.",
+        "All epochs of the recorded runs, their own evaluations apart; with capturing, compiling, and what other runs "
+        "that were trained at once evaluated meanwhile.",
         trainings_table(records),
         "## Where the time goes",
         f"Milliseconds of kernels a step, by part; `{_WAITING}`: the rest of the step, when none ran.",

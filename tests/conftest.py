@@ -14,6 +14,11 @@ from safetensors.numpy import save
 
 from steps.common.files import sha256, write_json
 
+# Before CUDA starts: without the first, deterministic mode refuses matrix products; without the second, every process
+# of pytest-xdist starts as many compilers as there are cores.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -29,11 +29,14 @@ def fits(tensor: torch.Tensor) -> bool:
     return tensor.dtype in _TYPES and _fits_device(tensor.device.type)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _fits_device(device: str) -> bool:
     if not available():
         return False
     return device != "cuda" or torch._C._dispatch_has_kernel_for_dispatch_key("fbgemm::dense_to_jagged", "CUDA")
+
+
+# As torch.compiler.assume_constant_result does, whose import takes a second.
+_fits_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def offsets_from_lengths(lengths: torch.Tensor) -> torch.Tensor:

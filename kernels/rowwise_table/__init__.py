@@ -42,14 +42,23 @@ class RowwiseTable(nn.Module):
         return torch.where((rows > 0)[:, None], self._look_up(rows), 0.0)
 
     def _look_up(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.frozen or not torch.is_grad_enabled():
-            return self.weight.index_select(0, rows).float().requires_grad_(torch.is_grad_enabled())
-        if not fbgemm.fits(self.weight):
+        if not torch.is_grad_enabled():
+            return self.weight.index_select(0, rows).float()
+        fused = self._by_fbgemm()  # also when frozen, as in the step that comes before a capture
+        if self.frozen:
+            return self.weight.index_select(0, rows).float().requires_grad_()
+        if fused is None:
             return naive.look_up(self.weight, self.sums, rows, self.lr, EPS)
+        return fbgemm.look_up(fused, rows)
+
+    def _by_fbgemm(self) -> Any:
+        """fbgemm's table, which holds this one's state; None where it does not fit."""
+        if not fbgemm.fits(self.weight):
+            return None
         if self._fused is None or not fbgemm.holds(self._fused[0], self.weight):
             fused, self.weight, self.sums = fbgemm.take_over(self.weight, self.sums, self.lr, EPS)
             self._fused = (fused,)
-        return fbgemm.look_up(self._fused[0], rows)
+        return self._fused[0]
 
 
 def distinct(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

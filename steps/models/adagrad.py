@@ -36,6 +36,10 @@ class Adagrad(torch.optim.Optimizer):
             ]
             self._update(tensors, group["lr"], group["eps"])
 
+    def uncompile(self) -> None:
+        """Undo `compile`."""
+        self._update = _update
+
     @torch.no_grad()
     def compile(self) -> None:
         """Have torch.compile make one kernel of an update: now, as none can be made while a graph is captured."""

@@ -76,8 +76,17 @@ class SequenceModel(Model):
 
     def compile_blocks(self) -> None:
         """Have torch.compile fuse what happens between matrix products, of whatever sizes, the next time it does."""
+        import torch._dynamo  # late, since it takes a second
+
+        # Rather than going on uncompiled without a word, where more shapes come than it compiles for.
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         for block in self.blocks:
             block.compile(dynamic=True)
+
+    def uncompile_blocks(self) -> None:
+        """Undo `compile_blocks`."""
+        for block in self.blocks:
+            block._compiled_call_impl = None
 
     def low_precision(self) -> torch.autocast:
         """Within it, matrix products and attention are taken in `compute`; norms and the sum of layers are not."""

@@ -6,6 +6,7 @@ authors make ten random copies and one of this kind), the last item alone. At te
 behind the history.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -45,12 +46,12 @@ class BERTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
         """Tokens (T, d), with their places (T,) in a padded batch laid out row by row, to tokens (T, d)."""
-        attended = self._attend(self.qkv(x), offsets, max_len, index)
+        attended = self.attend(self.qkv(x), offsets, max_len, index)
         x = self.attention_norm(x + self.dropout(self.output(attended)))
         return self.feed_forward_norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.11 fails at this mask where sizes are dynamic
-    def _attend(self, qkv: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values (T, 3 d) to what each token attends to (T, d)."""
         padded = jagged.to_padded(qkv, offsets, max_len)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in padded.chunk(3, dim=-1))
         real = torch.arange(max_len, device=qkv.device) < offsets.diff()[:, None]  # (B, N)
@@ -81,6 +82,10 @@ class BERT4Rec(SequenceModel):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def compile_blocks(self) -> None:
+        _compile_without_attention()
+        super().compile_blocks()
 
     def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Nothing masked."""
@@ -134,6 +139,12 @@ class BERT4Rec(SequenceModel):
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         bias = self.bias.index_fill(0, torch.zeros(1, dtype=torch.int64, device=states.device), -1e9)  # padding
         return self.output_norm(F.gelu(self.transform(states))) @ self.items.weight.T + bias
+
+
+@functools.cache
+def _compile_without_attention() -> None:
+    # torch 2.11 fails at the mask where sizes are dynamic. Not a decorator, since its import takes a second.
+    BERTBlock.attend = torch.compiler.disable(BERTBlock.attend)  # type: ignore[method-assign]
 
 
 def with_next(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

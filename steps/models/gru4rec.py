@@ -6,7 +6,8 @@ popularity^alpha); cross-entropy with the logQ correction; item vectors shared b
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ class GRU4Rec(SequenceModel):
         self.bias = nn.Parameter(torch.zeros(num_items + 1))
         self.hidden_dropout = nn.Dropout(training["dropout"])
         self._carried: _Carried | None = None
+        self._compiled_event: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
         bound = (6 / (2 * self.dim)) ** 0.5  # Glorot, per gate
         for name, parameter in self.gru.named_parameters():
             if name.startswith("weight"):
@@ -126,7 +128,8 @@ class GRU4Rec(SequenceModel):
             self._carried = _Carried(self, sequences, drop, layout.count)
         carried = self._carried
         share = torch.rand(self.samples, dtype=torch.float64, device=given.device)
-        loss, state = self._static_event(given, share, carried, sequences, drop, self.gru.all_weights[0])
+        event = self._compiled_event or self._static_event
+        loss, state = event(given, share, carried, sequences, drop, self.gru.all_weights[0])
         carried.state.copy_(state)
         return loss / layout.batch
 
@@ -137,7 +140,18 @@ class GRU4Rec(SequenceModel):
         return kind(self.parameters(), **options)
 
     def compile_blocks(self) -> None:
-        self._static_event = torch.compile(self._static_event)  # type: ignore[method-assign]
+        self._compiled_event = torch.compile(self._static_event)
+
+    def uncompile_blocks(self) -> None:
+        self._compiled_event = None
+
+    @contextmanager
+    def unlearning(self) -> Iterator[None]:
+        before = self._carried.state.clone() if self._carried else None
+        with super().unlearning():
+            yield
+        if self._carried and before is not None:
+            self._carried.state.copy_(before)
 
     def _static_event(
         self,

@@ -1,7 +1,8 @@
 """The epochs of a training: what is drawn, watched, selected, kept, and when it ends.
 
 Every epoch draws its randomness from the seed and the epoch's number, on CUDA every step, so that a training which
-goes on from a state, or beside others on one GPU, ends where it would have ended alone.
+goes on from a state, or beside others on one GPU, ends where it would have ended alone: on CUDA to the bit in
+deterministic mode, otherwise but for the order of additions.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +76,17 @@ class Training:
             on_cuda = self.device.type == "cuda"
             self.static: StaticSteps | None = None
             if on_cuda if static is None else static:
-                capture, compiled = capture and on_cuda, on_cuda and self._is_long() if compiled is None else compiled
+                capture, compiled = capture and on_cuda, on_cuda and self._gains() if compiled is None else compiled
                 self.static = StaticSteps(model, self.optimizer, sequences, drop, self.place, capture, compiled)
             self.history: list[dict[str, Any]] = []
             self.best: dict[str, torch.Tensor] = {}
             self._resume(run / "resume" / "state.safetensors", data_sha256)
         self.steps: int | None = None  # of the last epoch
 
-    def _is_long(self) -> bool:
+    def _gains(self) -> bool:
+        """Whether compiling pays; never in deterministic mode, as what it makes follows the sizes it sees first."""
+        if torch.are_deterministic_algorithms_enabled():
+            return False
         training = self.config["training"]
         by_event = int(self._lengths.sum()) // training["batch"]
         steps = self.model.steps(len(self._users), training["batch"]) or by_event
@@ -131,7 +136,7 @@ class Training:
                 raise StepError(f"the loss is not a number in {title}: training diverged; lower the learning rate")
             seconds = time.perf_counter() - start
             line = {"epoch": epoch, "train/loss": round(loss, 6), "train/seconds": round(seconds, 3)}
-            with torch.compiler.set_stance("force_eager"):  # the compiled blocks are for training
+            with self._uncompiled():
                 line |= watch(self.model, self.config, self.sequences, self.holdout)
             self.history.append(line)
             print(self.title + summary(line, epochs), flush=True)
@@ -143,6 +148,12 @@ class Training:
             self.model.load_state_dict(self.best)
         self._states.finish()
         self.place.wait()
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Evaluation runs the blocks as they are: compiled they are for training."""
+        if self.static is None or not self.static.compiled:
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")
 
     def _epoch(self, epoch: int, title: str) -> Iterator[int]:
         """One pass over the users in random order, one window each; yields how many steps were taken, every time some

@@ -99,15 +99,20 @@ class StaticSteps:
                 self._gradients(layout, given)
             if self.compiled and isinstance(self.optimizer, Adagrad):
                 self.optimizer.compile()
-        except RuntimeError as error:
+        except Exception as error:
             if not self.compiled:
                 raise
             self._without("torch.compile", error)
-            self.compiled = False
-            torch.compiler.set_stance("force_eager")
+            self._uncompile()
             with self.model.unlearning():
                 self._gradients(layout, given)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _uncompile(self) -> None:
+        self.compiled = False
+        self.model.uncompile_blocks()
+        if isinstance(self.optimizer, Adagrad):
+            self.optimizer.uncompile()
 
     def _without(self, what: str, error: BaseException) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
 # The interpreter's bfloat16 product is wrong, and its float32 has no TF32.
 TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
-EXAMPLES = 5 if ON_GPU else 1  # of each kind of attention and bias
+EXAMPLES = 6 if ON_GPU else 2  # of each kind of attention and bias; the first is empty
 NAMES = ("output", "dq", "dk", "dv", "d position_bias", "d time_bias")
 
 

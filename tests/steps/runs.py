@@ -7,6 +7,8 @@ PAPER = {"name": "paper", "split": "leave-last-out", "report": "last", "candidat
 
 
 def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int = 4, **changes: Any) -> dict[str, Any]:
+    if model == "hstu-softmax":
+        model, changes = "hstu", {"attention": "softmax", "alpha": "1/sqrt(dqk)"} | changes
     if model == "hstu-rowwise":
         model, changes = "hstu", {"items": {"lr": 0.05, "dtype": "float16", "pool": 50}} | changes
     settings: dict[str, Any] = {"label": model, "model": model}

@@ -179,17 +179,19 @@ def compare_compiled(
     Some, as of SASRec's key biases, are nothing but rounding.
     """
     model.compile_blocks()
-    found = []
-    for stance in ("default", "force_eager"):
-        model.zero_grad()
-        torch.manual_seed(1)
-        with torch.compiler.set_stance(stance):
-            loss = model.static_loss(data, drop, layout, model.parts(layout, given)[0])
-        loss.backward()
-        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-    largest = max(float(eager.abs().max()) for eager in found[1])
-    for ours, eager in zip(*found, strict=True):
-        torch.testing.assert_close(ours, eager, rtol=0, atol=tolerance * largest)
+    for part in model.parts(layout, given)[:3]:
+        found = []
+        for stance in ("default", "force_eager"):
+            model.zero_grad()
+            torch.manual_seed(1)
+            with model.unlearning(), torch.compiler.set_stance(stance):
+                loss = model.static_loss(data, drop, layout, part)
+                loss.backward()
+            found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        model.static_loss(data, drop, layout, part)  # after which lanes go on
+        largest = max(float(eager.abs().max()) for eager in found[1])
+        for ours, eager in zip(*found, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=0, atol=tolerance * largest)
 
 
 def same(first: Training, second: Training) -> None:
@@ -327,20 +329,29 @@ def test_compiled_blocks_are_eager_blocks(name: str) -> None:
     drop = torch.zeros(7, dtype=torch.int64)
     lengths = given.window_lengths(torch.arange(7), drop, MAX_LEN)
     layout, users = model.static_steps(lengths, torch.arange(7), MAX_LEN, 7, 8)[0]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compare_compiled(model, data, drop.cuda(), layout, users, 1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["hstu", "bert4rec", "gru4rec"])
+@pytest.mark.parametrize("name", ["hstu", "bert4rec", "gru4rec", "hstu-rowwise"])
 def test_compiled_steps_are_captured_and_learn_alike(name: str, data: Path, tmp_path: Path) -> None:
-    losses = []
-    for compiled in (True, False):
-        run = training(data, tmp_path / str(compiled), "cuda", settings=config(name, epochs=4), compiled=compiled)
+    settings = config(name, epochs=3, optimizer={"lr": 0.02, "betas": [0.9, 0.98], "weight_decay": 0.0})
+    settings["training"]["dropout"] = 0.0  # whose draws torch.compile numbers in its own way
+    runs = [training(data, tmp_path / str(way), "cuda", settings=settings, compiled=way) for way in (True, False)]
+    moved = []
+    for run, compiled in zip(runs, (True, False), strict=True):
+        before = run.model.items.weight.detach().clone().float()
         train_together([run])
+        moved.append(float((run.model.items.weight.float() - before).norm()))
         assert run.record()["compiled"] is compiled
         assert run.record()["captured"]
-        losses.append(run.history[-1]["train/loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    losses, others = ([line["train/loss"] for line in run.history] for run in runs)
+    assert losses == pytest.approx(others, rel=0.02)
+    assert moved[0] == pytest.approx(moved[1], rel=0.1)
+    assert moved[0] > 1
 
 
 @pytest.mark.gpu
@@ -368,7 +379,7 @@ def test_torch_compile_takes_the_blocks_once_for_all_sizes(name: str, monkeypatc
     for order in (torch.tensor([6, 2, 0]), torch.tensor([1, 5, 4]), torch.tensor([0, 1, 3])):
         ((layout, given), *_) = model.static_steps(lengths, order, MAX_LEN, 3, 8)
         compare_compiled(model, data, drop, layout, given, 1e-9)
-    assert graphs.frame_count <= 3
+    assert 1 <= graphs.frame_count <= 3
 
 
 @pytest.mark.gpu
