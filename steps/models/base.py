@@ -106,7 +106,7 @@ class SequenceModel(Model):
         return next_item_loss(self.loss_config, states, vectors, next_item, batch.real, pool)
 
     @contextmanager
-    def unlearning(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         """Within it a backward pass changes nothing, not even a `RowwiseTable`."""
         if isinstance(self.items, nn.Embedding):
             yield

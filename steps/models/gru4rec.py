@@ -146,12 +146,14 @@ class GRU4Rec(SequenceModel):
         self._compiled_event = None
 
     @contextmanager
-    def unlearning(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         before = self._carried.state.clone() if self._carried else None
-        with super().unlearning():
-            yield
-        if self._carried and before is not None:
-            self._carried.state.copy_(before)
+        try:
+            with super().frozen():
+                yield
+        finally:
+            if self._carried and before is not None:
+                self._carried.state.copy_(before)
 
     def _static_event(
         self,

@@ -95,7 +95,7 @@ class StaticSteps:
         """All that a step does for the first time, and a capture does not allow: kernels are compiled and cached tables
         made. Nothing is trained, and the step's seed is set afterwards."""
         try:
-            with self.model.unlearning():
+            with self.model.frozen():
                 self._gradients(layout, given)
             if self.compiled and isinstance(self.optimizer, Adagrad):
                 self.optimizer.compile()
@@ -104,7 +104,7 @@ class StaticSteps:
                 raise
             self._without("torch.compile", error)
             self._uncompile()
-            with self.model.unlearning():
+            with self.model.frozen():
                 self._gradients(layout, given)
         self.optimizer.zero_grad(set_to_none=True)
 
