@@ -14,12 +14,17 @@ def offsets_from_lengths(lengths: torch.Tensor) -> torch.Tensor:
     return (fbgemm if fbgemm.fits(lengths) else naive).offsets_from_lengths(lengths)
 
 
-def to_padded(values: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
+def to_padded(
+    values: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor | None = None
+) -> torch.Tensor:
     """Values (T, D) to a padded tensor (B, max_len, D), zeros behind each row; differentiable.
 
-    No row may be longer than `max_len`: what is beyond it would be lost.
+    No row may be longer than `max_len`: what is beyond it would be lost. index (T,) int64: each value's row x max_len +
+    its place there, for those who have it at hand; torch, unlike fbgemm, would have to find it.
     """
-    return (fbgemm if fbgemm.fits(values) else naive).to_padded(values, offsets, max_len)
+    if fbgemm.fits(values):
+        return fbgemm.to_padded(values, offsets, max_len)
+    return naive.to_padded(values, offsets, max_len, index)
 
 
 def to_jagged(padded: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

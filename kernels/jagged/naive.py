@@ -14,9 +14,13 @@ def row_and_place(offsets: torch.Tensor, total: int) -> tuple[torch.Tensor, torc
     return row, torch.arange(total, device=offsets.device) - offsets[row]
 
 
-def to_padded(values: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
-    row, place = row_and_place(offsets, len(values))
+def to_padded(
+    values: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor | None = None
+) -> torch.Tensor:
     padded = values.new_zeros(len(offsets) - 1, max_len, values.shape[1])
+    if index is not None:
+        return padded.flatten(0, 1).index_copy(0, index, values).view_as(padded)
+    row, place = row_and_place(offsets, len(values))
     return padded.index_put((row, place), values)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from kernels.jagged import offsets_from_lengths
+from kernels.jagged import offsets_from_lengths, to_padded
 from kernels.jagged.naive import row_and_place
 from steps.common.cli import StepError
 from steps.common.files import read_json, sha256
@@ -42,9 +42,13 @@ class Batch:
         """The places (B,) of each user's last token."""
         return self.offsets[1 : len(self.user) + 1] - 1
 
+    def to_padded(self, jagged: torch.Tensor) -> torch.Tensor:
+        """(T, D) to (R, max_len, D), zeros behind each row."""
+        return to_padded(jagged, self.offsets, self.max_len, self.row * self.max_len + self.place)
+
     def to_jagged(self, padded: torch.Tensor) -> torch.Tensor:
-        """`kernels.jagged.to_jagged` by this batch's offsets: (R, N, D) to (T, D), without waiting for the device."""
-        return padded.flatten(0, 1).index_select(0, self.row * padded.shape[1] + self.place)
+        """(R, max_len, D) to (T, D), without waiting for the device."""
+        return padded.flatten(0, 1).index_select(0, self.row * self.max_len + self.place)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class BERTBlock(nn.Module):
 
     def attend(self, qkv: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values (T, 3 d) to what each token attends to (T, d)."""
-        padded = jagged.to_padded(qkv, offsets, max_len)
+        padded = jagged.to_padded(qkv, offsets, max_len, index)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in padded.chunk(3, dim=-1))
         real = torch.arange(max_len, device=qkv.device) < offsets.diff()[:, None]  # (B, N)
         attended = F.scaled_dot_product_attention(

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import jagged
 from kernels.jagged import offsets_from_lengths
 from kernels.jagged.naive import row_and_place
 from steps.data.sequences import Batch, Sequences
@@ -74,7 +73,7 @@ class GRU4Rec(SequenceModel):
         nn.init.uniform_(self.items.weight, -bound, bound)
 
     def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
-        states, _ = self.gru(jagged.to_padded(vectors, batch.offsets, batch.max_len))
+        states, _ = self.gru(batch.to_padded(vectors))
         return batch.to_jagged(states)
 
     def score(self, batch: Batch) -> torch.Tensor:

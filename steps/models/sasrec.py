@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import jagged
 from kernels.layer_norm import layer_norm
 from steps.data.sequences import Batch
 from steps.models.base import PositionedModel
@@ -47,14 +46,12 @@ class SASRecBlock(nn.Module):
         return x + self.dropout(self.outer(self.dropout(F.relu(self.inner(x)))))
 
     def _attend(self, normed: torch.Tensor, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        def split(tensor: torch.Tensor) -> torch.Tensor:  # (T, d) to (B, h, N, d / h)
-            padded = jagged.to_padded(tensor, batch.offsets, batch.max_len)
-            return padded.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
+        padded = batch.to_padded(torch.cat([self.query(normed), self.key(x), self.value(x)], dim=-1))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in padded.chunk(3, dim=-1))
         attended = F.scaled_dot_product_attention(
-            split(self.query(normed)),
-            split(self.key(x)),
-            split(self.value(x)),
+            q,
+            k,
+            v,
             dropout_p=self.attention_dropout if self.training else 0.0,
             is_causal=True,  # padding stands behind every real token, so causality hides it
         )

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import jagged
 from steps.data.sequences import Batch
 from steps.models.base import SequenceModel
 
@@ -43,14 +42,11 @@ class TransformerPPBlock(nn.Module):
 
     def _attend(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
-
-        def pad(tensor: torch.Tensor) -> torch.Tensor:  # (T, h, d / h) to (B, h, N, d / h)
-            padded = jagged.to_padded(tensor.flatten(1), batch.offsets, batch.max_len)
-            return padded.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        attended = F.scaled_dot_product_attention(
-            pad(rotate(q, batch.place)), pad(rotate(k, batch.place)), pad(v), is_causal=True
-        )  # padding stands behind every real token, so causality hides it
+        turned = torch.cat([rotate(q, batch.place), rotate(k, batch.place), v], dim=1)
+        padded = batch.to_padded(turned.flatten(1)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)
+        q, k, v = padded.chunk(3, dim=1)
+        # Padding stands behind every real token, so causality hides it.
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.output(batch.to_jagged(attended.transpose(1, 2).flatten(2)))
 
 

@@ -26,6 +26,21 @@ def test_padded_rows_hold_their_values_and_zeros_behind(lengths: list[int], dim:
     assert torch.equal(jagged.to_jagged(padded, offsets), values)
 
 
+@given(lengths=lengths_lists, dim=st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_padding_with_a_given_index_is_padding_in_values_and_gradients(lengths: list[int], dim: int) -> None:
+    offsets = naive.offsets_from_lengths(torch.tensor(lengths))
+    row, place = naive.row_and_place(offsets, sum(lengths))
+    results = []
+    for index in (None, row * 7 + place):
+        values = torch.arange(float(sum(lengths) * dim)).view(-1, dim).requires_grad_()
+        padded = naive.to_padded(values, offsets, 7, index)
+        torch.manual_seed(0)
+        results.append((padded, *torch.autograd.grad(padded, values, torch.randn_like(padded))))
+    for given_index, found in zip(*results, strict=True):
+        assert torch.equal(given_index, found)
+
+
 @given(lengths=lengths_lists, dim=st.integers(1, 4), data=st.data())
 @settings(max_examples=50, deadline=None)
 def test_selected_rows_are_those_rows_in_that_order(lengths: list[int], dim: int, data: st.DataObject) -> None:
