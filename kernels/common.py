@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,8 +27,23 @@ def triton_available() -> bool:
 
 
 def fits_triton(*tensors: torch.Tensor | None) -> bool:
-    """Whether these tensors go to the Triton kernels: float32, float16 or bfloat16, on CUDA."""
-    return _triton_available() and all(t is None or (t.is_cuda and t.dtype in _TYPES) for t in tensors)
+    """Whether these tensors go to the Triton kernels: float32, float16 or bfloat16, on CUDA.
+
+    Where tensors on CUDA do not, a warning says so, once for each reason.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if _triton_available() and all(tensor.is_cuda and tensor.dtype in _TYPES for tensor in given):
+        return True
+    if given[0].is_cuda and not torch.compiler.is_compiling():
+        others = {str(tensor.dtype) for tensor in given if tensor.dtype not in _TYPES}
+        do_without(f"Triton kernels take no {', '.join(sorted(others))}" if others else "Triton is not installed")
+    return False
+
+
+@functools.cache
+def do_without(reason: str) -> None:
+    """Warn, once for each reason, that torch does what a kernel would do faster."""
+    warnings.warn(f"{reason}; torch does the work, more slowly", stacklevel=3)
 
 
 def _triton_available() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kernels.common import fits_triton
+from kernels.common import do_without, fits_triton
 from kernels.hstu_attention import grouped, naive
 from kernels.hstu_attention.naive import TIME_BUCKETS, time_bucket
 
@@ -170,7 +170,13 @@ def _in_torch(attend: Callable[..., torch.Tensor], q: torch.Tensor, *inputs: Any
 
 
 def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    return fits_triton(q, k, v) and q.dtype == k.dtype == v.dtype and max(q.shape[2], v.shape[2]) <= _WIDEST_HEAD
+    if not fits_triton(q, k, v):
+        return False
+    if q.dtype == k.dtype == v.dtype and max(q.shape[2], v.shape[2]) <= _WIDEST_HEAD:
+        return True
+    if not torch.compiler.is_compiling():
+        do_without(f"Triton attention takes one type, and heads of at most {_WIDEST_HEAD} dimensions")
+    return False
 
 
 def _check_times(time_bias: torch.Tensor | None, *times: torch.Tensor | None) -> None:
