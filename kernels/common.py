@@ -34,16 +34,21 @@ def fits_triton(*tensors: torch.Tensor | None) -> bool:
     given = [tensor for tensor in tensors if tensor is not None]
     if _triton_available() and all(tensor.is_cuda and tensor.dtype in _TYPES for tensor in given):
         return True
-    if given[0].is_cuda and not torch.compiler.is_compiling():
+    if given[0].is_cuda:
         others = {str(tensor.dtype) for tensor in given if tensor.dtype not in _TYPES}
         do_without(f"Triton kernels take no {', '.join(sorted(others))}" if others else "Triton is not installed")
     return False
 
 
-@functools.cache
 def do_without(reason: str) -> None:
-    """Warn, once for each reason, that torch does what a kernel would do faster."""
-    warnings.warn(f"{reason}; torch does the work, more slowly", stacklevel=3)
+    """Warn, once for each reason, that torch does what a kernel would do faster; not while torch.compile traces."""
+    if not torch.compiler.is_compiling():
+        _warn(reason)
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(f"{reason}; torch does the work, more slowly", stacklevel=4)
 
 
 def _triton_available() -> bool:

@@ -72,7 +72,7 @@ def check_operations() -> list[str]:
             operation, arguments, expected = cases[name]
             try:
                 fits = torch.equal(operation(*arguments), expected)
-            except (RuntimeError, NotImplementedError):
+            except RuntimeError:
                 fits = False
             if not fits:
                 build = "fbgemm-gpu" if torch.cuda.is_available() else "fbgemm-gpu-cpu"

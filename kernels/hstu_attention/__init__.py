@@ -174,8 +174,7 @@ def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         return False
     if q.dtype == k.dtype == v.dtype and max(q.shape[2], v.shape[2]) <= _WIDEST_HEAD:
         return True
-    if not torch.compiler.is_compiling():
-        do_without(f"Triton attention takes one type, and heads of at most {_WIDEST_HEAD} dimensions")
+    do_without(f"Triton attention takes one type, and heads of at most {_WIDEST_HEAD} dimensions")
     return False
 
 

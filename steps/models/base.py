@@ -196,6 +196,6 @@ def look_up(table: nn.Embedding | RowwiseTable, index: torch.Tensor) -> torch.Te
     """Rows (T, d) of a table; of a `RowwiseTable` without gradients."""
     if isinstance(table, RowwiseTable):
         return table.weight.index_select(0, index).float()
-    if table.weight.is_cuda:  # where the gradient of `table(index)` sorts, a tenth of SASRec's step on an H200
+    if table.weight.is_cuda:  # where the gradient of `table(index)` sorts: 0.13 of 2.1 ms of SASRec's step on an H200
         return table.weight.index_select(0, index)
     return table(index)

@@ -128,7 +128,7 @@ class StaticSteps:
             # The thread that writes states may use the device meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self.place.stream, capture_error_mode="thread_local"):
                 self._step(layout, buffer)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             self._without("a CUDA graph", error)
             self.capture = False
             self.optimizer.zero_grad(set_to_none=True)

@@ -5,12 +5,12 @@ import warnings
 import pytest
 import torch
 
-from kernels.common import do_without, fits_triton
+from kernels.common import _warn, do_without, fits_triton
 from kernels.hstu_attention import hstu_attention
 
 
 def test_each_reason_is_given_once() -> None:
-    do_without.cache_clear()
+    _warn.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for reason in ("one", "two", "one"):
@@ -28,7 +28,7 @@ def test_tensors_on_a_cpu_do_not_fit_and_nobody_is_warned() -> None:
 
 @pytest.mark.gpu
 def test_what_does_not_fit_on_cuda_is_said_and_done_by_torch() -> None:
-    do_without.cache_clear()
+    _warn.cache_clear()
     q = torch.randn(5, 1, 300, device="cuda")
     offsets = torch.tensor([0, 5], device="cuda")
     with pytest.warns(UserWarning, match="at most 256 dimensions"):
