@@ -69,14 +69,17 @@ def main(args: argparse.Namespace) -> None:
     together = [list(trainings)] if device.type == "cuda" else [[run] for run in trainings]
     failed: list[str] = []
     for runs in together:
-        errors = train_together([trainings[run] for run in runs])
-        for index, run in enumerate(runs):
-            if index in errors:
-                failed.append(f"{run}: {errors[index]}" if len(args.run) > 1 else str(errors[index]))
-            else:
-                training = trainings[run]
-                save_weights(training.model, run / "model.safetensors")
-                _write(run, training.config, training.history, about | training.record() | {"runs_at_once": len(runs)})
+        for index, error in train_together([trainings[run] for run in runs]):
+            run = runs[index]
+            if error:
+                failed.append(f"{run}: {error}" if len(args.run) > 1 else str(error))
+                continue
+            training = trainings[run]
+            save_weights(training.model, run / "model.safetensors")
+            _write(run, training.config, training.history, about | training.record() | {"runs_at_once": len(runs)})
+    for run in trainings:  # not before, so that no finished run is trained again where another is killed
+        if (run / "training.json").exists():
+            _forget(run)
     if failed:
         raise StepError("; ".join(failed))
 
@@ -100,8 +103,12 @@ def _write(run: Path, config: dict[str, Any], history: list[dict[str, Any]], abo
         "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,  # of all runs,
     }
     write_json(run / "training.json", record | about)
+
+
+def _forget(run: Path) -> None:
+    """Remove the state that a training would go on from."""
     state = run / "resume" / "state.safetensors"
-    if state.exists():  # kept until every result is written
+    if state.exists():
         state.unlink()
         state.parent.rmdir()
 

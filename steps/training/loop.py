@@ -81,7 +81,6 @@ class Training:
             self.history: list[dict[str, Any]] = []
             self.best: dict[str, torch.Tensor] = {}
             self._resume(run / "resume" / "state.safetensors", data_sha256)
-        self.steps: int | None = None  # of the last epoch
 
     def _gains(self) -> bool:
         """Whether compiling pays; never in deterministic mode, as what it makes follows the sizes it sees first."""
@@ -124,18 +123,23 @@ class Training:
         epochs, every = self.config["training"]["epochs"], self.config["training"].get("watch_every", 1)
         while not self.finished:
             start = time.perf_counter()
-            self.steps = 0
+            taken = 0
             self._total = self.static.total.zero_() if self.static else torch.zeros((), device=self.device)
             for epoch in range(self.done + 1, min(self.done + every, epochs) + 1):
                 title = f"{self.title}epoch {epoch}/{epochs}"
-                for taken in self._epoch(epoch, title):
-                    self.steps += taken
+                for queued in self._epoch(epoch, title):
+                    taken += queued
                     yield
-            loss = float(self._total) / self.steps  # the one wait for the device
+            loss = float(self._total) / taken  # the one wait for the device
             if loss != loss:
                 raise StepError(f"the loss is not a number in {title}: training diverged; lower the learning rate")
             seconds = time.perf_counter() - start
-            line = {"epoch": epoch, "train/loss": round(loss, 6), "train/seconds": round(seconds, 3)}
+            line = {
+                "epoch": epoch,
+                "train/loss": round(loss, 6),
+                "train/steps": taken,
+                "train/seconds": round(seconds, 3),
+            }
             with self._uncompiled():
                 line |= watch(self.model, self.config, self.sequences, self.holdout)
             self.history.append(line)
@@ -181,10 +185,10 @@ class Training:
 
     def record(self) -> dict[str, Any]:
         """How the training went: what it took, and how."""
-        seconds = statistics.median(line["train/seconds"] for line in self.history)
+        step = statistics.median(line["train/seconds"] / line["train/steps"] for line in self.history)
         return {
-            "step_ms": round(1000 * seconds / self.steps, 3) if self.steps else None,
-            "steps_per_second": round(self.steps / seconds, 1) if self.steps and seconds else None,
+            "step_ms": round(1000 * step, 3),
+            "steps_per_second": round(1 / step, 1) if step else None,
             "item_bytes_per_float": round(self.model.item_bytes(self.optimizer), 3),
             "captured": self.static is not None and self.static.capture,
             "compiled": self.static is not None and self.static.compiled,
@@ -192,21 +196,22 @@ class Training:
         }
 
 
-def train_together(trainings: list[Training]) -> dict[int, StepError]:
-    """Train all, taking turns at every step; returns those that failed, by their place. Others go on without them."""
+def train_together(trainings: list[Training]) -> Iterator[tuple[int, StepError | None]]:
+    """Train all, taking turns at every step; yields the place of each that ends, and why it failed, if it did."""
     going = {index: training.epochs() for index, training in enumerate(trainings)}
-    failed: dict[int, StepError] = {}
     while going:
         for index, steps in list(going.items()):
+            error = None
             with trainings[index].place.entered():
                 try:
                     next(steps)
+                    continue
                 except StopIteration:
-                    del going[index]
-                except StepError as error:
-                    failed[index] = error
-                    del going[index]
-    return failed
+                    pass
+                except StepError as failure:
+                    error = failure
+            del going[index]
+            yield index, error
 
 
 def reported_epoch(config: dict[str, Any], history: list[dict[str, Any]]) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from steps.common.cli import StepError
 from steps.common.files import read_json, write_json
 from steps.data.sequences import Sequences, load_sequences
 from steps.models import SequenceModel, losses
@@ -204,14 +205,19 @@ def same(first: Training, second: Training) -> None:
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
 
+def train(*runs: Training) -> dict[int, StepError]:
+    """Train all to their end; returns those that failed, by their place."""
+    return {index: error for index, error in train_together(list(runs)) if error}
+
+
 @pytest.mark.parametrize("name", ["hstu", "gru4rec", "bert4rec"])
 def test_runs_together_end_as_alone(name: str, data: Path, tmp_path: Path) -> None:
     settings = [config(name, epochs=2) | {"seed": seed} for seed in (3, 4)]
     together = [training(data, tmp_path / f"t{index}", settings=one) for index, one in enumerate(settings)]
-    assert train_together(together) == {}
+    assert train(*together) == {}
     for index, one in enumerate(settings):
         alone = training(data, tmp_path / f"a{index}", settings=one)
-        train_together([alone])
+        train(alone)
         same(alone, together[index])
 
 
@@ -219,7 +225,7 @@ def test_a_rowwise_table_keeps_two_bytes_a_float_and_four_a_row(data: Path, tmp_
     kept = []
     for name in ("hstu", "hstu-rowwise"):
         one = training(data, tmp_path / name, settings=config(name, epochs=1))
-        train_together([one])
+        train(one)
         kept.append(one.record()["item_bytes_per_float"])
     assert kept == [pytest.approx(12, abs=0.01), 2 + 4 / 16]
 
@@ -227,15 +233,21 @@ def test_a_rowwise_table_keeps_two_bytes_a_float_and_four_a_row(data: Path, tmp_
 def test_a_run_that_fails_stops_no_other(data: Path, tmp_path: Path) -> None:
     diverges = config(epochs=2, optimizer={"lr": 1e30, "betas": [0.9, 0.98], "weight_decay": 0.0})
     runs = [training(data, tmp_path / "a", settings=diverges), training(data, tmp_path / "b")]
-    assert list(train_together(runs)) == [0]
+    assert list(train(*runs)) == [0]
     assert len(runs[1].history) == 3
+
+
+def test_a_run_that_ends_need_not_wait_for_the_others(data: Path, tmp_path: Path) -> None:
+    runs = [training(data, tmp_path / str(epochs), settings=config(epochs=epochs)) for epochs in (4, 1)]
+    assert next(train_together(runs)) == (1, None)
+    assert runs[0].done < 4
 
 
 @pytest.mark.parametrize(("name", "static"), [("hstu", False), ("hstu", True), ("hstu-rowwise", True)])
 def test_a_state_goes_on_to_the_same_end(name: str, static: bool, data: Path, tmp_path: Path) -> None:
     settings = config(name, epochs=3)
     whole = training(data, tmp_path / "whole", settings=settings, static=static)
-    train_together([whole])
+    train(whole)
     broken = training(data, tmp_path / "broken", settings=settings, static=static)
     for _ in broken.epochs():
         if len(broken.history) == 2:
@@ -243,15 +255,24 @@ def test_a_state_goes_on_to_the_same_end(name: str, static: bool, data: Path, tm
     broken._states.finish()
     resumed = training(data, tmp_path / "broken", settings=settings, static=static)
     assert len(resumed.history) == 2
-    train_together([resumed])
+    train(resumed)
     same(whole, resumed)
+    assert resumed.record()["step_ms"] > 0
+
+
+def test_a_finished_state_still_says_how_long_a_step_took(data: Path, tmp_path: Path) -> None:
+    one = training(data, tmp_path / "run", settings=config(epochs=2))
+    train(one)
+    again = training(data, tmp_path / "run", settings=config(epochs=2))
+    train(again)
+    assert again.record() == one.record()
 
 
 def test_training_stops_when_validation_no_longer_improves(data: Path, tmp_path: Path) -> None:
     settings = config(epochs=50)
     settings["training"]["patience"] = 2
     stopped = training(data, tmp_path / "run", settings=settings)
-    train_together([stopped])
+    train(stopped)
     values = [line["valid/ndcg@10"] for line in stopped.history]
     best = values.index(max(values))
     assert len(values) < 50
@@ -264,7 +285,7 @@ def test_a_run_of_the_fixed_schedule_has_no_patience(data: Path, tmp_path: Path)
     settings["training"]["patience"] = 1
     settings["protocol"] = settings["protocol"] | {"report": "last"}
     one = training(data, tmp_path / "run", settings=settings)
-    train_together([one])
+    train(one)
     assert len(one.history) == 6
 
 
@@ -274,7 +295,7 @@ def test_watching_less_often_changes_nothing_but_the_history(data: Path, tmp_pat
     often = training(data, tmp_path / "often", settings=settings)
     fewer = settings | {"training": settings["training"] | {"watch_every": 3}}
     seldom = training(data, tmp_path / "seldom", settings=fewer)
-    train_together([often, seldom])
+    train(often, seldom)
     assert [line["epoch"] for line in seldom.history] == [3, 6, 7]
     for name, tensor in often.model.state_dict().items():
         assert torch.equal(tensor, seldom.model.state_dict()[name])
@@ -302,7 +323,7 @@ def test_captured_steps_are_eager_steps(name: str, data: Path, tmp_path: Path) -
         for capture in (True, False)
     ]
     for run in runs:
-        train_together([run])
+        train(run)
     assert runs[0].record()["captured"]
     for name, tensor in runs[0].model.state_dict().items():
         torch.testing.assert_close(tensor, runs[1].model.state_dict()[name], rtol=1e-4, atol=1e-5)
@@ -314,10 +335,10 @@ def test_captured_steps_are_eager_steps(name: str, data: Path, tmp_path: Path) -
 def test_captured_runs_together_end_as_alone(name: str, data: Path, tmp_path: Path) -> None:
     settings = [config(name, epochs=2) | {"seed": seed} for seed in (3, 4, 5)]
     together = [training(data, tmp_path / f"t{i}", "cuda", settings=one) for i, one in enumerate(settings)]
-    assert train_together(together) == {}
+    assert train(*together) == {}
     for index, one in enumerate(settings):
         alone = training(data, tmp_path / f"a{index}", "cuda", settings=one)
-        train_together([alone])
+        train(alone)
         same(alone, together[index])
 
 
@@ -344,7 +365,7 @@ def test_compiled_steps_are_captured_and_learn_alike(name: str, data: Path, tmp_
     moved = []
     for run, compiled in zip(runs, (True, False), strict=True):
         before = run.model.items.weight.detach().clone().float()
-        train_together([run])
+        train(run)
         moved.append(float((run.model.items.weight.float() - before).norm()))
         assert run.record()["compiled"] is compiled
         assert run.record()["captured"]
