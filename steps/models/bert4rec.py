@@ -46,19 +46,29 @@ class BERTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
         """Tokens (T, d), with their places (T,) in a padded batch laid out row by row, to tokens (T, d)."""
-        attended = self.attend(self.qkv(x), offsets, max_len, index)
+        # Fused attention with a mask takes widths that eight divides; others, a matrix of N x N scores in float32.
+        width = x.shape[-1] // self.heads
+        qkv = F.pad(self.qkv(x).unflatten(-1, (3, self.heads, width)), (0, -width % 8))
+        attended = self.attend(qkv, width**-0.5, offsets, max_len, index)[..., :width].flatten(1)
         x = self.attention_norm(x + self.dropout(self.output(attended)))
         return self.feed_forward_norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
 
-    def attend(self, qkv: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values (T, 3 d) to what each token attends to (T, d)."""
-        padded = jagged.to_padded(qkv, offsets, max_len, index)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in padded.chunk(3, dim=-1))
+    def attend(
+        self, qkv: torch.Tensor, scale: float, offsets: torch.Tensor, max_len: int, index: torch.Tensor
+    ) -> torch.Tensor:
+        """Queries, keys and values (T, 3, heads, width) to what each token attends to (T, heads, width)."""
+        padded = jagged.to_padded(qkv.flatten(1), offsets, max_len, index).unflatten(-1, qkv.shape[1:])
+        q, k, v = (part.transpose(1, 2) for part in padded.unbind(2))
         real = torch.arange(max_len, device=qkv.device) < offsets.diff()[:, None]  # (B, N)
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=real[:, None, None, :], dropout_p=self.dropout_share if self.training else 0.0
+            q,
+            k,
+            v,
+            attn_mask=real[:, None, None, :],
+            dropout_p=self.dropout_share if self.training else 0.0,
+            scale=scale,
         )
-        return attended.transpose(1, 2).flatten(0, 1).index_select(0, index).flatten(1)
+        return attended.transpose(1, 2).flatten(0, 1).index_select(0, index)
 
 
 class BERT4Rec(SequenceModel):
@@ -98,9 +108,11 @@ class BERT4Rec(SequenceModel):
         states = self._encode(item, masked, offsets, batch.max_len + 1)
         if batch.real is None:
             return F.cross_entropy(self._logits(states[masked]), item[masked])
-        places = torch.argsort((~masked).byte(), stable=True)[: self._most_masked(len(item), len(offsets) - 1)]
-        targets = item[places] * masked[places]  # 0 behind the masked ones, and for masked padding
-        return F.cross_entropy(self._logits(states[places]), targets, ignore_index=0)
+        count = masked.cumsum(0)
+        wanted = torch.arange(1, self._most_masked(len(item), len(offsets) - 1) + 1, device=item.device)
+        places = torch.searchsorted(count, wanted).clamp(max=len(item) - 1)  # of the first, second, ... masked item
+        targets = item[places] * (wanted <= count[-1])  # 0 behind the masked ones, and for masked padding
+        return F.cross_entropy(self._logits(states.index_select(0, places)), targets, ignore_index=0)
 
     def score(self, batch: Batch) -> torch.Tensor:
         item, offsets = with_next(batch)
@@ -138,7 +150,7 @@ class BERT4Rec(SequenceModel):
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         bias = self.bias.index_fill(0, torch.zeros(1, dtype=torch.int64, device=states.device), -1e9)  # padding
-        return self.output_norm(F.gelu(self.transform(states))) @ self.items.weight.T + bias
+        return F.linear(self.output_norm(F.gelu(self.transform(states))), self.items.weight, bias)
 
 
 @functools.cache
