@@ -18,6 +18,9 @@ from steps.common.files import sha256, write_json
 # of pytest-xdist starts as many compilers as there are cores.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # likewise for what computes on the CPU, here and in the steps that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -174,15 +174,14 @@ def cases(draw: st.DrawFn, softmax: bool, bias: str) -> Case:
     longest = 300 if ON_GPU else 40
     lengths = tuple(draw(st.lists(st.integers(0, longest), min_size=1, max_size=3)))
     targets = tuple(draw(st.integers(0, n)) for n in lengths) if draw(st.booleans()) else None
-    # Where all times are equal, softmax's time gradient is a sum that cancels to nothing but rounding.
-    times = ["sorted", "reversed", "random", "far", *([] if softmax else ["equal"])]
     return Case(
         lengths=lengths,
         heads=draw(st.integers(1, 3)),
         dqk=draw(st.integers(8, 256 if ON_GPU else 40)),
         dv=draw(st.integers(8, 256 if ON_GPU else 40)),
         bias=bias,
-        times=draw(st.sampled_from(times)),
+        # Not "equal": all of the time gradient is then one entry, and one draw of rounding errors bounds no other.
+        times=draw(st.sampled_from(["sorted", "reversed", "random", "far"])),
         softmax=softmax,
         normaliser=draw(st.sampled_from([None, 211.0])),
         window=draw(st.sampled_from([0, 1, 30])),
