@@ -18,6 +18,7 @@ import torch
 
 from steps.common.cli import StepError, run_step
 from steps.common.device import compute_type, device_name
+from steps.common.dotted import set_entry
 from steps.common.files import read_json, write_json
 from steps.common.provenance import commit
 from steps.data.sequences import Sequences
@@ -176,13 +177,10 @@ def main(args: argparse.Namespace) -> None:
     config = read_json(args.config)
     for setting in args.set:
         key, _, value = setting.partition("=")
-        *path, last = key.split(".")
-        place = config
-        for name in path:
-            place = place.get(name, {})
-        if last not in place:
-            raise StepError(f"--set {setting}: {args.config} has no key {key}")
-        place[last] = json.loads(value)
+        try:
+            set_entry(config, key, json.loads(value))
+        except KeyError:
+            raise StepError(f"--set {setting}: {args.config} has no key {key}") from None
     rows = measure(config, args.items, args.steps, args.output.parent)
     write_json(args.output, merged(read_json(args.output) if args.output.exists() else [], rows))
     for row in rows:

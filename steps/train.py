@@ -22,9 +22,10 @@ from steps.common.files import read_json, write_json, write_text
 from steps.common.provenance import commit, versions
 from steps.data.holdout import hold_out
 from steps.data.sequences import Sequences, load_sequences
-from steps.models import CountingModel, build
+from steps.models import CountingModel, build, is_counting
 from steps.models.checkpoint import save_weights
-from steps.training.loop import Training, reported_epoch, train_together, watch
+from steps.training.loop import Training, reported_epoch, train_together
+from steps.training.watching import Watch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +61,8 @@ def main(args: argparse.Namespace) -> None:
         config = read_json(run / "config.json")
         title = f"{config['row']} on {config['dataset']}, protocol {config['protocol']['name']}, seed {config['seed']}"
         print(f"training {title}, {device_name(device)}", flush=True)
-        model = build(config, sequences.num_items)
-        if isinstance(model, CountingModel):
-            _fit(model.to(device), config, sequences, run, about)
+        if is_counting(config):
+            _fit(config, sequences, run, about)
             continue
         name = f"{config['row']}, seed {config['seed']}: " if len(args.run) > 1 else ""
         trainings[run] = Training(config, sequences, data_sha256, run, compute, title=name)
@@ -84,13 +84,16 @@ def main(args: argparse.Namespace) -> None:
         raise StepError("; ".join(failed))
 
 
-def _fit(model: CountingModel, config: dict[str, Any], sequences: Sequences, run: Path, about: dict[str, Any]) -> None:
+def _fit(config: dict[str, Any], sequences: Sequences, run: Path, about: dict[str, Any]) -> None:
     """Fit a counting model, which has one epoch and no loss."""
+    model = build(config, sequences.num_items).to(sequences.item.device)
+    if not isinstance(model, CountingModel):
+        raise TypeError(f"{type(model).__name__} is trained, not fitted")
     holdout = hold_out(sequences, config["protocol"])
     start = time.perf_counter()
     model.fit(sequences, holdout.train_drop)
     seconds = round(time.perf_counter() - start, 3)
-    line = {"epoch": 1, "train/seconds": seconds, **watch(model, config, sequences, holdout)}
+    line = {"epoch": 1, "train/seconds": seconds, **Watch(model, config, sequences, holdout)()}
     save_weights(model, run / "model.safetensors")
     _write(run, config, [line], about)
 

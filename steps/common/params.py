@@ -16,6 +16,7 @@ import jsonschema
 import yaml
 
 from steps.common.cli import StepError
+from steps.common.dotted import set_entry
 
 ROOT = Path("params")
 
@@ -130,17 +131,12 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
     }
     for setting in point:
         key, value = setting.split("=", 1)
-        _set(config, key, value, f"{root}/experiments/{run.experiment}.yaml")
+        try:
+            set_entry(config, key, yaml.safe_load(value))
+        except KeyError:
+            experiment = f"{root}/experiments/{run.experiment}.yaml"
+            raise StepError(
+                f"{experiment}, grid: no parameter {key!r}; it is the path in a run's config.json"
+            ) from None
         model["label"] += f", {setting}"
     return config
-
-
-def _set(config: dict[str, Any], key: str, value: str, experiment: str) -> None:
-    """Set the existing dotted `key` of a config, such as model.optimizer.lr, to a YAML value."""
-    *path, last = key.split(".")
-    place = config
-    for part in path:
-        place = place.get(part, {})
-    if last not in place:
-        raise StepError(f"{experiment}, grid: no parameter {key!r}; it is the path in a run's config.json")
-    place[last] = yaml.safe_load(value)

@@ -12,7 +12,14 @@ from steps.models.popular import MostPopular
 from steps.models.sasrec import SASRec
 from steps.models.transformer_pp import TransformerPP
 
-__all__ = ["CountingModel", "Model", "SequenceModel", "build"]
+__all__ = ["CountingModel", "Model", "SequenceModel", "build", "is_counting"]
+
+_COUNTING = ("popular", "markov", "item-knn")
+
+
+def is_counting(config: dict[str, Any]) -> bool:
+    """Whether `build` makes a `CountingModel` of a run's config.json."""
+    return config["model"]["model"] in _COUNTING
 
 
 def build(config: dict[str, Any], num_items: int) -> CountingModel | SequenceModel:

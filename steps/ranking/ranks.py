@@ -37,7 +37,59 @@ class Ranking:
     top: torch.Tensor
 
 
-@torch.inference_mode()
+class Ranker:
+    """Questions about a data set, to be asked of a model as often as one likes.
+
+    What the host has to know of them it finds out beforehand, so that `ask` does not wait for the device.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        questions: Questions,
+        rules: Sequence[Rules],
+        max_len: int,
+        batch_size: int,
+        top: int = 0,
+    ) -> None:
+        self.sequences, self.rules, self.max_len, self.top = sequences, rules, max_len, top
+        if sequences.item.device.type == "cuda":
+            batch_size = max(batch_size, min(_USERS_AT_ONCE, _SCORES_AT_ONCE // (sequences.num_items + 1)))
+        self._candidates = {rule: _candidates(sequences, rule) for rule in {rule.candidates for rule in rules}}
+        users, drop = questions.users.split(batch_size), questions.drop.split(batch_size)
+        self._batches = list(zip(users, drop, _sizes(sequences, questions, max_len, batch_size), strict=True))
+
+    @torch.inference_mode()
+    def ask(self, model: Model) -> tuple[torch.Tensor, list[Ranking]]:
+        """Whether every score was finite, (), and the answers under each of the rules, from one scoring.
+
+        A rank is 1 + the candidates that score higher than the target, ties counted half. The target is always a
+        candidate. Leaves the model in evaluation mode.
+        """
+        model.eval()
+        parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.rules]
+        finite = torch.ones((), dtype=torch.bool, device=self.sequences.item.device)
+        for users, drop, (size, history) in self._batches:
+            batch = self.sequences.batch(users, drop, self.max_len, size)
+            target = batch.next_item[batch.last][:, None]
+            scores = model.score(batch)
+            finite &= torch.isfinite(scores).all()
+            own = scores.gather(1, target)
+            for rule, part in zip(self.rules, parts, strict=True):
+                left_out = ~self._candidates[rule.candidates].expand_as(scores)
+                row, item = (
+                    self.sequences.histories(users, drop, history)
+                    if rule.exclude == "history"
+                    else (batch.row, batch.item)
+                )
+                left_out.view(-1).index_fill_(0, row * scores.shape[1] + item, True)
+                left_out.scatter_(1, target, False)
+                ranked = scores.masked_fill(left_out, -torch.inf)
+                ahead = (ranked > own).sum(1) + 0.5 * ((ranked == own).sum(1) - 1)  # the target ties with itself
+                part.append((1 + ahead, ranked.topk(self.top, dim=1).indices))
+        return finite, [Ranking(*(torch.cat(column) for column in zip(*part, strict=True))) for part in parts]
+
+
 def rank(
     model: Model,
     sequences: Sequences,
@@ -47,43 +99,16 @@ def rank(
     batch_size: int,
     top: int = 0,
 ) -> list[Ranking]:
-    """Answer every question under each of the rules, from one scoring.
+    """Answer every question once, as `Ranker.ask` does; raises StepError if a score is not finite."""
+    finite, rankings = Ranker(sequences, questions, rules, max_len, batch_size, top).ask(model)
+    require_finite(bool(finite))
+    return rankings
 
-    A rank is 1 + the candidates that score higher than the target, ties counted half. The target is
-    always a candidate. Leaves the model in evaluation mode. Raises StepError if a score is not finite.
-    """
-    model.eval()
-    device = sequences.item.device
-    if device.type == "cuda":
-        batch_size = max(batch_size, min(_USERS_AT_ONCE, _SCORES_AT_ONCE // (sequences.num_items + 1)))
-    candidates = {rule: _candidates(sequences, rule) for rule in {rule.candidates for rule in rules}}
-    parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in rules]
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    split = zip(
-        questions.users.split(batch_size),
-        questions.drop.split(batch_size),
-        _sizes(sequences, questions, max_len, batch_size),
-        strict=True,
-    )
-    for users, drop, (size, history) in split:
-        batch = sequences.batch(users, drop, max_len, size)
-        target = batch.next_item[batch.last][:, None]
-        scores = model.score(batch)
-        finite &= torch.isfinite(scores).all()
-        own = scores.gather(1, target)
-        for rule, part in zip(rules, parts, strict=True):
-            left_out = ~candidates[rule.candidates].expand_as(scores)
-            row, item = (
-                sequences.histories(users, drop, history) if rule.exclude == "history" else (batch.row, batch.item)
-            )
-            left_out.view(-1).index_fill_(0, row * scores.shape[1] + item, True)
-            left_out.scatter_(1, target, False)
-            ranked = scores.masked_fill(left_out, -torch.inf)
-            ahead = (ranked > own).sum(1) + 0.5 * ((ranked == own).sum(1) - 1)  # the target ties with itself
-            part.append((1 + ahead, ranked.topk(top, dim=1).indices))
-    if not finite:  # the one wait for the device
+
+def require_finite(finite: bool) -> None:
+    """Raise StepError if scores are not."""
+    if not finite:
         raise StepError("scores are not finite: training diverged; lower the learning rate")
-    return [Ranking(*(torch.cat(column) for column in zip(*part, strict=True))) for part in parts]
 
 
 def _sizes(sequences: Sequences, questions: Questions, max_len: int, batch_size: int) -> list[tuple[Size, int]]:

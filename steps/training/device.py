@@ -1,9 +1,12 @@
 """Where a run computes: its own CUDA stream and random numbers, so that several runs share a GPU without a trace."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Place:
@@ -16,10 +19,26 @@ class Place:
             self.stream.wait_stream(torch.cuda.current_stream(device))  # which loads the data
             self._random = torch.Generator(device)
 
-    def renew_random(self) -> None:
-        """Take a new generator, as one whose capture failed may believe that it is still captured."""
-        self._random = torch.Generator(self.device)
-        _default_generator(self.device).graphsafe_set_state(self._random)
+    def capture(self, work: Callable[[], T], pool: Any = None, draws: bool = True) -> tuple[torch.cuda.CUDAGraph, T]:
+        """`work` as a graph, and the tensors it returned, which every replay fills anew.
+
+        pool: of memory that graphs share which never run at once. draws: whether `work` takes random numbers.
+        Raises RuntimeError for work that no graph can hold. The place is as good as before then; graphs that draw, and
+        the pool, are not.
+        """
+        graph, default = torch.cuda.CUDAGraph(), _default_generator(self.device)
+        if not draws:  # so that the generator of graphs that do is not lost where this capture fails
+            default.graphsafe_set_state(torch.Generator(self.device))
+        try:
+            # The thread that writes states may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                return graph, work()
+        except RuntimeError:
+            if draws:  # a generator whose capture failed may believe that it is still captured
+                self._random = torch.Generator(self.device)
+            raise
+        finally:
+            default.graphsafe_set_state(self._random)
 
     def wait(self) -> None:
         """Wait for all that the run has queued, so that other streams may read it."""

@@ -18,15 +18,14 @@ import torch
 
 from steps.common.cli import StepError
 from steps.common.progress import progress
-from steps.data.holdout import Holdout, hold_out
+from steps.data.holdout import hold_out
 from steps.data.sequences import Sequences
-from steps.models import Model, SequenceModel, build
+from steps.models import SequenceModel, build
 from steps.models.checkpoint import load_progress, load_state
-from steps.ranking.metrics import metrics
-from steps.ranking.ranks import Rules, rank
 from steps.training.device import Place
 from steps.training.states import StateWriter
 from steps.training.steps import StaticSteps, bucket_size
+from steps.training.watching import Watch
 
 SEEDS_APART = 1_000_003  # so that no (seed, epoch) shares its random numbers with another
 _STEPS_APART = 2**20  # likewise for steps, of which an epoch has fewer
@@ -78,6 +77,7 @@ class Training:
             if on_cuda if static is None else static:
                 capture, compiled = capture and on_cuda, on_cuda and self._gains() if compiled is None else compiled
                 self.static = StaticSteps(model, self.optimizer, sequences, drop, self.place, capture, compiled)
+            self._watch = Watch(model, config, sequences, self.holdout)
             self.history: list[dict[str, Any]] = []
             self.best: dict[str, torch.Tensor] = {}
             self._resume(run / "resume" / "state.safetensors", data_sha256)
@@ -141,7 +141,7 @@ class Training:
                 "train/seconds": round(seconds, 3),
             }
             with self._uncompiled():
-                line |= watch(self.model, self.config, self.sequences, self.holdout)
+                line |= self._watch(self.place if self.static and self.static.capture else None)
             self.history.append(line)
             print(self.title + summary(line, epochs), flush=True)
             if self.config["protocol"]["report"] == "best" and line == max(self.history, key=_selection):
@@ -217,16 +217,6 @@ def train_together(trainings: list[Training]) -> Iterator[tuple[int, StepError |
 def reported_epoch(config: dict[str, Any], history: list[dict[str, Any]]) -> int:
     """The epoch whose weights the protocol reports: the last, or the first with the best validation NDCG@10."""
     return (history[-1] if config["protocol"]["report"] == "last" else max(history, key=_selection))["epoch"]
-
-
-def watch(model: Model, config: dict[str, Any], sequences: Sequences, holdout: Holdout) -> dict[str, Any]:
-    """The epoch's metrics: on validation where the protocol has one, else on test, which it then may not select by."""
-    split, training = holdout.watched, config["training"]
-    start = time.perf_counter()
-    rules = [Rules.of(config["protocol"])]
-    (found,) = rank(model, sequences, holdout.questions[split], rules, training["max_len"], training["batch"])
-    line: dict[str, Any] = {f"{split}/{name}": value for name, value in metrics(found.ranks).items()}
-    return line | {f"{split}/seconds": round(time.perf_counter() - start, 3)}
 
 
 def summary(line: dict[str, Any], epochs: int) -> str:

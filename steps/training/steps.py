@@ -61,7 +61,7 @@ class StaticSteps:
         self.compiled = compiled
         self.total = torch.zeros((), device=sequences.item.device)
         self._graphs: dict[Hashable, Callable[[torch.Tensor], None]] = {}
-        self._pool: Any = None
+        self._pool: Any = torch.cuda.graph_pool_handle() if capture else None
         prepare(optimizer)
         if compiled:
             model.compile_blocks()
@@ -120,19 +120,15 @@ class StaticSteps:
 
     def _captured(self, layout: Hashable, given: torch.Tensor) -> Callable[[torch.Tensor], None]:
         """The step as a graph that reads what it is given from a place of its own; eagerly if that cannot be."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        buffer, graph = given.clone(), torch.cuda.CUDAGraph()
+        buffer = given.clone()
         self._warm_up(layout, self.model.parts(layout, buffer)[0])
         try:
-            # The thread that writes states may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self.place.stream, capture_error_mode="thread_local"):
-                self._step(layout, buffer)
+            graph, _ = self.place.capture(lambda: self._step(layout, buffer), self._pool)
         except RuntimeError as error:
             self._without("a CUDA graph", error)
             self.capture = False
             self.optimizer.zero_grad(set_to_none=True)
-            self.place.renew_random()
+            return lambda given: self._step(layout, given)
 
         def replay(given: torch.Tensor) -> None:
             buffer.copy_(given)

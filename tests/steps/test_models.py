@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from steps.data.sequences import Batch, Sequences
-from steps.models import SequenceModel, build, losses
+from steps.models import CountingModel, SequenceModel, build, is_counting, losses
 
 MAX_LEN, ITEMS = 200, 60
 CAUSAL = ["hstu", "hstu-softmax", "sasrec", "transformer++", "gru4rec"]
@@ -246,6 +246,12 @@ def test_scores_are_cosines_of_the_last_state() -> None:
     state = model.encode(data)[data.offsets[1:] - 1]
     expected = torch.cosine_similarity(state[:, None], model.items.weight[None], dim=-1)
     torch.testing.assert_close(scores, expected)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "bert4rec", "popular", "markov", "item-knn"])
+def test_a_config_tells_whether_its_model_counts(name: str) -> None:
+    settings = config(name, neighbours=9, shrink=1.0)
+    assert is_counting(settings) == isinstance(build(settings, ITEMS), CountingModel)
 
 
 def test_most_popular_ranks_by_training_counts() -> None:

@@ -16,11 +16,13 @@ from steps.data.sequences import Sequences, load_sequences
 from steps.models import SequenceModel, losses
 from steps.models.adagrad import Adagrad
 from steps.models.gru4rec import GRU4Rec
+from steps.ranking.metrics import metric_values
 from steps.ranking.ranks import Rules, rank
 from steps.training.loop import Training, train_together
 from steps.training.steps import bucket_size
+from steps.training.watching import Watch
 from tests.conftest import ROOT, write_processed
-from tests.steps.runs import config
+from tests.steps.runs import PAPER, config
 from tests.steps.test_models import MAX_LEN, make, sequences
 
 LOSSES = {
@@ -340,6 +342,47 @@ def test_captured_runs_together_end_as_alone(name: str, data: Path, tmp_path: Pa
         alone = training(data, tmp_path / f"a{index}", "cuda", settings=one)
         train(alone)
         same(alone, together[index])
+
+
+def watched(run: Training) -> dict[str, Any]:
+    """What a watch that never saw a graph says of the run's model."""
+    with run.place.entered():
+        return Watch(run.model, run.config, run.sequences, run.holdout)()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", [*MODELS, "gru4rec", "hstu-rowwise"])
+def test_the_last_line_of_a_history_is_what_the_model_scores(
+    name: str, device: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On CUDA its evaluation is a graph of an earlier epoch's."""
+    settings = config(name, epochs=5) | {"protocol": PAPER}
+    run = training(data, tmp_path / "run", device, settings=settings)
+    train(run)
+    assert run.history[1]["test/mrr"] != run.history[4]["test/mrr"]
+    for key, value in watched(run).items():
+        if "seconds" not in key:
+            assert run.history[-1][key] == pytest.approx(value, abs=2e-6), key
+    assert "without a CUDA graph" not in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+def test_a_run_goes_on_as_before_where_no_graph_holds_its_evaluation(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = training(data, tmp_path / "whole", "cuda")
+    train(whole)
+
+    def waits(ranks: torch.Tensor) -> torch.Tensor:
+        assert float(ranks.min()) >= 1
+        return metric_values(ranks)
+
+    monkeypatch.setattr("steps.training.watching.metric_values", waits)
+    broken = training(data, tmp_path / "broken", "cuda")
+    train(broken)
+    assert capsys.readouterr().out.count("without a CUDA graph") == 1
+    same(whole, broken)
 
 
 @pytest.mark.gpu

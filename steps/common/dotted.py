@@ -1,0 +1,14 @@
+"""Entries of nested dicts by dotted keys, such as model.optimizer.lr."""
+
+from typing import Any
+
+
+def set_entry(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set the entry `key`; raises KeyError if it does not exist."""
+    *path, last = key.split(".")
+    place = config
+    for part in path:
+        place = place.get(part, {})
+    if last not in place:
+        raise KeyError(key)
+    place[last] = value
