@@ -26,8 +26,16 @@ from steps.training.loop import Training
 
 #: Parts of a step by words in the names of their kernels; the first that fits counts.
 PARTS = {
-    "attention, forward": ["forward_kernel", "band_kernel", "relative_time", "tile_bucket", "spread_kernel"],
-    "attention, backward": ["key_gradient", "query_gradient"],
+    "attention, forward": [
+        "forward_kernel",
+        "band_kernel",
+        "relative_time",
+        "tile_bucket",
+        "spread_kernel",
+        "flash_fwd",
+        "fmha_cutlassF",
+    ],
+    "attention, backward": ["key_gradient", "query_gradient", "flash_bwd", "fmha_cutlassB"],
     "attention, bias gradients": ["bias_gradient", "band_gradient", "diagonal_sum"],
     "projection": ["projection_"],
     "norms and gate": ["norm_gate_", "layer_norm", "LayerNorm", "GammaBeta"],

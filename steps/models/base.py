@@ -12,6 +12,9 @@ from kernels.rowwise_table import RowwiseTable, distinct
 from steps.data.sequences import Batch, Layout, Sequences
 from steps.models.losses import next_item_loss, scores
 
+# torch 2.11 prefers cuDNN's attention on Hopper, some of whose kernels round the share of dropout to sixteenths.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class Model(nn.Module, ABC):
     """A recommender: scores every item for the last position of each window."""

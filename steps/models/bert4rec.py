@@ -46,7 +46,7 @@ class BERTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
         """Tokens (T, d), with their places (T,) in a padded batch laid out row by row, to tokens (T, d)."""
-        # Fused attention with a mask takes widths that eight divides; others, a matrix of N x N scores in float32.
+        # Of other widths torch makes all N x N scores where there is a mask, in float32: no fused kernel takes them.
         width = x.shape[-1] // self.heads
         qkv = F.pad(self.qkv(x).unflatten(-1, (3, self.heads, width)), (0, -width % 8))
         attended = self.attend(qkv, width**-0.5, offsets, max_len, index)[..., :width].flatten(1)

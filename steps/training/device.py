@@ -18,13 +18,14 @@ class Place:
             self.stream = torch.cuda.Stream(device)
             self.stream.wait_stream(torch.cuda.current_stream(device))  # which loads the data
             self._random = torch.Generator(device)
+            self._failed: list[torch.cuda.CUDAGraph] = []
 
     def capture(self, work: Callable[[], T], pool: Any = None, draws: bool = True) -> tuple[torch.cuda.CUDAGraph, T]:
         """`work` as a graph, and the tensors it returned, which every replay fills anew.
 
         pool: of memory that graphs share which never run at once. draws: whether `work` takes random numbers.
-        Raises RuntimeError for work that no graph can hold. The place is as good as before then; graphs that draw, and
-        the pool, are not.
+        Raises RuntimeError for work that no graph can hold. Lost then are the pool, where `work` draws also graphs
+        captured before, and, in torch 2.11, the returning of cached memory to the device.
         """
         graph, default = torch.cuda.CUDAGraph(), _default_generator(self.device)
         if not draws:  # so that the generator of graphs that do is not lost where this capture fails
@@ -34,6 +35,7 @@ class Place:
             with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
                 return graph, work()
         except RuntimeError:
+            self._failed.append(graph)  # kept, as torch 2.11 takes a new graph at the same address for this one
             if draws:  # a generator whose capture failed may believe that it is still captured
                 self._random = torch.Generator(self.device)
             raise

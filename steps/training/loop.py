@@ -54,9 +54,9 @@ class Training:
     ) -> None:
         self.config, self.sequences = config, sequences
         self.device = sequences.item.device
-        self.place = Place(self.device)
         self.title = title
         self.holdout = hold_out(sequences, config["protocol"])
+        self.place = Place(self.device)
         training = config["training"]
         with self.place.entered():
             torch.manual_seed(config["seed"] * SEEDS_APART)

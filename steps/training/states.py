@@ -22,6 +22,7 @@ class StateWriter:
         self.device = device
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
+        self._copies: dict[str, torch.Tensor] = {}
         self._written = time.monotonic()
 
     def offer(
@@ -46,6 +47,9 @@ class StateWriter:
                 copied.synchronize()
             write_tensors(self.path, copies, progress)
 
+        # Freed by `finish`, in this thread: freeing page-locked memory leaves an event on the run's stream, which must
+        # not be while this thread captures a graph there.
+        self._copies = copies
         self._writing = self._thread.submit(write)
         self._written = time.monotonic()
 
@@ -54,3 +58,4 @@ class StateWriter:
         if self._writing is not None:
             self._writing.result()
             self._writing = None
+            self._copies = {}

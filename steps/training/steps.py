@@ -42,7 +42,7 @@ class StaticSteps:
     """The steps of one run. With `capture` each layout becomes a graph when it is first met; all share their memory.
 
     compiled: whether torch.compile fuses the steps' kernels; where it fails training goes on without, and says so.
-    total: (), the sum of the losses since `start_epoch`.
+    total: (), the sum of the losses since it was last set to zero.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from steps.models import SequenceModel, losses
 from steps.models.adagrad import Adagrad
 from steps.models.gru4rec import GRU4Rec
 from steps.ranking.metrics import metric_values
-from steps.ranking.ranks import Rules, rank
+from steps.ranking.ranks import Ranker, Rules, rank
 from steps.training.loop import Training, train_together
 from steps.training.steps import bucket_size
 from steps.training.watching import Watch
@@ -364,6 +364,7 @@ def test_the_last_line_of_a_history_is_what_the_model_scores(
         if "seconds" not in key:
             assert run.history[-1][key] == pytest.approx(value, abs=2e-6), key
     assert "without a CUDA graph" not in capsys.readouterr().out
+    assert (run._watch._replay is not None) == (device == "cuda")
 
 
 @pytest.mark.gpu
@@ -447,11 +448,18 @@ def test_torch_compile_takes_the_blocks_once_for_all_sizes(name: str, monkeypatc
 
 
 @pytest.mark.gpu
-def test_ranking_waits_for_the_device_once_at_its_end(data: Path, tmp_path: Path) -> None:
+def test_asking_waits_for_no_device_and_ranks_as_the_cpu(data: Path, tmp_path: Path) -> None:
     one = training(data, tmp_path / "run", "cuda")
     questions = one.holdout.questions["valid"]
     rules = [Rules("rated", "history"), Rules("catalogue", "window")]
-    whole = rank(one.model, one.sequences, questions, rules, 20, 16)
+    ranker = Ranker(one.sequences, questions, rules, 20, 16)
+    ranker.ask(one.model)  # kernels are compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        finite, whole = ranker.ask(one.model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert finite
     small = rank(
         one.model.cpu(),
         load_sequences(data, torch.device("cpu"))[0],
@@ -462,3 +470,19 @@ def test_ranking_waits_for_the_device_once_at_its_end(data: Path, tmp_path: Path
     )
     for first, second in zip(whole, small, strict=True):
         assert (first.ranks.cpu() - second.ranks).abs().mean() < 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bert4rec", "sasrec"])
+def test_attention_in_low_precision_is_fused_and_not_cudnns(name: str, data: Path, tmp_path: Path) -> None:
+    settings = config(name, dim=50, heads=1)
+    run = training(data, tmp_path / "run", "cuda", settings=settings, compute=torch.bfloat16, capture=False)
+    with run.place.entered():
+        users = torch.arange(5, device="cuda")
+        batch = run.sequences.batch(users, torch.zeros_like(users), 20)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run.model.train().loss(batch).backward()
+            torch.cuda.synchronize()
+    kernels = " ".join(event.key for event in profile.key_averages())
+    assert ("fmha_cutlass" if name == "bert4rec" else "flash_fwd") in kernels
+    assert "cudnn" not in kernels
