@@ -103,7 +103,7 @@ def _write(run: Path, config: dict[str, Any], history: list[dict[str, Any]], abo
     record = {
         "epoch": reported_epoch(config, history),
         "train_seconds": round(sum(line["train/seconds"] for line in history), 3),
-        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,  # of all runs so far
+        "peak_bytes": max(line.get("train/peak_bytes", 0) for line in history) or None,  # none on a CPU
     }
     write_json(run / "training.json", record | about)
 

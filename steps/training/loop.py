@@ -140,6 +140,8 @@ class Training:
                 "train/steps": taken,
                 "train/seconds": round(seconds, 3),
             }
+            if self.device.type == "cuda":  # of all runs at once, as memory is one
+                line["train/peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
             with self._uncompiled():
                 line |= self._watch(self.place if self.static and self.static.capture else None)
             self.history.append(line)
