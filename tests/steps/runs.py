@@ -6,6 +6,13 @@ STRICT = {"name": "strict", "split": "leave-last-out", "report": "best", "candid
 PAPER = {"name": "paper", "split": "leave-last-out", "report": "last", "candidates": "catalogue", "exclude": "window"}
 
 
+def lasting(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A history without what is another every time: seconds and memory."""
+    return [
+        {key: value for key, value in line.items() if not key.endswith(("seconds", "peak_bytes"))} for line in history
+    ]
+
+
 def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int = 4, **changes: Any) -> dict[str, Any]:
     if model == "hstu-softmax":
         model, changes = "hstu", {"attention": "softmax", "alpha": "1/sqrt(dqk)"} | changes

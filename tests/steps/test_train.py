@@ -19,7 +19,7 @@ from steps.models import build
 from steps.models.checkpoint import load_weights, save_weights
 from steps.training.loop import reported_epoch
 from tests.conftest import ROOT, write_processed
-from tests.steps.runs import PAPER, config
+from tests.steps.runs import PAPER, config, lasting
 
 
 def command(name: str, run: Path, data: Path, *more: str) -> list[str]:
@@ -62,13 +62,7 @@ def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(model: str, da
     assert "resuming after epoch" in again.stdout
     assert "epoch 1/12" not in again.stdout
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    kept = [
-        [
-            {key: value for key, value in line.items() if "seconds" not in key}
-            for line in read_jsonl(run / "history.jsonl")
-        ]
-        for run in (whole, killed)
-    ]
+    kept = [lasting(read_jsonl(run / "history.jsonl")) for run in (whole, killed)]
     assert kept[0] == kept[1]
     assert len(kept[0]) == 12
     assert not (killed / "resume").exists()

@@ -22,7 +22,7 @@ from steps.training.loop import Training, train_together
 from steps.training.steps import bucket_size
 from steps.training.watching import Watch
 from tests.conftest import ROOT, write_processed
-from tests.steps.runs import PAPER, config
+from tests.steps.runs import PAPER, config, lasting
 from tests.steps.test_models import MAX_LEN, make, sequences
 
 LOSSES = {
@@ -198,11 +198,7 @@ def compare_compiled(
 
 
 def same(first: Training, second: Training) -> None:
-    histories = [
-        [{key: value for key, value in line.items() if "seconds" not in key} for line in one.history]
-        for one in (first, second)
-    ]
-    assert histories[0] == histories[1]
+    assert lasting(first.history) == lasting(second.history)
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
