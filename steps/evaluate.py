@@ -1,6 +1,6 @@
-"""Rank every user's held-out item with a trained model, exactly, and keep the ranks.
+"""Rank every user's held-out item with trained models, exactly, and keep the ranks.
 
-Writes `ranks.safetensors` and `metrics.json` beside the weights: metrics under the protocol's own rules, the
+Writes `ranks.safetensors` and `metrics.json` beside each model's weights: metrics under the protocol's own rules, the
 same model's under every choice of candidates and excluded items (`variants`), and what lies beyond accuracy.
 Needs torch, numpy and safetensors alone.
 """
@@ -16,7 +16,7 @@ from steps.common.cli import run_step
 from steps.common.device import compute_type, pick_device
 from steps.common.files import atomic_path, read_json, read_jsonl, write_json
 from steps.data.holdout import hold_out
-from steps.data.sequences import load_sequences
+from steps.data.sequences import Sequences, load_sequences
 from steps.models import SequenceModel, build
 from steps.models.checkpoint import load_weights
 from steps.ranking.beyond import beyond_accuracy
@@ -29,24 +29,31 @@ VARIANTS = [Rules(candidates, exclude) for exclude in ("window", "history") for 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, type=Path, help="the run's folder, which train filled")
+    parser.add_argument(
+        "--run", required=True, type=Path, nargs="+", action="extend", help="the runs' folders, which train filled"
+    )
     parser.add_argument("--data", required=True, type=Path, help="data/processed/<dataset>")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--precision", choices=["bf16", "tf32"], help="on cuda (default: as it was trained)")
 
 
 def main(args: argparse.Namespace) -> None:
-    config = read_json(args.run / "config.json")
-    protocol, training = config["protocol"], config["training"]
-    device, trained = pick_device(args.device), read_json(args.run / "training.json")
     torch.backends.cuda.matmul.allow_tf32 = True  # as after every epoch of the training
-    sequences, _ = load_sequences(args.data, device)
+    sequences, _ = load_sequences(args.data, pick_device(args.device))
+    for run in args.run:
+        evaluate(run, sequences, args.precision)
+
+
+def evaluate(run: Path, sequences: Sequences, precision: str | None = None) -> None:
+    """Evaluate the model of one run's folder on the device of the sequences; in its training's precision if `None`."""
+    config, trained = read_json(run / "config.json"), read_json(run / "training.json")
+    protocol, training, device = config["protocol"], config["training"], sequences.item.device
     holdout = hold_out(sequences, protocol)
     model = build(config, sequences.num_items).to(device)
-    load_weights(model, args.run / "model.safetensors")
+    load_weights(model, run / "model.safetensors")
     if isinstance(model, SequenceModel):
         as_trained = "bf16" if trained.get("precision") == "bf16" else "tf32"
-        _, model.compute = compute_type(args.precision or as_trained, device)
+        _, model.compute = compute_type(precision or as_trained, device)
 
     own = Rules.of(protocol)
     found: dict[str, Any] = {}
@@ -61,11 +68,11 @@ def main(args: argparse.Namespace) -> None:
             variants = zip(VARIANTS, others, strict=True)
             found["variants"] = {f"{rule.exclude}/{rule.candidates}": metrics(other.ranks) for rule, other in variants}
     if protocol["report"] == "last":  # optimistic: the epoch is chosen by the test set
-        best = max(read_jsonl(args.run / "history.jsonl"), key=lambda line: line["test/ndcg@10"])
+        best = max(read_jsonl(run / "history.jsonl"), key=lambda line: line["test/ndcg@10"])
         found["test_best"] = {name: best[f"test/{name}"] for name in found["test"]} | {"epoch": best["epoch"]}
-    with atomic_path(args.run / "ranks.safetensors") as temporary:
+    with atomic_path(run / "ranks.safetensors") as temporary:
         temporary.write_bytes(save({name: tensor.cpu() for name, tensor in kept.items()}))
-    write_json(args.run / "metrics.json", {**found, **trained})
+    write_json(run / "metrics.json", {**found, **trained})
 
 
 if __name__ == "__main__":

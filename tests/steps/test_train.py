@@ -96,7 +96,7 @@ def test_strict_keeps_the_best_validation_epoch_and_paper_the_last(data: Path, t
     )
     for run in (strict, paper):
         finish(run, data)
-        subprocess.run(command("evaluate", run, data), check=True, cwd=ROOT)
+    subprocess.run(command("evaluate", strict, data, "--run", str(paper)), check=True, cwd=ROOT)
     history, metrics = read_jsonl(strict / "history.jsonl"), read_json(strict / "metrics.json")
     best = max(history, key=lambda line: line["valid/ndcg@10"])
     assert metrics["epoch"] == best["epoch"]
