@@ -77,19 +77,24 @@ class SequenceModel(Model):
         """States (T, d), one per token, not normalised."""
         return self.states(look_up(self.items, batch.item), batch)
 
+    @property
+    def fusible(self) -> list[nn.Module]:
+        """What torch.compile fuses, each part by itself."""
+        return list(self.blocks)
+
     def compile_blocks(self) -> None:
         """Have torch.compile fuse what happens between matrix products, of whatever sizes, the next time it does."""
         import torch._dynamo  # late, since it takes a second
 
         # Rather than going on uncompiled without a word, where more shapes come than it compiles for.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        for block in self.blocks:
-            block.compile(dynamic=True)
+        for part in self.fusible:
+            part.compile(dynamic=True)
 
     def uncompile_blocks(self) -> None:
         """Undo `compile_blocks`."""
-        for block in self.blocks:
-            block._compiled_call_impl = None
+        for part in self.fusible:
+            part._compiled_call_impl = None
 
     def low_precision(self) -> torch.autocast:
         """Within it, matrix products and attention are taken in `compute`; norms and the sum of layers are not."""

@@ -71,6 +71,25 @@ class BERTBlock(nn.Module):
         return attended.transpose(1, 2).flatten(0, 1).index_select(0, index)
 
 
+class Output(nn.Module):
+    """softmax(E LN(GELU(W h)) + bias) over all items, of states (R, d)."""
+
+    def __init__(self, dim: int, num_items: int) -> None:
+        super().__init__()
+        self.transform = nn.Linear(dim, dim)
+        self.norm = LayerNorm(dim)
+        self.bias = nn.Parameter(torch.zeros(num_items + 1))
+
+    def logits(self, states: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """(R, V + 1), given the item vectors (V + 1, d), of which row 0 is padding."""
+        bias = self.bias.index_fill(0, torch.zeros(1, dtype=torch.int64, device=states.device), -1e9)
+        return F.linear(self.norm(F.gelu(self.transform(states))), items, bias)
+
+    def forward(self, states: torch.Tensor, items: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy of the targets (R,) that are not 0."""
+        return F.cross_entropy(self.logits(states, items), targets, ignore_index=0)
+
+
 class BERT4Rec(SequenceModel):
     """Item and position vectors, BERT blocks, and the output layer tied to the item vectors."""
 
@@ -84,14 +103,16 @@ class BERT4Rec(SequenceModel):
         self.blocks = nn.ModuleList(
             BERTBlock(self.dim, config["heads"], training["dropout"]) for _ in range(config["blocks"])
         )
-        self.transform = nn.Linear(self.dim, self.dim)
-        self.output_norm = LayerNorm(self.dim)
-        self.bias = nn.Parameter(torch.zeros(num_items + 1))
+        self.output = Output(self.dim, num_items)
         for name, parameter in self.named_parameters():
             if name == "mask" or (name.endswith("weight") and parameter.dim() > 1):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    @property
+    def fusible(self) -> list[nn.Module]:
+        return [*self.blocks, self.output]
 
     def compile_blocks(self) -> None:
         _compile_without_attention()
@@ -107,18 +128,18 @@ class BERT4Rec(SequenceModel):
         masked = self._choose(offsets, len(item))
         states = self._encode(item, masked, offsets, batch.max_len + 1)
         if batch.real is None:
-            return F.cross_entropy(self._logits(states[masked]), item[masked])
+            return self.output(states[masked], self.items.weight, item[masked])
         count = masked.cumsum(0)
         wanted = torch.arange(1, self._most_masked(len(item), len(offsets) - 1) + 1, device=item.device)
         places = torch.searchsorted(count, wanted).clamp(max=len(item) - 1)  # of the first, second, ... masked item
         targets = item[places] * (wanted <= count[-1])  # 0 behind the masked ones, and for masked padding
-        return F.cross_entropy(self._logits(states.index_select(0, places)), targets, ignore_index=0)
+        return self.output(states.index_select(0, places), self.items.weight, targets)
 
     def score(self, batch: Batch) -> torch.Tensor:
         item, offsets = with_next(batch)
         last = offsets[1:] - 1
         masked = torch.zeros_like(item, dtype=torch.bool).index_fill(0, last, True)  # the next item itself is hidden
-        return self._logits(self._encode(item, masked, offsets, batch.max_len + 1)[last])
+        return self.output.logits(self._encode(item, masked, offsets, batch.max_len + 1)[last], self.items.weight)
 
     def _choose(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
         """Which items (T,) to mask: at least one of every sequence."""
@@ -147,10 +168,6 @@ class BERT4Rec(SequenceModel):
             for block in self.blocks:
                 x = block(x, offsets, max_len, row * max_len + place)
         return x
-
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        bias = self.bias.index_fill(0, torch.zeros(1, dtype=torch.int64, device=states.device), -1e9)  # padding
-        return F.linear(self.output_norm(F.gelu(self.transform(states))), self.items.weight, bias)
 
 
 @functools.cache

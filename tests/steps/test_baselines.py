@@ -182,8 +182,8 @@ def test_bert4rec_trains_on_the_window_with_its_next_item() -> None:
     masked = model._choose(offsets, 6)
     torch.manual_seed(3)
     states = model._encode(item, masked, offsets, 4)[masked]
-    hidden = model.output_norm(F.gelu(model.transform(states)))
-    logits = (hidden @ model.items.weight.T + model.bias)[:, 1:]
+    hidden = model.output.norm(F.gelu(model.output.transform(states)))
+    logits = (hidden @ model.items.weight.T + model.output.bias)[:, 1:]
     torch.manual_seed(3)
     torch.testing.assert_close(model.loss(data), F.cross_entropy(logits, item[masked] - 1))
 

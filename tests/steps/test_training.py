@@ -440,7 +440,7 @@ def test_torch_compile_takes_the_blocks_once_for_all_sizes(name: str, monkeypatc
     for order in (torch.tensor([6, 2, 0]), torch.tensor([1, 5, 4]), torch.tensor([0, 1, 3])):
         ((layout, given), *_) = model.static_steps(lengths, order, MAX_LEN, 3, 8)
         compare_compiled(model, data, drop, layout, given, 1e-9)
-    assert 1 <= graphs.frame_count <= 3
+    assert 1 <= graphs.frame_count <= (5 if name == "bert4rec" else 3)  # which has an output besides its blocks
 
 
 @pytest.mark.gpu
