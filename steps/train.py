@@ -68,6 +68,7 @@ def main(args: argparse.Namespace) -> None:
         trainings[run] = Training(config, sequences, data_sha256, run, compute, title=name)
     together = [list(trainings)] if device.type == "cuda" else [[run] for run in trainings]
     failed: list[str] = []
+    written: list[Path] = []
     for runs in together:
         for index, error in train_together([trainings[run] for run in runs]):
             run = runs[index]
@@ -77,9 +78,9 @@ def main(args: argparse.Namespace) -> None:
             training = trainings[run]
             save_weights(training.model, run / "model.safetensors")
             _write(run, training.config, training.history, about | training.record() | {"runs_at_once": len(runs)})
-    for run in trainings:  # not before, so that no finished run is trained again where another is killed
-        if (run / "training.json").exists():
-            _forget(run)
+            written.append(run)
+    for run in written:  # not before, so that no finished run is trained again where another is killed
+        _forget(run)
     if failed:
         raise StepError("; ".join(failed))
 
