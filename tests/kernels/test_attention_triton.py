@@ -89,17 +89,12 @@ class Case:
         return times[:-1], times[1:]
 
 
-def to_tf32(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 rounded to the 10 bits of TF32."""
-    return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 class TF32(TorchDispatchMode):
     """Within: operands of float32 products are rounded to TF32 first, which cuBLAS does or not as it sees fit."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == torch.ops.aten.bmm.default and args[0].dtype == torch.float32:
-            args = [to_tf32(tensor) for tensor in args]
+            args = [((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for tensor in args]
         return func(*args, **(kwargs or {}))
 
 
@@ -126,29 +121,8 @@ def check(case: Case, dtype: torch.dtype) -> None:
     exact = run("naive", case, inputs, torch.float64)
     with TF32() if ON_GPU else contextlib.nullcontext():
         low = run("naive", case, inputs, dtype)
-    if ON_GPU and dtype == torch.float32:
-        low = farther(exact, low, rounded_tables(case, inputs))
     terms = _score_gradient_terms(inputs) if case.softmax else 0.0
     assert_no_worse(run("triton", case, inputs, dtype), low, exact, names, tables=3 if case.softmax else 2, terms=terms)
-
-
-def rounded_tables(case: Case, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    """Bias gradients whose one error is that q, k, v and the gradient are rounded to TF32: the last of all outputs.
-
-    A table's gradient may be one entry, as where all times are equal. Its error in the naive version, which rounds
-    other intermediate values, is then one draw, and may be small by chance.
-    """
-    rounded = {name: to_tf32(inputs[name].float()).double() for name in ("q", "k", "v", "grad")}
-    return run("naive", case, inputs | rounded, torch.float64)[4:]
-
-
-def farther(exact: list[torch.Tensor], low: list[torch.Tensor], others: list[torch.Tensor]) -> list[torch.Tensor]:
-    """`low`, its last ones replaced by `others` where these are farther from `exact`."""
-    start = len(low) - len(others)
-    pairs = zip(exact[start:], low[start:], others, strict=True)
-    return low[:start] + [
-        max(pair, key=lambda tensor: float((tensor.double() - high).abs().sum())) for high, *pair in pairs
-    ]
 
 
 def _score_gradient_terms(inputs: dict[str, Any]) -> float:
