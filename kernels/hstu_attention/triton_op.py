@@ -318,6 +318,9 @@ class _Launch:
             if self.plain_masks:
                 band_gradient = log_mass.new_empty(self.bands[1].shape)
         tensors = {"q": (self.q, block_m), "grad": (grad, block_m), "k": (self.k, block_n), "v": (self.v, block_n)}
+        # An entry sums score gradients of a whole batch, among which errors of operands rounded to TF32 do not cancel:
+        # float32 is multiplied as it is, not by tensor cores.
+        diagonals = self.q.dtype != torch.float32 and self._diagonals(block_m, config["num_warps"])
         bias_gradient_kernel[(distances * splits,)](
             position_sums=position_sums,
             time_sums=time_sums,
@@ -334,8 +337,8 @@ class _Launch:
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             **self.rows_of(config, **tensors),
-            **self.common,
-            DIAGONALS=self._diagonals(block_m, config["num_warps"]),
+            **self.common | {"PRECISION": "ieee"},
+            DIAGONALS=diagonals,
             DETERMINISTIC=deterministic,
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],

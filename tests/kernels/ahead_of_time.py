@@ -244,6 +244,8 @@ CASES = {
     "attention d 50, short, fp32": _attention(_FP32, 1, 50, _SHORT),
     "attention d 128": _attention(_BF16, 2, 128, _LONG),
     "attention d 256": _attention(_BF16, 2, 256, _LONG),
+    "attention d 256, fp32": _attention(_FP32, 2, 256, _LONG),
+    "attention d 256, fp32, deterministic": _attention(_FP32, 2, 256, _LONG, softmax=True, deterministic=True),
     "attention d 256, deterministic": _attention(_BF16, 2, 256, _LONG, deterministic=True),
     "cached attention d 64": _cached_attention(_BF16, 4, 64, _LONG),
     "cached attention d 25, short, softmax": _cached_attention(_BF16, 2, 25, _SHORT, softmax=True),

@@ -25,6 +25,8 @@ TENSOR_MEMORY = 512
 REPRESENTATIVE = [
     "attention d 64",
     "attention d 256",
+    "attention d 256, fp32",
+    "attention d 256, fp32, deterministic",
     "sampled softmax d 50, fp32",
     "attention d 25, short",
     "cached attention d 64",
