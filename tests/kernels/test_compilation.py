@@ -29,6 +29,7 @@ REPRESENTATIVE = [
     "attention d 256, fp32, deterministic",
     "sampled softmax d 50, fp32",
     "attention d 25, short",
+    "attention d 73 and 8",
     "cached attention d 64",
     "norm gate D 256",
     "projection d 50, fp32",
