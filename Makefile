@@ -55,7 +55,8 @@ tables: $(INSTALLED)  ## rebuild the tables of every committed record, and the R
 	python -m steps.readme
 
 clean:  ## remove what runs made; data stays
-	rm -rf runs logs reports/demo .snakemake mlflow.db mlartifacts
+	rm -rf runs logs .snakemake mlflow.db mlartifacts
+	find reports/demo -mindepth 1 -maxdepth 1 ! -name records -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12 (python3 on the PATH, or PYTHON=...)" >&2; exit 1; }

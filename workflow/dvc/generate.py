@@ -1,4 +1,5 @@
-"""Write workflow/dvc/<experiment>/dvc.yaml for every experiment but the demo, from the run stages of dvc.yaml.
+"""Write workflow/dvc/<experiment>/dvc.yaml for every experiment but the demo, from the run stages of dvc.yaml, and the
+names of the data sets into the file that makes those.
 
 DVC has no way to give one dvc.yaml another experiment's name, and `dvc repro` runs all of a file, so each
 experiment has a file of its own with the same stages. `make dvc` runs this; a test compares.
@@ -7,7 +8,10 @@ experiment has a file of its own with the same stages. `make dvc` runs this; a t
 import re
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[2]
+DATASETS = ROOT / "workflow/dvc/datasets/dvc.yaml"
 _HEAD = """\
 # Experiment {name}: `dvc repro workflow/dvc/{name}/dvc.yaml`. Written from the top dvc.yaml by `make dvc`.
 vars:
@@ -25,6 +29,13 @@ def experiment_file(name: str) -> str:
     return _HEAD.format(name=name) + re.sub(r"^(  [a-z]+:\n)", r"\1    wdir: ../../..\n", stages, flags=re.MULTILINE)
 
 
+def datasets_file() -> str:
+    """The text of `workflow/dvc/datasets/dvc.yaml`, with every data set but those that are generated."""
+    entries = yaml.safe_load((ROOT / "params/datasets.yaml").read_text())
+    names = ", ".join(name for name, entry in entries.items() if "synthesize" not in entry)
+    return re.sub(r"^( +dataset: )\[.*\]$", rf"\g<1>[{names}]", DATASETS.read_text(), flags=re.MULTILINE)
+
+
 def experiments() -> list[str]:
     """Every experiment but the demo, which is the top dvc.yaml, and grids, for which DVC has `exp run -S`."""
     paths = (ROOT / "params/experiments").glob("*.yaml")
@@ -32,6 +43,7 @@ def experiments() -> list[str]:
 
 
 if __name__ == "__main__":
+    DATASETS.write_text(datasets_file())
     for name in experiments():
         path = ROOT / "workflow/dvc" / name / "dvc.yaml"
         path.parent.mkdir(exist_ok=True)
