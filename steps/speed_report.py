@@ -67,22 +67,30 @@ def parts_table(case: dict[str, Row]) -> str:
 
 
 def trainings_table(records: Path) -> str:
-    """A line for the runs that shared a GPU: how long they took, and a run's even share of it."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    """A line for the runs that shared a GPU: what they were, and how long the longest trained.
+
+    Where every model's runs are as many as were trained at once, each model had the GPU for itself.
+    """
+    groups: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
     for path in sorted(records.rglob("metrics.json")):
         metrics, config = read_json(path), read_json(path.with_name("config.json"))
         if metrics.get("captured"):
-            name = config["dataset"], config["row"], config["protocol"]["name"], config["training"]["epochs"]
-            groups.setdefault((*name, metrics["runs_at_once"], metrics["device"], metrics["commit"]), []).append(
-                metrics
-            )
+            metrics["epochs"] = metrics["stopped_early"] or config["training"]["epochs"]
+            where = config["experiment"], config["dataset"], config["protocol"]["name"]
+            key = (*where, metrics["runs_at_once"], metrics["device"], metrics["commit"])
+            groups.setdefault(key, {}).setdefault(config["row"], []).append(metrics)
     lines = []
-    for (dataset, row, protocol, epochs, at_once, device, commit), runs in groups.items():
-        seconds = max(run["train_seconds"] for run in runs)
-        peak = max(run["peak_bytes"] for run in runs) / 2**20
-        line = [dataset, row, protocol, str(epochs), str(at_once), f"{seconds:.1f}", f"{seconds / at_once:.1f}"]
-        lines.append([*line, f"{peak:,.0f}", device, commit[:9]])
-    headers = ["data", "model", "protocol", "epochs", "runs at once", "training, s", "a run, s", "peak MiB, all"]
+    for (experiment, dataset, protocol, at_once, device, commit), by_row in groups.items():
+        alone = all(len(runs) == at_once for runs in by_row.values())
+        for part in [{row: runs} for row, runs in by_row.items()] if alone else [by_row]:
+            runs = [run for of_row in part.values() for run in of_row]
+            done = sorted({run["epochs"] for run in runs})
+            epochs = str(done[0]) if len(done) == 1 else f"{done[0]} to {done[-1]}"
+            seconds = f"{max(run['train_seconds'] for run in runs):.1f}"
+            peak = f"{max(run['peak_bytes'] for run in runs) / 2**20:,.0f}"
+            line = [experiment, dataset, protocol, ", ".join(part), epochs, str(at_once), seconds, peak]
+            lines.append([*line, device, commit[:9]])
+    headers = ["experiment", "data", "protocol", "models", "epochs", "runs at once", "longest, s", "peak MiB, all"]
     return render(lines, [*headers, "device", "commit"], tablefmt="github", disable_numparse=True)
 
 
@@ -105,8 +113,8 @@ def markdown(rows: list[Row], ceilings: dict[str, Any], records: Path) -> str:
         f"rate of a copy, whichever is more; counted for HSTU. Commits {commits}.",
         speed_table(found, ceilings),
         "## Whole trainings",
-        "All epochs of the recorded runs, their own evaluations apart; with capturing, compiling, and what other runs "
-        "that were trained at once evaluated meanwhile.",
+        "All epochs of the recorded runs: seconds of the longest training, its own evaluations apart; with capturing, "
+        "compiling, and what other runs that were trained at once evaluated meanwhile.",
         trainings_table(records),
         "## Where the time goes",
         f"Milliseconds of kernels a step, by part; `{_WAITING}`: the rest of the step, when none ran.",

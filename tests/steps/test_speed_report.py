@@ -54,16 +54,37 @@ def test_what_is_no_kernel_s_time_is_waiting() -> None:
     assert [cell.strip() for cell in lines["whole step"]] == ["12.000", "0.700"]
 
 
+def record(folder: Path, row: str, seed: int, at_once: int, **changes: Any) -> None:
+    run = folder / "records" / row / f"seed-{seed}"
+    settings = {"experiment": folder.name, "dataset": "ml-1m", "row": row, "protocol": {"name": "strict"}}
+    write_json(run / "config.json", settings | {"training": {"epochs": 101}})
+    metrics = {"captured": True, "runs_at_once": at_once, "train_seconds": 40.0 - seed, "peak_bytes": 2**30}
+    write_json(
+        run / "metrics.json", metrics | {"stopped_early": None, "device": "H200", "commit": "0123456789"} | changes
+    )
+
+
+def lines_of(records: Path) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in trainings_table(records).splitlines()[2:]]
+
+
 def test_runs_trained_at_once_share_a_line(tmp_path: Path) -> None:
-    for seed in range(5):
-        run = tmp_path / "t" / "records" / f"seed-{seed}"
-        settings = {"dataset": "ml-1m", "row": "hstu", "protocol": {"name": "strict"}, "training": {"epochs": 101}}
-        write_json(run / "config.json", settings)
-        metrics = {"captured": seed < 4, "runs_at_once": 4, "train_seconds": 40.0 - seed, "peak_bytes": 2**30}
-        write_json(run / "metrics.json", metrics | {"device": "H200", "commit": "0123456789"})
-    (line,) = trainings_table(tmp_path).splitlines()[2:]
-    expected = ["ml-1m", "hstu", "strict", "101", "4", "40.0", "10.0", "1,024", "H200", "012345678"]
-    assert [cell.strip() for cell in line.split("|")[1:-1]] == expected
+    """Four at once, of two models; and one that was launched from Python, of which the table does not speak."""
+    for row, seed in (("hstu", 0), ("hstu", 1), ("sasrec", 2), ("sasrec", 3)):
+        record(tmp_path / "t", row, seed, 4, stopped_early=80 if seed == 3 else None)
+    record(tmp_path / "t", "gru4rec", 0, 4, captured=False)
+    expected = ["t", "ml-1m", "strict", "hstu, sasrec", "80 to 101", "4", "40.0", "1,024", "H200", "012345678"]
+    assert lines_of(tmp_path) == [expected]
+
+
+def test_models_trained_one_after_the_other_have_lines_of_their_own(tmp_path: Path) -> None:
+    for row in ("hstu", "sasrec"):
+        for seed in range(2):
+            record(tmp_path / "t", row, seed, 2, train_seconds=10.0 if row == "sasrec" else 5.0)
+    assert [[line[3], line[5], line[6]] for line in lines_of(tmp_path)] == [
+        ["hstu", "2", "5.0"],
+        ["sasrec", "2", "10.0"],
+    ]
 
 
 def test_the_report_names_commits(tmp_path: Path) -> None:
