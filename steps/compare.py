@@ -49,15 +49,23 @@ def read_gains(records: list[Record], folder: Path) -> dict[tuple[str, str], dic
     return found
 
 
-def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of values (U,), resampling users."""
+def resample(models: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+    """Each model's mean (resamples,) over users drawn with replacement, the same draws for all models.
+
+    models: of the same users (U,). The resampled means of a difference are then the differences of these.
+    """
     random = np.random.default_rng(seed)
-    means = np.concatenate(
-        [
-            values[random.integers(0, len(values), (_BLOCK, len(values)))].mean(axis=1)
-            for _ in range(_RESAMPLES // _BLOCK)
-        ]
-    )
+    users = len(next(iter(models.values())))
+    means: dict[str, list[np.ndarray]] = {name: [] for name in models}
+    for _ in range(_RESAMPLES // _BLOCK):
+        drawn = random.integers(0, users, (_BLOCK, users))
+        for name, values in models.items():
+            means[name].append(values[drawn].mean(axis=1))
+    return {name: np.concatenate(blocks) for name, blocks in means.items()}
+
+
+def interval(means: np.ndarray) -> tuple[float, float]:
+    """The percentile bootstrap interval of a mean, from its values (resamples,) over resampled users."""
     tail = (1 - _CONFIDENCE) / 2
     return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
 
@@ -71,13 +79,16 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def compare_pairs(models: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """A row per pair of models, the better one first, with Holm-corrected p-values over all pairs."""
+def compare_pairs(models: dict[str, np.ndarray], means: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """A row per pair of models, the better one first, with Holm-corrected p-values over all pairs.
+
+    means: what `resample` made of the models.
+    """
     rows: list[dict[str, Any]] = []
     for one, other in combinations(models, 2):
         better, worse = (one, other) if models[one].mean() >= models[other].mean() else (other, one)
         difference = models[better] - models[worse]
-        low, high = interval(difference)
+        low, high = interval(means[better] - means[worse])
         p = float(stats.wilcoxon(difference, zero_method="zsplit").pvalue) if difference.any() else 1.0
         rows.append(
             {
@@ -132,7 +143,11 @@ def parity(records: list[Record], paper: dict[str, Any]) -> list[str]:
     return parts
 
 
-def draw_intervals(found: dict[tuple[str, str], dict[str, np.ndarray]], names: dict[str, str]) -> Figure:
+def draw_intervals(
+    found: dict[tuple[str, str], dict[str, np.ndarray]],
+    resampled: dict[tuple[str, str], dict[str, np.ndarray]],
+    names: dict[str, str],
+) -> Figure:
     """NDCG@10 of every model with its interval: a panel per (dataset, protocol)."""
     tallest = max(len(models) for models in found.values())
     figure = Figure(figsize=(5 * len(found), 1 + 0.35 * tallest), layout="constrained")
@@ -140,7 +155,7 @@ def draw_intervals(found: dict[tuple[str, str], dict[str, np.ndarray]], names: d
     for axis, ((dataset, protocol), models) in zip(axes[0], found.items(), strict=True):
         rows = list(reversed(models))
         for height, name in enumerate(rows):
-            low, high = interval(models[name])
+            low, high = interval(resampled[dataset, protocol][name])
             axis.plot([low, high], [height, height], color="C0", linewidth=2)
             axis.plot(models[name].mean(), height, "o", color="C0", markersize=4)
         axis.set_yticks(range(len(rows)), [names[name] for name in rows])
@@ -159,6 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     records, _ = read_records(args.experiment, args.runs)
     found, names = read_gains(records, args.runs), labels(records)
+    resampled = {table: resample(models) for table, models in found.items()}
     paper = params.load("paper")
     text, claims, table = ["# Comparisons"], ["# Published orderings"], []
     text.append(
@@ -166,11 +182,12 @@ def main(args: argparse.Namespace) -> None:
         f"({_RESAMPLES} resamples). p: Wilcoxon signed-rank, paired over users, Holm-corrected over the table's pairs."
     )
     for (dataset, protocol), models in found.items():
-        pairs = compare_pairs(models)
+        means = resampled[dataset, protocol]
+        pairs = compare_pairs(models, means)
         table += [{"dataset": dataset, "protocol": protocol, **row} for row in pairs]
         text.append(f"## {dataset}, protocol {protocol}")
-        means = [[names[name], f"{gains.mean():.4f}", _span(*interval(gains))] for name, gains in models.items()]
-        text.append(render(means, ["model", METRIC.upper(), "interval"], tablefmt="github", disable_numparse=True))
+        rows = [[names[name], f"{gains.mean():.4f}", _span(*interval(means[name]))] for name, gains in models.items()]
+        text.append(render(rows, ["model", METRIC.upper(), "interval"], tablefmt="github", disable_numparse=True))
         lines = [
             [
                 f"{names[row['better']]} > {names[row['worse']]}",
@@ -190,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
     if len(claims) == 1:
         claims.append("No pair of models of this experiment has a published ordering.")
     claims += parity(records, paper)
-    save_figure(draw_intervals(found, names), args.output / "intervals")
+    save_figure(draw_intervals(found, resampled, names), args.output / "intervals")
     with atomic_path(args.output / "comparisons.csv") as temporary:
         pl.DataFrame(table, schema=_SCHEMA).write_csv(temporary)
     write_text(args.output / "comparisons.md", "\n\n".join(text) + "\n")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from steps.compare import compare_pairs, holm, interval, orderings, user_gains
+from steps.compare import compare_pairs, holm, interval, orderings, resample, user_gains
 
 
 def test_gains_are_ndcg_at_ten() -> None:
@@ -20,7 +20,7 @@ def test_the_interval_covers_the_true_mean_as_often_as_it_says() -> None:
     random = np.random.default_rng(1)
     covered = 0
     for trial in range(200):
-        low, high = interval(random.exponential(1.0, 150), seed=trial)
+        low, high = interval(resample({"a": random.exponential(1.0, 150)}, seed=trial)["a"])
         covered += low <= 1.0 <= high
     assert 0.89 <= covered / 200 <= 0.99
 
@@ -29,8 +29,14 @@ def test_the_interval_agrees_with_scipy() -> None:
     values = np.random.default_rng(2).random(500)
     expected = stats.bootstrap([values], np.mean, method="percentile", n_resamples=2000, rng=3).confidence_interval
     # The ends of two such intervals differ by about 0.001 (one deviation) from their resampling alone.
-    np.testing.assert_allclose(interval(values), expected, atol=4e-3)
-    assert interval(values) == interval(values)
+    np.testing.assert_allclose(interval(resample({"a": values})["a"]), expected, atol=4e-3)
+
+
+def test_a_difference_is_resampled_as_its_models_are() -> None:
+    one, other = np.random.default_rng(7).random((2, 300))
+    means = resample({"one": one, "other": other, "difference": one - other})
+    np.testing.assert_allclose(means["one"] - means["other"], means["difference"], atol=1e-12)
+    assert means["one"].std() == pytest.approx(one.std() / 300**0.5, rel=0.1)
 
 
 def test_holm_on_a_worked_example() -> None:
@@ -43,7 +49,7 @@ def test_pairs_find_a_difference_and_none_where_there_is_none() -> None:
     random = np.random.default_rng(8)
     base = random.random(2000)
     models = {"a": base, "b": base + random.normal(0.03, 0.2, 2000), "c": base + random.normal(0, 0.2, 2000)}
-    rows = {(row["better"], row["worse"]): row for row in compare_pairs(models)}
+    rows = {(row["better"], row["worse"]): row for row in compare_pairs(models, resample(models))}
     assert len(rows) == 3
     clear = rows["b", "a"]
     assert clear["p_holm"] < 0.001
@@ -56,7 +62,8 @@ def test_pairs_find_a_difference_and_none_where_there_is_none() -> None:
 
 def test_equal_models_do_not_differ() -> None:
     values = np.random.default_rng(5).random(50)
-    (row,) = compare_pairs({"a": values, "b": values.copy()})
+    models = {"a": values, "b": values.copy()}
+    (row,) = compare_pairs(models, resample(models))
     assert (row["p"], row["difference"]) == (1.0, 0.0)
 
 
@@ -75,7 +82,7 @@ def test_published_orderings_hold_or_not_or_are_not_decided() -> None:
         "middle": {"ndcg@10": 0.1},
         "tied": {"ndcg@10": 0.05},
     }
-    sentences = orderings(published | {"absent": {"ndcg@10": 0.4}}, models, compare_pairs(models))
+    sentences = orderings(published | {"absent": {"ndcg@10": 0.4}}, models, compare_pairs(models, resample(models)))
     assert len(sentences) == 6
     said = {sentence.split(" (")[0]: sentence.split("): ")[1] for sentence in sentences}
     assert said["- best > worst"].startswith("holds: +")
