@@ -60,6 +60,27 @@ def test_pairs_find_a_difference_and_none_where_there_is_none() -> None:
     assert none["low"] < 0 < none["high"]
 
 
+def test_the_level_holds_where_most_users_gain_the_same() -> None:
+    """Two thirds of zeros, and no difference: about one in twenty is rejected, not one in forty."""
+    random = np.random.default_rng(11)
+    rejected = 0
+    for _ in range(400):
+        other = random.normal(0, 1, 500) * (random.random(500) < 0.35)
+        models = {"a": np.zeros(500), "b": other}
+        (row,) = compare_pairs(models, {"a": np.zeros(1), "b": np.zeros(1)})
+        rejected += row["p"] < 0.05
+    assert 0.033 <= rejected / 400 <= 0.08  # 0.05 and its error of 0.011; split zeros reject 0.02
+
+
+def test_ranks_that_speak_against_the_mean_decide_nothing() -> None:
+    gains = np.concatenate([np.full(400, 0.01), np.full(60, -1.0), np.zeros(500)])
+    models = {"a": gains, "b": np.zeros(len(gains))}
+    pairs = compare_pairs(models, resample(models))
+    assert (pairs[0]["better"], pairs[0]["p"]) == ("b", 1.0)
+    (sentence,) = orderings({"a": {"ndcg@10": 0.2}, "b": {"ndcg@10": 0.1}}, models, pairs)
+    assert sentence.split("): ")[1].startswith("not decided")
+
+
 def test_equal_models_do_not_differ() -> None:
     values = np.random.default_rng(5).random(50)
     models = {"a": values, "b": values.copy()}
