@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from steps.common.cli import run_step
-from steps.common.device import compute_type, pick_device
+from steps.common.cli import StepError, run_step
+from steps.common.device import compute_type, device_name, pick_device
 from steps.common.files import atomic_path, read_json, read_jsonl, write_json
+from steps.common.provenance import commit
 from steps.data.holdout import hold_out
 from steps.data.sequences import Sequences, load_sequences
 from steps.models import SequenceModel, build
@@ -39,21 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True  # as after every epoch of the training
-    sequences, _ = load_sequences(args.data, pick_device(args.device))
+    sequences, data_sha256 = load_sequences(args.data, pick_device(args.device))
     for run in args.run:
-        evaluate(run, sequences, args.precision)
+        evaluate(run, sequences, data_sha256, args.precision)
 
 
-def evaluate(run: Path, sequences: Sequences, precision: str | None = None) -> None:
-    """Evaluate the model of one run's folder on the device of the sequences; in its training's precision if `None`."""
+def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str | None = None) -> None:
+    """Evaluate the model of one run's folder on the device of the sequences; in its training's precision if `None`.
+
+    Raises StepError if the run is not trained, or was trained on other data.
+    """
+    if not (run / "training.json").is_file():
+        raise StepError(f"{run} is not trained; run train first")
     config, trained = read_json(run / "config.json"), read_json(run / "training.json")
+    if trained["data_sha256"] != data_sha256:
+        raise StepError(f"{run} was trained on other sequences than --data has; name its own, or train it again")
     protocol, training, device = config["protocol"], config["training"], sequences.item.device
     holdout = hold_out(sequences, protocol)
     model = build(config, sequences.num_items).to(device)
+    computed = "float32"
     load_weights(model, run / "model.safetensors")
     if isinstance(model, SequenceModel):
         as_trained = "bf16" if trained.get("precision") == "bf16" else "tf32"
-        _, model.compute = compute_type(precision or as_trained, device)
+        computed, model.compute = compute_type(precision or as_trained, device)
 
     own = Rules.of(protocol)
     found: dict[str, Any] = {}
@@ -72,7 +81,8 @@ def evaluate(run: Path, sequences: Sequences, precision: str | None = None) -> N
         found["test_best"] = {name: best[f"test/{name}"] for name in found["test"]} | {"epoch": best["epoch"]}
     with atomic_path(run / "ranks.safetensors") as temporary:
         temporary.write_bytes(save({name: tensor.cpu() for name, tensor in kept.items()}))
-    write_json(run / "metrics.json", {**found, **trained})
+    evaluated = {"commit": commit(), "device": device_name(device), "precision": computed}
+    write_json(run / "metrics.json", {**found, **trained, "evaluated": evaluated})
 
 
 if __name__ == "__main__":

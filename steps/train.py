@@ -27,6 +27,8 @@ from steps.models.checkpoint import save_weights
 from steps.training.loop import Training, reported_epoch, train_together
 from steps.training.watching import Watch
 
+_RESULTS = ("history.jsonl", "model.safetensors", "training.json", "metrics.json", "ranks.safetensors")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -59,6 +61,8 @@ def main(args: argparse.Namespace) -> None:
     trainings: dict[Path, Training] = {}
     for run in args.run:
         config = read_json(run / "config.json")
+        for name in _RESULTS:  # of an earlier training, which would look like this one's if this one failed
+            (run / name).unlink(missing_ok=True)
         title = f"{config['row']} on {config['dataset']}, protocol {config['protocol']['name']}, seed {config['seed']}"
         print(f"training {title}, {device_name(device)}", flush=True)
         if is_counting(config):
@@ -77,7 +81,10 @@ def main(args: argparse.Namespace) -> None:
                 continue
             training = trainings[run]
             save_weights(training.model, run / "model.safetensors")
-            _write(run, training.config, training.history, about | training.record() | {"runs_at_once": len(runs)})
+            how = training.record() | {"runs_at_once": len(runs)}
+            if training.model.compute is not compute:
+                how["precision"] = "tf32"
+            _write(run, training.config, training.history, about | how)
             written.append(run)
     for run in written:  # not before, so that no finished run is trained again where another is killed
         _forget(run)

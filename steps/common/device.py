@@ -2,9 +2,16 @@
 
 import torch
 
+from steps.common.cli import StepError
+
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device; without a name the CUDA device where there is one, else the CPU."""
+    """The named device; without a name the CUDA device where there is one, else the CPU.
+
+    Raises StepError if CUDA is named where there is none.
+    """
+    if name and name.startswith("cuda") and not torch.cuda.is_available():
+        raise StepError(f"--device {name}: there is no CUDA device here")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -52,6 +52,7 @@ class SequenceModel(Model):
 
     #: What matrix products are taken in between the item vectors and the states; None: in the weights' own type.
     compute: torch.dtype | None = None
+    takes_low_precision = True  # whether `compute` changes anything
     blocks: nn.ModuleList
 
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:

@@ -53,6 +53,8 @@ class _Carried:
 class GRU4Rec(SequenceModel):
     """One GRU layer over item vectors; an item's score is state . vector + bias."""
 
+    takes_low_precision = False  # its steps are too small for it to pay
+
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
         super().__init__(config, training, num_items)
         self.samples: int = config["samples"]

@@ -18,6 +18,7 @@ import torch
 
 from steps.common.cli import StepError
 from steps.common.progress import progress
+from steps.common.provenance import commit
 from steps.data.holdout import hold_out
 from steps.data.sequences import Sequences
 from steps.models import SequenceModel, build
@@ -63,7 +64,8 @@ class Training:
             model = build(config, sequences.num_items).to(self.device)
             if not isinstance(model, SequenceModel):
                 raise TypeError(f"{type(model).__name__} is fitted, not trained")
-            self.model, self.model.compute = model, compute
+            self.model = model
+            self.model.compute = compute if model.takes_low_precision else None
             self.optimizer = model.optimizer()
             drop = self.holdout.train_drop
             users = sequences.trainable_users(drop)
@@ -95,10 +97,12 @@ class Training:
         kind = [self.config, data_sha256, str(self.model.compute), self.static and self.static.compiled]
         self._identity = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()
         self._states = StateWriter(path, self.device)
+        self.commits = [commit()]
         saved = load_progress(path)
         if saved is not None and saved["identity"] == self._identity:
             self.best = load_state(path, self.model, self.optimizer)
             self.history = saved["history"]
+            self.commits = list(dict.fromkeys([*saved["commits"], *self.commits]))
             print(f"{self.title}resuming after epoch {self.done} from {path}", flush=True)
 
     @property
@@ -148,7 +152,7 @@ class Training:
             print(self.title + summary(line, epochs), flush=True)
             if self.config["protocol"]["report"] == "best" and line == max(self.history, key=_selection):
                 self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-            state = {"identity": self._identity, "history": self.history}
+            state = {"identity": self._identity, "history": self.history, "commits": self.commits}
             self._states.offer(self.model, self.optimizer, self.best, state, self.finished)
         if self.best:
             self.model.load_state_dict(self.best)
@@ -194,6 +198,7 @@ class Training:
             "item_bytes_per_float": round(self.model.item_bytes(self.optimizer), 3),
             "captured": self.static is not None and self.static.capture,
             "compiled": self.static is not None and self.static.compiled,
+            "commit": "+".join(self.commits),
             "stopped_early": self.done if self.done < self.config["training"]["epochs"] else None,
         }
 

@@ -17,7 +17,7 @@ from steps.common.params import Run, load, resolve
 from steps.data.sequences import load_sequences
 from steps.models import build
 from steps.models.checkpoint import load_weights, save_weights
-from steps.training.loop import reported_epoch
+from steps.training.loop import Training, reported_epoch
 from tests.conftest import ROOT, write_processed
 from tests.steps.runs import PAPER, config, lasting
 
@@ -32,7 +32,8 @@ def make_run(folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def finish(run: Path, data: Path, *more: str) -> None:
-    subprocess.run(command("train", run, data, "--deterministic", *more), check=True, cwd=ROOT, capture_output=True)
+    deterministic = command("train", run, data, "--deterministic", "--device", "cpu", *more)
+    subprocess.run(deterministic, check=True, cwd=ROOT, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,10 @@ def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(model: str, da
     whole, killed = make_run(tmp_path / "whole", settings), make_run(tmp_path / "killed", settings)
     finish(whole, data)
     process = subprocess.Popen(
-        command("train", killed, data, "--deterministic"), cwd=ROOT, stdout=subprocess.PIPE, text=True
+        command("train", killed, data, "--deterministic", "--device", "cpu"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -57,7 +61,11 @@ def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(model: str, da
     # Nothing that looks finished, but a state to go on from.
     assert sorted(path.name for path in killed.iterdir()) == ["config.json", "resume"]
     again = subprocess.run(
-        command("train", killed, data, "--deterministic"), check=True, cwd=ROOT, capture_output=True, text=True
+        command("train", killed, data, "--deterministic", "--device", "cpu"),
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert "resuming after epoch" in again.stdout
     assert "epoch 1/12" not in again.stdout
@@ -69,16 +77,72 @@ def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(model: str, da
 
 
 def test_a_state_of_another_config_is_not_gone_on_from(data: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", config(epochs=30))
-    process = subprocess.Popen(command("train", run, data), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    run = make_run(tmp_path / "run", config(epochs=300))
+    train = command("train", run, data, "--device", "cpu")
+    process = subprocess.Popen(train, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    next(line for line in process.stdout if line.startswith("epoch 1/"))
+    next(line for line in process.stdout if line.startswith("epoch 3/"))
     process.kill()
     process.wait()
+    assert (run / "resume" / "state.safetensors").is_file()
     make_run(run, config(epochs=2))
-    again = subprocess.run(command("train", run, data), check=True, cwd=ROOT, capture_output=True, text=True)
+    again = subprocess.run(train, check=True, cwd=ROOT, capture_output=True, text=True)
     assert "resuming" not in again.stdout
     assert len(read_jsonl(run / "history.jsonl")) == 2
+
+
+def test_a_training_that_went_on_names_every_commit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", config(epochs=4))
+    found, digest = load_sequences(data, torch.device("cpu"))
+    monkeypatch.setenv("HSTU_COMMIT", "a" * 40 + "-dirty")
+    begun = Training(config(epochs=4), found, digest, run)
+    steps = begun.epochs()
+    while begun.done < 2:
+        next(steps)
+    steps.close()
+    begun._states.finish()
+    for name in ("b", "c"):
+        monkeypatch.setenv("HSTU_COMMIT", name * 40)
+        went_on = Training(config(epochs=4), found, digest, run)
+        assert went_on.done == 2
+    assert went_on.record()["commit"] == "a" * 40 + "-dirty+" + "c" * 40  # b's took no step
+
+
+def test_results_of_an_earlier_training_do_not_outlive_a_failed_one(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", config(epochs=1))
+    finish(run, data)
+    subprocess.run(command("evaluate", run, data), check=True, cwd=ROOT)
+    assert (run / "metrics.json").is_file()
+    make_run(run, config(epochs=2, optimizer={"lr": 1e18, "betas": [0.9, 0.98], "weight_decay": 0.0}))
+    failed = subprocess.run(command("train", run, data), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1, failed.stdout
+    assert [path.name for path in run.iterdir() if path.is_file()] == ["config.json"]
+    evaluated = subprocess.run(command("evaluate", run, data), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert evaluated.returncode == 1
+    assert "is not trained" in evaluated.stderr
+
+
+def test_a_model_is_not_evaluated_on_other_data(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", config("popular", epochs=1))
+    finish(run, data)
+    other = write_processed(tmp_path / "other", [9 + user % 17 for user in range(150)], 80, seed=1)
+    evaluated = subprocess.run(command("evaluate", run, other), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert evaluated.returncode == 1
+    assert "other sequences" in evaluated.stderr
+    assert not (run / "metrics.json").exists()
+
+
+def test_a_device_that_is_not_there_is_one_clear_line(data: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    run = make_run(tmp_path / "run", config(epochs=1))
+    failed = subprocess.run(
+        command("train", run, data, "--device", "cuda"), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (failed.returncode, len(failed.stderr.splitlines())) == (1, 1)
+    assert "no CUDA device" in failed.stderr
 
 
 def test_a_damaged_state_is_not_gone_on_from(data: Path, tmp_path: Path) -> None:

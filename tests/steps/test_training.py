@@ -158,6 +158,7 @@ def test_low_precision_is_near_full_and_states_stay_float32(name: str) -> None:
     model.compute = torch.bfloat16
     low = model.encode(batch)
     assert low.dtype == torch.float32
+    assert torch.equal(full, low) != model.takes_low_precision
     assert torch.nn.functional.cosine_similarity(full, low).mean() > 0.99
     model.train().loss(batch).backward()
     assert all(parameter.grad is None or parameter.grad.dtype == torch.float32 for parameter in model.parameters())
