@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     source = entry("datasets", args.dataset)["source"]
-    partial = args.output.parent / f".{source['file']}.download"  # outlives a broken download
+    # Outlives a broken download. Its own, as data sets that share a file are fetched at once.
+    partial = args.output.parent / f".{args.output.name}.{source['file']}.download"
     fetch(source, partial)
     try:
         with atomic_path(args.output) as temporary:

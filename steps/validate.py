@@ -23,11 +23,17 @@ def read_valid(raw: Path, dataset: dict[str, Any]) -> tuple[pl.DataFrame, pl.Dat
     Raises StepError that lists every failed check with rows.
     """
     files = dataset["files"]
+    _require(
+        files, "interactions", ["user", "item", "timestamp", *(["rating"] if "rating" in dataset["checks"] else [])]
+    )
     interactions, malformed = read_table(raw, files["interactions"])
     problems = [_wrong_fields(files["interactions"], malformed)] if malformed else []
     items = None
     if "items" in files:
+        _require(files, "items", ["item"])
         items, malformed = read_table(raw, files["items"])
+        if items["item"].dtype != interactions["item"].dtype:
+            items, interactions = (table.cast({"item": pl.String}) for table in (items, interactions))
         if malformed:
             problems.append(_wrong_fields(files["items"], malformed))
         if items["item"].null_count() or items["item"].n_unique() < len(items):
@@ -45,6 +51,12 @@ def read_valid(raw: Path, dataset: dict[str, Any]) -> tuple[pl.DataFrame, pl.Dat
     if "title" not in items.columns:
         items = items.with_columns(title=pl.lit(""))
     return interactions, items.select("item", "title"), account
+
+
+def _require(files: dict[str, Any], table: str, columns: list[str]) -> None:
+    lacking = [name for name in columns if name not in files[table]["columns"]]
+    if lacking:
+        raise StepError(f"params/datasets.yaml: files.{table}.columns lacks {', '.join(lacking)}")
 
 
 def _wrong_fields(table: dict[str, Any], lines: list[int]) -> str:

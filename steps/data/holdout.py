@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kernels.jagged.naive import row_and_place
+from steps.common.cli import StepError
 from steps.data.sequences import Sequences
 
 
@@ -67,6 +68,12 @@ def _temporal(sequences: Sequences, test_share: float, valid_share: float) -> Ho
     questions = {"test": _asked((in_test > 0) & (lengths > 1), torch.zeros_like(in_test))}
     if valid_share:
         questions["valid"] = _asked((after_train > in_test) & (lengths - in_test > 1), in_test)
+    for split, asked in questions.items():
+        if not len(asked.users):
+            raise StepError(
+                f"no user has a row in the {split} period, as too few timestamps differ; change {split}_share in "
+                "params/protocols.yaml, or take another protocol"
+            )
     return Holdout(after_train, questions)
 
 

@@ -20,7 +20,8 @@ def read_table(folder: Path, table: dict[str, Any]) -> tuple[pl.DataFrame, list[
     Returns the frame with the columns named user, item, rating, timestamp or title that the entry
     lists, and `row` (UInt32, counted from 1, the line in the file); and the lines whose number of
     fields is wrong. A value that is missing or of the wrong type becomes null: `schemas` reports it.
-    Ids are Int64 where the file's first rows are whole numbers, else String.
+    Ids are Int64 where they are whole numbers without leading zeros, as far as the file's first rows tell and nothing
+    else comes later, else String.
     """
     path = folder / table["path"]
     if not path.is_file():
@@ -50,12 +51,18 @@ def read_table(folder: Path, table: dict[str, Any]) -> tuple[pl.DataFrame, list[
     head = pl.read_csv(content, schema=dict.fromkeys(columns, pl.String), n_rows=_ROWS_THAT_TELL_THE_TYPE, **options)
     schema = {name: _TYPES.get(name) or _id_type(head[name]) for name in columns}
     frame = pl.read_csv(content, schema=schema, **options)
+    if any(frame[name].null_count() for name, kind in schema.items() if kind == pl.Int64 and name not in _TYPES):
+        texts = pl.read_csv(content, schema=dict.fromkeys(columns, pl.String), **options)
+        late = [name for name in columns if name not in _TYPES and texts[name].null_count() < frame[name].null_count()]
+        frame = frame.with_columns(texts.select(late))
     frame = frame.select(name for name in columns if name in ("user", "item", *_TYPES))
     return frame.with_row_index("row", offset=first).with_columns(pl.col("row").cast(pl.UInt32)), malformed
 
 
 def _id_type(head: pl.Series) -> type[pl.Int64] | type[pl.String]:
-    return pl.Int64 if head.cast(pl.Int64, strict=False).null_count() == head.null_count() else pl.String
+    numbers = head.cast(pl.Int64, strict=False)
+    whole = numbers.null_count() == head.null_count() and (numbers.cast(pl.String) == head).all()
+    return pl.Int64 if whole else pl.String
 
 
 def _malformed_lines(content: bytes, separator: bytes, fields: int, first: int) -> list[int]:

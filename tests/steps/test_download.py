@@ -173,3 +173,14 @@ def test_mirrors_follow_the_publisher_and_the_environment_comes_last(
     monkeypatch.setenv(MIRROR_VARIABLE, server.removesuffix("/mine.bin"))  # and a URL
     fetch(source(nobody), tmp_path / "new")
     assert len(_Server.requests) == 1
+
+
+def test_the_rest_of_another_data_set_s_download_is_left_alone(project: Path) -> None:
+    """Data sets that share a file are fetched at once."""
+    mirror = offer(project, archive(**{"demo/ratings.dat": b"1::2::3::4\n"}))
+    other = project / "data/raw/.other.mine.zip.download"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"half")
+    step("download", "--dataset", "mine", "--output", "data/raw/mine", cwd=project, HSTU_DATA_MIRROR=str(mirror))
+    assert other.read_bytes() == b"half"
+    assert (project / "data/raw/mine/demo/ratings.dat").read_bytes() == b"1::2::3::4\n"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from steps.common.cli import StepError
 from steps.data.holdout import hold_out
 from steps.data.sequences import Sequences
 
@@ -55,3 +56,11 @@ def test_the_temporal_split_has_one_clock(report: str) -> None:
     users = data.trainable_users(found.train_drop)
     trained = data.batch(users, found.train_drop[users], 100)
     assert int(trained.next_timestamp.max()) < train_end
+
+
+@pytest.mark.parametrize("times", [[5, 5, 5], [1, 9, 9]])
+def test_a_period_that_nobody_has_a_row_in_is_named(times: list[int]) -> None:
+    data = Sequences(torch.tensor([0, 3, 6]), torch.arange(1, 7), torch.tensor(times * 2), 6)
+    protocol = {"split": "temporal", "report": "best", "test_share": 0.3, "valid_share": 0.3}
+    with pytest.raises(StepError, match=r"no user has a row in the valid period.*valid_share"):
+        hold_out(data, protocol)

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
+import yaml
 
 from tests.conftest import step
 
@@ -91,3 +93,41 @@ def test_an_empty_file_and_a_missing_one_are_named(project: Path) -> None:
 
 def test_an_item_that_stands_twice_is_refused(project: Path) -> None:
     assert "stands twice" in validate(project, rows(1), MOVIES + "3::Again::Drama\n")
+
+
+def change(project: Path, **changes: Any) -> None:
+    path = project / "params" / "datasets.yaml"
+    datasets = yaml.safe_load(path.read_text())
+    datasets["demo"]["files"] |= changes
+    path.write_text(yaml.safe_dump(datasets))
+
+
+@pytest.mark.parametrize(
+    ("table", "columns", "said"),
+    [
+        ("interactions", ["user", "item", "rating", "when"], "files.interactions.columns lacks timestamp"),
+        ("interactions", ["user", "item", "stars", "timestamp"], "files.interactions.columns lacks rating"),
+        ("items", ["movie", "title", "genres"], "files.items.columns lacks item"),
+    ],
+)
+def test_a_column_that_is_not_named_is(project: Path, table: str, columns: list[str], said: str) -> None:
+    files = yaml.safe_load((project / "params" / "datasets.yaml").read_text())["demo"]["files"]
+    change(project, **{table: files[table] | {"columns": columns}})
+    assert said in validate(project, rows(1))
+
+
+def test_ids_are_texts_where_a_late_one_is_no_number(project: Path) -> None:
+    """As ISBNs are, of which one in eleven ends in X."""
+    isbns = [f"{1000 + number}" for number in range(119)] + ["000100039X"]
+    movies = "".join(f"{isbn}::Book::Drama\n" for isbn in isbns)
+    assert validate(project, [f"1::{isbn}::5::{place}" for place, isbn in enumerate(isbns)], movies) == ""
+    frame = pl.read_parquet(project / "data/valid/demo/interactions.parquet")
+    assert (frame.schema["user"], frame.schema["item"]) == (pl.Int64, pl.String)
+    assert frame["item"].to_list() == isbns
+
+
+def test_leading_zeros_tell_ids_apart(project: Path) -> None:
+    movies = [str(movie) for movie in range(1, 20)] + ["007", "0007"]
+    catalogue = "".join(f"{movie}::Movie::Drama\n" for movie in movies)
+    assert validate(project, [f"1::{movie}::5::{place}" for place, movie in enumerate(movies)], catalogue) == ""
+    assert pl.read_parquet(project / "data/valid/demo/interactions.parquet")["item"].n_unique() == 21
