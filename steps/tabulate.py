@@ -70,14 +70,15 @@ def sections(
         headers = ["model", "seeds", *(name.upper() for name in _SHOWN)]
         published = paper["public_datasets"].get(dataset, {}) if protocol == "paper" else {}
         published = {model: figures for model, figures in published.items() if model in set(rows["model"])}
-        if protocol == "paper":
+        best = "test_best/hr@10" in rows.columns and rows["test_best/hr@10"].is_not_null().any()
+        if best:
             headers += [f"best {name.upper()}" for name in _PUBLISHED]
         if published:
             headers += [f"published {name.upper()}" for name in _PUBLISHED]
         table = []
         for row in rows.iter_rows(named=True):
             line = [names[row["model"]], row["seeds"], *(_cell(row, f"test/{name}") for name in _SHOWN)]
-            if protocol == "paper":
+            if best:
                 line += [_cell(row, f"test_best/{name}") for name in _PUBLISHED]
             if published:
                 reported = published.get(row["model"], {})
@@ -86,7 +87,8 @@ def sections(
         made.append(
             {
                 "title": f"{titles[dataset]}, protocol {protocol}",
-                "note": _PROTOCOLS[protocol] + (" " + _sources(published, paper) if published else ""),
+                "note": _PROTOCOLS.get(protocol, f"Protocol {protocol}.")
+                + (" " + _sources(published, paper) if published else ""),
                 "headers": headers,
                 "rows": table,
             }

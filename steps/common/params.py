@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import jsonschema
 import yaml
@@ -19,6 +20,7 @@ from steps.common.cli import StepError
 from steps.common.dotted import set_entry
 
 ROOT = Path("params")
+_SPLIT_BY_HEADS = ("sasrec", "bert4rec", "transformer++")
 
 
 @dataclass(frozen=True, order=True)
@@ -92,12 +94,14 @@ def experiments(root: Path = ROOT) -> list[str]:
 def runs(experiment: str, root: Path = ROOT) -> Iterator[Run]:
     """Every run of an experiment, in table order.
 
-    With a `grid`, every model becomes one for each point of the grid, named `model+key=value+...`.
+    With a `grid`, every model becomes one for each point of the grid, named `model+key=value+...`, with what is no
+    part of a file's name quoted as in URLs.
     """
     content = load(f"experiments/{experiment}", root)
     grid = content.get("grid", {})
     points = [
-        "".join(f"+{key}={value}" for key, value in zip(grid, point, strict=True)) for point in product(*grid.values())
+        "".join(f"+{key}={quote(str(value), safe='')}" for key, value in zip(grid, point, strict=True))
+        for point in product(*grid.values())
     ]
     for dataset in content["datasets"]:
         for model in [model + point for model in content["models"] for point in points]:
@@ -120,6 +124,11 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
                 f"{root}/datasets.yaml, entry {run.dataset}: no shape {model['shape']!r}, which model {row} needs"
             )
         model |= shapes[model.pop("shape")]
+    if model["model"] in _SPLIT_BY_HEADS and model["dim"] % model["heads"]:
+        raise StepError(
+            f"{root}/datasets.yaml, entry {run.dataset}: {model['heads']} heads do not divide dim {model['dim']}, as "
+            f"model {row} needs"
+        )
     config = {
         "experiment": run.experiment,
         "dataset": run.dataset,
@@ -130,7 +139,7 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
         "training": training,
     }
     for setting in point:
-        key, value = setting.split("=", 1)
+        key, value = unquote(setting).split("=", 1)
         try:
             set_entry(config, key, yaml.safe_load(value))
         except KeyError:
@@ -138,5 +147,5 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
             raise StepError(
                 f"{experiment}, grid: no parameter {key!r}; it is the path in a run's config.json"
             ) from None
-        model["label"] += f", {setting}"
+        model["label"] += f", {unquote(setting)}"
     return config

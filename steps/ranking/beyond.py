@@ -20,16 +20,17 @@ def beyond_accuracy(
 ) -> dict[str, Any]:
     """Coverage and popularity of the recommended items (K, k), and metrics by groups of users and targets.
 
-    coverage: the share of rated items that anyone is recommended. popularity: the mean share of users whose
-    training data has the recommended item. Groups name their size `users`; an empty one has only that.
+    top has 0 where a user has fewer candidates. coverage: the share of rated items that anyone is recommended.
+    popularity: the mean, over all recommendations, of the item's interactions in the training data, by the number of
+    users. Groups name their size `users`; an empty one has only that.
     """
     counts = sequences.counts(train_drop)
     rated = sequences.counts(torch.zeros_like(train_drop)) > 0
     target = sequences.item[sequences.offsets[questions.users + 1] - 1 - questions.drop]
     history = sequences.offsets.diff()[questions.users] - questions.drop - 1
     return {
-        f"coverage@{top.shape[1]}": round(len(top.unique()) / int(rated.sum()), 6),
-        f"popularity@{top.shape[1]}": round(float(counts[top].double().mean()) / sequences.num_users, 6),
+        f"coverage@{top.shape[1]}": round(int(rated[top.unique()].sum()) / int(rated.sum()), 6),
+        f"popularity@{top.shape[1]}": round(float(counts[top[top > 0]].double().mean()) / sequences.num_users, 6),
         "by_history_length": _by_group(ranks, _edges(history, HISTORY_LENGTHS), _length_names()),
         "by_popularity": _by_group(ranks, _popularity_groups(counts)[target], ["head", "middle", "tail"]),
     }

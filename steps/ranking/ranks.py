@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from steps.common.cli import StepError
 from steps.data.holdout import Questions
@@ -86,8 +87,14 @@ class Ranker:
                 left_out.scatter_(1, target, False)
                 ranked = scores.masked_fill(left_out, -torch.inf)
                 ahead = (ranked > own).sum(1) + 0.5 * ((ranked == own).sum(1) - 1)  # the target ties with itself
-                part.append((1 + ahead, ranked.topk(self.top, dim=1).indices))
+                part.append((1 + ahead, _best(ranked, self.top)))
         return finite, [Ranking(*(torch.cat(column) for column in zip(*part, strict=True))) for part in parts]
+
+
+def _best(ranked: torch.Tensor, count: int) -> torch.Tensor:
+    """The items (K, count) with the highest scores, best first; 0 where there are fewer candidates."""
+    values, items = ranked.topk(min(count, ranked.shape[1]), dim=1)
+    return F.pad(items.masked_fill(values == -torch.inf, 0), (0, count - items.shape[1]))
 
 
 def rank(

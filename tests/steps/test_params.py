@@ -67,6 +67,7 @@ def test_an_experiment_overrides_its_training() -> None:
             "odd",
         ),
         ("experiments/demo", {"seeds": [-1]}, "seeds.0"),
+        ("experiments/demo", {"seeds": [20240217]}, "seeds.0"),  # whose steps' seeds are beyond 64 bits
         ("experiments/demo", {"trainings": {}}, "trainings"),
         ("datasets", {"mine": {"title": "x"}}, "mine"),
     ],
@@ -98,6 +99,25 @@ def test_a_grid_makes_a_row_of_every_point(project: Path) -> None:
     path.write_text(path.read_text().replace("model.optimizer.lr", "model.optimizer.rate"))
     with pytest.raises(StepError, match=r"sweep-demo\.yaml, grid: no parameter 'model\.optimizer\.rate'"):
         params.resolve(next(params.runs("sweep-demo", project / "params")), project / "params")
+
+
+def test_values_of_a_grid_make_names_of_folders(project: Path) -> None:
+    path = project / "params/experiments/sweep-demo.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"grid": {"model.alpha": [1.0, "1/sqrt(dqk)"]}}))
+    run = list(params.runs("sweep-demo", project / "params"))[1]
+    assert run.model == "hstu+model.alpha=1%2Fsqrt%28dqk%29"
+    config = params.resolve(run, project / "params")
+    assert config["model"]["alpha"] == "1/sqrt(dqk)"
+    assert config["model"]["label"] == "HSTU, model.alpha=1/sqrt(dqk)"
+
+
+def test_heads_that_do_not_divide_the_width_are_named(project: Path) -> None:
+    path = project / "params/datasets.yaml"
+    datasets = yaml.safe_load(path.read_text())
+    datasets["demo"]["training"]["base"]["heads"] = 5
+    path.write_text(yaml.safe_dump(datasets))
+    with pytest.raises(StepError, match="entry demo: 5 heads do not divide dim 32, as model sasrec needs"):
+        params.resolve(params.Run("demo", "demo", "sasrec", "strict", 0), project / "params")
 
 
 def test_a_name_with_plus_signs_is_no_point_of_a_grid() -> None:

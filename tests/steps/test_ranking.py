@@ -66,6 +66,19 @@ def test_ranks_equal_brute_force_with_ties(split: str, candidates: str, exclude:
     assert (found % 1 == 0.5).any()  # ties did occur
 
 
+@pytest.mark.parametrize("top", [10, ITEMS + 9])
+def test_a_top_list_holds_candidates_alone(top: int) -> None:
+    """Item 2 is all that the first user has not seen; the list is longer than what can be recommended."""
+    items = torch.tensor([1, *range(3, ITEMS + 1), 2])
+    data = Sequences(torch.tensor([0, ITEMS]), items, torch.arange(ITEMS), ITEMS)
+    questions = Questions(torch.tensor([0]), torch.tensor([0]))
+    (ranking,) = rank(Fixed(), data, questions, [Rules("rated", "history")], ITEMS, 8, top=top)
+    assert ranking.top.tolist() == [[2] + [0] * (top - 1)]
+    found = beyond_accuracy(ranking.top, ranking.ranks, data, questions, torch.tensor([1]))
+    assert found[f"coverage@{top}"] == pytest.approx(1 / ITEMS, abs=1e-6)
+    assert found[f"popularity@{top}"] == 0.0  # it is held out
+
+
 def test_a_score_that_is_not_finite_is_an_error() -> None:
     model = Fixed()
     model.table[3, 5] = math.nan
@@ -99,6 +112,8 @@ def test_beyond_accuracy_equals_its_definitions() -> None:
     counts = {item: sum(items[:-1].count(item) for items in lists) for item in range(1, 7)}
     assert counts == {1: 7, 2: 4, 3: 3, 4: 0, 5: 0, 6: 0}
     assert found["coverage@2"] == pytest.approx(3 / 5)
+    unseen = beyond_accuracy(torch.full_like(top, 6), ranks, data, questions, torch.ones_like(users))
+    assert unseen["coverage@2"] == 0.0  # of rated items
     expected = sum(counts[item] for items in top.tolist() for item in items) / 10 / 5
     assert found["popularity@2"] == pytest.approx(expected, abs=1e-6)
     # Item 1 holds the first half of 14 interactions: head; 2 begins at 7/14: middle; 3 at 11/14 and the rest: tail.

@@ -220,3 +220,28 @@ def test_tracking_again_adds_nothing_and_a_changed_run_replaces_its_record(proje
     assert [ids[2][str(run.path)] == ids[1][str(run.path)] for run in runs] == [False, True]
     client = store(project)
     assert len(client.search_runs([client.get_experiment_by_name("mine").experiment_id])) == 2
+
+
+def test_a_protocol_of_one_s_own_has_its_table(project: Path) -> None:
+    path = project / "params/protocols.yaml"
+    protocols = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(protocols | {"own": protocols["strict"]}))
+    chosen = {"datasets": ["ml-1m"], "models": ["sasrec"], "protocols": ["own"], "seeds": [0]}
+    for run in experiment(project, "mine", **chosen):
+        fake_run(project, run)
+    tabulate(project, "mine")
+    assert "## MovieLens-1M, protocol own" in (project / "reports/mine/table.md").read_text()
+
+
+@pytest.mark.parametrize("users", [None, 100])
+def test_ranks_that_cannot_be_compared_are_named(project: Path, ml_1m: list[params.Run], users: int | None) -> None:
+    for run in ml_1m:
+        fake_run(project, run)
+    path = project / "runs/mine" / ml_1m[-1].path / "ranks.safetensors"
+    path.unlink()
+    if users:
+        save_file({"test": torch.ones(users), "test_users": torch.arange(users)}, path)
+    arguments = ("--experiment", "mine", "--runs", "runs/mine", "--output", "reports/mine")
+    result = step("compare", *arguments, cwd=project, check=False)
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
+    assert ("ranks other users" if users else "does not exist") in result.stderr
