@@ -19,6 +19,8 @@ def triton_available() -> bool:
     """Whether Triton kernels can run here: on a CUDA device, or interpreted (TRITON_INTERPRET=1) for tests."""
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return False
+    if torch.version.hip is not None:  # the kernels hold PTX
+        return False
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -32,12 +34,18 @@ def fits_triton(*tensors: torch.Tensor | None) -> bool:
     Where tensors on CUDA do not, a warning says so, once for each reason.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    if _triton_available() and all(tensor.is_cuda and tensor.dtype in _TYPES for tensor in given):
-        return True
-    if given[0].is_cuda:
-        others = {str(tensor.dtype) for tensor in given if tensor.dtype not in _TYPES}
-        do_without(f"Triton kernels take no {', '.join(sorted(others))}" if others else "Triton is not installed")
-    return False
+    if not all(tensor.is_cuda for tensor in given):
+        if any(tensor.is_cuda for tensor in given):
+            do_without("not all tensors are on CUDA")
+        return False
+    others = {str(tensor.dtype) for tensor in given if tensor.dtype not in _TYPES}
+    if others:
+        do_without(f"Triton kernels take no {', '.join(sorted(others))}")
+        return False
+    if not _triton_available():
+        do_without("Triton is not installed, or this is no NVIDIA GPU")
+        return False
+    return True
 
 
 def do_without(reason: str) -> None:
@@ -55,8 +63,18 @@ def _triton_available() -> bool:
     return triton_available()
 
 
-# As torch.compiler.assume_constant_result does, whose import takes a second.
+def tf32_allowed() -> bool:
+    """Whether float32 products on CUDA are TF32, whichever of torch's settings says so.
+
+    Reading `allow_tf32` raises where `fp32_precision` was set; this one may be read after either.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# As torch.compiler.assume_constant_result does, whose import takes a second. torch.compile cannot trace the setting,
+# but compiles again where it has changed.
 _triton_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def configuration(operation: str, shape_class: str, device: torch.device) -> Mapping[str, int]:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import configuration
+from kernels.common import configuration, tf32_allowed
 from kernels.hstu_attention.tiles import buckets, exp_of, load_rows, silu
 from kernels.hstu_attention.triton_op import _block, _bucket_edges, _rows, shape_class, value_block
 from kernels.tensor_cores import operand
@@ -194,7 +194,7 @@ def cached_attention(
         WINDOW=max_attn_len > 0,
         BY_LENGTH=normaliser is None,
         SOFTMAX=softmax,
-        PRECISION="tf32" if q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION="tf32" if q.is_cuda and tf32_allowed() else "ieee",
         FAST=q.is_cuda and q.dtype == torch.bfloat16,
         ASSEMBLY=q.is_cuda,
         num_warps=config["num_warps"],

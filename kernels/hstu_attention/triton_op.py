@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.common import configuration
+from kernels.common import configuration, tf32_allowed
 from kernels.hstu_attention.backward import (
     bias_gradient_kernel,
     diagonal_sum_kernel,
@@ -101,7 +101,7 @@ class _Launch:
             "PREFIX": contextual_seq_len > 0,
             "BY_LENGTH": normaliser is None and not softmax,
             "SOFTMAX": softmax,
-            "PRECISION": "tf32" if q.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "PRECISION": "tf32" if q.is_cuda and tf32_allowed() else "ieee",
             "FAST": q.is_cuda and q.dtype == torch.bfloat16,
             "ASSEMBLY": q.is_cuda,
         }
@@ -129,7 +129,7 @@ class _Launch:
         products that are not TF32, and not where a tile has less than 16 rows a warp."""
         if not self.q.is_cuda:
             return True
-        tensor_cores = self.q.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+        tensor_cores = self.q.dtype != torch.float32 or tf32_allowed()
         return tensor_cores and rows >= 16 * warps and torch.cuda.get_device_capability(self.q.device)[0] == 9
 
     def _blocks(self, config: Mapping[str, int]) -> dict[str, int | None]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.common import fits_triton
+from kernels.common import fits_triton, tf32_allowed
 from kernels.projection import naive
 
 # The fused kernels take a third to a half of torch's time at d = 50 and 64, and 1.5 to 1.9 times it at d = 256, where
@@ -14,7 +14,7 @@ def projection(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """silu(LN(x) W_uvqk), which U, V, Q and K are split from (equation 1 of arXiv 2402.17152).
 
     The layer norm is over the last dimension, without affine terms; its eps is 1e-6. The product is taken in
-    the type of x, and accumulated in float32; on CUDA it is TF32 where torch.backends.cuda.matmul.allow_tf32.
+    the type of x, and accumulated in float32; on CUDA it is TF32 where torch.backends.cuda.matmul allows it.
 
     Args:
         x: (T, d).
@@ -40,4 +40,4 @@ def projection(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _fused(x: torch.Tensor) -> bool:
     """Whether the Triton kernels are the faster ones."""
     # IEEE float32 products have no tensor cores: cuBLAS is left to do them.
-    return x.shape[1] <= _WIDEST and (x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32)
+    return x.shape[1] <= _WIDEST and (x.dtype != torch.float32 or tf32_allowed())

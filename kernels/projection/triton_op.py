@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import configuration
+from kernels.common import configuration, tf32_allowed
 from kernels.layer_norm.triton_op import normalise, normalise_backward
 from kernels.norm_gate.naive import LAYER_NORM_EPS
 from kernels.tensor_cores import operand
@@ -161,7 +161,7 @@ projection.register_autograd(_backward, setup_context=_setup_context)
 def _launch(operation: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[int], dict[str, Any]]:
     (tokens, d), k = x.shape, weight.shape[1]
     constants, options = _parameters(d, k, configuration(operation, _shape_class(d, x.dtype), x.device))
-    constants["PRECISION"] = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    constants["PRECISION"] = "tf32" if tf32_allowed() else "ieee"
     return (triton.cdiv(tokens, constants["BLOCK_T"]),), {"tokens": tokens} | constants | options
 
 

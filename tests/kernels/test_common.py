@@ -1,11 +1,14 @@
 """What does not fit the kernels is left to torch, with a word."""
 
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from kernels.common import _warn, do_without, fits_triton
+from kernels import common
+from kernels.common import _warn, do_without, fits_triton, tf32_allowed, triton_available
 from kernels.hstu_attention import hstu_attention
 
 
@@ -24,6 +27,54 @@ def test_tensors_on_a_cpu_do_not_fit_and_nobody_is_warned() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not fits_triton(torch.zeros(2), None)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "dtypes", "reason"),
+    [
+        ((True, False), (torch.float32, torch.float32), "not all tensors are on CUDA"),
+        ((False, True), (torch.float32, torch.float64), "not all tensors are on CUDA"),
+        ((True, True), (torch.float32, torch.float64), "take no torch.float64"),
+        ((True, True), (torch.float32, torch.float32), "Triton is not installed"),
+    ],
+)
+def test_the_reason_given_is_the_one_that_holds(
+    cuda: tuple[bool, bool], dtypes: tuple[torch.dtype, torch.dtype], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "triton_available", lambda: False)
+    _warn.cache_clear()
+    tensors: Any = [SimpleNamespace(is_cuda=flag, dtype=dtype) for flag, dtype in zip(cuda, dtypes, strict=True)]
+    with pytest.warns(UserWarning, match=reason):
+        assert not fits_triton(*tensors)
+
+
+def test_triton_is_not_for_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    triton_available.cache_clear()
+    try:
+        assert not triton_available()
+    finally:
+        triton_available.cache_clear()
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["allow_tf32", "fp32_precision"])
+def test_tf32_is_read_after_either_setting_and_by_compiled_code(newer: bool) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x + 1 if tf32_allowed() else x - 1, fullgraph=True, backend="eager")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for allowed in (False, True, False):
+            if newer:
+                matmul.fp32_precision = "tf32" if allowed else "ieee"
+            else:
+                matmul.allow_tf32 = allowed
+            assert tf32_allowed() == allowed
+            assert compiled(torch.zeros(1)).item() == (1 if allowed else -1)
+    finally:
+        matmul.allow_tf32 = False  # leaves torch in the state that tests of either setting may start from
+        matmul.fp32_precision = before
 
 
 @pytest.mark.gpu
