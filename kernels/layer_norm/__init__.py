@@ -22,12 +22,15 @@ def layer_norm(
         (T, D), of the type of x. Statistics are float32, or the type of x where that is wider.
 
     Raises:
-        ValueError: for x that is not (T, D), or one of weight and bias alone.
+        ValueError: for x that is not (T, D), one of weight and bias alone, or either not (D,).
     """
     if x.ndim != 2:
         raise ValueError(f"x must be (T, D), not {tuple(x.shape)}")
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias must both be given, or neither")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.shape != x.shape[1:]:
+            raise ValueError(f"{name} must be ({x.shape[1]},), not {tuple(tensor.shape)}")
     # A kernel of its own would keep torch.compile from fusing the norm with what stands around it.
     if fits_triton(x, weight, bias) and x.shape[1] <= _WIDEST and not torch.compiler.is_compiling():
         from kernels.layer_norm import triton_op  # late: importing Triton takes time that runs on a CPU need not spend

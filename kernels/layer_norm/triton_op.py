@@ -65,7 +65,7 @@ def layer_norm_backward_kernel(
     xhat, rstd = normalise(x, columns < D, D, EPS)
     if AFFINE:
         across = tl.arange(0, COLUMNS)
-        place = sums_ptr + tl.program_id(0) * 2 * D + across
+        place = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * D + across
         tl.store(place, tl.sum(gradient * xhat, 0), mask=across < D)
         tl.store(place + D, tl.sum(gradient, 0), mask=across < D)
         gradient *= tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
@@ -76,6 +76,7 @@ def layer_norm_backward_kernel(
 def layer_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
     """`kernels.layer_norm.layer_norm` on tensors that Triton takes."""
     x = x.contiguous()
+    weight, bias = (None if tensor is None else tensor.contiguous() for tensor in (weight, bias))
     out = torch.empty_like(x)
     if out.numel():
         grid, arguments = _launch("layer_norm_forward", x, eps, weight)
@@ -90,6 +91,7 @@ def layer_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx, and the float32 gradients of weight and bias, (2, D); empty without a weight."""
     gradient, x = gradient.contiguous(), x.contiguous()
+    weight = None if weight is None else weight.contiguous()
     dx = torch.empty_like(x)
     if not dx.numel():
         return dx, x.new_zeros(0 if weight is None else 2, x.shape[1], dtype=torch.float32)

@@ -51,6 +51,14 @@ def test_other_shapes(tokens: int, width: int, dtype: torch.dtype, affine: bool,
     check(tokens, width, dtype, affine, seed)
 
 
+def test_parameters_may_be_strided() -> None:
+    x, gradient = (torch.randn(9, 25, device=DEVICE) for _ in range(2))
+    both = torch.randn(25, 2, device=DEVICE)
+    strided = results(triton_op.layer_norm, x, [both[:, 0], both[:, 1]], gradient)
+    for ours, same in zip(strided, results(triton_op.layer_norm, x, list(both.T.contiguous()), gradient), strict=True):
+        assert torch.equal(ours, same)
+
+
 def test_torch_knows_the_operator() -> None:
     x, weight, bias = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((6, 25), (25,), (25,)))
     torch.library.opcheck(triton_op.layer_norm, (x, 1e-6, weight, bias))
@@ -67,3 +75,8 @@ def test_inputs_that_make_no_sense_are_refused() -> None:
         layer_norm(torch.zeros(2, 3, 4), 1e-6)
     with pytest.raises(ValueError, match="both"):
         layer_norm(torch.zeros(2, 3), 1e-6, torch.ones(3))
+    for wrong in (torch.ones(2), torch.ones(1), torch.ones(1, 3)):
+        with pytest.raises(ValueError, match=r"weight must be \(3,\)"):
+            layer_norm(torch.zeros(2, 3), 1e-6, wrong, torch.ones(3))
+        with pytest.raises(ValueError, match=r"bias must be \(3,\)"):
+            layer_norm(torch.zeros(2, 3), 1e-6, torch.ones(3), wrong)
