@@ -35,7 +35,8 @@ class RowwiseTable(nn.Module):
         self.frozen = False
         self.register_buffer("weight", torch.empty(rows, dim, dtype=dtype))
         self.register_buffer("sums", torch.zeros(rows))
-        self._fused: tuple[Any] | None = None  # in a tuple, so that it is no submodule with weights of its own
+        # With the rate that it has; in a tuple, so that it is no submodule with weights of its own.
+        self._fused: tuple[Any, float] | None = None
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Vectors (n, dim) float32 of `rows` (n,) int64, of which only 0 may stand there twice."""
@@ -57,8 +58,12 @@ class RowwiseTable(nn.Module):
             return None
         if self._fused is None or not fbgemm.holds(self._fused[0], self.weight):
             fused, self.weight, self.sums = fbgemm.take_over(self.weight, self.sums, self.lr, EPS)
-            self._fused = (fused,)
-        return self._fused[0]
+            self._fused = (fused, self.lr)
+        fused, lr = self._fused
+        if lr != self.lr:
+            fbgemm.set_rate(fused, self.lr)
+            self._fused = (fused, self.lr)
+        return fused
 
 
 def distinct(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,6 +51,11 @@ def holds(table: Any, weight: torch.Tensor) -> bool:
     return bool(table.split_embedding_weights()[0].data_ptr() == weight.data_ptr())
 
 
+def set_rate(table: Any, lr: float) -> None:
+    """The learning rate of the lookups that follow."""
+    table.set_learning_rate(lr)
+
+
 def look_up(table: Any, rows: torch.Tensor) -> torch.Tensor:
     """Vectors (n, d) float32 of distinct rows (n,), whose gradient updates the table."""
     return table(rows, torch.arange(len(rows) + 1, device=rows.device))

@@ -82,6 +82,15 @@ def test_a_loaded_state_goes_on_as_the_saved_one(make: Callable[[torch.dtype], R
     assert torch.equal(first.sums, second.sums)
 
 
+def test_a_changed_rate_counts_from_the_next_lookup(make: Callable[[torch.dtype], RowwiseTable]) -> None:
+    table = make(torch.float32)
+    for lr in (LR, 10 * LR, 0.0):
+        table.lr = lr
+        before, sums = table.weight[3].clone(), float(table.sums[3])
+        learn(table, [3], torch.ones(1, DIM))
+        torch.testing.assert_close(table.weight[3], before - lr / (sums + 1) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("find", "expected"), [(distinct, [0, 3, 5, 9]), (_padded_distinct, [0, 3, 5, 9, 0, 0, 0])], ids=["cpu", "padded"]
 )
