@@ -331,7 +331,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.set_materialize_grads(False)  # no zeros for the outputs that only the backward pass uses
 
 
-def _backward(ctx: Any, gradient: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, gradient: torch.Tensor, *of_saved: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    # Only a derivative of this function itself sends gradients to what it saved.
+    if any(other is not None for other in of_saved):
+        raise RuntimeError("sampled_softmax has first derivatives only")
     states, table, positives, negatives, logits, maxima, scales, state_gradients = ctx.saved_tensors
     of_states = of_table = None
     if ctx.needs_input_grad[0]:
@@ -354,7 +357,7 @@ def sampled_softmax(
 ) -> torch.Tensor:
     """As `kernels.sampled_softmax.sampled_softmax`: (T,) losses, in float32.
 
-    Derivatives are first ones only; log_frequency gets none.
+    Derivatives are first ones only, and a second one raises RuntimeError; log_frequency gets none.
     """
     return _forward(states, table, positives, negatives, temperature, log_frequency)[0]
 

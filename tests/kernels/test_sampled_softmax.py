@@ -1,6 +1,7 @@
 """Sampled softmax: its definition in loops, its three implementations, its limit."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.sampled_softmax import dense, naive, sampled_softmax, triton_op
+from kernels.sampled_softmax import dense, naive, sampled_softmax
+
+triton_op = pytest.importorskip("kernels.sampled_softmax.triton_op", exc_type=ImportError)
 
 TEMPERATURE = 0.05
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -200,10 +203,46 @@ def test_the_operators_are_registered_for_compilation() -> None:
     states, table, *indices = draws(4, 3, 5, 8)
     states.requires_grad_()
     table.requires_grad_()
-    torch.library.opcheck(triton_op._forward, (states, table, *indices, TEMPERATURE, None))
+    # Not test_aot_dispatch: it takes gradients of all outputs, of which all but the losses have none.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(triton_op._forward, (states, table, *indices, TEMPERATURE, None), test_utils=checks)
     saved = torch.ops.hstu.sampled_softmax_forward(states, table, *indices, TEMPERATURE, None)[1:4]
     arguments = [x.detach() for x in (states, table, *indices, *saved)]
     torch.library.opcheck(triton_op._table_gradient, arguments)
+
+
+def test_compiled_it_has_the_same_gradients() -> None:
+    arguments = draws(4, 3, 5, 8)
+    compiled = SimpleNamespace(
+        sampled_softmax=torch.compile(triton_op.sampled_softmax, fullgraph=True, backend="aot_eager")
+    )
+    for ours, eager in zip(results(compiled, *arguments), results(triton_op, *arguments), strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("of", [0, 1], ids=["states", "table"])
+def test_a_second_derivative_is_refused(of: int) -> None:
+    *leaves, positives, negatives = draws(4, 3, 5, 8)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    losses = triton_op.sampled_softmax(*leaves, positives, negatives, TEMPERATURE)
+    (first,) = torch.autograd.grad(losses.sum(), leaves[of], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"first derivatives only|no autograd formula"):
+        torch.autograd.grad(first.square().sum(), leaves)
+
+
+def test_shapes_that_do_not_match_are_refused() -> None:
+    states, table, positives, negatives = inputs()
+    for arguments, message in (
+        ((states[:, 1:], table, positives, negatives), "states and table"),
+        ((states, table, positives[1:], negatives), "positives and negatives"),
+        ((states, table, positives, negatives[1:]), "positives and negatives"),
+        ((states, table, positives, negatives[:, 0]), "positives and negatives"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampled_softmax(*arguments, TEMPERATURE)
+    with pytest.raises(ValueError, match="log_frequency"):
+        sampled_softmax(states, table, positives, negatives, TEMPERATURE, torch.zeros(len(table) + 1))
 
 
 @pytest.mark.gpu
