@@ -163,7 +163,7 @@ def own_length(offsets: torch.Tensor, num_targets: torch.Tensor | None) -> torch
 
 def _history(offsets: torch.Tensor, num_targets: torch.Tensor | None) -> torch.Tensor:
     """(B,) tokens of a row before its targets."""
-    return offsets.diff() if num_targets is None else offsets.diff() - num_targets
+    return offsets.diff() if num_targets is None else (offsets.diff() - num_targets).clamp(min=0)
 
 
 def _scores(

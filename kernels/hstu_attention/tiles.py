@@ -18,8 +18,9 @@ PADDING = tl.constexpr(256)
 BAND_BLOCK = tl.constexpr(128)
 #: A bias that makes silu and its slope zero, exactly: the band's mask.
 HIDDEN = tl.constexpr(-30000.0)
-#: Times since their row's first key are cut here, at 34 years; a tile that has any such compares the times themselves.
-LONGEST_SPAN = tl.constexpr(1 << 30)
+#: Times since their row's first key are cut here, at 17 years; a tile that has any such compares the times themselves.
+#: Two of them are up to 2^30 apart, and so is the edge of a bucket, whose sum with one of them must fit 32 bits.
+LONGEST_SPAN = tl.constexpr(1 << 29)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -60,7 +61,7 @@ def row_of_program(offsets, num_targets, row, prefix, TARGETS):
     n = (tl.load(offsets + row + 1) - start).to(tl.int32)
     history = n
     if TARGETS:
-        history = n - tl.load(num_targets + row).to(tl.int32)
+        history = tl.maximum(n - tl.load(num_targets + row).to(tl.int32), 0)
     return start, n, history, tl.minimum(prefix, history)
 
 
@@ -313,7 +314,7 @@ def add_time_steps(
     """x + w[bucket(query_time - key_time)] - w[first] for a tile whose buckets are first to last.
 
     Buckets grow by 35 % each, so a tile far from the diagonal has one or a few. At each edge between two the bias
-    takes a step. Tiles of rows that are not sorted, or span more than 34 years, compare the times themselves.
+    takes a step. Tiles of rows that are not sorted, or span more than 17 years, compare the times themselves.
     """
     row, column = tl.expand_dims(row_place, 1), tl.expand_dims(column_place, 0)
     if not regular:

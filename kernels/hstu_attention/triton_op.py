@@ -374,7 +374,7 @@ class _Launch:
         lengths = self.offsets.diff()
         row = torch.repeat_interleave(lengths, output_size=self.tokens)
         place = torch.arange(self.tokens, device=row.device) - self.offsets[row]
-        history = (lengths - self.common["num_targets"])[row]
+        history = (lengths - self.common["num_targets"]).clamp(min=0)[row]
         zero = self.common["position_zero"]
         index = (torch.minimum(place, history) - history + zero).clamp(min=0)
         values = target_sums.sum(0) + self_sums.sum(0)
@@ -538,9 +538,9 @@ attention.register_autograd(_backward, setup_context=_setup_context)
 
 @functools.cache
 def _bucket_edges(device: torch.device) -> torch.Tensor:
-    """The least second of every time bucket, then one beyond all differences (sums with a time must not overflow)."""
+    """The least second of every time bucket, then the largest number: it is compared with, and added to no time."""
     starts = bucket_starts(device)
-    return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), 2**62)])
+    return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), torch.iinfo(torch.int64).max)])
 
 
 @functools.cache

@@ -83,6 +83,12 @@ class Case:
                 times = (10 ** (11 * torch.rand(total + 1, generator=generator))).long().cumsum(0)
             case "random":
                 times = torch.randint(0, 10**7, (total + 1,), generator=generator)
+            case "decades apart":  # both ways: to 32 bits only one of them would fit
+                keys = torch.full((total,), -(10**9)).index_fill_(0, torch.tensor([0]), 0)
+                return keys, torch.tensor([-9 * 10**8, 10**9]).repeat(total)[:total]
+            case "unknown":  # more than any bucket begins at, as a time that stands for none may be
+                keys = torch.arange(total)
+                return keys, torch.where(keys % 3 == 1, 2**62 + 5, keys + 60)
             case _:
                 times = (torch.rand(total + 1, generator=generator) ** 6 * 10**5).long().cumsum(0) + 10**9
                 times = times.flip(0) if self.times == "reversed" else times
@@ -157,6 +163,10 @@ CASES = {
     "far from the diagonal": Case(lengths=(330, 150), heads=1, dqk=8, dv=8),
     "far, times beyond 32 bits": Case(lengths=(300,), heads=1, dqk=8, dv=8, times="far"),
     "far, times at random": Case(lengths=(270,), heads=1, dqk=8, dv=8, times="random"),
+    "far, times decades apart": Case(lengths=(300,), heads=1, dqk=8, dv=8, times="decades apart"),
+    "unknown times": Case(times="unknown"),
+    "unknown times, prefix": Case(times="unknown", prefix=9),
+    "more targets than tokens": Case(targets=(50, 3, 1, 9), window=17, prefix=9, normaliser=None),
     "ML-1M's heads": Case(lengths=(45, 3), heads=2, dqk=25, dv=25),
 }
 
@@ -299,7 +309,12 @@ def test_buckets_equal_the_exact_ones() -> None:
     edges = naive.bucket_starts(torch.device("cpu"))
     edges = edges[edges < 2**62].double()[:: 1 if ON_GPU else 6]
     seconds = torch.cat(
-        [torch.arange(2**14 if ON_GPU else 40), (edges * (1 - 1e-5)).long(), (edges * (1 + 1e-5)).long()]
+        [
+            torch.arange(2**14 if ON_GPU else 40),
+            (edges * (1 - 1e-5)).long(),
+            (edges * (1 + 1e-5)).long(),
+            torch.tensor([2**62 - 1, 2**62, 2**62 + 5]),
+        ]
     )
     expected = naive.time_bucket(seconds)
     zeros = torch.zeros(len(seconds), 1, 16, device=DEVICE)
