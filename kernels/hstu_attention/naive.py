@@ -12,6 +12,7 @@ from kernels import jagged
 #: Rows of the time bias table: buckets 0..128.
 TIME_BUCKETS = 129
 _BUCKET_WIDTH = 0.301
+_BUCKET_STARTS = [min(math.ceil(math.exp(_BUCKET_WIDTH * k)), 2**63 - 1) for k in range(1, TIME_BUCKETS)]
 
 
 def hstu_attention(
@@ -125,11 +126,20 @@ def time_bucket(seconds: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(seconds.abs(), bucket_starts(seconds.device), right=True)
 
 
-@functools.cache
 def bucket_starts(device: torch.device) -> torch.Tensor:
     """The least whole second in bucket k, for k = 1..128; capped at what int64 holds."""
-    starts = [min(math.ceil(math.exp(_BUCKET_WIDTH * bucket)), 2**63 - 1) for bucket in range(1, TIME_BUCKETS)]
-    return torch.tensor(starts, dtype=torch.int64, device=device)
+    # What is made while something traces, such as FakeTensorMode, is of no use after it. Else it is kept: a copy to the
+    # device waits for it, which a CUDA graph cannot hold.
+    if torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor:
+        return _new_bucket_starts(device)
+    return _kept_bucket_starts(device)
+
+
+def _new_bucket_starts(device: torch.device) -> torch.Tensor:
+    return torch.tensor(_BUCKET_STARTS, dtype=torch.int64, device=device)
+
+
+_kept_bucket_starts = functools.cache(_new_bucket_starts)
 
 
 def visible(
