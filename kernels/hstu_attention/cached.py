@@ -10,7 +10,15 @@ import triton.language as tl
 
 from kernels.common import configuration, tf32_allowed
 from kernels.hstu_attention.tiles import buckets, exp_of, load_rows, silu
-from kernels.hstu_attention.triton_op import _block, _bucket_edges, _rows, shape_class, value_block
+from kernels.hstu_attention.triton_op import (
+    _block,
+    _bucket_edges,
+    _contiguous,
+    _rows,
+    check_rows,
+    shape_class,
+    value_block,
+)
 from kernels.tensor_cores import operand
 
 _LOWEST = tl.constexpr(-1e30)
@@ -148,6 +156,7 @@ def cached_attention(
     max_attn_len: int,
 ) -> torch.Tensor:
     """Output (T, h, dv) of the new tokens."""
+    check_rows(offsets)
     tokens, heads, dqk = q.shape
     dv = v.shape[2]
     output = v.new_empty(tokens, heads, dv)
@@ -161,45 +170,46 @@ def cached_attention(
     strides: dict[str, Any] = {}
     for letter, tensor in rows.items():
         strides |= {f"stride_{letter}t": tensor.stride(0), f"stride_{letter}h": tensor.stride(1)}
-    cached_kernel[(tiles * heads, len(offsets) - 1)](
-        rows["q"],
-        rows["k"],
-        rows["v"],
-        output,
-        offsets,
-        rows["c"],
-        rows["w"],
-        cached_offsets,
-        position_bias=None if position_bias is None else position_bias.float().contiguous(),
-        time_bias=None if time_bias is None else time_bias.float().contiguous(),
-        bucket_edges=None if time_bias is None else _bucket_edges(q.device),
-        query_time=query_time if time_bias is not None else None,
-        key_time=key_time if time_bias is not None else None,
-        cached_time=cached_time if time_bias is not None else None,
-        **strides,
-        alpha=alpha,
-        normaliser=normaliser or 1.0,
-        num_tiles=tiles,
-        heads=heads,
-        position_zero=(len(position_bias) - 1) // 2 if position_bias is not None else 0,
-        window=max_attn_len,
-        DQK=dqk,
-        DV=dv,
-        BLOCK_DQK=_block(dqk),
-        BLOCK_DV=value_block(dqk, dv),
-        BLOCK_M=block_m,
-        BLOCK_N=min(config["block_n"], 64),
-        POSITION=position_bias is not None,
-        TIME=time_bias is not None,
-        WINDOW=max_attn_len > 0,
-        BY_LENGTH=normaliser is None,
-        SOFTMAX=softmax,
-        PRECISION="tf32" if q.is_cuda and tf32_allowed() else "ieee",
-        FAST=q.is_cuda and q.dtype == torch.bfloat16,
-        ASSEMBLY=q.is_cuda,
-        num_warps=config["num_warps"],
-        num_stages=2,
-    )
+    with torch.cuda.device_of(q):
+        cached_kernel[(tiles * heads, len(offsets) - 1)](
+            rows["q"],
+            rows["k"],
+            rows["v"],
+            output,
+            offsets.contiguous(),
+            rows["c"],
+            rows["w"],
+            cached_offsets.contiguous(),
+            position_bias=None if position_bias is None else position_bias.float().contiguous(),
+            time_bias=None if time_bias is None else time_bias.float().contiguous(),
+            bucket_edges=None if time_bias is None else _bucket_edges(q.device),
+            query_time=_contiguous(query_time) if time_bias is not None else None,
+            key_time=_contiguous(key_time) if time_bias is not None else None,
+            cached_time=_contiguous(cached_time) if time_bias is not None else None,
+            **strides,
+            alpha=alpha,
+            normaliser=1.0 if normaliser is None else normaliser,
+            num_tiles=tiles,
+            heads=heads,
+            position_zero=(len(position_bias) - 1) // 2 if position_bias is not None else 0,
+            window=max_attn_len,
+            DQK=dqk,
+            DV=dv,
+            BLOCK_DQK=_block(dqk),
+            BLOCK_DV=value_block(dqk, dv),
+            BLOCK_M=block_m,
+            BLOCK_N=min(config["block_n"], 64),
+            POSITION=position_bias is not None,
+            TIME=time_bias is not None,
+            WINDOW=max_attn_len > 0,
+            BY_LENGTH=normaliser is None,
+            SOFTMAX=softmax,
+            PRECISION="tf32" if q.is_cuda and tf32_allowed() else "ieee",
+            FAST=q.is_cuda and q.dtype == torch.bfloat16,
+            ASSEMBLY=q.is_cuda,
+            num_warps=config["num_warps"],
+            num_stages=2,
+        )
     return output
 
 

@@ -28,6 +28,8 @@ from kernels.hstu_attention.tiles import BAND_BLOCK, PADDING
 
 #: Rows no longer than this are of the "short" shape class.
 SHORT = 256
+#: CUDA's limit.
+MOST_ROWS = 65535
 _TIME_SLOTS = 256  # buckets 0..128, padded to a power of two
 _BIAS_PROGRAMS = 4096
 _BAND_TILE = 8  # queries, beside 128 or 256 keys: 64-bit times and sums along a row take many registers
@@ -63,12 +65,19 @@ class _Launch:
         softmax: bool,
         bands: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """`bands`: those of the forward pass, where this is the backward pass."""
+        """`bands`: those of the forward pass, where this is the backward pass.
+
+        Raises:
+            ValueError: more rows than a launch takes.
+        """
+        check_rows(offsets)
+        offsets, num_targets = offsets.contiguous(), _contiguous(num_targets)
         self.q, self.k, self.v = q, k, v
         self.tokens, self.heads, self.dqk = q.shape
         self.dv = v.shape[2]
         self.offsets, self.rows, self.max_len = offsets, len(offsets) - 1, max_len
-        self.times = (query_time, key_time) if time_bias is not None else (None, None)
+        timed = time_bias is not None
+        self.times = (_contiguous(query_time), _contiguous(key_time)) if timed else (None, None)
         self.prefix = contextual_seq_len
         self.biased = position_bias is not None or time_bias is not None
         self.plain_masks = not (num_targets is not None or max_attn_len or contextual_seq_len)
@@ -84,7 +93,7 @@ class _Launch:
             "num_targets": num_targets,
             **self.tables,
             "alpha": alpha,
-            "normaliser": normaliser or 1.0,
+            "normaliser": 1.0 if normaliser is None else normaliser,
             "heads": self.heads,
             "total_tokens": self.tokens,
             "position_zero": (len(position_bias) - 1) // 2 if position_bias is not None else 0,
@@ -401,11 +410,12 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(output (T, h, dv), log of softmax's denominators (h, T), biases and time buckets near the diagonal, (T, 256)
     each); the last three for the backward pass, and empty where they do not apply."""
-    launch = _Launch(
-        _rows(q), _rows(k), _rows(v), offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time,
-        key_time, max_attn_len, contextual_seq_len, num_targets, softmax,
-    )  # fmt: skip
-    return *launch.forward(launch.configuration("forward")), *launch.bands
+    with torch.cuda.device_of(q):
+        launch = _Launch(
+            _rows(q), _rows(k), _rows(v), offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time,
+            key_time, max_attn_len, contextual_seq_len, num_targets, softmax,
+        )  # fmt: skip
+        return *launch.forward(launch.configuration("forward")), *launch.bands
 
 
 @attention.register_fake
@@ -457,33 +467,34 @@ def attention_backward(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, and the gradients of both tables (empty for a table that is not there)."""
-    launch = _Launch(
-        _rows(q), _rows(k), _rows(v), offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time,
-        key_time, max_attn_len, contextual_seq_len, num_targets, softmax, (band, near_buckets),
-    )  # fmt: skip
-    if not q.numel() or not max_len:
-        tables = [log_mass.new_empty(0) if t is None else torch.zeros_like(t) for t in (position_bias, time_bias)]
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), tables[0], tables[1]
-    grad = _rows(grad)
-    delta = (grad.float() * output.float()).sum(-1).T.contiguous() if softmax else None
-    config = launch.configuration("key_gradient")
-    # One pass that adds dq as it goes, in no fixed order; or a second kernel for dq.
-    added = not deterministic and bool(config["add_dq"])
-    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if added else None
-    dk, dv, target_sums, self_sums = launch.key_gradient(config, grad, log_mass, delta, dq)
-    if dq is None:
-        dq = launch.query_gradient(launch.configuration("query_gradient"), grad, log_mass, delta)
-    dp = dw = None
-    if launch.biased:
-        config = launch.configuration("bias_gradient")
-        dp, dw = launch.bias_gradient(config, deterministic, grad, log_mass, delta, target_sums, self_sums)
-    return (
-        dq.to(q.dtype),
-        dk,
-        dv,
-        log_mass.new_empty(0) if dp is None or position_bias is None else dp.to(position_bias.dtype),
-        log_mass.new_empty(0) if dw is None or time_bias is None else dw.to(time_bias.dtype),
-    )
+    with torch.cuda.device_of(q):
+        launch = _Launch(
+            _rows(q), _rows(k), _rows(v), offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time,
+            key_time, max_attn_len, contextual_seq_len, num_targets, softmax, (band, near_buckets),
+        )  # fmt: skip
+        if not q.numel() or not max_len:
+            tables = [log_mass.new_empty(0) if t is None else torch.zeros_like(t) for t in (position_bias, time_bias)]
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), tables[0], tables[1]
+        grad = _rows(grad)
+        delta = (grad.float() * output.float()).sum(-1).T.contiguous() if softmax else None
+        config = launch.configuration("key_gradient")
+        # One pass that adds dq as it goes, in no fixed order; or a second kernel for dq.
+        added = not deterministic and bool(config["add_dq"])
+        dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if added else None
+        dk, dv, target_sums, self_sums = launch.key_gradient(config, grad, log_mass, delta, dq)
+        if dq is None:
+            dq = launch.query_gradient(launch.configuration("query_gradient"), grad, log_mass, delta)
+        dp = dw = None
+        if launch.biased:
+            config = launch.configuration("bias_gradient")
+            dp, dw = launch.bias_gradient(config, deterministic, grad, log_mass, delta, target_sums, self_sums)
+        return (
+            dq.to(q.dtype),
+            dk,
+            dv,
+            log_mass.new_empty(0) if dp is None or position_bias is None else dp.to(position_bias.dtype),
+            log_mass.new_empty(0) if dw is None or time_bias is None else dw.to(time_bias.dtype),
+        )
 
 
 @attention_backward.register_fake
@@ -564,8 +575,19 @@ def value_block(dqk: int, dv: int) -> int:
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Tokens (T, h, d) whose vectors are contiguous."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+    """Tokens (T, h, d) whose vectors are contiguous, and whose heads are no further apart than 32 bits hold."""
+    near = (tensor.shape[1] - 1) * tensor.stride(1) < 2**31
+    return tensor if tensor.stride(2) == 1 and near else tensor.contiguous()
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def check_rows(offsets: torch.Tensor) -> None:
+    """Raises ValueError where there are more rows than a launch's second dimension may have."""
+    if len(offsets) - 1 > MOST_ROWS:
+        raise ValueError(f"attention in Triton takes at most {MOST_ROWS} rows, not {len(offsets) - 1}")
 
 
 def _describable(tensor: torch.Tensor) -> bool:

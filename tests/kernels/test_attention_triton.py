@@ -304,6 +304,66 @@ def test_cached_attention_equals_targets_behind_the_history(
         torch.testing.assert_close(version(**arguments), output[new], rtol=tolerance, atol=tolerance)
 
 
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with others between them."""
+    return torch.stack([tensor, torch.full_like(tensor, 10**6)], -1)[..., 0]
+
+
+def test_offsets_times_and_targets_may_be_strided() -> None:
+    case = Case(lengths=(20, 0, 9), targets=(2, 2, 2), window=5)
+    inputs = case.inputs(torch.float32)
+    names = ("offsets", "query_time", "key_time", "position_bias", "time_bias")
+    apart = inputs | {name: strided(inputs[name]) for name in names}
+    apart["num_targets"] = torch.full((1,), 2, device=DEVICE).expand(3)
+    found, expected = (run("triton", case, given, torch.float32) for given in (apart, inputs))
+    for ours, same in zip(found, expected, strict=True):  # on a GPU the order of additions is not fixed
+        torch.testing.assert_close(ours, same, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_may_be_strided() -> None:
+    lengths = torch.tensor([3, 1], device=DEVICE)
+    offsets, cached_offsets = (naive.jagged.offsets_from_lengths(part) for part in (lengths, 5 * lengths))
+    q, k, v, cached_k, cached_v = (torch.randn(n, 2, 16, device=DEVICE) for n in (4, 4, 4, 20, 20))
+    times = [torch.arange(n, device=DEVICE) ** 3 for n in (4, 4, 20)]
+    tables = [torch.randn(n, device=DEVICE) for n in (31, naive.TIME_BUCKETS)]
+
+    def attend(form: Any) -> torch.Tensor:
+        return cached.cached_attention(
+            q, k, v, form(offsets), cached_k, cached_v, form(cached_offsets), 3, 15, 0.3, None, False,
+            *map(form, (*tables, *times)), 0,
+        )  # fmt: skip
+
+    assert torch.equal(attend(strided), attend(torch.clone))
+
+
+def test_heads_far_apart_are_copied() -> None:
+    def far(stride: int) -> torch.Tensor:
+        return torch.empty_strided((2, 3, 4), (4, stride, 1), device="meta")
+
+    assert triton_op._rows(far(2**30 - 1)).stride(1) == 2**30 - 1
+    assert triton_op._rows(far(2**30)).is_contiguous()
+
+
+def test_more_rows_than_a_launch_takes_are_refused() -> None:
+    nothing = torch.zeros(0, 1, 16, device=DEVICE)
+    offsets = torch.zeros(65_537, dtype=torch.int64, device=DEVICE)
+    others = (1.0, 1.0, None, None, None, None, 0, 0, None, False)
+    assert len(triton_op.attention(nothing, nothing, nothing, offsets[1:], 0, *others)[0]) == 0
+    with pytest.raises(ValueError, match="at most 65535 rows"):
+        triton_op.attention(nothing, nothing, nothing, offsets, 0, *others)
+    with pytest.raises(ValueError, match="at most 65535 rows"):
+        cached.cached_attention(
+            nothing, nothing, nothing, offsets, nothing, nothing, offsets, 0, 0, 1.0, 1.0, False,
+            None, None, None, None, None, 0,
+        )  # fmt: skip
+
+
+def test_a_normaliser_of_zero_is_no_one() -> None:
+    inputs = Case(lengths=(1,), bias="none", normaliser=0.0).inputs(torch.float32)
+    del inputs["grad"]
+    assert triton_op._Launch(**inputs, softmax=False).common["normaliser"] == 0.0
+
+
 def test_buckets_equal_the_exact_ones() -> None:
     """Whole seconds below 2^14, and either side of every later edge, as far as float32 tells them apart."""
     edges = naive.bucket_starts(torch.device("cpu"))
