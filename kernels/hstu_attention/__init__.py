@@ -47,8 +47,8 @@ def hstu_attention(
     Args:
         q, k: (T, h, dqk), jagged over rows; float32, float16 or bfloat16.
         v: (T, h, dv).
-        offsets: (B + 1,) int64.
-        max_len: an upper bound of the row lengths.
+        offsets: (B + 1,) int64; must start at 0 and end at T, which is not checked: that would wait for the device.
+        max_len: an upper bound of the row lengths; no row may be longer, which is not checked either.
         alpha: factor on q . k.
         normaliser: N; None divides by each row's own length, its targets counted as one.
         position_bias: p, (2P - 1,) with P >= max_len: adds p[j - i], index 0 at P - 1.
@@ -56,15 +56,20 @@ def hstu_attention(
         query_time, key_time: (T,) int64, seconds; needed with `time_bias`.
         max_attn_len: 0 for no window.
         contextual_seq_len: length of the prefix.
-        num_targets: (B,) int64.
+        num_targets: (B,) int64; as many as the row has tokens, where they are more.
 
     Returns:
         (T, h, dv). Differentiable in q, k, v and both tables.
 
     Raises:
-        ValueError: a time bias without times.
+        ValueError: a time bias without times, shapes other than these, a negative `max_attn_len` or
+            `contextual_seq_len`; where Triton runs, more than 65,535 rows.
     """
     _check_times(time_bias, query_time, key_time)
+    _check(
+        q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, max_attn_len, contextual_seq_len,
+        num_targets,
+    )  # fmt: skip
     if _fits(q, k, v):
         from kernels.hstu_attention import triton_op
 
@@ -95,8 +100,15 @@ def softmax_attention(
     contextual_seq_len: int = 0,
     num_targets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The ablation of `hstu_attention`: the same scores and masks, softmax over the keys seen instead of silu(.)/N."""
+    """The ablation of `hstu_attention`: the same scores and masks, softmax over the keys seen instead of silu(.)/N.
+
+    Takes, returns and raises what `hstu_attention` does.
+    """
     _check_times(time_bias, query_time, key_time)
+    _check(
+        q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, max_attn_len, contextual_seq_len,
+        num_targets,
+    )  # fmt: skip
     if _fits(q, k, v):
         from kernels.hstu_attention import triton_op
 
@@ -137,7 +149,8 @@ def cached_attention(
     Args:
         q, k, v: (T, h, dqk) and (T, h, dv) of the candidates, jagged over rows by `offsets` (B + 1,).
         cached_k, cached_v: of the histories' tokens, jagged by `cached_offsets` (B + 1,).
-        max_len, max_cached_len: upper bounds of both lengths.
+        max_len, max_cached_len: upper bounds of both lengths. As in `hstu_attention`, that they are is not checked, nor
+            that the offsets start at 0 and end at the number of tokens.
         softmax: softmax over the keys instead of silu(.)/N.
         cached_time: (T',) int64, the stored keys' times; `query_time` and `key_time` are the candidates'.
         alpha, normaliser, position_bias, time_bias, max_attn_len: as in `hstu_attention`; P >= the longest history + 1.
@@ -146,9 +159,19 @@ def cached_attention(
         (T, h, dv). Not differentiable where Triton runs: this is inference.
 
     Raises:
-        ValueError: a time bias without times.
+        ValueError: a time bias without times, shapes other than these, a negative `max_attn_len`; where Triton runs,
+            more than 65,535 rows.
     """
     _check_times(time_bias, query_time, key_time, cached_time)
+    _check(
+        q, k, v, offsets, max_cached_len + 1, position_bias, time_bias, query_time, key_time, max_attn_len, 0, None,
+    )  # fmt: skip
+    if cached_k.shape[1:] != k.shape[1:] or cached_v.shape[1:] != v.shape[1:] or len(cached_k) != len(cached_v):
+        shapes = f"{tuple(cached_k.shape)} and {tuple(cached_v.shape)}"
+        raise ValueError(f"cached_k and cached_v must be (T', h, dqk) and (T', h, dv) as k and v are, not {shapes}")
+    if len(cached_offsets) != len(offsets):
+        raise ValueError(f"offsets and cached_offsets must be of one length, not {len(offsets)}, {len(cached_offsets)}")
+    _check_lengths(len(cached_k), cached_time=cached_time)
     if _fits(q, k, v) and _fits(q, cached_k, cached_v):
         from kernels.hstu_attention import cached
 
@@ -181,3 +204,42 @@ def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 def _check_times(time_bias: torch.Tensor | None, *times: torch.Tensor | None) -> None:
     if time_bias is not None and any(time is None for time in times):
         raise ValueError("time_bias needs query_time and key_time (and cached_time, with a cache)")
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    position_bias: torch.Tensor | None,
+    time_bias: torch.Tensor | None,
+    query_time: torch.Tensor | None,
+    key_time: torch.Tensor | None,
+    max_attn_len: int,
+    contextual_seq_len: int,
+    num_targets: torch.Tensor | None,
+) -> None:
+    """ValueError for what shapes and Python numbers show to be wrong: a look at values would wait for the device.
+
+    `longest`: places that a position bias must tell apart.
+    """
+    if q.ndim != 3 or k.shape != q.shape or v.ndim != 3 or v.shape[:2] != q.shape[:2]:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (q, k, v))
+        raise ValueError(f"q, k and v must be (T, h, dqk), the same and (T, h, dv), not {shapes}")
+    if position_bias is not None and (position_bias.ndim != 1 or len(position_bias) < 2 * longest - 1):
+        shape = tuple(position_bias.shape)
+        raise ValueError(f"position_bias must have at least {2 * longest - 1} entries, not shape {shape}")
+    if time_bias is not None and time_bias.shape != (TIME_BUCKETS,):
+        raise ValueError(f"time_bias must be ({TIME_BUCKETS},), not {tuple(time_bias.shape)}")
+    if max_attn_len < 0 or contextual_seq_len < 0:
+        given = f"{max_attn_len} and {contextual_seq_len}"
+        raise ValueError(f"max_attn_len and contextual_seq_len must not be negative, as in {given}")
+    _check_lengths(len(q), query_time=query_time, key_time=key_time)
+    _check_lengths(len(offsets) - 1, num_targets=num_targets)
+
+
+def _check_lengths(length: int, **tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != (length,):
+            raise ValueError(f"{name} must be ({length},), not {tuple(tensor.shape)}")

@@ -1,11 +1,21 @@
 """HSTU attention against the equations, written out as loops in float64."""
 
+import inspect
 import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from kernels.hstu_attention import TIME_BUCKETS, grouped, hstu_attention, naive, softmax_attention, time_bucket
+from kernels.hstu_attention import (
+    TIME_BUCKETS,
+    cached_attention,
+    grouped,
+    hstu_attention,
+    naive,
+    softmax_attention,
+    time_bucket,
+)
 
 
 def bucket_by_hand(seconds: int) -> int:
@@ -154,7 +164,140 @@ def test_rows_grouped_by_length_give_the_same(name: str, masks: bool) -> None:
         torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-9)
 
 
-def test_rows_of_like_length_are_not_grouped() -> None:
+def test_rows_of_like_length_are_not_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, offsets, *_ = inputs([9, 10, 10, 9])
-    expected = naive.hstu_attention(q, k, v, offsets, 10)
-    assert torch.equal(hstu_attention(q, k, v, offsets, 10), expected)
+    attend, calls = naive.hstu_attention, []
+
+    def counted(*args, **named):
+        calls.append(args[4])
+        return attend(*args, **named)
+
+    monkeypatch.setattr(naive, "hstu_attention", counted)
+    assert torch.equal(hstu_attention(q, k, v, offsets, 10), attend(q, k, v, offsets, 10))
+    assert calls == [10]
+
+
+def test_what_fits_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each argument under its own name: the operation takes them by place."""
+    triton_op = pytest.importorskip("kernels.hstu_attention.triton_op", exc_type=ImportError)
+    q, k, v, offsets, position, time, query_time, key_time = inputs([5, 0, 7])
+    given = {
+        "q": q, "k": k, "v": v, "offsets": offsets, "max_len": 7, "alpha": 0.5, "position_bias": position,
+        "time_bias": time, "query_time": query_time, "key_time": key_time, "max_attn_len": 3, "contextual_seq_len": 2,
+        "num_targets": torch.tensor([1, 0, 2]),
+    }  # fmt: skip
+    names = list(inspect.signature(triton_op.attention._init_fn).parameters)
+    monkeypatch.setattr("kernels.hstu_attention.fits_triton", lambda *_: True)
+    monkeypatch.setattr(triton_op, "attention", lambda *found: (dict(zip(names, found, strict=True)),))
+    assert hstu_attention(**given, normaliser=9.0) == given | {"normaliser": 9.0, "softmax": False}
+    assert softmax_attention(**given) == given | {"normaliser": None, "softmax": True}
+
+
+def cached_inputs() -> dict[str, object]:
+    q, k, v, offsets, position, time, query_time, key_time = inputs([2, 0, 3])
+    _, cached_k, cached_v, cached_offsets, *_, cached_time = inputs([6, 4, 1])
+    return {
+        "q": q, "k": k, "v": v, "offsets": offsets, "cached_k": cached_k, "cached_v": cached_v,
+        "cached_offsets": cached_offsets, "max_len": 3, "max_cached_len": 6, "alpha": 0.5, "normaliser": 9.0,
+        "softmax": False, "position_bias": position, "time_bias": time, "query_time": query_time,
+        "key_time": key_time, "cached_time": cached_time, "max_attn_len": 4,
+    }  # fmt: skip
+
+
+def test_what_fits_goes_to_triton_with_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = pytest.importorskip("kernels.hstu_attention.cached", exc_type=ImportError)
+    given = cached_inputs()
+    names = list(inspect.signature(cached.cached_attention._init_fn).parameters)
+    monkeypatch.setattr("kernels.hstu_attention.fits_triton", lambda *_: True)
+    monkeypatch.setattr(cached, "cached_attention", lambda *found: dict(zip(names, found, strict=True)))
+    assert cached_attention(**given) == given
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_cached_attention_on_a_cpu_is_the_torch_version(softmax: bool) -> None:
+    given = cached_inputs() | {"softmax": softmax}
+    expected = naive.cached_attention(**given)
+    assert torch.equal(cached_attention(**given), expected)
+    # And each of its arguments counts.
+    for name in ("alpha", "max_attn_len", *(() if softmax else ("normaliser",))):
+        assert not torch.equal(cached_attention(**given | {name: 1}), expected), name
+
+
+WRONG = {
+    "k": (lambda given: {"k": given["k"][1:]}, "q, k and v"),
+    "q": (lambda given: {"q": given["q"][:, 0], "k": given["k"][:, 0]}, "q, k and v"),
+    "v": (lambda given: {"v": given["v"][:, 1:]}, "q, k and v"),
+    "position_bias": (lambda _: {"position_bias": torch.zeros(12, dtype=torch.float64)}, "at least 13 entries"),
+    "time_bias": (lambda given: {"time_bias": given["time_bias"][1:]}, r"time_bias must be \(129,\)"),
+    "query_time": (lambda given: {"query_time": given["query_time"][1:]}, "query_time"),
+    "key_time": (lambda given: {"key_time": given["key_time"][1:]}, "key_time"),
+    "max_attn_len": (lambda _: {"max_attn_len": -1}, "must not be negative"),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *WRONG.values(),
+        (lambda _: {"contextual_seq_len": -1}, "must not be negative"),
+        (lambda _: {"num_targets": torch.tensor([1, 1])}, r"num_targets must be \(3,\)"),
+    ],
+)
+def test_inputs_that_make_no_sense_are_refused(change, message: str) -> None:
+    names = ("q", "k", "v", "offsets", "position_bias", "time_bias", "query_time", "key_time")
+    given = dict(zip(names, inputs([5, 0, 7]), strict=True)) | {"max_len": 7}
+    for attend in (hstu_attention, softmax_attention):
+        attend(**given)
+        with pytest.raises(ValueError, match=message):
+            attend(**given | change(given))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *WRONG.values(),
+        (lambda given: {"cached_k": given["cached_k"][1:]}, "cached_k and cached_v"),
+        (lambda given: {"cached_k": given["cached_k"][:, 1:]}, "cached_k and cached_v"),
+        (lambda given: {"cached_v": given["cached_v"][..., 1:]}, "cached_k and cached_v"),
+        (lambda given: {"cached_offsets": given["cached_offsets"][1:]}, "of one length"),
+        (lambda given: {"cached_time": given["cached_time"][1:]}, "cached_time"),
+    ],
+)
+def test_cached_inputs_that_make_no_sense_are_refused(change, message: str) -> None:
+    given = cached_inputs()
+    with pytest.raises(ValueError, match=message):
+        cached_attention(**given | change(given))
+
+
+def test_more_targets_than_tokens_are_a_row_of_targets() -> None:
+    q, k, v, offsets, position, *_ = inputs([5, 0, 7])
+    options = {"position_bias": position, "max_attn_len": 3, "contextual_seq_len": 2}
+    for attend in (hstu_attention, softmax_attention):
+        expected, found = (
+            attend(q, k, v, offsets, 7, num_targets=torch.tensor(targets), **options)
+            for targets in ([5, 0, 2], [9, 4, 2])
+        )
+        assert torch.equal(found, expected)
+
+
+def test_bucket_edges_do_not_stay_fake() -> None:
+    naive._kept_bucket_starts.cache_clear()
+    for _ in range(2):  # before and after the real ones are kept
+        with FakeTensorMode():
+            assert time_bucket(torch.zeros(3, dtype=torch.int64)).shape == (3,)
+        assert time_bucket(torch.tensor([0, 2])).tolist() == [bucket_by_hand(0), bucket_by_hand(2)]
+
+
+@pytest.mark.parametrize("fullgraph_of", [hstu_attention, softmax_attention])
+def test_checks_are_traced_without_graph_breaks(fullgraph_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("kernels.hstu_attention.triton_op", exc_type=ImportError)
+    monkeypatch.setattr("kernels.hstu_attention.fits_triton", lambda *_: True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiled = torch.compile(fullgraph_of, fullgraph=True, backend="eager", dynamic=True)
+    for lengths in ([5, 0, 7], [9, 3], [30]):
+        q, k, v, offsets, position, time, *times = (tensor.to(device) for tensor in inputs(lengths))
+        arguments = [tensor.float() for tensor in (q, k, v)]
+        options = {"position_bias": position.float(), "time_bias": time.float()}
+        options |= {"query_time": times[0], "key_time": times[1]}
+        expected = fullgraph_of(*arguments, offsets, max(lengths), **options)
+        torch.testing.assert_close(compiled(*arguments, offsets, max(lengths), **options), expected)
