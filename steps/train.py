@@ -59,8 +59,8 @@ def main(args: argparse.Namespace) -> None:
         "versions": versions(),
     }
     trainings: dict[Path, Training] = {}
-    for run in args.run:
-        config = read_json(run / "config.json")
+    configs = {run: read_json(run / "config.json") for run in args.run}  # of all, before any results go
+    for run, config in configs.items():
         for name in _RESULTS:  # of an earlier training, which would look like this one's if this one failed
             (run / name).unlink(missing_ok=True)
         title = f"{config['row']} on {config['dataset']}, protocol {config['protocol']['name']}, seed {config['seed']}"

@@ -102,7 +102,7 @@ class Training:
         if saved is not None and saved["identity"] == self._identity:
             self.best = load_state(path, self.model, self.optimizer)
             self.history = saved["history"]
-            self.commits = list(dict.fromkeys([*saved["commits"], *self.commits]))
+            self.commits = list(dict.fromkeys([*saved.get("commits", ["unknown"]), *self.commits]))
             print(f"{self.title}resuming after epoch {self.done} from {path}", flush=True)
 
     @property
