@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steps.profile_training import by_part, full_sequences, least, merged, part_of
+from steps.profile_training import by_part, full_sequences, least, longest, merged, part_of
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,14 @@ def test_kernels_find_their_part(kernel: str, part: str) -> None:
 def test_parts_are_the_sums_of_their_kernels() -> None:
     kernels = {"key_gradient_kernel": 2.0, "query_gradient_kernel": 1.0, "add": 4.0}
     assert list(by_part(kernels).items()) == [("element-wise and other", 4.0), ("attention, backward", 3.0)]
+
+
+def test_kernels_of_one_template_are_listed_as_their_sum() -> None:
+    template = "void cutlass::Kernel<" + 90 * "x"
+    kernels = {"gemm": 2.0, f"{template}float>": 1.5, f"{template}half>": 1.0} | {f"k{n}": 0.1 for n in range(40)}
+    found = list(longest(kernels).values())
+    assert found[:2] == [2.5, 2.0]
+    assert len(found) == 25
 
 
 def test_rows_measured_again_replace_the_old() -> None:
