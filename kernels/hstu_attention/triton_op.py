@@ -133,6 +133,13 @@ class _Launch:
             arguments |= {f"stride_{letter}t": tensor.stride(0), f"stride_{letter}h": tensor.stride(1)}
         return arguments
 
+    def multiplied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The float32 values that the kernels multiply in its place: rounded to TF32, where they do that."""
+        values = tensor.float()
+        if tensor.dtype == torch.float32 and self.common["PRECISION"] == "tf32":
+            values = ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+        return values
+
     def _diagonals(self, rows: int, warps: int) -> bool:
         """Whether score tiles come in the layout of Hopper's tensor cores, one warp above the other: not from float32
         products that are not TF32, and not where a tile has less than 16 rows a warp."""
@@ -328,8 +335,9 @@ class _Launch:
                 band_gradient = log_mass.new_empty(self.bands[1].shape)
         tensors = {"q": (self.q, block_m), "grad": (grad, block_m), "k": (self.k, block_n), "v": (self.v, block_n)}
         # An entry sums score gradients of a whole batch, among which errors of operands rounded to TF32 do not cancel:
-        # float32 is multiplied as it is, not by tensor cores.
-        diagonals = self.q.dtype != torch.float32 and self._diagonals(block_m, config["num_warps"])
+        # float32 is multiplied as it is, not by tensor cores. Softmax's do cancel within a query, but with its delta
+        # alone, which comes of products like the forward pass's (six times the error otherwise, in a window of two).
+        exact = self.q.dtype == torch.float32 and not self.common["SOFTMAX"]
         bias_gradient_kernel[(distances * splits,)](
             position_sums=position_sums,
             time_sums=time_sums,
@@ -346,8 +354,8 @@ class _Launch:
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             **self.rows_of(config, **tensors),
-            **self.common | {"PRECISION": "ieee"},
-            DIAGONALS=diagonals,
+            **self.common | ({"PRECISION": "ieee"} if exact else {}),
+            DIAGONALS=not exact and self._diagonals(block_m, config["num_warps"]),
             DETERMINISTIC=deterministic,
             num_warps=config["num_warps"],
             num_stages=config["num_stages"],
@@ -476,7 +484,7 @@ def attention_backward(
             tables = [log_mass.new_empty(0) if t is None else torch.zeros_like(t) for t in (position_bias, time_bias)]
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), tables[0], tables[1]
         grad = _rows(grad)
-        delta = (grad.float() * output.float()).sum(-1).T.contiguous() if softmax else None
+        delta = (launch.multiplied(grad) * output.float()).sum(-1).T.contiguous() if softmax else None
         config = launch.configuration("key_gradient")
         # One pass that adds dq as it goes, in no fixed order; or a second kernel for dq.
         added = not deterministic and bool(config["add_dq"])

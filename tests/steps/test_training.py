@@ -407,7 +407,7 @@ def test_compiled_steps_are_captured_and_learn_alike(name: str, data: Path, tmp_
     for run, compiled in zip(runs, (True, False), strict=True):
         before = run.model.items.weight.detach().clone().float()
         train(run)
-        moved.append(float((run.model.items.weight.float() - before).norm()))
+        moved.append(float((run.model.items.weight.detach().float() - before).norm()))
         assert run.record()["compiled"] is compiled
         assert run.record()["captured"]
     losses, others = ([line["train/loss"] for line in run.history] for run in runs)
