@@ -242,21 +242,25 @@ def test_a_run_that_ends_need_not_wait_for_the_others(data: Path, tmp_path: Path
     assert runs[0].done < 4
 
 
-@pytest.mark.parametrize(("name", "static"), [("hstu", False), ("hstu", True), ("hstu-rowwise", True)])
-def test_a_state_goes_on_to_the_same_end(name: str, static: bool, data: Path, tmp_path: Path) -> None:
-    settings = config(name, epochs=3)
-    whole = training(data, tmp_path / "whole", settings=settings, static=static)
+def goes_on_to_the_same_end(data: Path, folder: Path, device: str, settings: dict[str, Any], static: bool) -> None:
+    whole = training(data, folder / "whole", device, static, settings=settings)
     train(whole)
-    broken = training(data, tmp_path / "broken", settings=settings, static=static)
+    broken = training(data, folder / "broken", device, static, settings=settings)
     for _ in broken.epochs():
         if len(broken.history) == 2:
             break
     broken._states.finish()
-    resumed = training(data, tmp_path / "broken", settings=settings, static=static)
+    resumed = training(data, folder / "broken", device, static, settings=settings)
     assert len(resumed.history) == 2
     train(resumed)
     same(whole, resumed)
     assert resumed.record()["step_ms"] > 0
+    assert resumed.record()["captured"] is (device == "cuda")
+
+
+@pytest.mark.parametrize(("name", "static"), [("hstu", False), ("hstu", True), ("hstu-rowwise", True)])
+def test_a_state_goes_on_to_the_same_end(name: str, static: bool, data: Path, tmp_path: Path) -> None:
+    goes_on_to_the_same_end(data, tmp_path, "cpu", config(name, epochs=3), static)
 
 
 def test_a_finished_state_still_says_how_long_a_step_took(data: Path, tmp_path: Path) -> None:
@@ -339,6 +343,13 @@ def test_captured_runs_together_end_as_alone(name: str, data: Path, tmp_path: Pa
         alone = training(data, tmp_path / f"a{index}", "cuda", settings=one)
         train(alone)
         same(alone, together[index])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("name", ["hstu", "sasrec", "gru4rec", "bert4rec", "hstu-rowwise"])
+def test_a_captured_state_goes_on_to_the_same_end(name: str, data: Path, tmp_path: Path) -> None:
+    goes_on_to_the_same_end(data, tmp_path, "cuda", config(name, epochs=3), static=True)
 
 
 def watched(run: Training) -> dict[str, Any]:
