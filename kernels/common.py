@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,10 +17,12 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @functools.cache
 def triton_available() -> bool:
-    """Whether Triton kernels can run here: on a CUDA device, or interpreted (TRITON_INTERPRET=1) for tests."""
+    """Whether Triton kernels can run here: on CUDA devices, or interpreted (TRITON_INTERPRET=1) for tests."""
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return False
     if torch.version.hip is not None:  # the kernels hold PTX
+        return False
+    if any(device.major < 8 for device in _devices()):  # which Triton does not support
         return False
     try:
         import triton  # noqa: F401
@@ -28,8 +31,17 @@ def triton_available() -> bool:
     return True
 
 
+def _devices() -> list[Any]:
+    return [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory of a multiprocessor, on the GPU here that has least: 100 KiB to 228 KiB."""
+    return min((device.shared_memory_per_multiprocessor for device in _devices()), default=0)
+
+
 def fits_triton(*tensors: torch.Tensor | None) -> bool:
-    """Whether these tensors go to the Triton kernels: float32, float16 or bfloat16, on CUDA.
+    """Whether these tensors go to the Triton kernels: float32, float16 or bfloat16, on CUDA, compute capability 8.0.
 
     Where tensors on CUDA do not, a warning says so, once for each reason.
     """
@@ -43,7 +55,7 @@ def fits_triton(*tensors: torch.Tensor | None) -> bool:
         do_without(f"Triton kernels take no {', '.join(sorted(others))}")
         return False
     if not _triton_available():
-        do_without("Triton is not installed, or this is no NVIDIA GPU")
+        do_without("Triton is not installed, or not all GPUs are NVIDIA's of compute capability 8.0 or more")
         return False
     return True
 
@@ -75,6 +87,7 @@ def tf32_allowed() -> bool:
 # but compiles again where it has changed.
 _triton_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def configuration(operation: str, shape_class: str, device: torch.device) -> Mapping[str, int]:

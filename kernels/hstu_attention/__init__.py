@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from kernels.common import do_without, fits_triton
+from kernels.common import do_without, fits_triton, shared_memory
 from kernels.hstu_attention import grouped, naive
 from kernels.hstu_attention.naive import TIME_BUCKETS, time_bucket
 
 __all__ = ["TIME_BUCKETS", "cached_attention", "hstu_attention", "softmax_attention", "time_bucket"]
 
 _WIDEST_HEAD = 256
+_WIDEST_FLOAT32 = 128  # of wider ones tiles take up to 134 KiB of shared memory, all others at most 99
+_SHARED_MEMORY = 160 * 1024
 
 
 def hstu_attention(
@@ -195,10 +197,14 @@ def _in_torch(attend: Callable[..., torch.Tensor], q: torch.Tensor, *inputs: Any
 def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     if not fits_triton(q, k, v):
         return False
-    if q.dtype == k.dtype == v.dtype and max(q.shape[2], v.shape[2]) <= _WIDEST_HEAD:
-        return True
-    do_without(f"Triton attention takes one type, and heads of at most {_WIDEST_HEAD} dimensions")
-    return False
+    widest = max(q.shape[2], v.shape[2])
+    if not (q.dtype == k.dtype == v.dtype and widest <= _WIDEST_HEAD):
+        do_without(f"Triton attention takes one type, and heads of at most {_WIDEST_HEAD} dimensions")
+        return False
+    if q.dtype == torch.float32 and widest > _WIDEST_FLOAT32 and shared_memory() < _SHARED_MEMORY:
+        do_without(f"float32 heads of more than {_WIDEST_FLOAT32} dimensions do not fit this GPU's shared memory")
+        return False
+    return True
 
 
 def _check_times(time_bias: torch.Tensor | None, *times: torch.Tensor | None) -> None:

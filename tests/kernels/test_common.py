@@ -9,7 +9,7 @@ import torch
 
 from kernels import common
 from kernels.common import _warn, do_without, fits_triton, tf32_allowed, triton_available
-from kernels.hstu_attention import hstu_attention
+from kernels.hstu_attention import _fits, hstu_attention
 
 
 def test_each_reason_is_given_once() -> None:
@@ -56,6 +56,32 @@ def test_triton_is_not_for_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not triton_available()
     finally:
         triton_available.cache_clear()
+
+
+def test_triton_is_not_for_gpus_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(common, "_devices", lambda: [SimpleNamespace(major=9), SimpleNamespace(major=7)])
+    triton_available.cache_clear()
+    try:
+        assert not triton_available()
+    finally:
+        triton_available.cache_clear()
+
+
+@pytest.mark.parametrize(("dim", "kib", "fits"), [(129, 100, False), (129, 164, True), (128, 100, True)])
+def test_wide_float32_heads_need_a_large_shared_memory(
+    dim: int, kib: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [SimpleNamespace(shared_memory_per_multiprocessor=size * 1024) for size in (228, kib)]
+    monkeypatch.setattr(common, "_devices", lambda: devices)
+    monkeypatch.setattr("kernels.hstu_attention.fits_triton", lambda *_: True)
+    _warn.cache_clear()
+    q = torch.zeros(3, 1, dim)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert _fits(q, q, q) is fits
+        assert _fits(q.half(), q.half(), q.half())
+    assert ["shared memory" in str(warning.message) for warning in seen] == ([] if fits else [True])
 
 
 @pytest.mark.parametrize("newer", [False, True], ids=["allow_tf32", "fp32_precision"])

@@ -19,6 +19,7 @@ from ahead_of_time import CASES
 ROOT = Path(__file__).resolve().parents[2]
 # What a block may take: bytes of shared memory, bytes of a thread's stack, columns of tensor memory.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_OF_OTHERS = 99 * 1024  # sm_86, sm_89 and sm_120, which are given no wide float32 heads
 STACK = 1024  # a few spilled registers cost less than smaller tiles would
 TENSOR_MEMORY = 512
 # What is compiled for the GPUs that nothing is tuned for; Hopper gets all cases.
@@ -63,7 +64,13 @@ def compiled() -> Iterator[dict[int, list[Future[list[dict[str, Any]]]]]]:
 def problems(line: dict[str, Any], capability: int) -> str:
     if "error" in line:
         return line["error"]
-    limits = {"shared": SHARED[capability], "stack": STACK, "tensor_memory": TENSOR_MEMORY, "unset": 0}
+    anywhere = capability == 80 and not line["case"].startswith("attention d 256, fp32")
+    limits = {
+        "shared": SHARED_OF_OTHERS if anywhere else SHARED[capability],
+        "stack": STACK,
+        "tensor_memory": TENSOR_MEMORY,
+        "unset": 0,
+    }
     return ", ".join(f"{name} {line[name]} > {limit}" for name, limit in limits.items() if line[name] > limit)
 
 
