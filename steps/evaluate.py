@@ -1,6 +1,7 @@
 """Rank every user's held-out item with trained models, exactly, and keep the ranks.
 
-Writes `ranks.safetensors` and `metrics.json` beside each model's weights: metrics under the protocol's own rules, the
+Writes `ranks.safetensors` (of each split: `<split>` the best rank, `<split>_ties` the candidates of equal score,
+`<split>_users`) and `metrics.json` beside each model's weights: metrics under the protocol's own rules, the
 same model's under every choice of candidates and excluded items (`variants`), and what lies beyond accuracy.
 Needs torch, numpy and safetensors alone.
 """
@@ -22,11 +23,11 @@ from steps.models import SequenceModel, build
 from steps.models.checkpoint import load_weights
 from steps.ranking.beyond import beyond_accuracy
 from steps.ranking.metrics import metrics
-from steps.ranking.ranks import Rules, rank
+from steps.ranking.ranks import Rules, exclusions, rank
 
 #: How many recommendations coverage and popularity look at.
 TOP = 10
-VARIANTS = [Rules(candidates, exclude) for exclude in ("window", "history") for candidates in ("catalogue", "rated")]
+_EXCLUDE, _CANDIDATES = ("window", "history"), ("catalogue", "rated")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,18 +65,22 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
         as_trained = "bf16" if trained.get("precision") == "bf16" else "tf32"
         computed, model.compute = compute_type(precision or as_trained, device)
 
-    own = Rules.of(protocol)
+    own = Rules.of(config)
+    variants = [Rules(rated, out) for out in exclusions(config, _EXCLUDE) for rated in _CANDIDATES]
     found: dict[str, Any] = {}
     kept: dict[str, torch.Tensor] = {}
     for split, questions in holdout.questions.items():
-        rules = [own, *(VARIANTS if split == "test" else [])]
+        rules = [own, *(variants if split == "test" else [])]
         first, *others = rank(model, sequences, questions, rules, training["max_len"], training["batch"], TOP)
         found[split] = metrics(first.ranks)
-        kept |= {split: first.ranks.float(), f"{split}_users": questions.users.clone()}
+        kept |= {split: first.ranks.best.int(), f"{split}_ties": first.ranks.ties.int()}
+        kept[f"{split}_users"] = questions.users.clone()
         if split == "test":
             found["beyond"] = beyond_accuracy(first.top, first.ranks, sequences, questions, holdout.train_drop)
-            variants = zip(VARIANTS, others, strict=True)
-            found["variants"] = {f"{rule.exclude}/{rule.candidates}": metrics(other.ranks) for rule, other in variants}
+            found["variants"] = {
+                f"{rule.exclude}/{rule.candidates}": metrics(other.ranks)
+                for rule, other in zip(variants, others, strict=True)
+            }
     if protocol["report"] == "last":  # optimistic: the epoch is chosen by the test set
         best = max(read_jsonl(run / "history.jsonl"), key=lambda line: line["test/ndcg@10"])
         found["test_best"] = {name: best[f"test/{name}"] for name in found["test"]} | {"epoch": best["epoch"]}

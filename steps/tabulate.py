@@ -21,6 +21,7 @@ from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, r
 
 _SHOWN = ("hr@10", "ndcg@10", "hr@50", "hr@200", "ndcg@200", "mrr")
 _PUBLISHED = ("hr@10", "ndcg@10")
+_CHOOSING = ("hr@10", "ndcg@10")  # on validation, before test, where points of a grid are compared
 _CURVE = "ndcg@10"
 _PROTOCOLS = {
     "strict": "Protocol strict: epoch chosen on validation, candidates are the rated items, the whole history is "
@@ -28,9 +29,16 @@ _PROTOCOLS = {
     "temporal": "Protocol temporal: one clock for all users, nothing of the future is trained on; otherwise as strict. "
     "Not comparable with the published figures.",
     "paper": "Protocol paper: last epoch of the schedule, candidates are the whole catalogue, the model's window is "
-    "left out of the ranking. `best` is the epoch with the best NDCG@10 on test: optimistic, shown because papers "
-    "report it.",
+    "left out of the ranking. `best epoch` is the one epoch with the best NDCG@10 on test, at which other metrics may "
+    "be lower than at the last: optimistic, shown because papers report it.",
 }
+_REPEATS = {
+    "none": "",
+    "recommend": " Users of this data set have items again: nothing is left out of the ranking, under any protocol.",
+    "leave-out": " Users of this data set have items again: a target that is among the items left out is a miss.",
+}
+_GRID = " Choose among the points of the grid by the columns of validation: the best on test is optimistic."
+_GRID_WITHOUT = " Without validation nothing chooses among the points of the grid: the best on test is optimistic."
 _PAGE = Environment(autoescape=True).from_string(
     """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
@@ -47,12 +55,15 @@ td { font-variant-numeric: tabular-nums } footer { color: #666; font-size: .9rem
 )
 
 
-def summarise(records: list[Record]) -> pl.DataFrame:
-    """A row per (dataset, protocol, model): seeds, mean and standard deviation of every test metric."""
+def summarise(records: list[Record], grid: bool = False) -> pl.DataFrame:
+    """A row per (dataset, protocol, model): seeds, mean and standard deviation of every test metric.
+
+    grid: whether rows are chosen among, for which validation metrics stand before.
+    """
     rows = []
     for (dataset, protocol, model), seeds in by_row(records).items():
         row: dict[str, Any] = {"dataset": dataset, "protocol": protocol, "model": model, "seeds": len(seeds)}
-        for part in ("test", "test_best"):
+        for part in (*(["valid"] if grid else []), "test", "test_best"):
             if part in seeds[0].metrics:
                 for name in seeds[0].metrics["test"]:
                     mean, deviation = mean_and_sd(seed.metrics[part][name] for seed in seeds)
@@ -62,22 +73,33 @@ def summarise(records: list[Record]) -> pl.DataFrame:
 
 
 def sections(
-    summary: pl.DataFrame, paper: dict[str, Any], titles: dict[str, str], names: dict[str, str]
+    summary: pl.DataFrame,
+    paper: dict[str, Any],
+    titles: dict[str, str],
+    names: dict[str, str],
+    repeats: dict[str, str],
+    grid: bool = False,
 ) -> list[dict[str, Any]]:
-    """A table per (dataset, protocol): title, note, headers and rows of text."""
+    """A table per (dataset, protocol): title, note, headers and rows of text.
+
+    titles, repeats: of each data set. names: of each model. grid: whether the models are points of a grid.
+    """
     made = []
     for (dataset, protocol), rows in summary.group_by("dataset", "protocol", maintain_order=True):
-        headers = ["model", "seeds", *(name.upper() for name in _SHOWN)]
+        chosen = grid and _has(rows, "valid")
+        headers = ["model", "seeds", *(f"valid {name.upper()}" for name in _CHOOSING if chosen)]
+        headers += [f"{'test ' if grid else ''}{name.upper()}" for name in _SHOWN]
         published = paper["public_datasets"].get(dataset, {}) if protocol == "paper" else {}
         published = {model: figures for model, figures in published.items() if model in set(rows["model"])}
-        best = "test_best/hr@10" in rows.columns and rows["test_best/hr@10"].is_not_null().any()
+        best = _has(rows, "test_best")
         if best:
-            headers += [f"best {name.upper()}" for name in _PUBLISHED]
+            headers += [f"best epoch {name.upper()}" for name in _PUBLISHED]
         if published:
             headers += [f"published {name.upper()}" for name in _PUBLISHED]
         table = []
         for row in rows.iter_rows(named=True):
-            line = [names[row["model"]], row["seeds"], *(_cell(row, f"test/{name}") for name in _SHOWN)]
+            line = [names[row["model"]], row["seeds"], *(_cell(row, f"valid/{name}") for name in _CHOOSING if chosen)]
+            line += [_cell(row, f"test/{name}") for name in _SHOWN]
             if best:
                 line += [_cell(row, f"test_best/{name}") for name in _PUBLISHED]
             if published:
@@ -88,6 +110,8 @@ def sections(
             {
                 "title": f"{titles[dataset]}, protocol {protocol}",
                 "note": _PROTOCOLS.get(protocol, f"Protocol {protocol}.")
+                + _REPEATS[repeats[dataset]]
+                + (_GRID if chosen else _GRID_WITHOUT if grid else "")
                 + (" " + _sources(published, paper) if published else ""),
                 "headers": headers,
                 "rows": table,
@@ -144,7 +168,8 @@ def provenance(records: list[Record], missing: list[params.Run]) -> list[str]:
     lines = [
         f"Commit {distinct('commit')}. Device {distinct('device')}.",
         "Data " + ", ".join(f"{dataset} sha256 {digest}" for dataset, digest in data) + ".",
-        "All figures are fractions. One target per user, exact rank over all candidates, ties counted half. "
+        "All figures are fractions. One target per user, exact rank over all candidates; where a target ties with "
+        "others, metrics are means over all orders of the ties. "
         "± is the standard deviation over seeds.",
     ]
     if missing:
@@ -154,6 +179,10 @@ def provenance(records: list[Record], missing: list[params.Run]) -> list[str]:
         names = ", ".join(f"{name} (seeds {' '.join(numbers)})" for name, numbers in seeds.items())
         lines.append(f"Not run: {names}.")
     return lines
+
+
+def _has(rows: pl.DataFrame, part: str) -> bool:
+    return f"{part}/hr@10" in rows.columns and bool(rows[f"{part}/hr@10"].is_not_null().any())
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
@@ -213,9 +242,12 @@ def main(args: argparse.Namespace) -> None:
     records, missing = read_records(args.experiment, args.runs)
     paper = params.load("paper")
     titles = {name: dataset["title"] for name, dataset in params.load("datasets").items()}
-    title = params.load(f"experiments/{args.experiment}")["title"]
-    summary = summarise(records)
-    made, footer = sections(summary, paper, titles, labels(records)), provenance(records, missing)
+    experiment = params.load(f"experiments/{args.experiment}")
+    title, grid = experiment["title"], "grid" in experiment
+    repeats = {record.run.dataset: record.config["repeats"] for record in records}
+    summary = summarise(records, grid)
+    made = sections(summary, paper, titles, labels(records), repeats, grid)
+    footer = provenance(records, missing)
     details, rules, others = _details(records, title)
     save_figure(draw_curves(records, paper, titles), args.output / "curves")
     for name, table in {

@@ -135,6 +135,7 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
         "row": run.model,
         "protocol": {"name": run.protocol, **entry("protocols", run.protocol, root)},
         "seed": run.seed,
+        "repeats": entry("datasets", run.dataset, root).get("repeats", "none"),
         "model": model,
         "training": training,
     }

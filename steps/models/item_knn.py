@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from kernels.jagged.naive import row_and_place
+from steps.common.top import top_items
 from steps.data.sequences import Batch, Sequences
 from steps.models.base import CountingModel
 
@@ -14,6 +15,7 @@ _ITEMS_AT_ONCE = 1024  # columns of the dense block: 1,024 x 138,493 users are 0
 class ItemKNN(CountingModel):
     """Each item keeps its k nearest (Sarwar et al. 2001); a candidate's score is the sum of similarities to the window.
 
+    Of equally near items those with the smallest ids are kept.
     similarity(i, j) = users of both / (sqrt(users of i) sqrt(users of j) + shrink).
     """
 
@@ -45,9 +47,9 @@ class ItemKNN(CountingModel):
             both = by_item @ block  # (V + 1, block)
             cosine = both / (users[:, None] * users[None, first:last] + self.shrink).clamp(min=1e-12)
             cosine[torch.arange(first, last), torch.arange(last - first)] = 0  # no item is its own neighbour
-            best = cosine.topk(self.k, dim=0)
-            neighbours.append(best.indices.T)
-            similarity.append(best.values.T)
+            best = top_items(cosine.T, self.k)
+            neighbours.append(best)
+            similarity.append(cosine.T.gather(1, best))
         self.neighbours = torch.cat(neighbours).int().contiguous()
         self.similarity = torch.cat(similarity).contiguous()
 

@@ -6,7 +6,7 @@ import torch
 
 from steps.data.holdout import Questions
 from steps.data.sequences import Sequences
-from steps.ranking.metrics import metrics
+from steps.ranking.metrics import Ranks, metrics
 
 #: Upper ends of the history-length groups.
 HISTORY_LENGTHS = (30, 100, 300)
@@ -16,7 +16,7 @@ _GROUP_METRICS = ("hr@10", "ndcg@10")
 
 
 def beyond_accuracy(
-    top: torch.Tensor, ranks: torch.Tensor, sequences: Sequences, questions: Questions, train_drop: torch.Tensor
+    top: torch.Tensor, ranks: Ranks, sequences: Sequences, questions: Questions, train_drop: torch.Tensor
 ) -> dict[str, Any]:
     """Coverage and popularity of the recommended items (K, k), and metrics by groups of users and targets.
 
@@ -54,7 +54,7 @@ def _popularity_groups(counts: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(groups).scatter_(0, order, groups)
 
 
-def _by_group(ranks: torch.Tensor, group: torch.Tensor, names: list[str]) -> dict[str, dict[str, float]]:
+def _by_group(ranks: Ranks, group: torch.Tensor, names: list[str]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for number, name in enumerate(names):
         chosen = ranks[group == number]

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from steps.common.cli import StepError
+from steps.common.top import top_items
 from steps.data.holdout import Questions
 from steps.data.sequences import Sequences, Size
 from steps.models import Model
+from steps.ranking.metrics import Ranks
 
 #: A GPU is filled by so many users at once, or by so many scores, 1 GB in float32.
 _USERS_AT_ONCE = 1024
@@ -19,22 +21,30 @@ _SCORES_AT_ONCE = 2**28
 
 @dataclass(frozen=True)
 class Rules:
-    """What may be ranked: `candidates` catalogue or rated, less the seen items of the window or the whole history."""
+    """What is ranked: `candidates` catalogue or rated, without the seen items of the window or the whole history.
+
+    exclude: window, history, or nothing, where seen items are ranked as all others.
+    """
 
     candidates: str
     exclude: str
 
     @classmethod
-    def of(cls, protocol: dict[str, Any]) -> "Rules":
-        """The rules of a protocol of params/protocols.yaml."""
-        return cls(protocol["candidates"], protocol["exclude"])
+    def of(cls, config: dict[str, Any]) -> "Rules":
+        """The rules of a run's config.json: its protocol's, unless its data set's seen items may come again."""
+        return cls(config["protocol"]["candidates"], exclusions(config, (config["protocol"]["exclude"],))[0])
+
+
+def exclusions(config: dict[str, Any], otherwise: Sequence[str]) -> Sequence[str]:
+    """What may be left out of a run's ranking: nothing where its data set recommends repeats, else `otherwise`."""
+    return ("nothing",) if config["repeats"] == "recommend" else otherwise
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """ranks (K,) float32 of the targets, counted from 1; top (K, k) int64, the k items recommended first."""
+    """ranks (K,) of the targets; top (K, k) int64, the k items recommended first, of equal scores the smallest id."""
 
-    ranks: torch.Tensor
+    ranks: Ranks
     top: torch.Tensor
 
 
@@ -64,11 +74,11 @@ class Ranker:
     def ask(self, model: Model) -> tuple[torch.Tensor, list[Ranking]]:
         """Whether every score was finite, (), and the answers under each of the rules, from one scoring.
 
-        A rank is 1 + the candidates that score higher than the target, ties counted half. The target is always a
-        candidate. Leaves the model in evaluation mode.
+        A target among the seen items that are left out is left out too: a miss, as otherwise it alone would be ranked
+        of all that is seen. Leaves the model in evaluation mode.
         """
         model.eval()
-        parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.rules]
+        parts: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = [[] for _ in self.rules]
         finite = torch.ones((), dtype=torch.bool, device=self.sequences.item.device)
         for users, drop, (size, history) in self._batches:
             batch = self.sequences.batch(users, drop, self.max_len, size)
@@ -78,23 +88,30 @@ class Ranker:
             own = scores.gather(1, target)
             for rule, part in zip(self.rules, parts, strict=True):
                 left_out = ~self._candidates[rule.candidates].expand_as(scores)
-                row, item = (
-                    self.sequences.histories(users, drop, history)
-                    if rule.exclude == "history"
-                    else (batch.row, batch.item)
-                )
-                left_out.view(-1).index_fill_(0, row * scores.shape[1] + item, True)
-                left_out.scatter_(1, target, False)
+                if rule.exclude != "nothing":
+                    row, item = (
+                        self.sequences.histories(users, drop, history)
+                        if rule.exclude == "history"
+                        else (batch.row, batch.item)
+                    )
+                    left_out.view(-1).index_fill_(0, row * scores.shape[1] + item, True)
                 ranked = scores.masked_fill(left_out, -torch.inf)
-                ahead = (ranked > own).sum(1) + 0.5 * ((ranked == own).sum(1) - 1)  # the target ties with itself
-                part.append((1 + ahead, _best(ranked, self.top)))
-        return finite, [Ranking(*(torch.cat(column) for column in zip(*part, strict=True))) for part in parts]
+                is_ranked = ~left_out.gather(1, target)[:, 0]
+                best = (1 + (ranked > own).sum(1)) * is_ranked
+                ties = ((ranked == own).sum(1) - 1) * is_ranked  # the target ties with itself
+                part.append((best, ties, _best(ranked, self.top)))
+        answers = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
+        return finite, [Ranking(Ranks(best, ties), top) for best, ties, top in answers]
 
 
 def _best(ranked: torch.Tensor, count: int) -> torch.Tensor:
     """The items (K, count) with the highest scores, best first; 0 where there are fewer candidates."""
-    values, items = ranked.topk(min(count, ranked.shape[1]), dim=1)
-    return F.pad(items.masked_fill(values == -torch.inf, 0), (0, count - items.shape[1]))
+    if not count:
+        return ranked.new_zeros(len(ranked), 0, dtype=torch.int64)
+    ranked = ranked.nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    items = top_items(ranked, min(count, ranked.shape[1]))
+    items = items.masked_fill(ranked.gather(1, items) == -torch.inf, 0)
+    return F.pad(items, (0, count - items.shape[1]))
 
 
 def rank(

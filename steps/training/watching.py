@@ -26,7 +26,7 @@ class Watch:
     def __init__(self, model: Model, config: dict[str, Any], sequences: Sequences, holdout: Holdout) -> None:
         self.model = model
         self.split = holdout.watched
-        training, rules = config["training"], [Rules.of(config["protocol"])]
+        training, rules = config["training"], [Rules.of(config)]
         questions = holdout.questions[self.split]
         self._ranker = Ranker(sequences, questions, rules, training["max_len"], training["batch"])
         self._calls = 0

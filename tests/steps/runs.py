@@ -18,7 +18,7 @@ def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int =
         model, changes = "hstu", {"attention": "softmax", "alpha": "1/sqrt(dqk)"} | changes
     if model == "hstu-rowwise":
         model, changes = "hstu", {"items": {"lr": 0.05, "dtype": "float16", "pool": 50}} | changes
-    settings: dict[str, Any] = {"label": model, "model": model}
+    settings: dict[str, Any] = {"model": model}
     if model not in ("popular", "markov"):
         settings |= {"dim": 16, "blocks": 2, "heads": 2, "dqk": 8, "dv": 8, "extra_positions": 11}
         settings |= {
@@ -31,7 +31,7 @@ def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int =
         settings |= {"mask_share": 0.2, "samples": 30, "sample_alpha": 0.5, "logq": 1.0, "neighbours": 9, "shrink": 1.0}
         settings |= {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0}}
     training = {"max_len": 20, "epochs": epochs, "batch": 16, "negatives": 16, "dropout": 0.2}
-    return {"experiment": "t", "dataset": "t", "row": model, "protocol": protocol, "seed": 3} | {
+    return {"experiment": "t", "dataset": "t", "row": model, "protocol": protocol, "seed": 3, "repeats": "none"} | {
         "model": settings | changes,
         "training": training,
     }

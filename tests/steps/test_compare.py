@@ -11,9 +11,10 @@ from steps.compare import compare_pairs, holm, interval, orderings, resample, us
 
 
 def test_gains_are_ndcg_at_ten() -> None:
-    gains = user_gains(np.array([1.0, 1.5, 3.0, 10.0, 10.5, 500.0], dtype=np.float32))
-    expected = [1.0, 1 / np.log2(2.5), 0.5, 1 / np.log2(11), 0.0, 0.0]
-    np.testing.assert_allclose(gains, expected)
+    best, ties = np.array([1, 1, 3, 10, 10, 500, 0]), np.array([0, 1, 0, 0, 1, 0, 0])
+    gains = user_gains({"test": best.astype(np.int32), "test_ties": ties.astype(np.int32)})
+    last = 1 / np.log2(11)
+    np.testing.assert_allclose(gains, [1.0, (1 + 1 / np.log2(3)) / 2, 0.5, last, last / 2, 0.0, 0.0])
 
 
 def test_the_interval_covers_the_true_mean_as_often_as_it_says() -> None:
@@ -84,6 +85,15 @@ def test_ranks_that_speak_against_the_mean_decide_nothing() -> None:
 def test_equal_models_do_not_differ() -> None:
     values = np.random.default_rng(5).random(50)
     models = {"a": values, "b": values.copy()}
+    (row,) = compare_pairs(models, resample(models))
+    assert (row["p"], row["difference"]) == (1.0, 0.0)
+
+
+def test_equal_gains_averaged_over_other_numbers_of_seeds_do_not_differ() -> None:
+    """The mean over six seeds of 1 / log2(rank + 1) is not to the bit the mean over five."""
+    gains = 1 / np.log2(np.random.default_rng(9).integers(1, 12, 4000) + 1)
+    models = {"six": np.mean([gains] * 6, axis=0), "five": np.mean([gains] * 5, axis=0)}
+    assert (models["six"] != models["five"]).any()
     (row,) = compare_pairs(models, resample(models))
     assert (row["p"], row["difference"]) == (1.0, 0.0)
 

@@ -1,17 +1,22 @@
 """Exact ranks against a brute-force ranking with ties; metrics and what lies beyond against their definitions."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from steps.common.cli import StepError
-from steps.data.holdout import Questions
+from steps.common.top import top_items
+from steps.data.holdout import Questions, hold_out
 from steps.data.sequences import Batch, Sequences
 from steps.models import Model
 from steps.ranking.beyond import beyond_accuracy
-from steps.ranking.metrics import metrics
+from steps.ranking.metrics import NAMES, Ranks, metrics
 from steps.ranking.ranks import Rules, rank
+from tests.steps.runs import PAPER, STRICT, config
+
+TEMPORAL = STRICT | {"name": "temporal", "split": "temporal", "test_share": 0.1, "valid_share": 0.1}
 
 USERS, ITEMS = 40, 30
 
@@ -35,17 +40,32 @@ def sequences() -> Sequences:
     return Sequences(offsets, item, torch.arange(len(item)), ITEMS)
 
 
-def rank_by_hand(scores, history, target, candidates) -> float:
-    rank = 1.0
-    for item in candidates:
-        if item != target and item not in history:
-            rank += 1.0 if scores[item] > scores[target] else 0.5 if scores[item] == scores[target] else 0.0
-    return rank
+def rank_by_hand(scores, seen, target, candidates) -> tuple[int, int]:
+    """The best rank and the ties of the target; zeros where it is seen itself."""
+    if target in seen:
+        return 0, 0
+    others = [item for item in candidates if item != target and item not in seen]
+    higher = sum(bool(scores[item] > scores[target]) for item in others)
+    return 1 + higher, sum(bool(scores[item] == scores[target]) for item in others)
+
+
+def metrics_by_hand(ranks: list[tuple[int, int]]) -> dict[str, float]:
+    """The definitions, as means over every rank that a random order of the ties may give."""
+    found = dict.fromkeys(NAMES, 0.0)
+    for best, ties in ranks:
+        for place in range(best, best + ties + 1) if best else ():
+            share = 1 / (ties + 1) / len(ranks)
+            found["mrr"] += share / place
+            for name in NAMES[:-1]:
+                metric, cut = name.split("@")
+                if place <= int(cut):
+                    found[name] += share * (1.0 if metric == "hr" else 1 / math.log2(place + 1))
+    return found
 
 
 @pytest.mark.parametrize("split", ["test", "valid"])
 @pytest.mark.parametrize("candidates", ["catalogue", "rated"])
-@pytest.mark.parametrize("exclude", ["window", "history"])
+@pytest.mark.parametrize("exclude", ["window", "history", "nothing"])
 def test_ranks_equal_brute_force_with_ties(split: str, candidates: str, exclude: str) -> None:
     data, model, max_len = sequences(), Fixed(), 4
     drop = {"test": 0, "valid": 1}[split]
@@ -57,13 +77,56 @@ def test_ranks_equal_brute_force_with_ties(split: str, candidates: str, exclude:
     for user in range(USERS):
         items = data.item[data.offsets[user] : data.offsets[user + 1]].tolist()
         items = items if split == "test" else items[:-1]
-        history = items[:-1][-max_len:] if exclude == "window" else items[:-1]
-        assert found[user] == rank_by_hand(model.table[user], set(history), items[-1], pool)
-        allowed = [item for item in pool if item not in history or item == items[-1]]
-        best = sorted((float(model.table[user, item]) for item in allowed), reverse=True)[:3]
-        assert model.table[user, ranking.top[user]].tolist() == best
-        assert set(ranking.top[user].tolist()) <= set(allowed)
-    assert (found % 1 == 0.5).any()  # ties did occur
+        seen = {"window": items[:-1][-max_len:], "history": items[:-1], "nothing": []}[exclude]
+        expected = rank_by_hand(model.table[user], set(seen), items[-1], pool)
+        assert (found.best[user], found.ties[user]) == expected
+        allowed = [item for item in pool if item not in seen]
+        best = sorted(allowed, key=lambda item, user=user: (-float(model.table[user, item]), item))[:3]
+        assert ranking.top[user].tolist() == best
+    assert found.ties.any()
+    assert (found.best == 0).any() == (exclude != "nothing")  # some targets are repeats
+
+
+class Constant(Model):
+    def score(self, batch: Batch) -> torch.Tensor:
+        return torch.zeros(len(batch.user), 501)
+
+
+class SeenInTheWindow(Model):
+    def score(self, batch: Batch) -> torch.Tensor:
+        return torch.zeros(len(batch.user), 501).index_put_((batch.row, batch.item), torch.ones(()))
+
+
+@pytest.mark.parametrize("repeats", ["recommend", "leave-out"])
+@pytest.mark.parametrize("protocol", [STRICT, PAPER, TEMPORAL], ids=lambda protocol: protocol["name"])
+def test_what_knows_nothing_of_the_target_scores_as_chance(repeats: str, protocol: dict[str, Any]) -> None:
+    """3,000 users draw from 500 items with replacement: one target in twelve has been seen, which tells nothing."""
+    random = torch.Generator().manual_seed(6)
+    lengths = torch.randint(10, 80, (3000,), generator=random)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    item = torch.randint(1, 501, (int(offsets[-1]),), generator=random)
+    data = Sequences(offsets, item, torch.randint(0, 10**6, item.shape, generator=random), 500)
+    data = Sequences(offsets, item, torch.cat([t.sort().values for t in data.timestamp.split(lengths.tolist())]), 500)
+    rules = [Rules.of(config(protocol=protocol) | {"repeats": repeats})]
+    questions = hold_out(data, protocol).questions["test"]
+    for model in (Constant(), SeenInTheWindow()):
+        found = metrics(rank(model, data, questions, rules, max_len=50, batch_size=256)[0].ranks)
+        # Of some 3,000 users; five deviations. With the seen items but the target left out the rule has 0.1.
+        for name, chance in (("hr@10", 10 / 500), ("hr@200", 200 / 460)):
+            assert found[name] < chance + 5 * (chance * (1 - chance) / len(questions.users)) ** 0.5
+        if repeats == "recommend":
+            assert found["hr@10"] == pytest.approx(10 / 500, abs=0 if isinstance(model, Constant) else 0.013)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 200])
+def test_top_items_are_the_first_of_a_stable_sort_whatever_their_number(count: int) -> None:
+    """torch.topk takes other items of equal score for 10 and for 200."""
+    scores = torch.randint(0, 3, (20, 300), generator=torch.Generator().manual_seed(9)).float()
+    scores[0] = 1.0
+    scores[1] = -torch.inf
+    scores[1, 7] = 0.0
+    expected = [sorted(range(300), key=lambda column, row=row: -row[column])[:count] for row in scores.tolist()]
+    assert top_items(scores, count).tolist() == expected
 
 
 @pytest.mark.parametrize("top", [10, ITEMS + 9])
@@ -88,15 +151,21 @@ def test_a_score_that_is_not_finite_is_an_error() -> None:
 
 
 def test_metrics_equal_their_definitions() -> None:
-    ranks = [1.0, 1.5, 2.0, 10.0, 10.5, 50.0, 150.0, 201.0]
-    found = metrics(torch.tensor(ranks))
-    for cut in (1, 10, 50, 100, 200):
-        assert found[f"hr@{cut}"] == pytest.approx(sum(rank <= cut for rank in ranks) / 8, abs=1e-6)
-    for cut in (10, 50, 200):
-        gains = sum(1 / math.log2(rank + 1) for rank in ranks if rank <= cut)
-        assert found[f"ndcg@{cut}"] == pytest.approx(gains / 8, abs=1e-6)
-    assert found["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / 8, abs=1e-6)
-    assert found["hr@10"] == 0.5
+    ranks = [(1, 0), (1, 1), (2, 0), (10, 0), (10, 1), (0, 0), (3, 500), (150, 0), (150, 70), (201, 0), (200, 3)]
+    best, ties = torch.tensor(ranks).T
+    found, expected = metrics(Ranks(best, ties)), metrics_by_hand(ranks)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found["hr@1"] == pytest.approx((1 + 1 / 2) / 11, abs=1e-6)
+    assert found["hr@10"] == pytest.approx((4 + 1 / 2 + 8 / 501) / 11, abs=1e-6)
+
+
+def test_metrics_of_ties_are_means_over_their_orders() -> None:
+    generator = torch.Generator().manual_seed(8)
+    best, ties = (torch.randint(low, high, (300,), generator=generator) for low, high in ((0, 260), (0, 400)))
+    ties *= best > 0
+    expected = metrics_by_hand(list(zip(best.tolist(), ties.tolist(), strict=True)))
+    assert metrics(Ranks(best, ties)) == pytest.approx(expected, abs=1e-6)
+    assert metrics(Ranks(best.int(), ties.int())) == metrics(Ranks(best, ties))
 
 
 def test_beyond_accuracy_equals_its_definitions() -> None:
@@ -107,7 +176,7 @@ def test_beyond_accuracy_equals_its_definitions() -> None:
     users = torch.arange(5)
     questions = Questions(users, torch.zeros_like(users))
     top = torch.tensor([[1, 2], [1, 3], [2, 3], [1, 2], [2, 1]])
-    ranks = torch.tensor([1.0, 20.0, 2.0, 3.0, 11.0])
+    ranks = Ranks(torch.tensor([1, 20, 2, 3, 11]), torch.zeros(5, dtype=torch.int64))
     found = beyond_accuracy(top, ranks, data, questions, torch.ones_like(users))
     counts = {item: sum(items[:-1].count(item) for items in lists) for item in range(1, 7)}
     assert counts == {1: 7, 2: 4, 3: 3, 4: 0, 5: 0, 6: 0}

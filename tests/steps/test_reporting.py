@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import save_file
 
 from steps.common import params
+from steps.common.cli import StepError
 from steps.common.files import read_json, write_json, write_text
 from steps.track import _REPORTS
 from tests.conftest import run as run_command
@@ -36,6 +37,8 @@ def fake_run(project: Path, run: params.Run, commit: str = "a" * 40) -> None:
     if run.protocol == "paper":
         metrics["test_best"] = {name: value(run, name, 2) for name in METRICS} | {"epoch": 2}
     both = {"hr@10": value(run, "hr@10", 2), "ndcg@10": value(run, "ndcg@10", 2)}
+    if split == "valid":
+        metrics["valid"] = {name: value(run, name, 1) for name in METRICS}
     metrics["variants"] = {"window/rated": both, "history/rated": {name: number + 0.1 for name, number in both.items()}}
     groups = {"head": {"users": 3, **both}, "tail": {"users": 0}}
     metrics["beyond"] = {"coverage@10": 0.5, "popularity@10": 0.1, "by_popularity": groups}
@@ -45,8 +48,9 @@ def fake_run(project: Path, run: params.Run, commit: str = "a" * 40) -> None:
     write_text(folder / "history.jsonl", "".join(f"{line}\n".replace("'", '"') for line in lines))
     write_json(folder / "metrics.json", metrics)
     random = torch.Generator().manual_seed(10 * len(run.model) + run.seed)
-    ranks = torch.randint(1, 40, (200,), generator=random).float() / (1 + len(run.model) % 3)
-    save_file({"test": ranks.clamp(min=1), "test_users": torch.arange(200)}, folder / "ranks.safetensors")
+    best, ties = (torch.randint(1, 40 // (1 + len(run.model) % 3), (200,), generator=random).int() for _ in range(2))
+    ranks = {"test": best, "test_ties": ties, "test_users": torch.arange(200)}
+    save_file(ranks, folder / "ranks.safetensors")
     save_file({"w": torch.ones(2)}, folder / "model.safetensors")
 
 
@@ -132,6 +136,40 @@ def test_details_show_every_rule_and_group(project: Path, ml_1m: list[params.Run
     assert beyond[0]["coverage@10"] == "0.5"
     assert "ndcg@10, target head" in beyond[0]
     assert "ndcg@10, target tail" not in beyond[0]  # nobody is in it
+
+
+def test_a_grid_is_chosen_by_validation_which_stands_before_test(project: Path) -> None:
+    chosen = {"datasets": ["ml-1m"], "models": ["hstu"], "protocols": ["strict", "paper"], "seeds": [0]}
+    for run in experiment(project, "mine", **chosen, grid={"training.dropout": [0.1, 0.3]}):
+        fake_run(project, run)
+    tabulate(project, "mine")
+    strict, paper = (project / "reports/mine/table.md").read_text().split("## MovieLens-1M, protocol ")[1:]
+    headers = [cell.strip() for cell in next(line for line in strict.splitlines() if line.startswith("|")).split("|")]
+    assert headers[3:7] == ["valid HR@10", "valid NDCG@10", "test HR@10", "test NDCG@10"]
+    row = next(line for line in strict.splitlines() if line.startswith("| HSTU, training.dropout=0.3"))
+    assert [cell.strip() for cell in row.split("|")][3] == f"{value(run, 'hr@10', 1):.4f}"
+    assert "valid" not in paper.split("|")[1:][3]
+    assert "nothing chooses" in paper
+
+
+def test_the_table_says_what_happened_to_repeats(project: Path, ml_1m: list[params.Run]) -> None:
+    path = project / "params/datasets.yaml"
+    datasets = yaml.safe_load(path.read_text())
+    del datasets["ml-1m"]["checks"]["unique_user_item"]
+    path.write_text(yaml.safe_dump(datasets | {"ml-1m": datasets["ml-1m"] | {"repeats": "leave-out"}}))
+    for run in ml_1m:
+        fake_run(project, run)
+    tabulate(project, "mine")
+    assert "a target that is among the items left out is a miss" in (project / "reports/mine/table.md").read_text()
+
+
+def test_a_data_set_that_allows_repeats_has_to_say_what_happens_to_them(project: Path) -> None:
+    path = project / "params/datasets.yaml"
+    datasets = yaml.safe_load(path.read_text())
+    del datasets["ml-1m"]["checks"]["unique_user_item"]
+    path.write_text(yaml.safe_dump(datasets))
+    with pytest.raises(StepError, match=r"datasets.yaml.*ml-1m.*repeats"):
+        params.load("datasets", project / "params")
 
 
 def test_a_record_of_uncommitted_code_is_refused(project: Path, ml_1m: list[params.Run]) -> None:
@@ -240,7 +278,8 @@ def test_ranks_that_cannot_be_compared_are_named(project: Path, ml_1m: list[para
     path = project / "runs/mine" / ml_1m[-1].path / "ranks.safetensors"
     path.unlink()
     if users:
-        save_file({"test": torch.ones(users), "test_users": torch.arange(users)}, path)
+        ones = torch.ones(users, dtype=torch.int32)
+        save_file({"test": ones, "test_ties": ones - 1, "test_users": torch.arange(users)}, path)
     arguments = ("--experiment", "mine", "--runs", "runs/mine", "--output", "reports/mine")
     result = step("compare", *arguments, cwd=project, check=False)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr

@@ -1,0 +1,46 @@
+"""The check of the evaluation finds the leak that it is there for."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from steps import null_models
+from steps.ranking.metrics import Ranks
+from steps.ranking.ranks import Ranker, Ranking
+from tests.steps.runs import STRICT
+
+
+@pytest.mark.parametrize("repeats", ["recommend", "leave-out"])
+def test_the_evaluation_gives_models_that_know_nothing_what_chance_gives(repeats: str) -> None:
+    assert all(row["fits"] for row in null_models.judge(null_models.generated(), STRICT, repeats))
+
+
+def test_a_target_that_alone_of_the_seen_items_is_ranked_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of many evaluations: all seen items are left out of the ranking but for the target."""
+    ask = Ranker.ask
+
+    def leaking(ranker: Ranker, model: Any) -> Any:
+        finite, (ranking,) = ask(ranker, model)
+        if isinstance(model, null_models.SeenInTheWindow):
+            ranks = Ranks(ranking.ranks.best.clamp(min=1), ranking.ranks.ties)
+            ranking = Ranking(ranks, ranking.top)
+        return finite, [ranking]
+
+    monkeypatch.setattr(Ranker, "ask", leaking)
+    rows = {row["metric"]: row for row in null_models.judge(null_models.generated(), STRICT, "leave-out")}
+    assert not rows["hr@10"]["fits"]
+    assert rows["hr@10"]["seen in the window"] > 3 * rows["hr@10"]["random"]
+
+
+def test_every_generated_target_is_drawn_without_regard_to_the_history() -> None:
+    data = null_models.generated()
+    last = data.offsets[1:] - 1
+    repeated = [
+        bool((data.item[start:end] == data.item[end]).any())
+        for start, end in zip(data.offsets[:-1].tolist(), last.tolist(), strict=True)
+    ]
+    lengths = (last - data.offsets[:-1]).double()
+    expected = float((1 - (1 - 1 / data.num_items) ** lengths).mean())
+    assert sum(repeated) / len(repeated) == pytest.approx(expected, abs=0.02)  # five deviations
+    assert torch.equal(data.offsets.diff() >= 20, torch.ones(data.num_users, dtype=torch.bool))
