@@ -6,7 +6,7 @@ fbgemm_gpu does the work where it is installed and takes the type; the torch twi
 
 import torch
 
-from kernels.jagged import fbgemm, naive
+from . import fbgemm, naive
 
 
 def offsets_from_lengths(lengths: torch.Tensor) -> torch.Tensor:

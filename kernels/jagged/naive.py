@@ -31,5 +31,12 @@ def to_jagged(padded: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 def select_rows(values: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     selected = offsets_from_lengths(offsets.diff()[rows])
-    row, place = row_and_place(selected, int(selected[-1]))
-    return values[offsets[rows[row]] + place], selected
+    place = places(offsets, rows, selected, int(selected[-1]))
+    # values[place] would, in half precision on a CPU, stop adding up the gradients of a row given 256 times.
+    return values.index_select(0, place), selected
+
+
+def places(offsets: torch.Tensor, rows: torch.Tensor, selected: torch.Tensor, total: int) -> torch.Tensor:
+    """Where each of the `total` values of the rows selected, whose offsets are `selected`, stands: (total,) int64."""
+    row, place = row_and_place(selected, total)
+    return offsets[rows[row]] + place

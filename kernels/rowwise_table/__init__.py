@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.rowwise_table import fbgemm, naive
+from . import fbgemm, naive
 
 __all__ = ["RowwiseTable", "distinct"]
 
@@ -43,7 +43,7 @@ class RowwiseTable(nn.Module):
         return torch.where((rows > 0)[:, None], self._look_up(rows), 0.0)
 
     def _look_up(self, rows: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return self.weight.index_select(0, rows).float()
         fused = self._by_fbgemm()  # also when frozen, as in the step that comes before a capture
         if self.frozen:

@@ -4,42 +4,48 @@ from typing import Any
 
 import torch
 
-from kernels.jagged import fbgemm
+from ..jagged import fbgemm
 
 _MULTIPLE = 4  # of floats that a row must have
 
 
 def fits(weight: torch.Tensor) -> bool:
-    """Whether fbgemm can hold the table: its type, width and device."""
-    return fbgemm.fits(weight) and weight.shape[1] % _MULTIPLE == 0 and weight.dtype in (torch.float32, torch.float16)
+    """Whether fbgemm can hold the table: its type, size and device."""
+    return (
+        fbgemm.fits(weight)
+        and weight.numel() > 0
+        and weight.shape[1] % _MULTIPLE == 0
+        and weight.dtype in (torch.float32, torch.float16)
+    )
 
 
 def take_over(
     weight: torch.Tensor, sums: torch.Tensor, lr: float, eps: float
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """An fbgemm table with these values, and views of its own weight (V, d) and sums (V,)."""
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-        ComputeDevice,
-        SplitTableBatchedEmbeddingBagsCodegen,
-    )
+    with fbgemm.root_logger_kept():
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
 
-    place = (
-        (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
-        if weight.is_cuda
-        else (EmbeddingLocation.HOST, ComputeDevice.CPU)
-    )
-    table = SplitTableBatchedEmbeddingBagsCodegen(
-        [(*weight.shape, *place)],
-        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        learning_rate=lr,
-        eps=eps,
-        weights_precision=SparseType.FP16 if weight.dtype == torch.float16 else SparseType.FP32,
-        output_dtype=SparseType.FP32,
-        pooling_mode=PoolingMode.SUM,  # of bags of one; fbgemm on a CPU has no other
-        device=weight.device,
-    )
+        place = (
+            (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
+            if weight.is_cuda
+            else (EmbeddingLocation.HOST, ComputeDevice.CPU)
+        )
+        table = SplitTableBatchedEmbeddingBagsCodegen(
+            [(*weight.shape, *place)],
+            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            learning_rate=lr,
+            eps=eps,
+            weights_precision=SparseType.FP16 if weight.dtype == torch.float16 else SparseType.FP32,
+            output_dtype=SparseType.FP32,
+            pooling_mode=PoolingMode.SUM,  # of bags of one; fbgemm on a CPU has no other
+            device=weight.device,
+        )
     (own,), ((state, *_),) = table.split_embedding_weights(), table.split_optimizer_states()
     own.copy_(weight)
     state.copy_(sums)

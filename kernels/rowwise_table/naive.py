@@ -38,6 +38,8 @@ def update(
     weight: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor, lr: float, eps: float
 ) -> None:
     """One step of rowwise Adagrad (Duchi et al. 2011, with one sum a row) on distinct rows."""
+    if not gradient.numel():  # no rows, or no columns to take a mean of
+        return
     sums.index_add_(0, rows, gradient.square().mean(1))
     rate = lr / (sums.index_select(0, rows).sqrt() + eps)
     value = weight.index_select(0, rows).float() - rate[:, None] * gradient

@@ -1,5 +1,11 @@
 """The jagged operations: fbgemm and its torch twin give the same values and gradients."""
 
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +13,11 @@ from hypothesis import strategies as st
 
 from kernels import jagged
 from kernels.jagged import fbgemm, naive
+
+ROOT = Path(__file__).resolve().parents[2]
+IMPLEMENTATIONS = [naive, *([fbgemm] if fbgemm.available() else [])]
+TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64]
+needs_fbgemm = pytest.mark.skipif(not fbgemm.available(), reason="fbgemm_gpu is not installed")
 
 lengths_lists = st.lists(st.integers(0, 7), min_size=1, max_size=6)
 
@@ -57,7 +68,7 @@ def test_selected_rows_are_those_rows_in_that_order(lengths: list[int], dim: int
     torch.testing.assert_close(results[0], results[-1])
 
 
-@pytest.mark.skipif(not fbgemm.available(), reason="fbgemm_gpu is not installed")
+@needs_fbgemm
 @given(lengths=lengths_lists, dim=st.integers(1, 5))
 @settings(max_examples=50, deadline=None)
 def test_fbgemm_equals_its_twin_in_values_and_gradients(lengths: list[int], dim: int) -> None:
@@ -101,3 +112,155 @@ def test_a_build_that_does_not_fit_warns_and_leaves_the_work_to_torch(monkeypatc
     finally:
         monkeypatch.undo()
         fbgemm.available.cache_clear()
+
+
+OFFSETS, ROWS = torch.tensor([0, 2, 2, 3]), torch.tensor([2, 0, 0])
+#: Each differentiable operation on values (3, 2), and how often its output holds each of the three.
+OPERATIONS: dict[str, tuple[Callable[[ModuleType, torch.Tensor], torch.Tensor], list[int]]] = {
+    "to_padded": (lambda module, values: module.to_padded(values, OFFSETS, 4), [1, 1, 1]),
+    "to_jagged": (
+        lambda module, values: module.to_jagged(torch.stack([values[:2], values[1:], values[[2, 0]]]), OFFSETS),
+        [1, 1, 1],
+    ),
+    "select_rows": (lambda module, values: module.select_rows(values, OFFSETS, ROWS)[0], [2, 2, 1]),
+}
+
+
+@pytest.mark.parametrize("module", IMPLEMENTATIONS, ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_derivatives_of_every_order_are_right(name: str, module: ModuleType) -> None:
+    """d^n/dx^n of the sum of y^4, where y are the values, each taken `count` times: count 4 x^3, 12 x^2, 24 x, 24."""
+    operation, counts = OPERATIONS[name]
+    count = torch.tensor(counts)[:, None].float()
+    values = torch.tensor([[1.0, -2.0], [3.0, 0.5], [-1.5, 2.0]], requires_grad=True)
+    derivative = (operation(module, values) ** 4).sum()
+    for factor, power in ((4.0, 3), (12.0, 2), (24.0, 1)):
+        (derivative,) = torch.autograd.grad(derivative.sum(), values, create_graph=True)
+        torch.testing.assert_close(derivative, count * factor * values**power)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_forward_derivatives_through_fbgemm_are_refused(name: str) -> None:
+    values = torch.ones(3, 2)
+    with pytest.raises(NotImplementedError, match="forward mode AD"):
+        torch.func.jvp(lambda given: OPERATIONS[name][0](fbgemm, given), (values,), (values,))
+    _, tangent = torch.func.jvp(lambda given: OPERATIONS[name][0](naive, given), (values,), (values,))
+    assert tangent.sum() == 2 * sum(OPERATIONS[name][1])
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_compiled_and_under_inference_mode_fbgemm_gives_the_same(name: str, dtype: torch.dtype) -> None:
+    def call(values: torch.Tensor) -> torch.Tensor:
+        return OPERATIONS[name][0](fbgemm, values * 2) * 3
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=name == "to_padded")
+    values = torch.tensor([[1, -2], [3, 5], [-1, 2]]).to(dtype)
+    with torch.inference_mode():
+        expected = OPERATIONS[name][0](naive, values * 2) * 3
+        assert torch.equal(call(values), expected)
+    values.requires_grad_(dtype.is_floating_point)
+    found = compiled(values)
+    assert torch.equal(found.detach(), expected)
+    if dtype.is_floating_point:
+        (gradient,) = torch.autograd.grad(found.sum(), values)
+        assert torch.equal(gradient, 6 * torch.tensor(OPERATIONS[name][1])[:, None].expand(3, 2).to(dtype))
+
+
+@pytest.mark.parametrize("module", IMPLEMENTATIONS, ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dim", [0, 2])
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0], [2, 0, 1]], ids=str)
+def test_nothing_is_a_size_like_others(lengths: list[int], dim: int, dtype: torch.dtype, module: ModuleType) -> None:
+    """No rows, rows of no values, values of no columns, no rows selected: forward and backward."""
+    offsets = module.offsets_from_lengths(torch.tensor(lengths, dtype=torch.int64))
+    assert offsets.tolist() == [sum(lengths[:row]) for row in range(len(lengths) + 1)]
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=dtype).requires_grad_(dtype.is_floating_point)
+
+    def check(found: torch.Tensor, shape: tuple[int, ...], given: torch.Tensor, times: list[int]) -> None:
+        assert found.shape == shape
+        assert found.dtype == dtype
+        if dtype.is_floating_point:
+            (gradient,) = torch.autograd.grad(found.sum(), given)
+            rows = gradient.reshape(len(times), dim)
+            assert torch.equal(rows, torch.tensor(times, dtype=dtype)[:, None].expand(-1, dim))
+
+    for width in (0, 3) if not sum(lengths) else (3,):
+        values, padded = leaf(sum(lengths), dim), leaf(len(lengths), width, dim)
+        check(module.to_padded(values, offsets, width), (len(lengths), width, dim), values, [1] * sum(lengths))
+        held = [int(place < length) for length in lengths for place in range(width)]
+        check(module.to_jagged(padded, offsets), (sum(lengths), dim), padded, held)
+    for rows in ([], [0], [0, 0]) if lengths else ([],):
+        values = leaf(sum(lengths), dim)
+        selected, starts = module.select_rows(values, offsets, torch.tensor(rows, dtype=torch.int64))
+        assert starts.tolist() == [lengths[0] * count for count in range(len(rows) + 1)] if lengths else [0]
+        times = [len(rows)] * sum(lengths[:1]) + [0] * sum(lengths[1:])
+        check(selected, (len(rows) * sum(lengths[:1]), dim), values, times)
+
+
+@pytest.mark.parametrize("module", IMPLEMENTATIONS, ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_row_given_often_adds_up_in_half_precision(dtype: torch.dtype, module: ModuleType) -> None:
+    values = torch.zeros(2, 4, dtype=dtype, requires_grad=True)
+    selected, _ = module.select_rows(values, torch.tensor([0, 1, 2]), torch.zeros(5000, dtype=torch.int64))
+    (gradient,) = torch.autograd.grad(selected, values, torch.ones_like(selected))
+    assert torch.equal(gradient[0], torch.tensor(5000.0, dtype=dtype).expand(4))
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("configured", [False, True])
+def test_loading_fbgemm_leaves_the_root_logger_as_it_was(configured: bool) -> None:
+    code = f"""
+import logging, torch
+root = logging.getLogger()
+if {configured}:
+    logging.basicConfig(level=logging.ERROR)
+before = list(root.handlers), root.level
+from kernels.jagged import fbgemm
+from kernels.rowwise_table import RowwiseTable
+assert fbgemm.available()
+assert (root.handlers, root.level) == before, root.handlers
+table = RowwiseTable(10, 8, 0.1, torch.float32)
+table.weight.fill_(1.0)
+for table.lr in (0.1, 0.2):
+    table(torch.tensor([1, 2])).sum().backward()
+assert table._fused is not None
+assert (root.handlers, root.level) == before, root.handlers
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "warned"),
+    [
+        (ModuleNotFoundError("No module named 'fbgemm_gpu'", name="fbgemm_gpu"), False),
+        (ModuleNotFoundError("No module named 'numpy'", name="numpy"), True),
+        (AttributeError("module 'torch' has no attribute 'x'"), True),
+    ],
+    ids=["not installed", "lacks a package", "another torch"],
+)
+def test_fbgemm_is_left_out_without_a_word_only_where_it_is_not_installed(
+    error: Exception, warned: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    import builtins
+
+    real = builtins.__import__
+
+    def broken(name: str, *arguments: object, **options: object) -> object:
+        if name == "fbgemm_gpu":
+            raise error
+        return real(name, *arguments, **options)
+
+    fbgemm.available.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", broken)
+    try:
+        assert not fbgemm.available()
+    finally:
+        monkeypatch.undo()
+        fbgemm.available.cache_clear()
+    assert ["does not fit this torch" in str(warning.message) for warning in recwarn] == ([True] if warned else [])

@@ -70,6 +70,42 @@ def test_it_stays_as_it_is_without_a_backward_pass_and_when_frozen(
     assert all(torch.equal(tensor, before[name]) for name, tensor in table.state_dict().items())
 
 
+@pytest.mark.parametrize("learns", [False, True], ids=["inference", "gradients enabled within"])
+def test_it_looks_up_under_inference_mode(make: Callable[[torch.dtype], RowwiseTable], learns: bool) -> None:
+    table, rows = make(torch.float32), torch.tensor([3, 0, 4])
+    learn(table, [3, 4], torch.randn(2, DIM))
+    expected = table.weight[rows].clone() * (rows > 0)[:, None]
+    with torch.inference_mode(), torch.set_grad_enabled(learns):
+        found = table(rows)
+    assert torch.equal(found, expected)
+    learn(table, [3, 4], torch.randn(2, DIM))  # and learns on
+    assert not torch.equal(table.weight[3], expected[0])
+
+
+@pytest.mark.parametrize("dim", [0, 1, 4, 8])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_nothing_is_a_size_like_others(rows: int, dim: int, make: Callable[[torch.dtype], RowwiseTable]) -> None:
+    del make  # for its choice of an implementation
+    table = RowwiseTable(rows, dim, LR, torch.float32)
+    table.weight.fill_(1.0)
+    for given in ([], [0], [0, 0], [2, 1]):
+        if max(given, default=-1) < rows:
+            found = table(torch.tensor(given, dtype=torch.int64))
+            assert found.shape == (len(given), dim)
+            found.backward(torch.ones_like(found))
+    learnt = float(rows == 3 and dim > 0)
+    assert table.sums.tolist() == [0.0, learnt, learnt][:rows]
+    weights = torch.tensor([1.0, 1.0 - LR * learnt, 1.0 - LR * learnt])[:rows, None].expand(rows, dim)
+    torch.testing.assert_close(table.weight.clone(), weights.contiguous())
+
+
+@pytest.mark.parametrize("find", [distinct, _padded_distinct])
+def test_no_entries_have_no_distinct_values(find: Find) -> None:
+    for found in find(torch.tensor([], dtype=torch.int64)):
+        assert found.shape == (0,)
+        assert found.dtype == torch.int64
+
+
 def test_a_loaded_state_goes_on_as_the_saved_one(make: Callable[[torch.dtype], RowwiseTable]) -> None:
     first, second = make(torch.float32), make(torch.float32)
     learn(first, [3, 4], torch.randn(2, DIM))
