@@ -31,17 +31,12 @@ def test_conda_has_the_pins_of_pip() -> None:
 def test_every_dependency_is_pinned_without_a_build_suffix() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
+    wanted = [name for name in wanted if not name.startswith(project["name"])]  # of one extra by another
     constraints = pins((ROOT / "constraints.txt").read_text().splitlines())
     known = {re.sub(r"[-_.]+", "-", name).lower() for name in constraints}
-    names = [re.sub(r"[-_.]+", "-", name.split("[")[0]).lower() for name in wanted]
+    names = [re.sub(r"[-_.]+", "-", re.split(r"[\[<>=]", name)[0]).lower() for name in wanted]
     assert [name for name in names if name not in known] == []
     assert [version for version in constraints.values() if "+" in version] == []
-
-
-def test_every_package_is_installed() -> None:
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    folders = {path.parent.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("__init__.py")}
-    assert listed == {".".join(folder.parts) for folder in folders}
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from kernels.common import do_without, fits_triton, shared_memory
-from kernels.hstu_attention import grouped, naive
-from kernels.hstu_attention.naive import TIME_BUCKETS, time_bucket
+from ..common import do_without, fits_triton, shared_memory
+from . import grouped, naive
+from .naive import TIME_BUCKETS, time_bucket
 
 __all__ = ["TIME_BUCKETS", "cached_attention", "hstu_attention", "softmax_attention", "time_bucket"]
 
@@ -73,7 +73,7 @@ def hstu_attention(
         num_targets,
     )  # fmt: skip
     if _fits(q, k, v):
-        from kernels.hstu_attention import triton_op
+        from . import triton_op
 
         return triton_op.attention(
             q, k, v, offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time, key_time,
@@ -112,7 +112,7 @@ def softmax_attention(
         num_targets,
     )  # fmt: skip
     if _fits(q, k, v):
-        from kernels.hstu_attention import triton_op
+        from . import triton_op
 
         return triton_op.attention(
             q, k, v, offsets, max_len, alpha, None, position_bias, time_bias, query_time, key_time,
@@ -175,7 +175,7 @@ def cached_attention(
         raise ValueError(f"offsets and cached_offsets must be of one length, not {len(offsets)}, {len(cached_offsets)}")
     _check_lengths(len(cached_k), cached_time=cached_time)
     if _fits(q, k, v) and _fits(q, cached_k, cached_v):
-        from kernels.hstu_attention import cached
+        from . import cached
 
         return cached.cached_attention(
             q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha, normaliser, softmax,

@@ -5,8 +5,9 @@
 import triton
 import triton.language as tl
 
-from kernels.hstu_attention.forward import key_tile, key_tiles
-from kernels.hstu_attention.tiles import (
+from ..tensor_cores import operand
+from .forward import key_tile, key_tiles
+from .tiles import (
     BAND_BLOCK,
     HIDDEN,
     add_time_steps,
@@ -23,7 +24,6 @@ from kernels.hstu_attention.tiles import (
     unpack_tile,
     visible,
 )
-from kernels.tensor_cores import operand
 
 
 @triton.jit

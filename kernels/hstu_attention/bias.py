@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kernels.hstu_attention.tiles import (
+from .tiles import (
     BAND_BLOCK,
     HIDDEN,
     LONGEST_SPAN,

@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import configuration, tf32_allowed
-from kernels.hstu_attention.tiles import buckets, exp_of, load_rows, silu
-from kernels.hstu_attention.triton_op import (
+from ..common import configuration, tf32_allowed
+from ..tensor_cores import operand
+from .tiles import buckets, exp_of, load_rows, silu
+from .triton_op import (
     _block,
     _bucket_edges,
     _contiguous,
@@ -19,7 +20,6 @@ from kernels.hstu_attention.triton_op import (
     shape_class,
     value_block,
 )
-from kernels.tensor_cores import operand
 
 _LOWEST = tl.constexpr(-1e30)
 

@@ -5,7 +5,8 @@
 import triton
 import triton.language as tl
 
-from kernels.hstu_attention.tiles import (
+from ..tensor_cores import operand
+from .tiles import (
     add_time_steps,
     exp_of,
     first_near_key,
@@ -17,7 +18,6 @@ from kernels.hstu_attention.tiles import (
     unpack_tile,
     visible,
 )
-from kernels.tensor_cores import operand
 
 #: Masked scores and the first running maximum of softmax: finite, so that no difference of two is undefined.
 _LOWEST = tl.constexpr(-1e30)

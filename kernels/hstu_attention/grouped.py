@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kernels.jagged.naive import offsets_from_lengths, row_and_place
+from ..jagged.naive import offsets_from_lengths, row_and_place
 
 _GROUPS = 4
 #: Grouping copies every token once; less than this share of padded scores must be left for it to pay.

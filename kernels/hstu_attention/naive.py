@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kernels import jagged
+from .. import jagged
 
 #: Rows of the time bias table: buckets 0..128.
 TIME_BUCKETS = 129

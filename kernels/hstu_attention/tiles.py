@@ -10,7 +10,7 @@ that one function serves both. Positions are places within a row. Targets, a row
 import triton
 import triton.language as tl
 
-from kernels.tensor_cores import operand
+from ..tensor_cores import operand
 
 #: Zeros on both sides of a spread position table: tiles may reach this far beyond a row.
 PADDING = tl.constexpr(256)

@@ -8,23 +8,23 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.common import configuration, tf32_allowed
-from kernels.hstu_attention.backward import (
+from ..common import configuration, tf32_allowed
+from .backward import (
     bias_gradient_kernel,
     diagonal_sum_kernel,
     key_gradient_kernel,
     query_gradient_kernel,
 )
-from kernels.hstu_attention.bias import (
+from .bias import (
     band_gradient_kernel,
     band_kernel,
     relative_time_kernel,
     spread_kernel,
     tile_bucket_kernel,
 )
-from kernels.hstu_attention.forward import forward_kernel
-from kernels.hstu_attention.naive import bucket_starts
-from kernels.hstu_attention.tiles import BAND_BLOCK, PADDING
+from .forward import forward_kernel
+from .naive import bucket_starts
+from .tiles import BAND_BLOCK, PADDING
 
 #: Rows no longer than this are of the "short" shape class.
 SHORT = 256

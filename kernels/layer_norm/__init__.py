@@ -2,8 +2,8 @@
 
 import torch
 
-from kernels.common import fits_triton
-from kernels.layer_norm import naive
+from ..common import fits_triton
+from . import naive
 
 _WIDEST = 8192  # a row is one tile of the Triton kernels
 
@@ -33,7 +33,7 @@ def layer_norm(
             raise ValueError(f"{name} must be ({x.shape[1]},), not {tuple(tensor.shape)}")
     # A kernel of its own would keep torch.compile from fusing the norm with what stands around it.
     if fits_triton(x, weight, bias) and x.shape[1] <= _WIDEST and not torch.compiler.is_compiling():
-        from kernels.layer_norm import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
+        from . import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
 
         return triton_op.layer_norm(x, eps, weight, bias)
     return naive.layer_norm(x, eps, weight, bias)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import configuration
+from ..common import configuration
 
 
 @triton.jit

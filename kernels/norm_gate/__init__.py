@@ -2,8 +2,8 @@
 
 import torch
 
-from kernels.common import fits_triton
-from kernels.norm_gate import naive
+from ..common import fits_triton
+from . import naive
 
 _WIDEST = 8192  # a row is one tile of the Triton kernels
 
@@ -30,7 +30,7 @@ def norm_gate(u: torch.Tensor, attended: torch.Tensor, dropout: float, training:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), not {dropout}")
     if fits_triton(u, attended) and u.shape[1] <= _WIDEST:
-        from kernels.norm_gate import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
+        from . import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
 
         return triton_op.norm_gate(u, attended, dropout, training)
     return naive.norm_gate(u, attended, dropout, training)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from kernels.layer_norm.naive import layer_norm
+from ..layer_norm.naive import layer_norm
 
 #: What is added to a row's variance (the authors' layer norms).
 LAYER_NORM_EPS = 1e-6

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import configuration
-from kernels.layer_norm.triton_op import normalise, normalise_backward, shape_class
-from kernels.norm_gate.naive import LAYER_NORM_EPS
+from ..common import configuration
+from ..layer_norm.triton_op import normalise, normalise_backward, shape_class
+from .naive import LAYER_NORM_EPS
 
 _EPS = tl.constexpr(LAYER_NORM_EPS)
 

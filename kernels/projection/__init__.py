@@ -2,8 +2,8 @@
 
 import torch
 
-from kernels.common import fits_triton, tf32_allowed
-from kernels.projection import naive
+from ..common import fits_triton, tf32_allowed
+from . import naive
 
 # The fused kernels take a third to a half of torch's time at d = 50 and 64, and 1.5 to 1.9 times it at d = 256, where
 # cuBLAS's products win back what the layer norm and SiLU cost in passes of their own (H200, reports/kernels).
@@ -31,7 +31,7 @@ def projection(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must have one type, not {x.dtype} and {weight.dtype}")
     if fits_triton(x, weight) and _fused(x):
-        from kernels.projection import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
+        from . import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
 
         return triton_op.projection(x, weight)
     return naive.projection(x, weight)

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from kernels.layer_norm.naive import layer_norm
-from kernels.norm_gate.naive import LAYER_NORM_EPS
+from ..layer_norm.naive import layer_norm
+from ..norm_gate.naive import LAYER_NORM_EPS
 
 
 def projection(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import configuration, tf32_allowed
-from kernels.layer_norm.triton_op import normalise, normalise_backward
-from kernels.norm_gate.naive import LAYER_NORM_EPS
-from kernels.tensor_cores import operand
+from ..common import configuration, tf32_allowed
+from ..layer_norm.triton_op import normalise, normalise_backward
+from ..norm_gate.naive import LAYER_NORM_EPS
+from ..tensor_cores import operand
 
 _EPS = tl.constexpr(LAYER_NORM_EPS)
 

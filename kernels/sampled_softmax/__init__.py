@@ -2,8 +2,8 @@
 
 import torch
 
-from kernels.common import fits_triton
-from kernels.sampled_softmax import dense, naive
+from ..common import fits_triton
+from . import dense, naive
 
 _DENSE_ITEMS_PER_NEGATIVE = 64
 
@@ -43,7 +43,7 @@ def sampled_softmax(
     """
     _check_shapes(states, table, positives, negatives, log_frequency)
     if fits_triton(states, table):
-        from kernels.sampled_softmax import triton_op  # here, since importing triton takes time
+        from . import triton_op  # here, since importing triton takes time
 
         return triton_op.sampled_softmax(states, table, positives, negatives, temperature, log_frequency)
     small = len(table) <= _DENSE_ITEMS_PER_NEGATIVE * negatives.shape[1]

@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import configuration
-from kernels.sampled_softmax.naive import MASKED_LOGIT, NORM_EPS
+from ..common import configuration
+from .naive import MASKED_LOGIT, NORM_EPS
 
 #: Places of the sorted list that one program of the weight kernel takes.
 _BLOCK_PLACES = 512

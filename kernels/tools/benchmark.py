@@ -17,18 +17,18 @@ from typing import Any
 import torch
 import triton.testing
 
-from kernels.hstu_attention import naive
-from kernels.hstu_attention.triton_op import attention, attention_backward
-from kernels.layer_norm import layer_norm
-from kernels.layer_norm import naive as layer_norm_naive
-from kernels.norm_gate import naive as norm_gate_naive
-from kernels.norm_gate import norm_gate
-from kernels.projection import naive as projection_naive
-from kernels.projection import triton_op as projection_op
-from kernels.sampled_softmax import dense as dense_softmax
-from kernels.sampled_softmax import naive as gather_softmax
-from kernels.sampled_softmax import triton_op as softmax_op
-from kernels.tools.cases import attention_flops, attention_inputs, lengths_of
+from ..hstu_attention import naive
+from ..hstu_attention.triton_op import attention, attention_backward
+from ..layer_norm import layer_norm
+from ..layer_norm import naive as layer_norm_naive
+from ..norm_gate import naive as norm_gate_naive
+from ..norm_gate import norm_gate
+from ..projection import naive as projection_naive
+from ..projection import triton_op as projection_op
+from ..sampled_softmax import dense as dense_softmax
+from ..sampled_softmax import naive as gather_softmax
+from ..sampled_softmax import triton_op as softmax_op
+from .cases import attention_flops, attention_inputs, lengths_of
 
 Row = dict[str, Any]
 #: (tokens a row, rows) of the long shapes, and (heads, head dimension) of MovieLens'.

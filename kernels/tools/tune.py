@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.testing
 
-from kernels.common import TABLE, write_table
-from kernels.hstu_attention.triton_op import _Launch, shape_class
-from kernels.tools.cases import attention_inputs, lengths_of
+from ..common import TABLE, write_table
+from ..hstu_attention.triton_op import _Launch, shape_class
+from .cases import attention_inputs, lengths_of
 
 KERNELS = ("forward", "key_gradient", "query_gradient", "bias_gradient")
 NAMES = ("block_m", "block_n", "num_warps", "num_stages", "descriptor", "maxnreg", "add_dq")
