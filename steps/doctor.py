@@ -7,6 +7,7 @@ import argparse
 import importlib.metadata
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from steps.common.cli import StepError, run_step
 
+#: Which release of fbgemm loads with which of torch, by their first two numbers; torch 2.15 has none.
+PAIRS = {"1.6": "2.11", "1.7": "2.12", "1.8": "2.13", "1.9": "2.14"}
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 
 
@@ -35,13 +38,32 @@ def check_versions() -> list[str]:
         if version is None or version.split("+")[0] != wanted:
             problems.append(f"{name} {version or 'is missing'} does not fit; install {name}=={wanted}")
     cuda = _has_cuda()
-    right, wrong = ("fbgemm-gpu", "fbgemm-gpu-cpu") if cuda else ("fbgemm-gpu-cpu", "fbgemm-gpu")
+    right, wrong = _build(), "fbgemm-gpu-cpu" if cuda else "fbgemm-gpu"
     wanted = pinned(right)
     if _version(wrong) is not None:
         problems.append(f"{wrong} does not fit a machine {'with' if cuda else 'without'} CUDA; uninstall it")
     if _version(right) != wanted:
         problems.append(f"{right} {_version(right) or 'is missing'} does not fit; install {right}=={wanted}")
     return problems
+
+
+def check_pair() -> list[str]:
+    """Whether the fbgemm installed loads with the torch installed; tried in a process of its own, which may crash."""
+    installed = [f"{name} {_version(name)}" for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if _version(name) is not None]
+    if not installed:
+        return []  # which check_versions says
+    code = "import torch, fbgemm_gpu; torch.ops.fbgemm.jagged_to_padded_dense"
+    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if tried.returncode == 0:
+        return []
+    said = [line.strip() for line in tried.stderr.splitlines() if line.strip()]
+    why = f"ended by signal {-tried.returncode}" if tried.returncode < 0 else said[-1] if said else "no word why"
+    pairs = ", ".join(f"{fbgemm} goes with torch {torch}" for fbgemm, torch in PAIRS.items())
+    remedy = f"install torch=={pinned('torch')} and {_build()}=={pinned(_build())}"
+    return [
+        f"{' and '.join(installed)} does not load with torch {_version('torch')} ({why}): "
+        f"{pairs}, none with 2.15; {remedy}"
+    ]
 
 
 def check_operations() -> list[str]:
@@ -51,7 +73,7 @@ def check_operations() -> list[str]:
     from kernels.jagged import fbgemm, naive
 
     if not fbgemm.available():
-        return [f"fbgemm_gpu does not load with torch {torch.__version__}; install the pair of constraints.txt"]
+        return [f"fbgemm_gpu lacks operations that this project uses; install {_build()}=={pinned(_build())}"]
     problems = []
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         lengths = torch.tensor([2, 0, 3], device=device)
@@ -72,11 +94,10 @@ def check_operations() -> list[str]:
             operation, arguments, expected = cases[name]
             try:
                 fits = torch.equal(operation(*arguments), expected)
-            except RuntimeError:
+            except (RuntimeError, AttributeError):
                 fits = False
             if not fits:
-                build = "fbgemm-gpu" if torch.cuda.is_available() else "fbgemm-gpu-cpu"
-                problems.append(f"fbgemm's {name} fails on {device}; install {build}=={pinned(build)}")
+                problems.append(f"fbgemm's {name} fails on {device}; install {_build()}=={pinned(_build())}")
     return problems
 
 
@@ -93,6 +114,11 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def _build() -> str:
+    """The build of fbgemm for this machine."""
+    return "fbgemm-gpu" if _has_cuda() else "fbgemm-gpu-cpu"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     del parser  # nothing to choose
 
@@ -101,16 +127,18 @@ def main(args: argparse.Namespace) -> None:
     del args
     if _version("torch") is None:
         raise StepError(f"torch is missing; install torch=={pinned('torch')}")
-    problems = check_versions() + check_operations()
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        raise StepError(
+            f"torch {_version('torch')} does not load ({error}); install torch=={pinned('torch')}"
+        ) from error
+    problems = check_versions() + (check_pair() or (check_operations() if _version(_build()) else []))
     if problems:
         raise StepError("; ".join(problems))
-    import torch
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    build = "fbgemm-gpu" if _has_cuda() else "fbgemm-gpu-cpu"
-    print(
-        f"doctor: torch {torch.__version__}, triton {_version('triton')}, {build} {_version(build)}, {device}: all fit"
-    )
+    fbgemm = f"{_build()} {_version(_build())}"
+    print(f"doctor: torch {torch.__version__}, triton {_version('triton')}, {fbgemm}, {device}: all fit")
 
 
 if __name__ == "__main__":

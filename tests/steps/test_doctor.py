@@ -1,5 +1,6 @@
 """The doctor says in one line what does not fit and what to install."""
 
+import argparse
 import importlib.metadata
 from pathlib import Path
 
@@ -52,6 +53,63 @@ def test_an_operation_that_computes_wrong_is_named(monkeypatch: pytest.MonkeyPat
 def test_every_operation_in_use_is_tried() -> None:
     source = (ROOT / "kernels/jagged/fbgemm.py").read_text()
     assert sorted(fbgemm.OPERATIONS) == sorted({name.split("(")[0] for name in source.split("torch.ops.fbgemm.")[1:]})
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise OSError('fbgemm_gpu_py.so: undefined symbol: _ZN3c10')", "undefined symbol: _ZN3c10"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9"),
+        ("", "has no attribute 'jagged_to_padded_dense'"),
+    ],
+    ids=["undefined symbol", "crash", "nothing registered"],
+)
+def test_a_pair_that_does_not_load_is_told_which_would(body: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "fbgemm_gpu.py").write_text(body)
+    result = step("doctor", cwd=ROOT, check=False, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert said in result.stderr
+    for words in (
+        "does not load with torch 2",
+        "1.6 goes with torch 2.11",
+        "1.8 goes with torch 2.13",
+        "none with 2.15",
+    ):
+        assert words in result.stderr
+
+
+def test_the_pair_pinned_is_a_pair() -> None:
+    def minor(version: str) -> str:
+        return ".".join(version.split(".")[:2])
+
+    for build in ("fbgemm-gpu", "fbgemm-gpu-cpu"):
+        assert doctor.PAIRS[minor(doctor.pinned(build))] == minor(doctor.pinned("torch"))
+
+
+def test_a_torch_that_does_not_load_is_named_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    result = step("doctor", cwd=ROOT, check=False, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 1
+    assert "does not load (libcudart.so.13: cannot open shared object file); install torch==" in result.stderr
+
+
+def test_a_missing_fbgemm_is_said_to_be_missing_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = importlib.metadata.version
+
+    def installed(name: str) -> str:
+        if name.startswith("fbgemm"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    with pytest.raises(StepError) as refused:
+        doctor.main(argparse.Namespace())
+    assert "is missing does not fit; install fbgemm-gpu" in str(refused.value)
+    assert "does not load" not in str(refused.value)
+    assert "lacks" not in str(refused.value)
 
 
 def test_a_package_without_a_pin_is_an_error(tmp_path: Path) -> None:
