@@ -55,8 +55,7 @@ def step(
 def project(tmp_path: Path) -> Path:
     """A copy of the project's files whose demo is reduced: 120 users, 3 epochs, one seed."""
     # Here, because tests/kernels also run where there is little more than torch.
-    import yaml
-
+    from steps.common import yaml_files
     from steps.synthesize import synthesize
 
     copy = tmp_path / "project"
@@ -81,12 +80,12 @@ def project(tmp_path: Path) -> Path:
             copy.mkdir(exist_ok=True)
             shutil.copyfile(source, copy / name)
     path = copy / "params" / "datasets.yaml"
-    datasets = yaml.safe_load(path.read_text())
+    datasets = yaml_files.read(path)
     demo = datasets["demo"]
     demo["synthesize"] |= {"users": 120, "movies": 200}
     demo["source"]["sha256"] = hashlib.sha256(synthesize(**demo["synthesize"])).hexdigest()
     demo["training"]["epochs"] = 3
-    path.write_text(yaml.safe_dump(datasets))
+    path.write_text(yaml_files.dump(datasets))
     return copy
 
 

@@ -9,8 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 
+from steps.common import yaml_files
 from tests.conftest import ROOT, run
 
 ROOMS = {"kernels": {"kernels"}, "steps": {"kernels", "steps"}}
@@ -22,7 +22,7 @@ def pins(lines: list[str]) -> dict[str, str]:
 
 
 def test_conda_has_the_pins_of_pip() -> None:
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml_files.read(ROOT / "environment.yml")
     pip = next(part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
     constraints = pins((ROOT / "constraints.txt").read_text().splitlines())
     assert pins(pip) == {name: version for name, version in constraints.items() if name not in CUDA_ONLY}
@@ -147,8 +147,8 @@ def covers(dependency: str, name: str, project: Path) -> bool:
 def test_both_orchestrators_have_the_same_graph(project: Path, experiment: str, files: list[str]) -> None:
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
     jobs, stages = snakemake_jobs(project, experiment), dvc_stages(project, files)
-    own = set(yaml.safe_load((ROOT / "params" / "experiments" / f"{experiment}.yaml").read_text())["datasets"])
-    others = set(yaml.safe_load((ROOT / "params" / "datasets.yaml").read_text())) - own
+    own = set(yaml_files.read(ROOT / "params" / "experiments" / f"{experiment}.yaml")["datasets"])
+    others = set(yaml_files.read(ROOT / "params" / "datasets.yaml")) - own
     # The file of data sets also holds those of other experiments.
     stages = {name: stage for name, stage in stages.items() if not others & set(Path(name).parts)}
     assert set(jobs) == set(stages)

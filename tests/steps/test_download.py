@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
+from steps.common import yaml_files
 from steps.common.cli import StepError
 from steps.data.sources import MIRROR_VARIABLE, fetch
 from tests.conftest import step
@@ -31,10 +31,10 @@ def offer(project: Path, content: bytes, checksum: str | None = None) -> Path:
     mirror.mkdir()
     (mirror / "mine.zip").write_bytes(content)
     path = project / "params" / "datasets.yaml"
-    datasets = yaml.safe_load(path.read_text())
+    datasets = yaml_files.read(path)
     mine = {key: datasets["demo"][key] for key in ("title", "files", "checks", "ties", "training")}
     mine["source"] = {"file": "mine.zip", "sha256": checksum or hashlib.sha256(content).hexdigest()}
-    path.write_text(yaml.safe_dump(datasets | {"mine": mine}))
+    path.write_text(yaml_files.dump(datasets | {"mine": mine}))
     return mirror
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-import yaml
 from safetensors.numpy import load_file
 
+from steps.common import yaml_files
 from steps.data.readers import read_table
 from steps.data.splits import build_sequences, describe_split
 from steps.preprocess import write_sequences
@@ -114,7 +114,7 @@ def test_a_csv_with_a_header_string_ids_and_no_catalogue_is_read(tmp_path: Path)
 
 def test_latin_1_titles_are_read(tmp_path: Path) -> None:
     (tmp_path / "movies.dat").write_bytes("1::Amélie (2001)::Comedy\n".encode("latin-1"))
-    movies = yaml.safe_load((ROOT / "params/datasets.yaml").read_text())["ml-1m"]["files"]["items"]
+    movies = yaml_files.read(ROOT / "params/datasets.yaml")["ml-1m"]["files"]["items"]
     frame, malformed = read_table(tmp_path, movies | {"path": "movies.dat"})
     assert frame.row(0, named=True)["title"] == "Amélie (2001)"
     assert malformed == []

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import save_file
 
-from steps.common import params
+from steps.common import params, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import read_json, write_json, write_text
 from steps.track import _REPORTS
@@ -55,7 +54,7 @@ def fake_run(project: Path, run: params.Run, commit: str = "a" * 40) -> None:
 
 
 def experiment(project: Path, name: str, **content: Any) -> list[params.Run]:
-    text = yaml.safe_dump({"title": f"Experiment {name}", **content})
+    text = yaml_files.dump({"title": f"Experiment {name}", **content})
     (project / "params/experiments" / f"{name}.yaml").write_text(text)
     return list(params.runs(name, project / "params"))
 
@@ -154,9 +153,9 @@ def test_a_grid_is_chosen_by_validation_which_stands_before_test(project: Path) 
 
 def test_the_table_says_what_happened_to_repeats(project: Path, ml_1m: list[params.Run]) -> None:
     path = project / "params/datasets.yaml"
-    datasets = yaml.safe_load(path.read_text())
+    datasets = yaml_files.read(path)
     del datasets["ml-1m"]["checks"]["unique_user_item"]
-    path.write_text(yaml.safe_dump(datasets | {"ml-1m": datasets["ml-1m"] | {"repeats": "leave-out"}}))
+    path.write_text(yaml_files.dump(datasets | {"ml-1m": datasets["ml-1m"] | {"repeats": "leave-out"}}))
     for run in ml_1m:
         fake_run(project, run)
     tabulate(project, "mine")
@@ -165,9 +164,9 @@ def test_the_table_says_what_happened_to_repeats(project: Path, ml_1m: list[para
 
 def test_a_data_set_that_allows_repeats_has_to_say_what_happens_to_them(project: Path) -> None:
     path = project / "params/datasets.yaml"
-    datasets = yaml.safe_load(path.read_text())
+    datasets = yaml_files.read(path)
     del datasets["ml-1m"]["checks"]["unique_user_item"]
-    path.write_text(yaml.safe_dump(datasets))
+    path.write_text(yaml_files.dump(datasets))
     with pytest.raises(StepError, match=r"datasets.yaml.*ml-1m.*repeats"):
         params.load("datasets", project / "params")
 
@@ -262,8 +261,8 @@ def test_tracking_again_adds_nothing_and_a_changed_run_replaces_its_record(proje
 
 def test_a_protocol_of_one_s_own_has_its_table(project: Path) -> None:
     path = project / "params/protocols.yaml"
-    protocols = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump(protocols | {"own": protocols["strict"]}))
+    protocols = yaml_files.read(path)
+    path.write_text(yaml_files.dump(protocols | {"own": protocols["strict"]}))
     chosen = {"datasets": ["ml-1m"], "models": ["sasrec"], "protocols": ["own"], "seeds": [0]}
     for run in experiment(project, "mine", **chosen):
         fake_run(project, run)

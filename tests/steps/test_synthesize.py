@@ -6,8 +6,7 @@ import itertools
 import zipfile
 from collections import Counter, defaultdict
 
-import yaml
-
+from steps.common import yaml_files
 from steps.synthesize import synthesize
 from tests.conftest import ROOT
 
@@ -23,7 +22,7 @@ def tables(content: bytes) -> dict[str, list[list[str]]]:
 
 
 def test_the_published_checksum_is_what_every_machine_makes() -> None:
-    demo = yaml.safe_load((ROOT / "params/datasets.yaml").read_text())["demo"]
+    demo = yaml_files.read(ROOT / "params/datasets.yaml")["demo"]
     assert hashlib.sha256(synthesize(**demo["synthesize"])).hexdigest() == demo["source"]["sha256"]
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import polars as pl
 import pytest
-import yaml
 
+from steps.common import yaml_files
 from tests.conftest import step
 
 MOVIES = "".join(f"{movie}::Movie {movie} (1999)::Drama\n" for movie in range(1, 41))
@@ -97,9 +97,9 @@ def test_an_item_that_stands_twice_is_refused(project: Path) -> None:
 
 def change(project: Path, **changes: Any) -> None:
     path = project / "params" / "datasets.yaml"
-    datasets = yaml.safe_load(path.read_text())
+    datasets = yaml_files.read(path)
     datasets["demo"]["files"] |= changes
-    path.write_text(yaml.safe_dump(datasets))
+    path.write_text(yaml_files.dump(datasets))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def change(project: Path, **changes: Any) -> None:
     ],
 )
 def test_a_column_that_is_not_named_is(project: Path, table: str, columns: list[str], said: str) -> None:
-    files = yaml.safe_load((project / "params" / "datasets.yaml").read_text())["demo"]["files"]
+    files = yaml_files.read(project / "params" / "datasets.yaml")["demo"]["files"]
     change(project, **{table: files[table] | {"columns": columns}})
     assert said in validate(project, rows(1))
 

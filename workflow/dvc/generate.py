@@ -8,7 +8,7 @@ experiment has a file of its own with the same stages. `make dvc` runs this; a t
 import re
 from pathlib import Path
 
-import yaml
+from steps.common import yaml_files
 
 ROOT = Path(__file__).resolve().parents[2]
 DATASETS = ROOT / "workflow/dvc/datasets/dvc.yaml"
@@ -31,7 +31,7 @@ def experiment_file(name: str) -> str:
 
 def datasets_file() -> str:
     """The text of `workflow/dvc/datasets/dvc.yaml`, with every data set but those that are generated."""
-    entries = yaml.safe_load((ROOT / "params/datasets.yaml").read_text())
+    entries = yaml_files.read(ROOT / "params/datasets.yaml")
     names = ", ".join(name for name, entry in entries.items() if "synthesize" not in entry)
     return re.sub(r"^( +dataset: )\[.*\]$", rf"\g<1>[{names}]", DATASETS.read_text(), flags=re.MULTILINE)
 
