@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from kernels.sampled_softmax import sampled_softmax
 from kernels.sampled_softmax.naive import NORM_EPS
+from steps.common.cli import StepError
 
 _PADDING = 0
 
@@ -100,8 +101,11 @@ def binary_cross_entropy(
 def gbce_power(negatives: int, items: int, calibration: float) -> float:
     """beta = alpha (t (1 - 1/alpha) + 1/alpha), alpha = R / (V - 1) the sampling rate (arXiv 2308.07192, eq. 20).
 
-    t = 0 leaves binary cross-entropy as it is; t = 1 gives calibrated probabilities.
+    t = 0 leaves binary cross-entropy as it is; t = 1 gives calibrated probabilities. Raises StepError for a catalogue
+    without negatives.
     """
+    if items < 2:
+        raise StepError(f"loss gbce needs a catalogue of 2 items or more, and this one has {items}; take another loss")
     alpha = negatives / (items - 1)
     return alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from steps.common.cli import StepError
 from steps.models import losses
 
 V, DIM, TOKENS = 9, 4, 6
@@ -79,6 +80,12 @@ def test_bce_and_gbce_equal_their_definitions(inputs, monkeypatch) -> None:
 def test_gbce_without_calibration_is_bce_and_full_calibration_is_the_sampling_rate() -> None:
     assert losses.gbce_power(256, 3884, 0.0) == pytest.approx(1.0)
     assert losses.gbce_power(256, 3884, 1.0) == pytest.approx(256 / 3883)
+
+
+def test_gbce_of_a_catalogue_without_negatives_says_so() -> None:
+    states, table, targets = torch.randn(3, DIM), torch.randn(2, DIM), torch.ones(3, dtype=torch.int64)
+    with pytest.raises(StepError, match="gbce needs a catalogue of 2 items or more, and this one has 1; take"):
+        losses.next_item_loss(config("gbce", calibration=0.75), states, table, targets)
 
 
 @pytest.mark.parametrize("name", ["sampled-softmax", "in-batch-softmax", "softmax", "bce", "gbce"])
