@@ -138,7 +138,7 @@ def draw_curves(records: list[Record], paper: dict[str, Any], titles: dict[str, 
             split = "valid" if f"valid/{_CURVE}" in record.history[0] else "test"
             colour = f"C{models.index(run.model)}"
             curve = [(line["epoch"], line[f"{split}/{_CURVE}"]) for line in record.history]
-            label = record.config["model"]["label"] if run.model not in labelled else None
+            label = params.label(run.model) if run.model not in labelled else None
             labelled.add(run.model)
             if len(curve) == 1:  # a model without epochs
                 axis.axhline(curve[0][1], color=colour, linewidth=1, linestyle=":", label=label)

@@ -1,10 +1,15 @@
 """The files under params/: read, checked against their schemas, and resolved into one run's config.
 
+`params/local/`, which git ignores, may hold more data sets, models, protocols and experiments, in files of the same
+names: they are read and checked like the project's own, and may be `like` them.
+
 Needs PyYAML and jsonschema, so steps that must run on a bare GPU machine (train, evaluate) do not
 import it: they read the `config.json` that `plan` resolved.
 """
 
 import functools
+import math
+import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,12 +19,24 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import jsonschema
-import yaml
 
+from steps.common import yaml_files
 from steps.common.cli import StepError
 from steps.common.dotted import set_entry
 
 ROOT = Path("params")
+LOCAL = "local"
+#: Files with an entry for each name, to which those of params/local/ add theirs.
+_TABLES = ("datasets", "models", "protocols")
+#: What data sets, models, protocols and experiments may be called: names become folders, and parts of rules' names.
+_NAME = re.compile(r"[a-z0-9][a-z0-9+-]*")
+_NAMED = "is no name: lower-case letters, digits, '+' and '-' make one, a letter or digit first"
+#: Names of rules and folders beside the experiments' own.
+_RESERVED = {"all", "datasets", "kernels", LOCAL, "speed", "studies"} | {
+    path.stem for path in Path(__file__).parents[1].glob("*.py")
+}
+_POINT = re.compile(r"\+(?=[a-z_.]+=)")  # where a row's name ends and the settings of a grid's point begin
+_LONGEST = 255  # bytes of a folder's name
 _SPLIT_BY_HEADS = ("sasrec", "bert4rec", "transformer++")
 
 
@@ -41,54 +58,45 @@ class Run:
 def load(name: str, root: Path = ROOT) -> Any:
     """`params/<name>.yaml`, checked against its schema (`paper` has none: it is data, not settings). Not to be changed.
 
-    Raises StepError naming the file and the key if it does not fit.
+    Of datasets, models and protocols it has the entries of params/local/ too. `experiments/<name>` is an experiment, of
+    either folder, whose data sets, models and protocols are known to exist. Raises StepError naming the file and the
+    key if it does not fit.
     """
+    if name in _TABLES:
+        return {key: value for key, (_, value) in _table(name, root).items()}
+    if name.startswith("experiments/"):
+        return _experiment(name.removeprefix("experiments/"), root)
     path = root / f"{name}.yaml"
-    if not path.is_file():
-        raise StepError(f"{path} does not exist")
-    schema = root / "schemas" / ("experiment.yaml" if name.startswith("experiments/") else f"{name}.yaml")
-    rules = schema.read_text(encoding="utf-8") if schema.is_file() else None
-    return _parse(str(path), path.read_text(encoding="utf-8"), rules)
-
-
-@functools.cache  # a graph of hundreds of runs asks for the same few files
-def _parse(path: str, text: str, schema: str | None) -> Any:
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise StepError(f"{path} is not YAML: {error}") from error
-    if isinstance(content, dict):
-        content = {key: _inherit(path, content, key) for key in content}
-    if schema is not None:
-        validator = jsonschema.Draft202012Validator(yaml.safe_load(schema))
-        problem = jsonschema.exceptions.best_match(validator.iter_errors(content))
-        if problem is not None:
-            key = ".".join(str(part) for part in problem.absolute_path) or "(top level)"
-            raise StepError(f"{path}, key {key}: {problem.message}")
-    return content
-
-
-def _inherit(path: str, content: dict[str, Any], key: str) -> Any:
-    """The entry `key`, completed by the entry it is `like`."""
-    value = content[key]
-    if not isinstance(value, dict) or "like" not in value:
-        return value
-    if value["like"] not in content or "like" in content[value["like"]]:
-        raise StepError(f"{path}, key {key}: {value['like']!r} is no entry of its own to be like")
-    return content[value["like"]] | {name: own for name, own in value.items() if name != "like"}
+    return _parse(str(path), _text(path), _schema(name, root))
 
 
 def entry(name: str, key: str, root: Path = ROOT) -> Any:
     """The entry `key` of `params/<name>.yaml`; StepError lists the known keys if it is not there."""
-    content = load(name, root)
-    if key not in content:
-        raise StepError(f"{root / name}.yaml has no entry {key!r}; it has {', '.join(content)}")
-    return content[key]
+    return _entry(name, key, root)[1]
 
 
 def experiments(root: Path = ROOT) -> list[str]:
-    """The names of all experiments, sorted."""
-    return sorted(path.stem for path in (root / "experiments").glob("*.yaml"))
+    """The names of all experiments, params/local/'s too, sorted. Raises StepError naming a file with a wrong name."""
+    return sorted(_experiment_files(root))
+
+
+def experiment_path(experiment: str, root: Path = ROOT) -> Path:
+    """The file of an experiment; StepError lists the known ones if there is none."""
+    files = _experiment_files(root)
+    if experiment not in files:
+        raise StepError(f"no experiment {experiment!r}; there are {', '.join(sorted(files))}")
+    return files[experiment]
+
+
+def is_local(experiment: str, root: Path = ROOT) -> bool:
+    """Whether an experiment stands in params/local/."""
+    return experiment_path(experiment, root).is_relative_to(root / LOCAL)
+
+
+def label(model: str, root: Path = ROOT) -> str:
+    """What tables call a row, by its name in an experiment's runs: with the settings of a grid's point."""
+    row, point = _split(model)
+    return ", ".join([_entry("models", row, root)[1]["label"], *(f"{key}={value}" for key, value in point)])
 
 
 def runs(experiment: str, root: Path = ROOT) -> Iterator[Run]:
@@ -100,7 +108,7 @@ def runs(experiment: str, root: Path = ROOT) -> Iterator[Run]:
     content = load(f"experiments/{experiment}", root)
     grid = content.get("grid", {})
     points = [
-        "".join(f"+{key}={quote(str(value), safe='')}" for key, value in zip(grid, point, strict=True))
+        "".join(f"+{key}={quote(yaml_files.scalar(value), safe='')}" for key, value in zip(grid, point, strict=True))
         for point in product(*grid.values())
     ]
     for dataset in content["datasets"]:
@@ -110,43 +118,223 @@ def runs(experiment: str, root: Path = ROOT) -> Iterator[Run]:
                     yield Run(experiment, dataset, model, protocol, seed)
 
 
-def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
-    """Everything `train` and `evaluate` need to know about one run, as plain JSON values."""
-    training = dict(entry("datasets", run.dataset, root)["training"])
-    shapes = {name: training.pop(name) for name in ("base", "large") if name in training}
-    row, *point = run.model.split("+")
-    row, point = (f"{row}++", point[2:]) if point[:2] == ["", ""] else (row, point)  # transformer++
-    model = deepcopy(entry("models", row, root))
-    training |= model.pop("training", {}) | load(f"experiments/{run.experiment}", root).get("training", {})
-    if "shape" in model:
-        if model["shape"] not in shapes:
+def check(experiment: str, root: Path = ROOT) -> list[Run]:
+    """All runs of an experiment, in table order; StepError says which file and key keep one of them from running."""
+    found = list(runs(experiment, root))
+    for run in found:
+        if len(run.model.encode()) > _LONGEST:
             raise StepError(
-                f"{root}/datasets.yaml, entry {run.dataset}: no shape {model['shape']!r}, which model {row} needs"
+                f"{experiment_path(experiment, root)}, grid: the name {run.model} is longer than {_LONGEST} bytes, and "
+                "has to be a folder's; vary fewer parameters at once"
             )
-        model |= shapes[model.pop("shape")]
+        resolve(run, root)
+    return found
+
+
+def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
+    """Everything `train` and `evaluate` need to know about one run, as plain JSON values.
+
+    Labels and titles are no part of it: they change tables, not trainings.
+    """
+    row, point = _split(run.model)
+    data_file, data = _entry("datasets", run.dataset, root)
+    training = dict(data["training"])
+    shapes = {name: training.pop(name) for name in ("base", "large") if name in training}
+    model = dict(entry("models", row, root))
+    del model["label"]
+    training |= model.pop("training", {}) | load(f"experiments/{run.experiment}", root).get("training", {})
+    shape = model.pop("shape", None)
+    if shape is not None:
+        if shape not in shapes:
+            raise StepError(f"{data_file}, entry {run.dataset}: no shape {shape!r}, which model {row} needs")
+        model |= shapes[shape]
+    config: dict[str, Any] = deepcopy(
+        {
+            "experiment": run.experiment,
+            "dataset": run.dataset,
+            "row": run.model,
+            "protocol": entry("protocols", run.protocol, root),
+            "seed": run.seed,
+            "repeats": data.get("repeats", "none"),
+            "model": model,
+            "training": training,
+        }
+    )
+    where = f"{data_file}, entry {run.dataset}"
+    if point:
+        where = f"{experiment_path(run.experiment, root)}, grid"
+        for key, value in point:
+            try:
+                set_entry(config, key, yaml_files.parse(value, f"{where}, {key}"))
+            except KeyError:
+                raise StepError(f"{where}: no parameter {key!r}; it is the path in a run's config.json") from None
+        _check_point(config, row, shape, where, root)
+    model = config["model"]
     if model["model"] in _SPLIT_BY_HEADS and model["dim"] % model["heads"]:
-        raise StepError(
-            f"{root}/datasets.yaml, entry {run.dataset}: {model['heads']} heads do not divide dim {model['dim']}, as "
-            f"model {row} needs"
-        )
-    config = {
-        "experiment": run.experiment,
-        "dataset": run.dataset,
-        "row": run.model,
-        "protocol": {"name": run.protocol, **entry("protocols", run.protocol, root)},
-        "seed": run.seed,
-        "repeats": entry("datasets", run.dataset, root).get("repeats", "none"),
-        "model": model,
-        "training": training,
-    }
-    for setting in point:
-        key, value = unquote(setting).split("=", 1)
-        try:
-            set_entry(config, key, yaml.safe_load(value))
-        except KeyError:
-            experiment = f"{root}/experiments/{run.experiment}.yaml"
-            raise StepError(
-                f"{experiment}, grid: no parameter {key!r}; it is the path in a run's config.json"
-            ) from None
-        model["label"] += f", {unquote(setting)}"
+        raise StepError(f"{where}: {model['heads']} heads do not divide dim {model['dim']}, as model {row} needs")
+    config["protocol"] = {"name": run.protocol, **config["protocol"]}
     return config
+
+
+def _split(model: str) -> tuple[str, list[tuple[str, str]]]:
+    """A row of params/models.yaml and the (key, value) settings of a grid's point, from a name of `runs`.
+
+    No row's name holds `=`, and no value `+` or `=` that is not quoted.
+    """
+    row, *settings = _POINT.split(model)
+    pairs = [setting.split("=", 1) for setting in settings]
+    return row, [(key, unquote(value)) for key, value in pairs]
+
+
+def _check_point(config: dict[str, Any], row: str, shape: str | None, where: str, root: Path) -> None:
+    """Hold what a grid has set to the schemas of the files that its keys come from."""
+    training, model = dict(config["training"]), dict(config["model"])
+    data = entry("datasets", config["dataset"], root)
+    sizes = data["training"]["base"]
+    training["base"] = {key: model.pop(key) for key in sizes} if shape else sizes
+    named = {"label": row} | ({"shape": shape} if shape else {})
+    parts = {
+        "datasets": {config["dataset"]: data | {"training": training}},
+        "models": {row: model | named},
+        "protocols": {"own": config["protocol"]},
+    }
+    for name, content in parts.items():
+        problem = _problem(content, _schema(name, root))
+        if problem:
+            path = [part for part in problem[0][1:] if part not in ("training", "base")]
+            of = {"models": "model", "protocols": "protocol"}.get(name, "training")
+            key = ".".join(["model" if path and path[0] in sizes else of, *path])
+            raise StepError(f"{where}: {key}: {problem[1]}")
+
+
+def _entry(name: str, key: str, root: Path) -> tuple[str, Any]:
+    """The file that holds the entry `key`, and the entry."""
+    table = _table(name, root)
+    if key not in table:
+        raise StepError(f"{root / name}.yaml has no entry {key!r}; it has {', '.join(table)}")
+    return table[key]
+
+
+def _table(name: str, root: Path) -> dict[str, tuple[str, Any]]:
+    """Every entry of `params/<name>.yaml` and params/local/'s file of this name, with the file that it stands in."""
+    paths = [root / f"{name}.yaml", *(path for path in [root / LOCAL / f"{name}.yaml"] if path.is_file())]
+    return _parse_table(tuple((str(path), _text(path)) for path in paths), _schema(name, root))
+
+
+@functools.cache  # a graph of hundreds of runs asks for the same few files
+def _parse_table(files: tuple[tuple[str, str], ...], schema: str | None) -> dict[str, tuple[str, Any]]:
+    found: dict[str, tuple[str, Any]] = {}
+    for path, text in files:
+        content = yaml_files.parse(text, path)
+        if content is None:  # comments alone
+            content = {}
+        if isinstance(content, dict):
+            for key in content:
+                if key in found:
+                    raise StepError(f"{path}, key {key}: {found[key][0]} has an entry of this name; choose another")
+            content = {key: _inherit(path, content, key, found) for key in content}
+        _check(path, content, schema)
+        found |= {key: (path, value) for key, value in content.items()}
+    return found
+
+
+def _inherit(path: str, content: dict[str, Any], key: str, others: dict[str, tuple[str, Any]]) -> Any:
+    """The entry `key`, completed by the entry it is `like`: of its own file, or of `others`."""
+    value = content[key]
+    if not isinstance(value, dict) or "like" not in value:
+        return value
+    name = str(value["like"])
+    base = others[name][1] if name in others else content.get(name)
+    if not isinstance(base, dict) or "like" in base:
+        raise StepError(f"{path}, key {key}: {value['like']!r} is no entry of its own to be like")
+    return base | {name: own for name, own in value.items() if name != "like"}
+
+
+def _experiment_files(root: Path) -> dict[str, Path]:
+    """The file of every experiment by its name, which is checked."""
+    files: dict[str, Path] = {}
+    for folder in (root / "experiments", root / LOCAL / "experiments"):
+        for path in sorted(folder.glob("*.yaml")):
+            if path.name.startswith("."):  # an editor's
+                continue
+            if not _NAME.fullmatch(path.stem):
+                raise StepError(f"{path}: {path.stem!r} {_NAMED}; rename the file")
+            if path.stem in _RESERVED:
+                raise StepError(f"{path}: an experiment cannot be called {path.stem!r}, as a step or folder is")
+            if path.stem in files:
+                raise StepError(f"{path}: {files[path.stem]} is an experiment of this name; rename the file")
+            files[path.stem] = path
+    return files
+
+
+def _experiment(name: str, root: Path) -> Any:
+    path = experiment_path(name, root)
+    content = _parse(str(path), _text(path), _schema("experiment", root))
+    for table in _TABLES:
+        known = _table(table, root)
+        for place, key in enumerate(content[table]):
+            if key not in known:
+                raise StepError(
+                    f"{path}, key {table}.{place}: {root / table}.yaml has no entry {key!r}; it has {', '.join(known)}"
+                )
+    return content
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise StepError(f"{path} does not exist")
+    return yaml_files.text_of(path)
+
+
+def _schema(name: str, root: Path) -> str | None:
+    """The text of a file's schema, if it has one."""
+    path = root / "schemas" / f"{name}.yaml"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+@functools.cache
+def _parse(path: str, text: str, schema: str | None) -> Any:
+    content = yaml_files.parse(text, path)
+    _check(path, content, schema)
+    return content
+
+
+def _check(path: str, content: Any, schema: str | None) -> None:
+    """Raise StepError, with file and key, if the content of `path` does not fit its schema."""
+    problem = _problem(content, schema)
+    if problem:
+        raise StepError(f"{path}, key {'.'.join(problem[0]) or '(top level)'}: {problem[1]}")
+
+
+def _problem(content: Any, schema: str | None) -> tuple[list[str], str] | None:
+    """The key, as its parts, and the account of what most plainly does not fit the schema; None if all does."""
+    if schema is None:
+        return None
+    problem = jsonschema.exceptions.best_match(_validator(schema).iter_errors(content))
+    if problem is None:
+        return None
+    message = problem.message
+    if problem.validator == "format":
+        message = f"{problem.instance!r} {_NAMED}"
+    elif problem.validator == "not":
+        message = f"{problem.validator_value['required'][0]!r} does not belong here"
+    elif problem.validator == "contains":
+        message = f"lacks {problem.validator_value['const']!r}"
+    return [str(part) for part in problem.absolute_path], message
+
+
+@functools.cache
+def _validator(schema: str) -> Any:
+    """A validator that knows names, and to which 50.0 is no integer and infinity no number."""
+    checker = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
+        {
+            "integer": lambda _, value: isinstance(value, int) and not isinstance(value, bool),
+            "number": lambda _, value: (
+                isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            ),
+        }
+    )
+    names = jsonschema.FormatChecker(())
+    names.checks("name")(lambda value: isinstance(value, str) and _NAME.fullmatch(value) is not None)
+    strict = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=checker)
+    return strict(yaml_files.parse(schema, "schema"), format_checker=names)

@@ -55,7 +55,7 @@ def by_row(records: list[Record]) -> dict[tuple[str, str, str], list[Record]]:
 
 def labels(records: list[Record]) -> dict[str, str]:
     """The label of every model, by its name."""
-    return {record.run.model: record.config["model"]["label"] for record in records}
+    return {model: params.label(model) for model in dict.fromkeys(record.run.model for record in records)}
 
 
 def mean_and_sd(values: Iterable[float]) -> tuple[float, float | None]:

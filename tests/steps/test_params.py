@@ -1,14 +1,19 @@
 """Parameters: what is written in params/ is checked, and resolves into one run's config."""
 
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 
-from steps.common import params
+from steps.common import params, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import read_json
 from tests.conftest import ROOT, step
+from tests.conftest import run as run_command
+
+SWEEP = "experiments/sweep-demo"
 
 
 @pytest.mark.parametrize("experiment", params.experiments(ROOT / "params"))
@@ -74,7 +79,7 @@ def test_an_experiment_overrides_its_training() -> None:
 )
 def test_a_wrong_file_is_named_with_its_key(project: Path, file: str, change: dict, said: str) -> None:
     path = project / "params" / f"{file}.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
+    path.write_text(yaml_files.dump(yaml_files.read(path) | change))
     with pytest.raises(StepError, match=rf"{file}.yaml.*{said}"):
         params.load(file, project / "params")
 
@@ -92,7 +97,7 @@ def test_a_grid_makes_a_row_of_every_point(project: Path) -> None:
     config = params.resolve(runs[-1], project / "params")
     assert runs[-1].model == "hstu+model.optimizer.lr=0.003+training.dropout=0.2"
     assert (config["model"]["optimizer"]["lr"], config["training"]["dropout"]) == (0.003, 0.2)
-    assert config["model"]["label"] == "HSTU, model.optimizer.lr=0.003, training.dropout=0.2"
+    assert params.label(runs[-1].model, project / "params") == "HSTU, model.optimizer.lr=0.003, training.dropout=0.2"
     # The other points, and the row itself, keep their own values.
     assert params.resolve(runs[0], project / "params")["model"]["optimizer"]["lr"] == 0.001
     path = project / "params/experiments/sweep-demo.yaml"
@@ -103,26 +108,265 @@ def test_a_grid_makes_a_row_of_every_point(project: Path) -> None:
 
 def test_values_of_a_grid_make_names_of_folders(project: Path) -> None:
     path = project / "params/experiments/sweep-demo.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"grid": {"model.alpha": [1.0, "1/sqrt(dqk)"]}}))
+    path.write_text(yaml_files.dump(yaml_files.read(path) | {"grid": {"model.alpha": [1.0, "1/sqrt(dqk)"]}}))
     run = list(params.runs("sweep-demo", project / "params"))[1]
     assert run.model == "hstu+model.alpha=1%2Fsqrt%28dqk%29"
     config = params.resolve(run, project / "params")
     assert config["model"]["alpha"] == "1/sqrt(dqk)"
-    assert config["model"]["label"] == "HSTU, model.alpha=1/sqrt(dqk)"
+    assert params.label(run.model, project / "params") == "HSTU, model.alpha=1/sqrt(dqk)"
 
 
 def test_heads_that_do_not_divide_the_width_are_named(project: Path) -> None:
     path = project / "params/datasets.yaml"
-    datasets = yaml.safe_load(path.read_text())
+    datasets = yaml_files.read(path)
     datasets["demo"]["training"]["base"]["heads"] = 5
-    path.write_text(yaml.safe_dump(datasets))
+    path.write_text(yaml_files.dump(datasets))
     with pytest.raises(StepError, match="entry demo: 5 heads do not divide dim 32, as model sasrec needs"):
         params.resolve(params.Run("demo", "demo", "sasrec", "strict", 0), project / "params")
 
 
-def test_a_name_with_plus_signs_is_no_point_of_a_grid() -> None:
-    config = params.resolve(params.Run("ml-1m", "ml-1m", "transformer++", "strict", 0), ROOT / "params")
-    assert config["model"]["label"] == "Transformer++"
+def write_local(project: Path, name: str, content: dict[str, Any]) -> Path:
+    path = project / "params/local" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml_files.dump(content))
+    return path
+
+
+def test_a_name_with_plus_signs_is_no_point_of_a_grid(project: Path) -> None:
+    assert params.label("transformer++", ROOT / "params") == "Transformer++"
+    root = project / "params"
+    write_local(project, "models", {"hstu+time": {"like": "hstu-time", "label": "Plus"}})
+    write_local(project, "datasets", {"clicks+views": {"like": "demo", "title": "Clicks and views"}})
+    chosen = {"datasets": ["clicks+views"], "models": ["hstu+time"], "protocols": ["strict"], "seeds": [0]}
+    grid = {"training.dropout": [0.1], "model.alpha": ["1/sqrt(dqk)"]}
+    write_local(project, "experiments/own", {"title": "Own", **chosen, "grid": grid})
+    (run,) = params.check("own", root)
+    assert run.model == "hstu+time+training.dropout=0.1+model.alpha=1%2Fsqrt%28dqk%29"
+    config = params.resolve(run, root)
+    assert (config["model"]["bias"]["position"], config["model"]["alpha"]) == (False, "1/sqrt(dqk)")
+    assert params.label(run.model, root) == "Plus, training.dropout=0.1, model.alpha=1/sqrt(dqk)"
+    assert params.label("transformer+++training.dropout=0.1", root) == "Transformer++, training.dropout=0.1"
+
+
+def test_labels_and_titles_are_no_part_of_a_run(project: Path) -> None:
+    root = project / "params"
+    before = params.resolve(params.Run("demo", "demo", "hstu", "strict", 0), root)
+    assert "label" not in before["model"]
+    for name, old, new in (
+        ("models", "label: HSTU\n", "label: Ours\n"),
+        ("experiments/demo", "title: The", "title: Now the"),
+        ("datasets", "title: Generated", "title: Still generated"),
+    ):
+        path = root / f"{name}.yaml"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+    assert params.resolve(params.Run("demo", "demo", "hstu", "strict", 0), root) == before
+    assert params.label("hstu", root) == "Ours"
+    assert params.load("experiments/demo", root)["title"].startswith("Now")
+
+
+@pytest.mark.parametrize("word", ["3e-05", "0.00003", "3.0e-5", "3E-5"])
+def test_a_small_number_is_a_number_however_it_is_written(project: Path, word: str) -> None:
+    """`dvc exp run -S params/models.yaml:hstu.optimizer.lr=0.00003` writes 3e-05."""
+    root = project / "params"
+    path = root / "models.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("{lr: 1.0e-3", f"{{lr: {word}"))
+    assert params.load("models", root)["hstu"]["optimizer"]["lr"] == 0.00003
+    path.write_text(text)
+    path = root / "experiments/sweep-demo.yaml"
+    path.write_text(path.read_text().replace("[1.0e-3, 3.0e-3]", f"[{word}, 1e-3]"))
+    runs = params.check("sweep-demo", root)
+    rates = [params.resolve(run, root)["model"]["optimizer"]["lr"] for run in runs]
+    assert rates == [0.00003, 0.00003, 0.001, 0.001]
+    assert runs[0].model == "hstu+model.optimizer.lr=3e-05+training.dropout=0.1"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        # The error is of the branch that the entry's own model selects.
+        ("models", "alpha: 1.0 ", "alpha: 1e-3x ", r"key hstu[a-z-]*\.alpha: '1e-3x' is not"),
+        ("models", "mask_share: 0.2", "mask_share: '0.2'", r"key bert4rec\.mask_share: '0\.2' is not of type 'number'"),
+        ("models", "samples: 2048", "samples: 2e3", r"key gru4rec\.samples: 2000\.0 is not of type 'integer'"),
+        ("models", "shrink: 10.0", "shrink: .inf", r"key item-knn\.shrink: inf is not of type 'number'"),
+        ("models", "shrink: 10.0", "shrink: .nan", r"key item-knn\.shrink: nan is not of type 'number'"),
+        ("models", "shrink: 10.0", "shrink: 1e999", r"key item-knn\.shrink: inf is not of type 'number'"),
+        ("models", "shrink: 10.0", "shrink: true", r"key item-knn\.shrink: True is not of type 'number'"),
+        ("models", "shrink: 10.0", "shrink: 1:30", r"key item-knn\.shrink: '1:30' is not of type 'number'"),
+        ("models", "negatives: 256, calibration: 0.75", "negatives: 256", r"key sasrec-gbce\.loss: 'calibration'"),
+        ("models", "negatives: 256", "negatives: 0", r"key sasrec-gbce\.loss\.negatives: 0 is less"),
+        ("models", "markov\n", "markov\n  lr: 1\n", r"key markov: .*'lr'"),
+        (
+            "models",
+            "dot, temperature: 1.0, negatives: 1}",
+            "dot, temperature: 1.0, calibration: 1}",
+            r"'calibration' doe",
+        ),
+        ("models", "betas: [0.0, 0.0]", "betas: [0.9, 0.0]", r"key gru4rec\.optimizer\.betas"),
+        ("models", "label: HSTU\n", "label: ''\n", r"key hstu\.label"),
+        ("models", "hstu-time:", "hstu time:", r"'hstu time' is no name"),
+        ("models", "hstu-time:", "hstu/time:", r"'hstu/time' is no name"),
+        ("models", "hstu-time:", '"hstu\\n":', r"'hstu.n' is no name"),
+        ("models", "hstu-time:", "7:", r"7 is no name"),
+        ("models", "hstu-time:", "hstu-position:", r"line \d+: key hstu-position stands twice"),
+        ("protocols", "temporal: ", "Temporal: ", r"'Temporal' is no name"),
+        ("protocols", "test_share: 0.1", "test_share: .nan", r"key temporal\.test_share: nan"),
+        ("datasets", "ml-1m:", "ml_1m:", r"'ml_1m' is no name"),
+        ("datasets", "max_len: 200", "max_len: 200.0", r"key ml-1m[a-z-]*\.training\.max_len: 200\.0 is not of type"),
+        ("datasets", "max_len: 200", "max_len: 0200", r"key ml-1m[a-z-]*\.training\.max_len: '0200' is not of type"),
+        ("datasets", "negatives: 128", "negatives: 0", r"key [a-z0-9-]+\.training\.negatives: 0 is less"),
+        ("datasets", "columns: [user, item, timestamp]", "columns: []", r"interactions\.columns: lacks 'user'"),
+        ("datasets", "columns: [user, item, timestamp]", "columns: [user, item]", r"columns: lacks 'timestamp'"),
+        ("datasets", "checks: {min_user", "checks: {rating: [1, 5], min_user", r"columns: lacks 'rating'"),
+        (SWEEP, "seeds: [0]", "seeds: [0.0]", r"key seeds\.0: 0\.0 is not of type 'integer'"),
+        (SWEEP, "seeds: [0]", "seeds: []", r"key seeds"),
+        (SWEEP, "[demo]", "[Demo]", r"key datasets\.0: 'Demo' is no name"),
+        (SWEEP, "[demo]", "[demos]", r"key datasets\.0: .*no entry 'demos'; it has demo, "),
+        (SWEEP, "[hstu]", "[hstu, hstv]", r"key models\.1: .*no entry 'hstv'; it has most-popular, "),
+        (SWEEP, "[strict]", "[strikt]", r"key protocols\.0: .*no entry 'strikt'; it has strict, "),
+        (SWEEP, "[0.1, 0.2]", "[]", r"key grid\.training\.dropout"),
+        (SWEEP, "[0.1, 0.2]", "[.nan]", r"key grid\.training\.dropout\.0: nan"),
+        (SWEEP, "[0.1, 0.2]", "[1.5]", r"grid: training\.dropout: 1\.5 is greater"),
+        (SWEEP, "[0.1, 0.2]", "['0.1']", r"grid: training\.dropout: '0\.1' is not of type 'number'"),
+        (SWEEP, "training.dropout: [0.1", "training.negatives: [0", r"grid: training\.negatives: 0 is"),
+        (SWEEP, "training.dropout: [0.1", "training.batch: [1e2", r"batch: 100\.0 is not of type 'integer'"),
+        (SWEEP, "training.dropout: [0.1", "model.blocks: [0", r"grid: model\.blocks: 0 is less"),
+        (SWEEP, "training.dropout: [0.1", "model.bias.time: [0", r"grid: model\.bias\.time: 0 is not one"),
+        (SWEEP, "training.dropout: [0.1", "protocol.report: [0", r"grid: protocol\.report: 0 is not one"),
+        (SWEEP, "training.dropout: [0.1", "protocol.name: [0", r"grid: no parameter 'protocol\.name'"),
+        (SWEEP, "training.dropout: [0.1", f"model.attention: [{'silu' * 60}", "longer than 255 bytes"),
+    ],
+)
+def test_what_does_not_fit_is_found_at_once(project: Path, file: str, old: str, new: str, said: str) -> None:
+    path = project / "params" / f"{file}.yaml"
+    shutil.copyfile(ROOT / "params" / f"{file}.yaml", path)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(StepError, match=rf"{file}\.yaml.*{said}"):
+        params.check("sweep-demo", project / "params")
+
+
+def test_heads_of_a_grid_that_do_not_divide_the_width_are_named(project: Path) -> None:
+    path = project / "params/experiments/sweep-demo.yaml"
+    content = yaml_files.read(path) | {"models": ["sasrec"], "grid": {"model.heads": [1, 5]}}
+    path.write_text(yaml_files.dump(content))
+    with pytest.raises(StepError, match=r"sweep-demo\.yaml, grid: 5 heads do not divide dim 32"):
+        params.check("sweep-demo", project / "params")
+
+
+@pytest.mark.parametrize("name", ["Mine", "my shop", "my_shop", "-mine", "mine.old"])
+def test_a_file_whose_name_no_experiment_can_have_is_named(project: Path, name: str) -> None:
+    path = write_local(project, f"experiments/{name}", {})
+    with pytest.raises(StepError, match=rf"{re.escape(str(path))}: '{re.escape(name)}' is no name.*rename the file"):
+        params.experiments(project / "params")
+
+
+@pytest.mark.parametrize("name", ["train", "datasets", "kernels", "local"])
+def test_an_experiment_is_not_called_as_a_step_or_a_folder(project: Path, name: str) -> None:
+    path = write_local(project, f"experiments/{name}", {})
+    with pytest.raises(StepError, match=rf"{re.escape(str(path))}: an experiment cannot be called '{name}'"):
+        params.experiments(project / "params")
+
+
+def test_an_unknown_experiment_lists_the_known(project: Path) -> None:
+    write_local(project, "experiments/mine", {})
+    with pytest.raises(StepError, match=r"^no experiment 'demos'; there are amzn-beauty, demo, .*mine.*sweep-demo$"):
+        params.load("experiments/demos", project / "params")
+
+
+def test_local_entries_are_read_beside_the_project_s_own(project: Path) -> None:
+    root = project / "params"
+    write_local(project, "datasets", {"mine": {"like": "demo", "title": "Mine", "ties": "item-id"}})
+    write_local(project, "models", {"hstu-wide": {"like": "hstu-large", "label": "Wide", "shape": "base"}})
+    write_local(project, "protocols", {"own": {"like": "strict", "exclude": "window"}})
+    chosen = {"datasets": ["demo", "mine"], "models": ["hstu", "hstu-wide"], "protocols": ["own"], "seeds": [0]}
+    write_local(project, "experiments/mine", {"title": "Mine", **chosen})
+    assert "mine" in params.experiments(root)
+    assert [run.dataset for run in params.check("mine", root)] == ["demo", "demo", "mine", "mine"]
+    assert params.entry("datasets", "mine", root) == params.entry("datasets", "demo", root) | {
+        "title": "Mine",
+        "ties": "item-id",
+    }
+    config = params.resolve(params.Run("mine", "mine", "hstu-wide", "own", 0), root)
+    assert config["protocol"] == {"name": "own"} | params.entry("protocols", "strict", root) | {"exclude": "window"}
+    assert params.label("hstu-wide", root) == "Wide"
+    write_local(project, "models", {})  # a file whose entries are all gone
+    assert "hstu" in params.load("models", root)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "models",
+            {"hstu": {"like": "sasrec", "label": "Mine"}},
+            "key hstu: .*params/models.yaml has an entry of this",
+        ),
+        ("models", {"own": {"like": "hstv", "label": "Mine"}}, "key own: 'hstv' is no entry of its own to be like"),
+        ("models", {"own": {"like": "hstu", "alpha": "x"}}, r"key own\.alpha: 'x' is not one of"),
+        ("models", {"Own": {"like": "hstu"}}, "'Own' is no name"),
+        ("experiments/demo", {}, "params/experiments/demo.yaml is an experiment of this name"),
+        ("experiments/own", {"title": "Own"}, r"key \(top level\): 'datasets' is a required"),
+    ],
+)
+def test_a_wrong_local_file_is_named(project: Path, name: str, content: dict[str, Any], said: str) -> None:
+    path = write_local(project, name, content)
+    with pytest.raises(StepError, match=f"^{re.escape(str(path))}.*{said}"):
+        params.check("own", project / "params") if "/" in name else params.load(name, project / "params")
+
+
+def test_entries_and_results_of_one_s_own_leave_the_checkout_clean(project: Path) -> None:
+    def git(*arguments: str) -> str:
+        return run_command("git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments, cwd=project).stdout
+
+    def commit() -> str:
+        code = "from steps.common.provenance import commit; print(commit())"
+        return run_command("python", "-c", code, cwd=project).stdout.strip()
+
+    for arguments in (["init", "--quiet"], ["add", "--all"], ["commit", "-qm", "all"]):
+        git(*arguments)
+    before = commit()
+    assert re.fullmatch("[0-9a-f]{40}", before)
+    write_local(project, "datasets", {"mine": {"like": "demo", "title": "Mine"}})
+    chosen = {"datasets": ["mine"], "models": ["hstu"], "protocols": ["strict"], "seeds": [0]}
+    write_local(project, "experiments/mine", {"title": "Mine", **chosen})
+    results = "mine/hstu/strict/seed-0"
+    names = ["--experiment", "mine", "--dataset", "mine", "--model", "hstu", "--protocol", "strict", "--seed", "0"]
+    step("plan", *names, "--output", f"runs/mine/{results}/config.json", cwd=project)
+    for path in (
+        "workflow/dvc/local/mine/dvc.yaml",
+        "reports/mine/table.md",
+        f"reports/mine/records/{results}/config.json",
+    ):
+        (project / path).parent.mkdir(parents=True)
+        (project / path).touch()
+    assert git("status", "--porcelain") == ""
+    assert commit() == before
+
+
+def test_the_project_s_own_reports_are_not_ignored() -> None:
+    tracked = run_command("git", "ls-files", "reports", cwd=ROOT).stdout.split()
+    folders = sorted({"/".join(path.split("/")[:2]) for path in tracked if path.count("/") > 1})
+    assert "reports/ml-1m" in folders
+    probes = [f"{folder}/records/new.json" for folder in folders]
+    ignored = run_command(
+        "git", "check-ignore", "--no-index", *probes, "reports/mine/table.md", cwd=ROOT
+    ).stdout.split()
+    assert ignored == ["reports/mine/table.md"]
+
+
+def test_the_step_of_checking_writes_every_run_s_path(project: Path) -> None:
+    done = step("check", "--experiment", "demo", "--output", "runs/demo.json", cwd=project)
+    assert "6 runs" in done.stdout
+    models = [
+        f"demo/{model}/{rule}/seed-0" for model in ("hstu", "most-popular", "sasrec") for rule in ("paper", "strict")
+    ]
+    assert read_json(project / "runs/demo.json") == {"experiment": "demo", "runs": models}
+    failed = step("check", "--experiment", "demos", "--output", "runs/demos.json", cwd=project, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("check: no experiment 'demos'; there are ")
+    assert not (project / "runs/demos.json").exists()
 
 
 def test_plan_writes_what_resolve_says(project: Path) -> None:
