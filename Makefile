@@ -10,7 +10,7 @@ INSTALLED := .venv/installed-$(EXTRA)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: reproduce test lint types pytest doctor ui clean environment.yml dvc tables
+.PHONY: reproduce test lint types pytest doctor experiments ui clean environment.yml dvc tables
 
 reproduce: $(INSTALLED)  ## the experiment from raw data to its tables (EXPERIMENT=ml-1m for MovieLens-1M)
 	@python -m steps.doctor || echo "going on with plain torch"
@@ -36,6 +36,9 @@ pytest: $(INSTALLED)
 
 doctor: $(INSTALLED)  ## does this machine's torch fit its triton, fbgemm and CUDA?
 	python -m steps.doctor
+
+experiments: $(INSTALLED)  ## list the experiments: what they are about, how long they take, the data they need
+	@python -m steps.experiments
 
 ui: $(INSTALLED)  ## compare runs in the MLflow UI
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
