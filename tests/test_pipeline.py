@@ -104,7 +104,7 @@ def test_dvc_runs_an_experiment_with_another_parameter(project: Path) -> None:
         ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"],
     ):
         subprocess.run(["git", *command], cwd=project, check=True)
-    run("dvc", "exp", "run", "-S", "params/models.yaml:hstu.optimizer.lr=0.004", cwd=project)
+    run("dvc", "exp", "run", "-S", "params/models.yaml:hstu.optimizer.lr=0.00003", cwd=project)
     config = read_json(project / "runs/demo/demo/hstu/strict/seed-0/config.json")
-    assert config["model"]["optimizer"]["lr"] == 0.004
+    assert config["model"]["optimizer"]["lr"] == 0.00003
     assert (project / "reports/demo/table.md").is_file()
