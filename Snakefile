@@ -2,23 +2,20 @@
 
 from snakemake.utils import min_version
 
-from steps.common import params
-
 min_version("9.0")
 
-EXPERIMENTS = params.experiments()
-DATASETS = params.load("datasets")
+
+include: "workflow/rules/common.smk"
 
 
 wildcard_constraints:
-    experiment="|".join(EXPERIMENTS),
-    dataset="|".join(DATASETS),
+    experiment=any_of(EXPERIMENTS),
+    dataset=any_of(DATASETS),
     model="[^/]+",
     protocol="[^/]+",
     seed="[0-9]+",
 
 
-include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/runs.smk"
 include: "workflow/rules/report.smk"
@@ -33,3 +30,10 @@ for experiment in EXPERIMENTS:
         input:
             f"reports/{experiment}/mlflow.json",
             f"reports/{experiment}/table.md",
+
+
+workflow._prepare_dag = prepared(workflow._prepare_dag)
+
+
+onstart:
+    refuse_to_share(workflow.dag)

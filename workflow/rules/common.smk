@@ -1,6 +1,18 @@
-# What the rules share: names of files, and the parameters they depend on.
+# What the rules share: the parameters they depend on, names of files, and how Snakemake behaves around them.
 
+import fcntl
+import os
+import re
+import sqlite3
+import sys
+from contextlib import closing
+from functools import cache
 from pathlib import Path
+
+from steps.common import params
+from steps.common.cli import StepError
+from steps.common.files import read_json, sha256
+from steps.common.threads import cpu_threads
 
 
 localrules:
@@ -10,17 +22,35 @@ localrules:
     track,
 
 
+try:
+    EXPERIMENTS = params.experiments()
+    DATASETS = params.load("datasets")
+except StepError as error:
+    sys.exit(f"snakemake: {error}")
+
+
+def code(*folders):
+    """The Python files below the folders."""
+    return sorted(str(path) for folder in folders for path in Path(folder).rglob("*.py"))
+
+
+# What changes a model's numbers: all that train and evaluate compute with.
 MODEL_CODE = [
-    *sorted(
-        str(path) for folder in ("steps/models", "steps/ranking", "kernels") for path in Path(folder).rglob("*.py")
-    ),
+    "steps/common/device.py",
+    "steps/data/sequences.py",
+    "steps/data/holdout.py",
+    *code("steps/models", "steps/ranking", "kernels"),
     "kernels/configurations.json",
 ]
-TRAINING_CODE = sorted(str(path) for path in Path("steps/training").glob("*.py"))
+TRAINING_CODE = code("steps/training")
+REPORTING_CODE = ["steps/common/params.py", "steps/common/dotted.py", *code("steps/reporting")]
 RUN = "runs/{experiment}/{dataset}/{model}/{protocol}/seed-{seed}"
+ALL_CORES = 1024  # Snakemake gives as many as there are
 
 
-REPORTING_CODE = sorted(str(path) for path in Path("steps/reporting").glob("*.py"))
+def any_of(names):
+    """A regular expression of exactly these names."""
+    return "|".join(map(re.escape, names))
 
 
 def published(wildcards):
@@ -29,14 +59,116 @@ def published(wildcards):
     return f"data/synthetic/{wildcards.dataset}.zip" if made else []
 
 
+@cache  # hashes every file
+def edited(dataset):
+    """The raw files that are no longer as they were downloaded; none before the download."""
+    folder = Path("data/raw", dataset)
+    manifest = folder / "manifest.json"
+    files = read_json(manifest)["files"] if manifest.is_file() else {}
+    return [name for name, digest in files.items() if not (folder / name).is_file() or sha256(folder / name) != digest]
+
+
+def state_of_raw_files(wildcards):
+    """`validate` runs again, and says what to do, when this changes: an edit is no output of `download`."""
+    names = edited(wildcards.dataset)
+    return f"edited: {', '.join(names)}" if names else "as downloaded"
+
+
+config_of = cache(params.resolve)  # several rules ask for it
+
+
 def resolved(wildcards):
     """The run's config: `plan` runs again when this changes, not when any parameter file is touched."""
     run = params.Run(wildcards.experiment, wildcards.dataset, wildcards.model, wildcards.protocol, int(wildcards.seed))
-    return params.resolve(run)
+    return config_of(run)
+
+
+def threads_of_run(wildcards):
+    """As many as the run gains from."""
+    return cpu_threads(resolved(wildcards), ALL_CORES)
+
+
+def shown(wildcards):
+    """What tables show besides results, in their order: titles and labels."""
+    content = params.load(f"experiments/{wildcards.experiment}")
+    titles = [content["title"], *(DATASETS[name]["title"] for name in content["datasets"])]
+    labels = {run.model: params.label(run.model) for run in params.runs(wildcards.experiment)}
+    return [titles, list(labels.items())]
 
 
 def files_of_runs(*names):
-    """The named files of every run of the experiment."""
+    """The named files of every run of the experiment: small ones, which hold the hashes of the large ones beside them.
+
+    Snakemake compares these by content, so that new times (of `dvc checkout`, of a copy) change nothing.
+    """
     return lambda wildcards: [
         f"runs/{wildcards.experiment}/{run.path}/{name}" for run in params.runs(wildcards.experiment) for name in names
     ]
+
+
+def prepared(prepare):
+    """Snakemake's own making of the graph, preceded by what has to know the command line.
+
+    That is known only after this file is read, which is why a method of Snakemake's is wrapped (tests hold it to this).
+    """
+
+    def settled(*args, **kwargs):
+        settings = workflow.dag_settings
+        if workflow.is_main_process:
+            check_targets(settings.targets)
+            settings.forcerun = {*settings.forcerun, *lost_from_the_store(settings.targets)}
+            settings.force_incomplete = True  # what a killed Snakemake did not finish is made again
+            settings.max_checksum_file_size = 2**40  # files are compared by content: generated archives are large
+        return prepare(*args, **kwargs | {"nolock": True})  # its locks outlive it; see refuse_to_share
+
+    return settled
+
+
+def check_targets(targets):
+    """Say which names there are where a target is neither one of them nor a file."""
+    for target in targets:
+        path = os.path.relpath(target)
+        if workflow.is_rule(target) or os.path.isfile(path) or any(made.is_producer(path) for made in workflow.rules):
+            continue
+        sys.exit(
+            f"snakemake: {target} is no experiment, step or file that can be made. Experiments: {', '.join(EXPERIMENTS)}. "
+            f"Data sets: {', '.join(DATASETS)}."
+        )
+
+
+LOCKS = []
+
+
+def refuse_to_share(dag):
+    """Hold each experiment and data set that has jobs to do; refuse those that another Snakemake holds.
+
+    The kernel drops these locks when the process ends, however it ends. Jobs do not inherit them.
+    """
+    wildcards = [job.wildcards for job in dag.needrun_jobs()]
+    names = {given.get("experiment") or given.get("dataset") for given in wildcards} - {None}
+    for name in sorted(names):
+        LOCKS.append(Path(".snakemake", f"{name}.lock").open("a"))
+        try:
+            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"snakemake: another one is making {name} in this folder; wait until it ends")
+
+
+def is_tracked(experiment):
+    """Whether the MLflow store has the runs that were brought there; true before they are."""
+    made = Path("reports", experiment, "mlflow.json")
+    if not made.is_file():
+        return True
+    try:
+        with closing(sqlite3.connect("file:mlflow.db?mode=ro", uri=True)) as store:
+            there = {row[0] for row in store.execute("SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'")}
+    except sqlite3.Error:
+        return False
+    return there.issuperset(read_json(made)["runs"].values())
+
+
+def lost_from_the_store(targets):
+    """The mlflow.json files to make again, as the MLflow store, no output of one experiment, lost their runs."""
+    made = {name: f"reports/{name}/mlflow.json" for name in EXPERIMENTS}
+    wanted = set(targets) or {"demo"}
+    return [path for name, path in made.items() if wanted & {name, path} and not is_tracked(name)]

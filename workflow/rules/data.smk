@@ -13,7 +13,7 @@ rule synthesize:
     params:
         settings=lambda wildcards: DATASETS[wildcards.dataset]["synthesize"],
     shell:
-        "python -m steps.synthesize --dataset {wildcards.dataset} --output {output} 2>&1 | tee {log}"
+        "python -m steps.synthesize --dataset {wildcards.dataset:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
 rule download:
@@ -22,7 +22,8 @@ rule download:
         "steps/data/sources.py",
         published,
     output:
-        directory("data/raw/{dataset}"),
+        "data/raw/{dataset}/manifest.json",
+        folder=directory("data/raw/{dataset}"),
     log:
         "logs/download/{dataset}.log",
     conda:
@@ -30,7 +31,7 @@ rule download:
     params:
         source=lambda wildcards: DATASETS[wildcards.dataset]["source"],
     shell:
-        "python -m steps.download --dataset {wildcards.dataset} --output {output} 2>&1 | tee {log}"
+        "python -m steps.download --dataset {wildcards.dataset:q} --output {output.folder:q} 2>&1 | tee {log:q}"
 
 
 rule validate:
@@ -38,26 +39,33 @@ rule validate:
         "steps/validate.py",
         "steps/data/readers.py",
         "steps/data/schemas.py",
-        raw="data/raw/{dataset}",
+        "data/raw/{dataset}/manifest.json",
     output:
-        directory("data/valid/{dataset}"),
+        "data/valid/{dataset}/interactions.parquet",
+        "data/valid/{dataset}/items.parquet",
+        "data/valid/{dataset}/validation.json",
     log:
         "logs/validate/{dataset}.log",
     conda:
         "../../environment.yml"
     params:
         rules=lambda wildcards: [DATASETS[wildcards.dataset][key] for key in ("files", "checks")],
+        raw=state_of_raw_files,
     shell:
-        "python -m steps.validate --dataset {wildcards.dataset} --raw {input.raw} --output {output} 2>&1 | tee {log}"
+        "python -m steps.validate --dataset {wildcards.dataset:q} --raw data/raw/{wildcards.dataset:q}"
+        " --output data/valid/{wildcards.dataset:q} 2>&1 | tee {log:q}"
 
 
 rule preprocess:
     input:
         "steps/preprocess.py",
         "steps/data/splits.py",
-        valid="data/valid/{dataset}",
+        "data/valid/{dataset}/validation.json",
     output:
-        directory("data/processed/{dataset}"),
+        "data/processed/{dataset}/sequences.safetensors",
+        "data/processed/{dataset}/users.parquet",
+        "data/processed/{dataset}/items.parquet",
+        "data/processed/{dataset}/manifest.json",
     log:
         "logs/preprocess/{dataset}.log",
     conda:
@@ -65,4 +73,5 @@ rule preprocess:
     params:
         ties=lambda wildcards: DATASETS[wildcards.dataset]["ties"],
     shell:
-        "python -m steps.preprocess --dataset {wildcards.dataset} --valid {input.valid} --output {output} 2>&1 | tee {log}"
+        "python -m steps.preprocess --dataset {wildcards.dataset:q} --valid data/valid/{wildcards.dataset:q}"
+        " --output data/processed/{wildcards.dataset:q} 2>&1 | tee {log:q}"

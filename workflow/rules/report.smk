@@ -6,7 +6,7 @@ rule tabulate:
         "steps/tabulate.py",
         REPORTING_CODE,
         "params/paper.yaml",
-        files_of_runs("config.json", "history.jsonl", "metrics.json"),
+        files_of_runs("config.json", "metrics.json"),
     output:
         report("reports/{experiment}/table.html", caption="../report/table.rst", category="{experiment}"),
         report("reports/{experiment}/curves.svg", caption="../report/curves.rst", category="{experiment}"),
@@ -21,9 +21,11 @@ rule tabulate:
         "logs/tabulate/{experiment}.log",
     conda:
         "../../environment.yml"
+    params:
+        shown=shown,
     shell:
-        "python -m steps.tabulate --experiment {wildcards.experiment} --runs runs/{wildcards.experiment}"
-        " --output reports/{wildcards.experiment} 2>&1 | tee {log}"
+        "python -m steps.tabulate --experiment {wildcards.experiment:q} --runs runs/{wildcards.experiment:q}"
+        " --output reports/{wildcards.experiment:q} 2>&1 | tee {log:q}"
 
 
 rule compare:
@@ -31,7 +33,7 @@ rule compare:
         "steps/compare.py",
         REPORTING_CODE,
         "params/paper.yaml",
-        files_of_runs("config.json", "history.jsonl", "metrics.json", "ranks.safetensors"),
+        files_of_runs("config.json", "metrics.json"),
     output:
         report("reports/{experiment}/intervals.svg", caption="../report/intervals.rst", category="{experiment}"),
         "reports/{experiment}/comparisons.md",
@@ -42,15 +44,19 @@ rule compare:
         "logs/compare/{experiment}.log",
     conda:
         "../../environment.yml"
+    params:
+        shown=shown,
     shell:
-        "python -m steps.compare --experiment {wildcards.experiment} --runs runs/{wildcards.experiment}"
-        " --output reports/{wildcards.experiment} 2>&1 | tee {log}"
+        "python -m steps.compare --experiment {wildcards.experiment:q} --runs runs/{wildcards.experiment:q}"
+        " --output reports/{wildcards.experiment:q} 2>&1 | tee {log:q}"
 
 
 rule track:
     input:
         "steps/track.py",
-        files_of_runs("config.json", "history.jsonl", "metrics.json", "model.safetensors"),
+        "steps/common/params.py",
+        "steps/common/dotted.py",
+        files_of_runs("config.json", "metrics.json"),
         "reports/{experiment}/table.md",
         "reports/{experiment}/table.html",
         "reports/{experiment}/curves.svg",
@@ -63,6 +69,8 @@ rule track:
         "logs/track/{experiment}.log",
     conda:
         "../../environment.yml"
+    params:
+        shown=shown,
     shell:
-        "python -m steps.track --experiment {wildcards.experiment} --runs runs/{wildcards.experiment}"
-        " --reports reports/{wildcards.experiment} --output {output} 2>&1 | tee {log}"
+        "python -m steps.track --experiment {wildcards.experiment:q} --runs runs/{wildcards.experiment:q}"
+        " --reports reports/{wildcards.experiment:q} --output {output:q} 2>&1 | tee {log:q}"

@@ -5,6 +5,10 @@ rule plan:
     input:
         "steps/plan.py",
         "steps/common/params.py",
+        "steps/common/dotted.py",
+        "steps/data/holdout.py",
+        "steps/data/sequences.py",
+        "data/processed/{dataset}/manifest.json",
     output:
         f"{RUN}/config.json",
     log:
@@ -14,20 +18,18 @@ rule plan:
     params:
         config=resolved,
     shell:
-        "python -m steps.plan --experiment {wildcards.experiment} --dataset {wildcards.dataset}"
-        " --model {wildcards.model} --protocol {wildcards.protocol} --seed {wildcards.seed}"
-        " --output {output} 2>&1 | tee {log}"
+        "python -m steps.plan --experiment {wildcards.experiment:q} --dataset {wildcards.dataset:q}"
+        " --model {wildcards.model:q} --protocol {wildcards.protocol:q} --seed {wildcards.seed}"
+        " --data data/processed/{wildcards.dataset:q} --output {output:q} 2>&1 | tee {log:q}"
 
 
 rule train:
     input:
         "steps/train.py",
-        "steps/data/sequences.py",
-        "steps/data/holdout.py",
         MODEL_CODE,
         TRAINING_CODE,
-        config=f"{RUN}/config.json",
-        data="data/processed/{dataset}",
+        f"{RUN}/config.json",
+        "data/processed/{dataset}/manifest.json",
     output:
         f"{RUN}/history.jsonl",
         f"{RUN}/model.safetensors",
@@ -36,26 +38,22 @@ rule train:
         f"logs/train/{RUN}.log",
     conda:
         "../../environment.yml"
-    threads: workflow.cores
+    threads: threads_of_run
     resources:
         gpu=1,
     params:
         run=lambda wildcards, output: Path(output[0]).parent,
     shell:
-        "python -m steps.train --run {params.run} --data {input.data} 2>&1 | tee {log}"
+        "python -m steps.train --run {params.run:q} --data data/processed/{wildcards.dataset:q}" " 2>&1 | tee {log:q}"
 
 
 rule evaluate:
     input:
         "steps/evaluate.py",
-        "steps/data/sequences.py",
-        "steps/data/holdout.py",
         MODEL_CODE,
         f"{RUN}/config.json",
-        f"{RUN}/history.jsonl",
-        f"{RUN}/model.safetensors",
         f"{RUN}/training.json",
-        data="data/processed/{dataset}",
+        "data/processed/{dataset}/manifest.json",
     output:
         f"{RUN}/metrics.json",
         f"{RUN}/ranks.safetensors",
@@ -63,10 +61,11 @@ rule evaluate:
         f"logs/evaluate/{RUN}.log",
     conda:
         "../../environment.yml"
-    threads: workflow.cores
+    threads: threads_of_run
     resources:
         gpu=1,
     params:
         run=lambda wildcards, output: Path(output[0]).parent,
     shell:
-        "python -m steps.evaluate --run {params.run} --data {input.data} 2>&1 | tee {log}"
+        "python -m steps.evaluate --run {params.run:q} --data data/processed/{wildcards.dataset:q}"
+        " 2>&1 | tee {log:q}"
