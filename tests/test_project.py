@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import tomllib
 from pathlib import Path
@@ -68,6 +69,8 @@ def test_dvc_files_of_experiments_are_up_to_date() -> None:
     spec.loader.exec_module(generate)
     assert generate.DATASETS.read_text() == generate.datasets_file(), "run `make dvc`: a data set has no stages"
     for name in generate.experiments():
+        if generate.is_local(name):
+            continue
         found = (ROOT / "workflow/dvc" / name / "dvc.yaml").read_text()
         assert found == generate.experiment_file(name), f"run `make dvc`: workflow/dvc/{name}/dvc.yaml differs"
 
@@ -113,8 +116,8 @@ def snakemake_jobs(project: Path, experiment: str) -> dict[str, dict]:
     return jobs
 
 
-def dvc_stages(project: Path, files: list[str]) -> dict[str, dict]:
-    """Each stage of the DVC files by its first output: dependencies, outputs, command line."""
+def dvc_stages(project: Path, files: list[str]) -> list[dict]:
+    """Each stage of the DVC files: dependencies, outputs, command line."""
     code = """
 import json, sys
 from dvc.repo import Repo
@@ -124,8 +127,7 @@ def local(path): return str(__import__("os").path.relpath(path.fs_path))
 print(json.dumps([{"rule": stage.name, "command": stage.cmd, "output": sorted(map(local, stage.outs)),
     "input": [local(dep) for dep in stage.deps if type(dep).__name__ == "Dependency"]} for stage in stages]))
 """
-    stages = json.loads(run("python", "-c", code, *files, cwd=project).stdout)
-    return {stage["output"][0]: stage for stage in stages}
+    return json.loads(run("python", "-c", code, *files, cwd=project).stdout)
 
 
 def covers(dependency: str, name: str, project: Path) -> bool:
@@ -135,6 +137,27 @@ def covers(dependency: str, name: str, project: Path) -> bool:
     )
 
 
+def stands_for(name: str, dependency: str, project: Path) -> bool:
+    """Whether the Snakemake input `name` is the DVC dependency, lies in it, or has its hash: small files stand for the
+    large ones beside them."""
+    if Path(name).name in {"manifest.json", "validation.json", "training.json", "metrics.json"}:
+        return covers(dependency, name, project) or Path(name).parent == Path(dependency).parent
+    return covers(dependency, name, project)
+
+
+def add_local_experiment(project: Path) -> None:
+    """An experiment of a user's own, on a data set of the user's own."""
+    folder = project / "params/local/experiments"
+    folder.mkdir(parents=True)
+    title = {"like": "demo", "title": "My own"}
+    (folder.parent / "datasets.yaml").write_text(yaml_files.dump({"my+own": title, "unused": title}))
+    (folder.parent / "models.yaml").write_text(yaml_files.dump({"mine": {"like": "hstu", "label": "Mine"}}))
+    (folder / "own.yaml").write_text(
+        "title: My own\ndatasets: [my+own]\nmodels: [mine, sasrec]\nprotocols: [strict]\nseeds: [0, 1]\n"
+    )
+    run("python", "workflow/dvc/generate.py", cwd=project)
+
+
 @pytest.mark.parametrize(
     ("experiment", "files"),
     [
@@ -142,23 +165,76 @@ def covers(dependency: str, name: str, project: Path) -> bool:
         ("ml-1m", ["workflow/dvc/datasets/dvc.yaml", "workflow/dvc/ml-1m/dvc.yaml"]),
         ("amzn-beauty", ["workflow/dvc/datasets/dvc.yaml", "workflow/dvc/amzn-beauty/dvc.yaml"]),
         ("protocol-study", ["workflow/dvc/datasets/dvc.yaml", "workflow/dvc/protocol-study/dvc.yaml"]),
+        ("own", ["workflow/dvc/local/datasets/dvc.yaml", "workflow/dvc/local/own/dvc.yaml"]),
     ],
 )
 def test_both_orchestrators_have_the_same_graph(project: Path, experiment: str, files: list[str]) -> None:
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    if experiment == "own":
+        add_local_experiment(project)
     jobs, stages = snakemake_jobs(project, experiment), dvc_stages(project, files)
-    own = set(yaml_files.read(ROOT / "params" / "experiments" / f"{experiment}.yaml")["datasets"])
-    others = set(yaml_files.read(ROOT / "params" / "datasets.yaml")) - own
-    # The file of data sets also holds those of other experiments.
-    stages = {name: stage for name, stage in stages.items() if not others & set(Path(name).parts)}
-    assert set(jobs) == set(stages)
+    gate = next(stage for stage in stages if stage["rule"] == "check")
+    (checked,) = gate["output"]
+    stages.remove(gate)  # Snakemake checks the parameters that it reads while it makes its graph
+    used = [stage for stage in stages if any(covers(stage["output"][0], name, project) for name in jobs)]
+    assert len(used) == len(jobs)
+    unused = {stage["rule"].split("-")[0].split("@")[0] for stage in stages if stage not in used}
+    assert unused <= {"synthesize", "download", "validate", "preprocess"}  # of other experiments' data sets
     for name, job in jobs.items():
-        stage = stages[name]
-        assert job["output"] == stage["output"]
-        assert " ".join(job["command"].split()) == " ".join(stage["command"].split())
+        (stage,) = [stage for stage in used if covers(stage["output"][0], name, project)]
+        for file in job["output"]:
+            assert any(covers(output, file, project) for output in stage["output"]), f"DVC's {name} lacks {file}"
+        for output in stage["output"]:
+            assert any(covers(output, file, project) for file in job["output"]), f"Snakemake's {name} lacks {output}"
+        assert shlex.split(job["command"]) == shlex.split(stage["command"])
+        assert job["rule"] != "plan" or checked in stage["input"]
         for file in job["input"]:
             assert any(covers(dependency, file, project) for dependency in stage["input"]), f"DVC's {name} lacks {file}"
-        for dependency in stage["input"]:
-            assert any(covers(dependency, file, project) for file in job["input"]), (
+        for dependency in set(stage["input"]) - {checked}:
+            assert any(stands_for(file, dependency, project) for file in job["input"]), (
                 f"Snakemake's {name} lacks {dependency}"
             )
+
+
+#: Code that every step has, and that changes how it runs, not what it makes.
+PLUMBING = {"cli", "files", "progress", "provenance", "threads", "yaml_files", "locks"}
+
+
+def imported(path: Path, seen: set[Path]) -> set[Path]:
+    """The project's Python files that a file imports, itself included, packages and plumbing not."""
+    if path in seen or (path.parent.name == "common" and path.stem in PLUMBING):
+        return seen
+    seen.add(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            for parts in (name.split("."), name.split(".")[:-1]):
+                file = ROOT.joinpath(*parts).with_suffix(".py")
+                if parts and parts[0] in ROOMS and file.is_file():
+                    imported(file, seen)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "step", ["download", "validate", "preprocess", "plan", "train", "evaluate", "compare", "track"]
+)
+def test_what_a_step_imports_is_a_dependency_of_it(project: Path, step: str) -> None:
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    stages = dvc_stages(project, ["dvc.yaml"])
+    listed = next(stage for stage in stages if re.split("[-@]", stage["rule"])[0] == step)["input"]
+    wanted = {str(path.relative_to(ROOT)) for path in imported(ROOT / f"steps/{step}.py", set())}
+    if step in {"download", "validate", "preprocess"}:
+        wanted.discard("steps/common/params.py")  # they depend on the values that they read
+        wanted.discard("steps/common/dotted.py")
+    assert {file for file in wanted if not any(covers(dependency, file, project) for dependency in listed)} == set()
+
+
+def test_an_experiment_with_a_wrong_name_gets_no_stages(project: Path) -> None:
+    content = (project / "params/experiments/demo.yaml").read_text()
+    (project / "params/experiments/x; touch broken.yaml").write_text(content)
+    refused = run("python", "workflow/dvc/generate.py", cwd=project, check=False)
+    assert refused.returncode == 1
+    assert "x; touch broken" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (project / "workflow/dvc/x; touch broken").exists()
