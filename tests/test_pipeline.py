@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
+from steps.common import yaml_files
 from steps.common.files import read_json
 from tests.conftest import run
 
@@ -127,8 +127,8 @@ def test_dvc_runs_again_what_a_change_concerns(project: Path) -> None:
 
 def test_a_data_set_may_have_a_plus_in_its_name(project: Path) -> None:
     path = project / "params/datasets.yaml"
-    content = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump(content | {"clicks+views": content["demo"]}))
+    content = yaml_files.read(path)
+    path.write_text(yaml_files.dump(content | {"clicks+views": content["demo"]}))
     edit(project / "params/experiments/demo.yaml", "[demo]", "[clicks+views]")
     jobs = planned_jobs(project)
     assert (jobs["download"], jobs["validate"], jobs["preprocess"], jobs["train"]) == (1, 1, 1, 6)
