@@ -115,7 +115,7 @@ def test_dvc_runs_again_what_a_change_concerns(project: Path) -> None:
     assert ran() == {"check", "plan", "tabulate", "compare", "track"}
     assert "Popularity" in (project / "reports/demo/table.md").read_text()
     (project / "mlflow.db").unlink()
-    run("dvc", "commit", "--force", cwd=project)
+    run("dvc", "commit", "--force", "dvc.yaml", cwd=project)
     assert ran() == {"check", "track"}
     assert (project / "mlflow.db").is_file()
     edit(project / "params/experiments/demo.yaml", "seeds: [0]", 'seeds: ["0; touch broken"]')

@@ -197,7 +197,7 @@ def test_both_orchestrators_have_the_same_graph(project: Path, experiment: str, 
 
 
 #: Code that every step has, and that changes how it runs, not what it makes.
-PLUMBING = {"cli", "files", "progress", "provenance", "threads", "yaml_files", "locks"}
+PLUMBING = {"cli", "files", "progress", "provenance", "threads", "yaml_files", "locks", "config"}
 
 
 def imported(path: Path, seen: set[Path]) -> set[Path]:

@@ -6,8 +6,7 @@ rule plan:
         "steps/plan.py",
         "steps/common/params.py",
         "steps/common/dotted.py",
-        "steps/data/holdout.py",
-        "steps/data/sequences.py",
+        "steps/data/splits.py",
         "data/processed/{dataset}/manifest.json",
     output:
         f"{RUN}/config.json",
