@@ -610,8 +610,8 @@ def diagonal_sum_kernel(
     for above in tl.static_range(-1, BLOCK_M // BLOCK_N):
         tile = window - above - lowest
         column = row - above * BLOCK_N - t[None, :]
-        inside = (column >= 0) & (column < BLOCK_N) & (tile >= 0) & (tile < distances)
-        pointers = position_sums + tile.to(tl.int64) * BLOCK_M * BLOCK_N + row * BLOCK_N + column
-        total += tl.sum(tl.load(pointers, mask=inside, other=0.0), 0)
+        if (tile >= 0) & (tile < distances):
+            pointers = position_sums + tile.to(tl.int64) * BLOCK_M * BLOCK_N + row * BLOCK_N + column
+            total += tl.sum(tl.load(pointers, mask=(column >= 0) & (column < BLOCK_N), other=0.0), 0)
     index = position_zero - (window * BLOCK_N + t)
     tl.store(gradient + index, total, mask=(index >= 0) & (index <= 2 * position_zero))
