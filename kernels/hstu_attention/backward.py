@@ -195,7 +195,8 @@ def key_gradient_kernel(
                 True, False, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
         entry = tiles_buckets + (start // BLOCK_M + tl.program_id(1)) * tiles_width + first // BLOCK_N
-        following = tl.load(entry + tl.minimum(rest, tiles - 1) * tiles_width)
+        # Tiles of a row times tiles of the longest pass 2^31 at 3 million tokens.
+        following = tl.load(entry + tl.minimum(rest, tiles - 1).to(tl.int64) * tiles_width)
         low, high, regular, value = unpack_tile(following, time_bias)
         for tile in range(rest, tiles):
             following = tl.load(entry + tl.minimum(tile + 1, tiles - 1) * tiles_width)

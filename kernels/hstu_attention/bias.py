@@ -25,7 +25,7 @@ def spread_kernel(position_bias, spread, zero, BLOCK: tl.constexpr):
     """
     center = spread_center(zero)
     width = 2 * center + 2
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     for shift in tl.static_range(2):
         entry = place + shift - (center - zero)
         inside = (entry >= 0) & (entry <= 2 * zero)
@@ -87,7 +87,7 @@ def band_gradient_kernel(
     n = (tl.load(offsets + row + 1) - start).to(tl.int32)
     first = tile * BLOCK
     if first < n:
-        program = row * tl.num_programs(0) + tile
+        program = row.to(tl.int64) * tl.num_programs(0) + tile
         sums = time_sums + (program % copies) * 256
         i = first + tl.arange(0, BLOCK)
         column = tl.arange(0, 2 * BAND_BLOCK)

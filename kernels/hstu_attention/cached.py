@@ -16,7 +16,7 @@ from .triton_op import (
     _bucket_edges,
     _contiguous,
     _rows,
-    check_rows,
+    check_sizes,
     shape_class,
     value_block,
 )
@@ -156,7 +156,7 @@ def cached_attention(
     max_attn_len: int,
 ) -> torch.Tensor:
     """Output (T, h, dv) of the new tokens."""
-    check_rows(offsets)
+    check_sizes(q, v, offsets, max(max_len, max_cached_len))
     tokens, heads, dqk = q.shape
     dv = v.shape[2]
     output = v.new_empty(tokens, heads, dv)

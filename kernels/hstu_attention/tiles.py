@@ -157,7 +157,7 @@ def position_diagonals(spread, zero, row, column, COLUMNS, ROWS_ARE_QUERIES, ASS
     center = spread_center(zero)
     odd = row & 1
     copy = odd if ROWS_ARE_QUERIES else odd + 2
-    base = spread + copy * (2 * center + 2) + (center - row - odd)
+    base = spread + copy.to(tl.int64) * (2 * center + 2) + (center - row - odd)
     if not ASSEMBLY:
         values = tl.load(base + column)
     elif COLUMNS == 32:

@@ -68,9 +68,9 @@ class _Launch:
         """`bands`: those of the forward pass, where this is the backward pass.
 
         Raises:
-            ValueError: more rows than a launch takes.
+            ValueError: more rows, heads or tokens a row than the kernels count.
         """
-        check_rows(offsets)
+        check_sizes(q, v, offsets, max_len)
         offsets, num_targets = offsets.contiguous(), _contiguous(num_targets)
         self.q, self.k, self.v = q, k, v
         self.tokens, self.heads, self.dqk = q.shape
@@ -592,18 +592,23 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def check_rows(offsets: torch.Tensor) -> None:
-    """Raises ValueError where there are more rows than a launch's second dimension may have."""
+def check_sizes(q: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, longest: int) -> None:
+    """Raises ValueError where there are more rows than a launch's second dimension may have; where a token's heads, or
+    a row's tiles of all heads, or its places, are more than 32 bits count."""
     if len(offsets) - 1 > MOST_ROWS:
         raise ValueError(f"attention in Triton takes at most {MOST_ROWS} rows, not {len(offsets) - 1}")
+    heads, widest = q.shape[1], max(q.shape[2], v.shape[2])
+    if heads * widest >= 2**31 or longest >= 2**31 - 256 or heads * triton.cdiv(longest, 16) >= 2**31:
+        raise ValueError(f"attention in Triton counts in 32 bits: {heads} heads of {widest}, {longest} tokens a row")
 
 
 def _describable(tensor: torch.Tensor) -> bool:
-    """Whether the tensor copy engine can read a head's tokens: a power of two wide, rows on 16 bytes."""
+    """Whether the tensor copy engine can read a head's tokens: a power of two wide, less than 2^31 rows on 16 bytes."""
     heads, dim = tensor.shape[1:]
     size = tensor.element_size()
     return (
         dim == _block(dim)
+        and len(tensor) < 2**31
         and tensor.stride(2) == 1
         and (tensor.stride(1) == dim or heads == 1)
         and tensor.stride(0) * size % 16 == 0

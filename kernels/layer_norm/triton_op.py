@@ -37,10 +37,10 @@ def layer_norm_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, tokens,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
+    first = tl.program_id(0).to(tl.int64) * ROWS  # T and T D may pass 2^31; offsets within a tile do not
     columns = tl.arange(0, COLUMNS)[None, :]
     inside = (first + tl.arange(0, ROWS)[:, None] < tokens) & (columns < D)
-    start = first.to(tl.int64) * D  # T D may pass 2^31; offsets within a tile do not
+    start = first * D
     at = tl.arange(0, ROWS)[:, None] * D + columns
     out, _ = normalise(tl.load(x_ptr + start + at, mask=inside, other=0.0).to(tl.float32), columns < D, D, EPS)
     if AFFINE:
@@ -55,10 +55,10 @@ def layer_norm_backward_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
     """dx; AFFINE: also the program's sums for the weight and for the bias, (programs, 2, D) float32."""
-    first = tl.program_id(0) * ROWS
+    first = tl.program_id(0).to(tl.int64) * ROWS
     columns = tl.arange(0, COLUMNS)[None, :]
     inside = (first + tl.arange(0, ROWS)[:, None] < tokens) & (columns < D)
-    start = first.to(tl.int64) * D
+    start = first * D
     at = tl.arange(0, ROWS)[:, None] * D + columns
     gradient = tl.load(gradient_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + start + at, mask=inside, other=0.0).to(tl.float32)

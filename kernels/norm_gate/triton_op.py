@@ -50,19 +50,19 @@ def norm_gate_forward_kernel(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    first = tl.program_id(0) * ROWS
+    first = tl.program_id(0).to(tl.int64) * ROWS
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     inside = (first + rows < tokens) & (columns < D)
-    start = first.to(tl.int64)  # T D may pass 2^31; offsets within a tile do not
+    start = first * D  # T, T D and a few strides may pass 2^31; other offsets within a tile do not
     at = rows * D + columns
-    u = tl.load(u_ptr + start * U_STRIDE + rows * U_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
-    attended = tl.load(attended_ptr + start * D + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + (first + rows) * U_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
+    attended = tl.load(attended_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
     xhat, _ = normalise(attended, columns < D, D, _EPS)
     gated = u * xhat
     if DROPOUT:
-        gated = tl.where(_kept(seed_ptr, threshold, first + rows, ROWS, COLUMNS), gated * scale, 0.0)
-    tl.store(out_ptr + start * D + at, gated, mask=inside)
+        gated = tl.where(_kept(seed_ptr, threshold, (first + rows).to(tl.int32), ROWS, COLUMNS), gated * scale, 0.0)
+    tl.store(out_ptr + start + at, gated, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
@@ -82,21 +82,23 @@ def norm_gate_backward_kernel(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    first = tl.program_id(0) * ROWS
+    first = tl.program_id(0).to(tl.int64) * ROWS
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     inside = (first + rows < tokens) & (columns < D)
-    start = first.to(tl.int64)
+    start = first * D
     at = rows * D + columns
-    gradient = tl.load(gradient_ptr + start * D + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + start * U_STRIDE + rows * U_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
-    attended = tl.load(attended_ptr + start * D + at, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.load(gradient_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + (first + rows) * U_STRIDE + columns, mask=inside, other=0.0).to(tl.float32)
+    attended = tl.load(attended_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
     if DROPOUT:
-        gradient = tl.where(_kept(seed_ptr, threshold, first + rows, ROWS, COLUMNS), gradient * scale, 0.0)
+        gradient = tl.where(
+            _kept(seed_ptr, threshold, (first + rows).to(tl.int32), ROWS, COLUMNS), gradient * scale, 0.0
+        )
     xhat, rstd = normalise(attended, columns < D, D, _EPS)
-    tl.store(du_ptr + start * D + at, gradient * xhat, mask=inside)
+    tl.store(du_ptr + start + at, gradient * xhat, mask=inside)
     dattended = normalise_backward(gradient * u, xhat, rstd, D)
-    tl.store(dattended_ptr + start * D + at, dattended, mask=inside)
+    tl.store(dattended_ptr + start + at, dattended, mask=inside)
 
 
 def norm_gate(u: torch.Tensor, attended: torch.Tensor, dropout: float, training: bool) -> torch.Tensor:

@@ -38,7 +38,7 @@ def _normalised_rows(x_ptr, rows, left, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def _weight_tile(weight_ptr, columns, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     across = tl.arange(0, BLOCK_D)[:, None]
-    tile = tl.load(weight_ptr + across * K + columns, mask=(across < D) & (columns < K), other=0.0)
+    tile = tl.load(weight_ptr + across.to(tl.int64) * K + columns, mask=(across < D) & (columns < K), other=0.0)
     return operand(tile, tile.dtype, PRECISION)
 
 
@@ -55,8 +55,8 @@ def projection_forward_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK_T  # T K may pass 2^31; offsets within a tile do not
-    left = (tokens - first).to(tl.int32)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_T  # T, T K and, for a wide product, some rows of it may pass 2^31
+    left = tl.minimum(tokens - first, BLOCK_T).to(tl.int32)
     rows = tl.arange(0, BLOCK_T)[:, None]
     xhat, _ = _normalised_rows(x_ptr + first * D, rows, left, D, BLOCK_D)
     xhat = operand(xhat, x_ptr.dtype.element_ty, PRECISION)
@@ -65,7 +65,7 @@ def projection_forward_kernel(
         weight = _weight_tile(weight_ptr, columns, D, K, BLOCK_D, PRECISION)
         z = tl.dot(xhat, weight, input_precision=PRECISION)
         out = z * tl.sigmoid(z)
-        tl.store(out_ptr + first * K + rows * K + columns, out, mask=(rows < left) & (columns < K))
+        tl.store(out_ptr + (first + rows) * K + columns, out, mask=(rows < left) & (columns < K))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -85,7 +85,7 @@ def projection_backward_kernel(
     PRECISION: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
-    left = (tokens - first).to(tl.int32)
+    left = tl.minimum(tokens - first, BLOCK_T).to(tl.int32)
     rows = tl.arange(0, BLOCK_T)[:, None]
     across = tl.arange(0, BLOCK_D)[None, :]
     inside = (rows < left) & (across < D)
@@ -94,16 +94,16 @@ def projection_backward_kernel(
     tl.store(xhat_ptr + first * D + rows * D + across, xhat, mask=inside)
     xhat = operand(xhat, xhat.dtype, PRECISION)
     dxhat = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    line = (first + rows) * K
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)[None, :]
         weight = _weight_tile(weight_ptr, columns, D, K, BLOCK_D, PRECISION)
-        at = rows * K + columns
         mask = (rows < left) & (columns < K)
-        gradient = tl.load(gradient_ptr + first * K + at, mask=mask, other=0.0).to(tl.float32)
+        gradient = tl.load(gradient_ptr + line + columns, mask=mask, other=0.0).to(tl.float32)
         z = tl.dot(xhat, weight, input_precision=PRECISION)
         sigmoid = tl.sigmoid(z)
         dz = (gradient * sigmoid * (1 + z * (1 - sigmoid))).to(x_ptr.dtype.element_ty)
-        tl.store(dz_ptr + first * K + at, dz, mask=mask)
+        tl.store(dz_ptr + line + columns, dz, mask=mask)
         dxhat = tl.dot(operand(dz, dz.dtype, PRECISION), tl.trans(weight), dxhat, input_precision=PRECISION)
     normalised, rstd = _normalised_rows(x_ptr + first * D, rows, left, D, BLOCK_D)
     dx = normalise_backward(dxhat, normalised, rstd, D)

@@ -238,8 +238,10 @@ def _forward(
     log_frequency: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses (T,); what the kernel saves: logits (T, 1 + R), maxima (T,), scales (T,), state gradients (T, d)."""
-    outputs = _forward_outputs(states, table, positives, negatives, temperature, log_frequency)
     (tokens, dim), items = states.shape, len(table)
+    if items >= 2**31:
+        raise ValueError(f"a table of {items} rows: the kernels count them in 32 bits")
+    outputs = _forward_outputs(states, table, positives, negatives, temperature, log_frequency)
     table = table.contiguous()
     inverse_norms = torch.empty(items, dtype=torch.float32, device=table.device)
     norm_sizes = _sizes(dim, configuration("sampled_softmax_norms", _width(dim), states.device))
@@ -288,14 +290,11 @@ def _table_gradient(
     scales: torch.Tensor,
 ) -> torch.Tensor:
     """Gradient of the table (V, d); `scales` are the forward pass's, times the gradient of each token's loss."""
-    if logits.numel() >= 2**31:
-        raise ValueError(f"{logits.numel()} draws: the kernels count them in 32 bits")
     items, dim = table.shape
     drawn, order = torch.sort(torch.cat([positives[:, None].int(), negatives.int()], dim=1).flatten(), stable=True)
     boundaries = torch.arange(items + 1, dtype=torch.int32, device=table.device)
     offsets = torch.searchsorted(drawn, boundaries, out_int32=True)
 
-    sizes = _sizes(dim, configuration("sampled_softmax_table", _width(dim), states.device))
     chunks = len(drawn) // sizes["CHUNK"]
     chunk_sums = torch.empty((chunks, dim), dtype=torch.float32, device=table.device)
     weights = torch.empty(len(drawn), dtype=torch.float32, device=table.device)

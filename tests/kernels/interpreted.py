@@ -1,0 +1,59 @@
+"""What tests need of Triton's interpreter beyond running kernels."""
+
+import contextlib
+import importlib
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def _builder() -> Any:
+    return importlib.import_module("triton.runtime.interpreter").interpreter_builder
+
+
+@contextlib.contextmanager
+def descriptor_additions() -> Iterator[None]:
+    """Within: atomic additions through a tensor descriptor, which the interpreter lacks; they end where it ends."""
+    builder = _builder()
+
+    def reduce(kind: Any, descriptor: Any, value: Any, indices: Any) -> None:
+        pointers, inside = descriptor.materialize_pointers(indices)
+        for pointer, number in zip(pointers.data[inside], value.data[inside], strict=True):
+            place = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_float * 1).from_address(int(pointer)))
+            place += number
+
+    present = getattr(builder, "create_descriptor_reduce", None)
+    builder.create_descriptor_reduce = reduce
+    try:
+        yield
+    finally:
+        if present is None:
+            del builder.create_descriptor_reduce
+        else:
+            builder.create_descriptor_reduce = present
+
+
+@contextlib.contextmanager
+def as_program(index: tuple[int, ...], grid: tuple[int, ...]) -> Iterator[None]:
+    """Within: kernels, launched with one program, take it for that one of a larger grid."""
+    builder = _builder()
+    index, grid = ((*given, 0, 0)[:3] for given in (index, grid))
+
+    def place(*_: int) -> None:
+        builder.grid_dim, builder.grid_idx = tuple(max(1, size) for size in grid), index
+
+    builder.set_grid_dim = builder.set_grid_idx = place
+    try:
+        yield
+    finally:
+        del builder.set_grid_dim, builder.set_grid_idx
+
+
+def sparse(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Zeros, of which only the pages that are written take memory."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000))
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -1,0 +1,177 @@
+"""Products of program ids, rows and strides beyond 32 bits: the kernels' last program, on memory that is not there but
+for what it touches; interpreted, integer overflow is an error besides."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from interpreted import as_program, sparse
+
+triton_op = pytest.importorskip("kernels.hstu_attention.triton_op", exc_type=ImportError)
+layer_norm = pytest.importorskip("kernels.layer_norm.triton_op", exc_type=ImportError)
+norm_gate = pytest.importorskip("kernels.norm_gate.triton_op", exc_type=ImportError)
+projection = pytest.importorskip("kernels.projection.triton_op", exc_type=ImportError)
+sampled_softmax = pytest.importorskip("kernels.sampled_softmax.triton_op", exc_type=ImportError)
+
+ROWS = 65_535
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the interpreter")
+
+
+@pytest.fixture(autouse=True)
+def overflow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32-bit additions and products, in the interpreter."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from triton.runtime.interpreter import interpreter_builder
+
+        monkeypatch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
+
+
+@interpreted
+def test_band_programs_of_many_rows() -> None:
+    """A copy of the bucket sums for each of 65,535 x 129 programs, of which the last adds up one token."""
+    grid = (129, ROWS)
+    copies = grid[0] * grid[1]
+    sums = sparse(copies, 256)
+    offsets = torch.zeros(ROWS + 1, dtype=torch.int64)
+    offsets[-1] = 1025  # its last tile is the row's one token from place 1,024 on
+    gradient, buckets = torch.zeros(1025, 256), torch.zeros(1025, 256, dtype=torch.uint8)
+    gradient[1024, 128], buckets[1024, 128] = 2.5, 7
+    with as_program((128, ROWS - 1), grid):
+        triton_op.band_gradient_kernel[(1,)](gradient, buckets, sums, offsets, copies, BLOCK=8, DETERMINISTIC=True)
+    assert sums[-1, 7] == 2.5
+    assert sums[-1].sum() == 2.5
+
+
+@interpreted
+def test_bucket_tables_of_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's tiles times the table's width: here few tiles and a width of 2^29."""
+    torch.manual_seed(0)
+    tokens, width = 300, 2**29
+    q, k, v, grad = torch.randn(4, tokens, 1, 16)
+    times = torch.arange(tokens) ** 2
+    arguments = (
+        q, k, v, torch.tensor([0, tokens]), tokens, 0.2, 9.0, None, torch.randn(129), times, times, 0, 0, None, False
+    )  # fmt: skip
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        launch = triton_op._Launch(*arguments)
+        config = launch.configuration("key_gradient") | {"block_m": 64, "block_n": 64}
+        return launch.key_gradient(config, grad, grad.new_empty(0), None, None)[:2]
+
+    expected = gradients()
+    original = triton_op._Launch.tile_buckets
+
+    def wide(launch: Any, block_m: int, block_n: int) -> dict[str, Any]:
+        found = original(launch, block_m, block_n)
+        table = found["tiles_buckets"]
+        spread = sparse(len(table), width, dtype=torch.int32)
+        spread[:, : table.shape[1]] = table
+        return found | {"tiles_buckets": spread, "tiles_width": width}
+
+    monkeypatch.setattr(triton_op._Launch, "tile_buckets", wide)
+    assert all(map(torch.equal, gradients(), expected))
+
+
+@interpreted
+def test_tokens_beyond_32_bits() -> None:
+    """Layer norm, gate and projection of 2^31 and some tokens: the last program."""
+    torch.manual_seed(0)
+    tokens, width, rows = 2**31 + 5, 2, 8
+    last = (tokens - 1) // rows
+    grid, common = (last + 1,), {"tokens": tokens, "D": width}
+    x, u, out, dx, du = (sparse(tokens, width, dtype=torch.float16) for _ in range(5))
+    x[-5:], u[-5:] = torch.randn(2, 5, width)
+    with as_program((last,), grid):
+        blocks = {"ROWS": rows, "COLUMNS": 16}
+        layer_norm.layer_norm_forward_kernel[(1,)](x, None, None, out, **common, **blocks, EPS=1e-6, AFFINE=False)
+        expected = torch.nn.functional.layer_norm(x[-5:].float(), (width,), eps=1e-6)
+        torch.testing.assert_close(out[-5:].float(), expected, rtol=1e-3, atol=1e-3)
+        layer_norm.layer_norm_backward_kernel[(1,)](u, x, None, dx, None, **common, **blocks, EPS=1e-6, AFFINE=False)
+        assert dx[-5:].isfinite().all()
+        gate = {"threshold": 0, "scale": 1.0, "U_STRIDE": width, "DROPOUT": False}
+        norm_gate.norm_gate_forward_kernel[(1,)](u, x, None, out, **common, **gate, **blocks)
+        torch.testing.assert_close(out[-5:].float(), u[-5:].float() * expected, rtol=1e-2, atol=1e-2)
+        norm_gate.norm_gate_backward_kernel[(1,)](u, u, x, None, du, dx, **common, **gate, **blocks)
+        torch.testing.assert_close(du[-5:].float(), u[-5:].float() * expected, rtol=1e-2, atol=1e-2)
+
+
+@interpreted
+def test_projections_of_many_tokens() -> None:
+    """The first and the last of 2^31 and more: of how many are left, 32 bits would keep a negative number."""
+    torch.manual_seed(0)
+    tokens, columns, rows = 2**31 + 3, 1, 16
+    last = (tokens - 1) // rows
+    blocks = {"D": 2, "K": columns, "BLOCK_T": rows, "BLOCK_D": 16, "BLOCK_K": 16, "PRECISION": "ieee"}
+    x, out = sparse(tokens, 2, dtype=torch.float16), sparse(tokens, columns, dtype=torch.float16)
+    x[-3:] = torch.randn(3, 2)
+    weight = torch.randn(2, columns).half()
+    for program in (0, last):
+        x[:3] = x[-3:]
+        with as_program((program,), (last + 1,)):
+            projection.projection_forward_kernel[(1,)](x, weight, out, tokens, **blocks)
+        part = out[-3:] if program else out[:3]
+        expected = projection_by_torch(x[-3:].float(), weight.float())
+        torch.testing.assert_close(part.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def projection_by_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(torch.nn.functional.layer_norm(x, x.shape[1:], eps=1e-6) @ weight)
+
+
+@interpreted
+def test_rows_of_a_gate_far_apart() -> None:
+    """U as a view whose rows are 2^28 elements apart."""
+    torch.manual_seed(0)
+    stride, rows = 2**28, 16
+    u = sparse(rows * stride, dtype=torch.float16).as_strided((rows, 2), (stride, 1))
+    u.copy_(torch.randn(rows, 2))
+    attended = torch.randn(rows, 2)
+    out = torch.empty(rows, 2)
+    norm_gate.norm_gate_forward_kernel[(1,)](
+        u, attended, None, out, rows, 0, 1.0, U_STRIDE=stride, D=2, ROWS=rows, COLUMNS=16, DROPOUT=False
+    )
+    torch.testing.assert_close(out, u.float() * torch.nn.functional.layer_norm(attended, (2,), eps=1e-6))
+
+
+def test_what_is_counted_in_32_bits_is_refused_beyond() -> None:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    offsets = torch.zeros(2, dtype=torch.int64)
+    for q, longest in ((empty(1, 2**27, 16), 1), (empty(1, 1, 16), 2**31 - 1), (empty(1, 2**15, 16), 2**20)):
+        with pytest.raises(ValueError, match="counts in 32 bits"):
+            triton_op.check_sizes(q, q, offsets, longest)
+    triton_op.check_sizes(empty(1, 2**10, 256), empty(1, 2**10, 256), offsets, 2**20)
+    assert not triton_op._describable(torch.empty((), device="meta").expand(2**31, 1, 16))
+    scalars, draws = empty(1).expand(2**20), empty(1).expand(2**20, 2**11)
+    with pytest.raises(ValueError, match="32 bits"):
+        sampled_softmax._table_gradient._init_fn(
+            empty(2**20, 4), empty(9, 4), scalars, draws[:, 1:], draws, scalars, scalars
+        )
+    with pytest.raises(ValueError, match="32 bits"):
+        sampled_softmax._forward._init_fn(empty(1, 4), empty(1).expand(2**31, 4), scalars, draws, 0.05, None)
+
+
+@pytest.mark.gpu
+def test_deterministic_time_gradients_of_many_rows() -> None:
+    """65,535 rows of which the last has 1,032 tokens: 8.45 million band programs, 8.7 GB of bucket sums."""
+    torch.manual_seed(0)
+    tokens = 1032
+    offsets = torch.zeros(ROWS + 1, dtype=torch.int64, device="cuda")
+    offsets[-1] = tokens
+    q, k, v, grad = torch.randn(4, tokens, 1, 16, device="cuda", dtype=torch.bfloat16)
+    table = torch.randn(129, device="cuda", requires_grad=True)
+    times = (torch.rand(tokens, device="cuda") * 10**4).long().cumsum(0)
+    found = []
+    for deterministic, rows in ((True, offsets), (False, offsets[-2:])):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        try:
+            output, *_ = triton_op.attention(
+                q, k, v, rows, tokens, 0.25, 1.0, None, table, times, times, 0, 0, None, False
+            )
+            found.append(torch.autograd.grad(output, table, grad)[0])
+        finally:
+            torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-2)
