@@ -47,12 +47,12 @@ def _collect(
     position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time, since, key_since,
     first, last, regular, value, j, history, prefix, window, alpha, scale,
     DQK, DV, BLOCK_DQK, BLOCK_DV, ROWS, BLOCK, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-    NEAR, MASKED, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+    NEAR, MASKED, CUT, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
 ):  # fmt: skip
     """One tile of queries from place `query`. Scores are held transposed, (keys, queries), so that weights and score
-    gradients enter their products from registers."""
+    gradients enter their products from registers. CUT: the tile may end beyond the row."""
     q_tile = load_rows(
-        q, start + query, start + n, head, stride_qt, stride_qh, BLOCK, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
+        q, start + query, start + n, head, stride_qt, stride_qh, BLOCK, DQK, BLOCK_DQK, DESCRIPTOR, CUT, PRECISION
     )
     i = query + tl.arange(0, BLOCK)
     bias = tile_bias(
@@ -89,7 +89,7 @@ def _collect(
         mass = tl.load(log_mass + head.to(tl.int64) * total_tokens + start + i, mask=i < n, other=0.0)
     weights, slopes = _weights_and_slopes(x, seen, mass[None, :], MASKED, SOFTMAX, FAST)
     grad_tile = load_rows(
-        grad, start + query, start + n, head, stride_gt, stride_gh, BLOCK, DV, BLOCK_DV, DESCRIPTOR, PRECISION
+        grad, start + query, start + n, head, stride_gt, stride_gh, BLOCK, DV, BLOCK_DV, DESCRIPTOR, CUT, PRECISION
     )
     dv = tl.dot(operand(weights, grad_tile.dtype, PRECISION), grad_tile, dv, input_precision=PRECISION)
     dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
@@ -108,6 +108,8 @@ def _collect(
         dq_tile = tl.dot(tl.trans(ds), k_tile, input_precision=PRECISION)
         dq_tile *= alpha if q_tile.dtype == tl.float16 else alpha * scale
         if DESCRIPTOR:
+            if CUT:  # what is added beyond the row is nothing, though the row's own keys be not finite
+                dq_tile = tl.where((i < n)[:, None], dq_tile, 0.0)
             dq.atomic_add([start.to(tl.int32) + query, head * DQK], dq_tile)
         else:
             columns = tl.arange(0, BLOCK_DQK)
@@ -145,10 +147,10 @@ def key_gradient_kernel(
         scale = 1.0
     j = first + tl.arange(0, BLOCK_N)
     k_tile = load_rows(
-        k, start + first, start + n, head, stride_kt, stride_kh, BLOCK_N, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
+        k, start + first, start + n, head, stride_kt, stride_kh, BLOCK_N, DQK, BLOCK_DQK, DESCRIPTOR, ADD_DQ, PRECISION
     )
     v_tile = load_rows(
-        v, start + first, start + n, head, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, DESCRIPTOR, PRECISION
+        v, start + first, start + n, head, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, DESCRIPTOR, ADD_DQ, PRECISION
     )
     times_since = j
     if TIME:
@@ -178,13 +180,16 @@ def key_gradient_kernel(
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 since, times_since, 0, 0, True, 0.0, j, history, prefix, window, alpha, scale,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_N, BLOCK_M, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, True, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, True, True, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
     elif TIME:
         # As in the forward kernel: the band near the diagonal, and buckets one tile ahead.
         tiles = tl.cdiv(n, BLOCK_M)
+        full = tiles
+        if DESCRIPTOR:  # the row's last tile of queries, where it is not full, is CUT
+            full = n // BLOCK_M
         rest = tl.minimum((first // BAND_BLOCK + 2) * BAND_BLOCK // BLOCK_M, tiles)
-        for tile in range(begin, rest):
+        for tile in range(begin, tl.minimum(rest, full)):
             dk_sum, dv_sum, target_sum, self_sum = _collect(
                 dk_sum, dv_sum, target_sum, self_sum, k_tile, v_tile, tile * BLOCK_M,
                 q, grad, dq, start, n, head, heads, stride_qt, stride_qh, stride_gt, stride_gh,
@@ -192,14 +197,14 @@ def key_gradient_kernel(
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 since, times_since, 0, 0, True, 0.0, j, history, prefix, window, alpha, scale,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_N, BLOCK_M, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                True, False, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                True, False, False, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
         entry = tiles_buckets + (start // BLOCK_M + tl.program_id(1)) * tiles_width + first // BLOCK_N
         # Tiles of a row times tiles of the longest pass 2^31 at 3 million tokens.
         following = tl.load(entry + tl.minimum(rest, tiles - 1).to(tl.int64) * tiles_width)
         low, high, regular, value = unpack_tile(following, time_bias)
-        for tile in range(rest, tiles):
-            following = tl.load(entry + tl.minimum(tile + 1, tiles - 1) * tiles_width)
+        for tile in range(rest, full):
+            following = tl.load(entry + tl.minimum(tile + 1, tiles - 1).to(tl.int64) * tiles_width)
             dk_sum, dv_sum, target_sum, self_sum = _collect(
                 dk_sum, dv_sum, target_sum, self_sum, k_tile, v_tile, tile * BLOCK_M,
                 q, grad, dq, start, n, head, heads, stride_qt, stride_qh, stride_gt, stride_gh,
@@ -207,15 +212,40 @@ def key_gradient_kernel(
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 since, times_since, low, high, regular, value, j, history, prefix, window, alpha, scale,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_N, BLOCK_M, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, False, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, False, False, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
             low, high, regular, value = unpack_tile(following, time_bias)
+        if DESCRIPTOR:
+            if full < tiles:
+                if full < rest:
+                    dk_sum, dv_sum, target_sum, self_sum = _collect(
+                        dk_sum, dv_sum, target_sum, self_sum, k_tile, v_tile, full * BLOCK_M,
+                        q, grad, dq, start, n, head, heads, stride_qt, stride_qh, stride_gt, stride_gh,
+                        log_mass, delta, total_tokens,
+                        position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
+                        since, times_since, 0, 0, True, 0.0, j, history, prefix, window, alpha, scale,
+                        DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_N, BLOCK_M, POSITION, TIME, TARGETS, WINDOW, PREFIX,
+                        True, False, True, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                    )  # fmt: skip
+                else:
+                    dk_sum, dv_sum, target_sum, self_sum = _collect(
+                        dk_sum, dv_sum, target_sum, self_sum, k_tile, v_tile, full * BLOCK_M,
+                        q, grad, dq, start, n, head, heads, stride_qt, stride_qh, stride_gt, stride_gh,
+                        log_mass, delta, total_tokens,
+                        position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
+                        since, times_since, low, high, regular, value, j, history, prefix, window, alpha, scale,
+                        DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_N, BLOCK_M, POSITION, TIME, TARGETS, WINDOW, PREFIX,
+                        False, False, True, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                    )  # fmt: skip
     else:
         # Two kinds of tiles are masked: those across the diagonal, and the row's last one where it is not full.
         tiles = tl.cdiv(n, BLOCK_M)
+        full = tiles
+        if DESCRIPTOR:  # the row's last tile of queries, where it is not full, is CUT
+            full = n // BLOCK_M
         rest = tl.cdiv(end, BLOCK_M)
         whole = tl.maximum(n // BLOCK_M - rest, 0)
-        for index in range(tiles - begin - whole):
+        for index in range(full - begin - whole):
             tile = tl.where(begin + index < rest, begin + index, begin + index + whole)
             dk_sum, dv_sum, target_sum, self_sum = _collect(
                 dk_sum, dv_sum, target_sum, self_sum, k_tile, v_tile, tile * BLOCK_M,
@@ -224,8 +254,19 @@ def key_gradient_kernel(
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 since, times_since, 0, 0, True, 0.0, j, history, prefix, window, alpha, scale,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_N, BLOCK_M, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, True, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, True, False, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
+        if DESCRIPTOR:
+            if full < tiles:
+                dk_sum, dv_sum, target_sum, self_sum = _collect(
+                    dk_sum, dv_sum, target_sum, self_sum, k_tile, v_tile, full * BLOCK_M,
+                    q, grad, dq, start, n, head, heads, stride_qt, stride_qh, stride_gt, stride_gh,
+                    log_mass, delta, total_tokens,
+                    position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
+                    since, times_since, 0, 0, True, 0.0, j, history, prefix, window, alpha, scale,
+                    DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_N, BLOCK_M, POSITION, TIME, TARGETS, WINDOW, PREFIX,
+                    False, True, True, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                )  # fmt: skip
         for tile in range(rest, rest + whole):
             dk_sum, dv_sum, target_sum, self_sum = _collect(
                 dk_sum, dv_sum, target_sum, self_sum, k_tile, v_tile, tile * BLOCK_M,
@@ -234,7 +275,7 @@ def key_gradient_kernel(
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 since, times_since, 0, 0, True, 0.0, j, history, prefix, window, alpha, scale,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_N, BLOCK_M, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, False, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, False, False, SOFTMAX, ADD_DQ, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
 
     dk_sum *= alpha if k_tile.dtype == tl.float16 else alpha * scale
@@ -263,14 +304,14 @@ def _query_gradient(
     position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time, since, key_since,
     first, last, regular, value, i, history, prefix, window, alpha, scale,
     DQK, DV, BLOCK_DQK, BLOCK_DV, ROWS, BLOCK, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-    NEAR, MASKED, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+    NEAR, MASKED, CUT, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
 ):  # fmt: skip
-    """One tile of keys from place `key`: adds its share to dq."""
+    """One tile of keys from place `key`: adds its share to dq. CUT: it may end beyond the row."""
     k_tile = load_rows(
-        k, start + key, start + n, head, stride_kt, stride_kh, BLOCK, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
+        k, start + key, start + n, head, stride_kt, stride_kh, BLOCK, DQK, BLOCK_DQK, DESCRIPTOR, CUT, PRECISION
     )
     v_tile = load_rows(
-        v, start + key, start + n, head, stride_vt, stride_vh, BLOCK, DV, BLOCK_DV, DESCRIPTOR, PRECISION
+        v, start + key, start + n, head, stride_vt, stride_vh, BLOCK, DV, BLOCK_DV, DESCRIPTOR, CUT, PRECISION
     )
     j = key + tl.arange(0, BLOCK)
     bias = tile_bias(
@@ -331,10 +372,10 @@ def query_gradient_kernel(
         scale = 1.0
     i = first + tl.arange(0, BLOCK_M)
     q_tile = load_rows(
-        q, start + first, start + n, head, stride_qt, stride_qh, BLOCK_M, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
+        q, start + first, start + n, head, stride_qt, stride_qh, BLOCK_M, DQK, BLOCK_DQK, DESCRIPTOR, False, PRECISION
     )
     grad_tile = load_rows(
-        grad, start + first, start + n, head, stride_gt, stride_gh, BLOCK_M, DV, BLOCK_DV, DESCRIPTOR, PRECISION
+        grad, start + first, start + n, head, stride_gt, stride_gh, BLOCK_M, DV, BLOCK_DV, DESCRIPTOR, False, PRECISION
     )
     mass = tl.zeros([BLOCK_M], tl.float32)
     deltas = tl.zeros([BLOCK_M], tl.float32)
@@ -349,6 +390,9 @@ def query_gradient_kernel(
     dq_sum = tl.zeros([BLOCK_M, BLOCK_DQK], tl.float32)
 
     end = tl.minimum(first + BLOCK_M, n)
+    whole = end
+    if DESCRIPTOR:  # the row's last tile of keys, where it is not full, is CUT, after the others
+        whole = tl.minimum(end, n // BLOCK_N * BLOCK_N)
     if TARGETS or WINDOW or PREFIX:
         count, cut_off, begin, past = key_tiles(first, end, history, prefix, window, BLOCK_N, WINDOW, PREFIX, TARGETS)
         for index in range(count):
@@ -358,7 +402,7 @@ def query_gradient_kernel(
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha, scale,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, True, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, True, True, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
     elif TIME:
         # Buckets of the next tile are looked up while the current one's products run. Near the diagonal the band
@@ -374,18 +418,28 @@ def query_gradient_kernel(
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 times_since, key_since, low, high, regular, value, i, history, prefix, window, alpha, scale,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, False, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
             low, high, regular, value = unpack_tile(following, time_bias)
-        for key in range(far, end, BLOCK_N):
+        for key in range(far, whole, BLOCK_N):
             dq_sum = _query_gradient(
                 dq_sum, q_tile, grad_tile, mass, deltas, key,
                 k, v, start, n, head, stride_kt, stride_kh, stride_vt, stride_vh,
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha, scale,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                True, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                True, False, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
+        if DESCRIPTOR:
+            if whole < end:
+                dq_sum = _query_gradient(
+                    dq_sum, q_tile, grad_tile, mass, deltas, whole,
+                    k, v, start, n, head, stride_kt, stride_kh, stride_vt, stride_vh,
+                    position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
+                    times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha, scale,
+                    DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
+                    True, False, True, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                )  # fmt: skip
     else:
         diagonal = first // BLOCK_N * BLOCK_N
         for key in range(0, diagonal, BLOCK_N):
@@ -395,17 +449,27 @@ def query_gradient_kernel(
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha, scale,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, False, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
-        for key in range(diagonal, end, BLOCK_N):
+        for key in range(diagonal, whole, BLOCK_N):
             dq_sum = _query_gradient(
                 dq_sum, q_tile, grad_tile, mass, deltas, key,
                 k, v, start, n, head, stride_kt, stride_kh, stride_vt, stride_vh,
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha, scale,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, True, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, True, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
+        if DESCRIPTOR:
+            if whole < end:
+                dq_sum = _query_gradient(
+                    dq_sum, q_tile, grad_tile, mass, deltas, whole,
+                    k, v, start, n, head, stride_kt, stride_kh, stride_vt, stride_vh,
+                    position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
+                    times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha, scale,
+                    DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
+                    False, True, True, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                )  # fmt: skip
 
     dq_sum *= alpha if q_tile.dtype == tl.float16 else alpha * scale
     columns = tl.arange(0, BLOCK_DQK)
@@ -520,16 +584,60 @@ def bias_gradient_kernel(
             key_tile = tile * RATIO - distance
             key = key_tile * BLOCK_N
             q_tile = load_rows(
-                q, start + query, start + n, head, stride_qt, stride_qh, BLOCK_M, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
+                q,
+                start + query,
+                start + n,
+                head,
+                stride_qt,
+                stride_qh,
+                BLOCK_M,
+                DQK,
+                BLOCK_DQK,
+                DESCRIPTOR,
+                False,
+                PRECISION,
             )
             k_tile = load_rows(
-                k, start + key, start + n, head, stride_kt, stride_kh, BLOCK_N, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
+                k,
+                start + key,
+                start + n,
+                head,
+                stride_kt,
+                stride_kh,
+                BLOCK_N,
+                DQK,
+                BLOCK_DQK,
+                DESCRIPTOR,
+                False,
+                PRECISION,
             )
             grad_tile = load_rows(
-                grad, start + query, start + n, head, stride_gt, stride_gh, BLOCK_M, DV, BLOCK_DV, DESCRIPTOR, PRECISION
+                grad,
+                start + query,
+                start + n,
+                head,
+                stride_gt,
+                stride_gh,
+                BLOCK_M,
+                DV,
+                BLOCK_DV,
+                DESCRIPTOR,
+                False,
+                PRECISION,
             )
             v_tile = load_rows(
-                v, start + key, start + n, head, stride_vt, stride_vh, BLOCK_N, DV, BLOCK_DV, DESCRIPTOR, PRECISION
+                v,
+                start + key,
+                start + n,
+                head,
+                stride_vt,
+                stride_vh,
+                BLOCK_N,
+                DV,
+                BLOCK_DV,
+                DESCRIPTOR,
+                False,
+                PRECISION,
             )
             i = query + tl.arange(0, BLOCK_M)
             j = key + tl.arange(0, BLOCK_N)

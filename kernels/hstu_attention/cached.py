@@ -46,14 +46,14 @@ def cached_kernel(
     if first >= end:
         return
     i = first + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(q, first, end, head, stride_qt, stride_qh, BLOCK_M, DQK, BLOCK_DQK, False, PRECISION)
+    q_tile = load_rows(q, first, end, head, stride_qt, stride_qh, BLOCK_M, DQK, BLOCK_DQK, False, False, PRECISION)
     times = i.to(tl.int64)[:, None]
     if TIME:
         times = tl.load(query_time + i, mask=i < end, other=0)[:, None]
 
     # Itself.
-    own_k = load_rows(k, first, end, head, stride_kt, stride_kh, BLOCK_M, DQK, BLOCK_DQK, False, PRECISION)
-    own_v = load_rows(v, first, end, head, stride_vt, stride_vh, BLOCK_M, DV, BLOCK_DV, False, PRECISION)
+    own_k = load_rows(k, first, end, head, stride_kt, stride_kh, BLOCK_M, DQK, BLOCK_DQK, False, False, PRECISION)
+    own_v = load_rows(v, first, end, head, stride_vt, stride_vh, BLOCK_M, DV, BLOCK_DV, False, False, PRECISION)
     own_x = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1)[:, None] * alpha
     if POSITION:
         own_x += tl.load(position_bias + position_zero)
@@ -84,6 +84,7 @@ def cached_kernel(
             DQK,
             BLOCK_DQK,
             False,
+            False,
             PRECISION,
         )
         v_tile = load_rows(
@@ -96,6 +97,7 @@ def cached_kernel(
             BLOCK_N,
             DV,
             BLOCK_DV,
+            False,
             False,
             PRECISION,
         )

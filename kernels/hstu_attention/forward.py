@@ -59,11 +59,11 @@ def _attend(
     position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time, since, key_since,
     first, last, regular, value, i, history, prefix, window, alpha,
     DQK, DV, BLOCK_DQK, BLOCK_DV, ROWS, BLOCK, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-    NEAR, MASKED, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+    NEAR, MASKED, CUT, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
 ):  # fmt: skip
-    """One tile of keys from place `key`: adds its weighted values to `total`."""
+    """One tile of keys from place `key`: adds its weighted values to `total`. CUT: it may end beyond the row."""
     k_tile = load_rows(
-        k, start + key, start + n, head, stride_kt, stride_kh, BLOCK, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
+        k, start + key, start + n, head, stride_kt, stride_kh, BLOCK, DQK, BLOCK_DQK, DESCRIPTOR, CUT, PRECISION
     )
     j = key + tl.arange(0, BLOCK)
     bias = tile_bias(
@@ -108,7 +108,7 @@ def _attend(
                 visible(i[:, None], j[None, :], history, prefix, window, TARGETS, WINDOW, PREFIX), weights, 0.0
             )
     v_tile = load_rows(
-        v, start + key, start + n, head, stride_vt, stride_vh, BLOCK, DV, BLOCK_DV, DESCRIPTOR, PRECISION
+        v, start + key, start + n, head, stride_vt, stride_vh, BLOCK, DV, BLOCK_DV, DESCRIPTOR, CUT, PRECISION
     )
     total = tl.dot(operand(weights, v_tile.dtype, PRECISION), v_tile, total, input_precision=PRECISION)
     return total, top, mass
@@ -135,7 +135,7 @@ def forward_kernel(
         return
     i = first + tl.arange(0, BLOCK_M)
     q_tile = load_rows(
-        q, start + first, start + n, head, stride_qt, stride_qh, BLOCK_M, DQK, BLOCK_DQK, DESCRIPTOR, PRECISION
+        q, start + first, start + n, head, stride_qt, stride_qh, BLOCK_M, DQK, BLOCK_DQK, DESCRIPTOR, False, PRECISION
     )
     total = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], _LOWEST, tl.float32)
@@ -146,6 +146,9 @@ def forward_kernel(
         key_since = since + total_tokens
         times_since = tl.load(since + start + i, mask=i < n, other=0)
     end = tl.minimum(first + BLOCK_M, n)
+    whole = end
+    if DESCRIPTOR:  # the row's last tile of keys, where it is not full, is CUT, after the others
+        whole = tl.minimum(end, n // BLOCK_N * BLOCK_N)
     if TARGETS or WINDOW or PREFIX:
         count, cut_off, begin, past = key_tiles(first, end, history, prefix, window, BLOCK_N, WINDOW, PREFIX, TARGETS)
         for index in range(count):
@@ -155,7 +158,7 @@ def forward_kernel(
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, True, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, True, True, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
     elif TIME:
         # Buckets of the next tile are looked up while the current one's products run. Near the diagonal the band
@@ -171,18 +174,28 @@ def forward_kernel(
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 times_since, key_since, low, high, regular, value, i, history, prefix, window, alpha,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, False, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
             low, high, regular, value = unpack_tile(following, time_bias)
-        for key in range(far, end, BLOCK_N):
+        for key in range(far, whole, BLOCK_N):
             total, top, mass = _attend(
                 total, top, mass, q_tile, key,
                 k, v, start, n, head, stride_kt, stride_kh, stride_vt, stride_vh,
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                True, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                True, False, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
+        if DESCRIPTOR:
+            if whole < end:
+                total, top, mass = _attend(
+                    total, top, mass, q_tile, whole,
+                    k, v, start, n, head, stride_kt, stride_kh, stride_vt, stride_vh,
+                    position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
+                    times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha,
+                    DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
+                    True, False, True, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                )  # fmt: skip
     else:
         diagonal = first // BLOCK_N * BLOCK_N
         for key in range(0, diagonal, BLOCK_N):
@@ -192,17 +205,27 @@ def forward_kernel(
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, False, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
-        for key in range(diagonal, end, BLOCK_N):
+        for key in range(diagonal, whole, BLOCK_N):
             total, top, mass = _attend(
                 total, top, mass, q_tile, key,
                 k, v, start, n, head, stride_kt, stride_kh, stride_vt, stride_vh,
                 position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
                 times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha,
                 DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
-                False, True, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                False, True, False, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
             )  # fmt: skip
+        if DESCRIPTOR:
+            if whole < end:
+                total, top, mass = _attend(
+                    total, top, mass, q_tile, whole,
+                    k, v, start, n, head, stride_kt, stride_kh, stride_vt, stride_vh,
+                    position_bias, position_zero, spread, time_bias, bucket_edges, band, query_time, key_time,
+                    times_since, key_since, 0, 0, True, 0.0, i, history, prefix, window, alpha,
+                    DQK, DV, BLOCK_DQK, BLOCK_DV, BLOCK_M, BLOCK_N, POSITION, TIME, TARGETS, WINDOW, PREFIX,
+                    False, True, True, SOFTMAX, DESCRIPTOR, PRECISION, FAST, DIAGONALS, ASSEMBLY,
+                )  # fmt: skip
 
     if SOFTMAX:
         total = total / mass[:, None]

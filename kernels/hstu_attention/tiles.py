@@ -25,11 +25,14 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_rows(source, first, end, head, stride_t, stride_h, BLOCK, DIM, BLOCK_DIM, DESCRIPTOR, PRECISION):
+def load_rows(source, first, end, head, stride_t, stride_h, BLOCK, DIM, BLOCK_DIM, DESCRIPTOR, CUT, PRECISION):
     """(BLOCK, BLOCK_DIM): tokens first.. of one head. Tokens from `end` on are zero, or, loaded through a tensor
-    descriptor, those of the next row: callers mask what comes of them."""
+    descriptor and not CUT, those of the next row, which may be anything: no sum may go over them, since zero times
+    what is not finite is not zero. CUT takes a tile through registers on its way to a product."""
     if DESCRIPTOR:
         tile = source.load([first.to(tl.int32), head * DIM])
+        if CUT:
+            tile = tl.where((first + tl.arange(0, BLOCK) < end)[:, None], tile, 0.0)
     else:
         rows = first + tl.arange(0, BLOCK)
         columns = tl.arange(0, BLOCK_DIM)

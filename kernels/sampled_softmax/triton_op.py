@@ -106,9 +106,10 @@ def softmax_forward_kernel(
         items = next_items.to(tl.int32)  # item 0 where not valid
         following = drawn + BLOCK_NEGATIVES  # loaded while this block's vectors are
         next_items = tl.load(token_negatives + following, mask=following < negative_count, other=0)
-        inverse = tl.load(inverse_norms + items)
+        # Zeros where not valid: a weight of zero times an item that is not finite is not zero.
+        inverse = tl.load(inverse_norms + items, mask=valid, other=0.0)
         rows = table + items.to(tl.int64)[:, None] * D + columns[None, :]
-        vectors = tl.load(rows, mask=inside[None, :], other=0.0).to(tl.float32)
+        vectors = tl.load(rows, mask=valid[:, None] & inside[None, :], other=0.0).to(tl.float32)
         logit = tl.sum(query[None, :] * vectors, axis=1) * inverse
         if log_frequency is not None:
             logit -= tl.load(log_frequency + items).to(tl.float32)
@@ -156,7 +157,7 @@ def _weighted_sum(tokens, weights, places, valid, states, D: tl.constexpr, BLOCK
     token = tl.load(tokens + places, mask=valid, other=0)
     weight = tl.load(weights + places, mask=valid, other=0.0)
     rows = states + token.to(tl.int64)[:, None] * D + columns[None, :]
-    vectors = tl.load(rows, mask=(columns < D)[None, :], other=0.0).to(tl.float32)
+    vectors = tl.load(rows, mask=valid[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
     return tl.sum(weight[:, None] * vectors, axis=0)
 
 
@@ -291,6 +292,9 @@ def _table_gradient(
 ) -> torch.Tensor:
     """Gradient of the table (V, d); `scales` are the forward pass's, times the gradient of each token's loss."""
     items, dim = table.shape
+    sizes = _sizes(dim, configuration("sampled_softmax_table", _width(dim), states.device))
+    if logits.numel() > 2**31 - sizes["CHUNK"]:  # counts are rounded up to whole chunks
+        raise ValueError(f"{logits.numel()} draws: the kernels count them in 32 bits")
     drawn, order = torch.sort(torch.cat([positives[:, None].int(), negatives.int()], dim=1).flatten(), stable=True)
     boundaries = torch.arange(items + 1, dtype=torch.int32, device=table.device)
     offsets = torch.searchsorted(drawn, boundaries, out_int32=True)

@@ -1,0 +1,171 @@
+"""One user's NaN or infinity stays there: all other rows have the values and gradients they have without it."""
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from interpreted import descriptor_additions
+
+triton_op = pytest.importorskip("kernels.hstu_attention.triton_op", exc_type=ImportError)
+cached = pytest.importorskip("kernels.hstu_attention.cached", exc_type=ImportError)
+layer_norm = pytest.importorskip("kernels.layer_norm.triton_op", exc_type=ImportError)
+norm_gate = pytest.importorskip("kernels.norm_gate.triton_op", exc_type=ImportError)
+projection = pytest.importorskip("kernels.projection.triton_op", exc_type=ImportError)
+sampled_softmax = pytest.importorskip("kernels.sampled_softmax.triton_op", exc_type=ImportError)
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+HEADS, DIM = (2 if ON_GPU else 1), 16
+KINDS = {
+    "plain": {},
+    "position": {"position": True},
+    "times": {"position": True, "times": True},
+    "softmax": {"softmax": True},
+    "softmax, times": {"softmax": True, "times": True},
+    "masks": {"position": True, "times": True, "masks": True},
+    "softmax, masks": {"softmax": True, "masks": True},
+}
+
+
+def attention_inputs(
+    lengths: list[int], dtype: torch.dtype, position: bool = False, times: bool = False, softmax: bool = False,
+    masks: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    torch.manual_seed(0)
+    tokens, longest = sum(lengths), max(lengths)
+    q, k, v, grad = torch.randn(4, tokens, HEADS, DIM).to(DEVICE, dtype)
+    time = (torch.rand(tokens + 1) ** 6 * 10**5).long().cumsum(0).to(DEVICE)
+    return {
+        "q": q, "k": k, "v": v, "grad": grad,
+        "offsets": torch.tensor([0, *torch.tensor(lengths).cumsum(0)], device=DEVICE), "max_len": longest,
+        "alpha": DIM**-0.5, "normaliser": 50.0,
+        "position_bias": torch.randn(2 * longest - 1).to(DEVICE, dtype) if position else None,
+        "time_bias": torch.randn(129).to(DEVICE, dtype) if times else None,
+        "query_time": time[1:] if times else None, "key_time": time[:-1] if times else None,
+        "max_attn_len": 70 if masks else 0, "contextual_seq_len": 5 if masks else 0,
+        "num_targets": torch.tensor([min(4, n) for n in lengths], device=DEVICE) if masks else None,
+        "softmax": softmax,
+    }  # fmt: skip
+
+
+def attention(inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """Output, dq, dk and dv."""
+    inputs = dict(inputs)
+    grad = inputs.pop("grad")
+    leaves = [inputs[name].detach().requires_grad_() for name in ("q", "k", "v")]
+    output, *_ = triton_op.attention(*leaves, **{name: inputs[name] for name in list(inputs)[3:]})
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+
+def check(kind: str, lengths: list[int], bad: int, dtype: torch.dtype) -> None:
+    """NaN in the first token of row `bad` and infinity in its last one, in q, k, v and the gradient."""
+    inputs = attention_inputs(lengths, dtype, **KINDS[kind])
+    offsets = inputs["offsets"].tolist()
+    others = torch.ones(offsets[-1], dtype=torch.bool, device=DEVICE)
+    others[offsets[bad] : offsets[bad + 1]] = False
+    spoilt = dict(inputs)
+    for name in ("q", "k", "v", "grad"):
+        spoilt[name] = inputs[name].clone()
+        spoilt[name][offsets[bad + 1] - 1] = torch.inf
+        spoilt[name][offsets[bad]] = torch.nan
+    # On a GPU, additions to dq come in no fixed order.
+    close = {"rtol": 1e-2, "atol": 1e-2} if ON_GPU else {"rtol": 0, "atol": 0}
+    for name, found, clean in zip(("output", "dq", "dk", "dv"), attention(spoilt), attention(inputs), strict=True):
+        torch.testing.assert_close(found[others], clean[others], **close, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(params=[0, 1], ids=["pointers", "descriptors"])
+def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How tiles are loaded, whatever the table prefers."""
+    original = triton_op._Launch.configuration
+    monkeypatch.setattr(
+        triton_op._Launch, "configuration", lambda *given: original(*given) | {"descriptor": request.param, "add_dq": 1}
+    )
+    return request.param
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("deterministic", [False, True], ids=["added dq", "separate dq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_attention(kind: str, deterministic: bool, loads: int) -> None:
+    """Rows that fill no tile, before the bad row and behind it; on a GPU two have tiles far from the diagonal."""
+    if loads and ON_GPU and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("tensor descriptors need Hopper")
+    if not ON_GPU and kind in ("position", "softmax, masks"):
+        pytest.skip("interpreted, a case takes seconds")
+    lengths = [300, 5, 40, 300, 70] if ON_GPU else [20, 9, 11]
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        with descriptor_additions() if loads and not ON_GPU else contextlib.nullcontext():
+            check(kind, lengths, 2 if ON_GPU else 1, torch.float16 if ON_GPU else torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("softmax", [False, True], ids=["silu", "softmax"])
+def test_in_cached_attention(softmax: bool) -> None:
+    torch.manual_seed(0)
+    offsets, cached_offsets = torch.tensor([0, 3, 5, 9], device=DEVICE), torch.tensor([0, 10, 17, 40], device=DEVICE)
+    clean = [torch.randn(n, 1, DIM, device=DEVICE) for n in (9, 9, 9, 40, 40)]
+    bad = [tensor.clone() for tensor in clean]
+    for tensor, rows in zip(bad, (offsets, offsets, offsets, cached_offsets, cached_offsets), strict=True):
+        tensor[rows[1] : rows[2]] = torch.nan
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:
+        return cached.cached_attention(
+            q, k, v, offsets, *stored, cached_offsets, 4, 23, 0.3, None, softmax, None, None, None, None, None, 0
+        )
+
+    found, expected = attend(*bad), attend(*clean)
+    assert found[3:5].isnan().all()
+    assert torch.equal(found[:3], expected[:3])
+    assert torch.equal(found[5:], expected[5:])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x, w: layer_norm.layer_norm(x, 1e-6, w[0], w[1]),
+        lambda x, w: norm_gate.norm_gate(x, x.flip(1), 0.0, True),
+        lambda x, w: projection.projection(x, w.T),
+    ],
+    ids=["layer norm", "gate", "projection"],
+)
+def test_in_operations_on_tokens(operation) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(20, 24, device=DEVICE), torch.randn(40, 24, device=DEVICE)
+    others = torch.arange(20, device=DEVICE) != 7
+    found = []
+    for spoil in (0.0, torch.nan):
+        leaf = x.clone()
+        leaf[7] += spoil
+        leaf.requires_grad_()
+        out = operation(leaf, weight)
+        found.append([out.detach()[others], torch.autograd.grad(out, leaf, torch.ones_like(out))[0][others]])
+    for clean, ours in zip(*found, strict=True):
+        assert torch.equal(clean, ours)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("of", ["state", "item"])
+def test_in_sampled_softmax(of: str) -> None:
+    """Token 0 and item 0, whose vectors fill what a block lacks."""
+    torch.manual_seed(0)
+    tokens, items = 7, 9
+    states, table = torch.randn(tokens, 20, device=DEVICE), torch.randn(items, 20, device=DEVICE)
+    positives, negatives = torch.randint(3, items, (tokens,)), torch.randint(3, items, (tokens, 5))
+    positives[0], negatives[0] = 1, 2  # which no other token draws; and nobody draws item 0
+    found = []
+    for spoil in (0.0, torch.nan):
+        leaves = [states.clone(), table.clone()]
+        leaves[0 if of == "state" else 1][0] += spoil
+        for leaf in leaves:
+            leaf.requires_grad_()
+        losses = sampled_softmax.sampled_softmax(*leaves, positives.to(DEVICE), negatives.to(DEVICE), 0.05)
+        of_states, of_table = torch.autograd.grad(losses, leaves, torch.ones_like(losses))
+        found.append([losses.detach()[1:], of_states[1:], of_table[3:]])
+    for clean, ours in zip(*found, strict=True):
+        assert torch.equal(clean, ours)
