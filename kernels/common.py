@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 #: Launch parameters: operation -> "default" or a compute capability -> shape class -> parameters.
 TABLE = Path(__file__).with_name("configurations.json")
@@ -69,6 +70,34 @@ def do_without(reason: str) -> None:
 @functools.cache
 def _warn(reason: str) -> None:
     warnings.warn(f"{reason}; torch does the work, more slowly", stacklevel=4)
+
+
+def reverse_mode_only(operation: str, *tensors: torch.Tensor | None) -> None:
+    """Raises NotImplementedError where a tensor carries a tangent of forward-mode differentiation, which a custom
+    operator would lose, so that the derivative were 0. Costs one comparison where no such mode is on."""
+    if forward_ad._current_level >= 0 and any(tensor is not None and _has_tangent(tensor) for tensor in tensors):
+        raise NotImplementedError(
+            f"{operation} in Triton has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): "
+            "differentiate in reverse mode, or call the function in its `naive` module"
+        )
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    except RuntimeError:  # torch cannot tell of a tensor under vmap
+        return True
+
+
+def first_derivatives_only(operation: str, backward: Any) -> None:
+    """Register for a custom operator that calculates gradients: its own raise RuntimeError, and say why."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(
+            f"{operation} in Triton has first derivatives only: for more, call the function in its `naive` module"
+        )
+
+    backward.register_autograd(refuse)
 
 
 def _triton_available() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..common import do_without, fits_triton, shared_memory
+from ..common import do_without, fits_triton, reverse_mode_only, shared_memory
 from . import grouped, naive
 from .naive import TIME_BUCKETS, time_bucket
 
@@ -66,6 +66,7 @@ def hstu_attention(
     Raises:
         ValueError: a time bias without times, shapes other than these, a negative `max_attn_len` or
             `contextual_seq_len`; where Triton runs, more than 65,535 rows.
+        NotImplementedError, RuntimeError: a forward-mode, or a second derivative, where Triton runs.
     """
     _check_times(time_bias, query_time, key_time)
     _check(
@@ -75,6 +76,7 @@ def hstu_attention(
     if _fits(q, k, v):
         from . import triton_op
 
+        reverse_mode_only("hstu_attention", q, k, v, position_bias, time_bias)
         return triton_op.attention(
             q, k, v, offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time, key_time,
             max_attn_len, contextual_seq_len, num_targets, False,
@@ -114,6 +116,7 @@ def softmax_attention(
     if _fits(q, k, v):
         from . import triton_op
 
+        reverse_mode_only("softmax_attention", q, k, v, position_bias, time_bias)
         return triton_op.attention(
             q, k, v, offsets, max_len, alpha, None, position_bias, time_bias, query_time, key_time,
             max_attn_len, contextual_seq_len, num_targets, True,
@@ -177,6 +180,7 @@ def cached_attention(
     if _fits(q, k, v) and _fits(q, cached_k, cached_v):
         from . import cached
 
+        reverse_mode_only("cached_attention", q, k, v, cached_k, cached_v, position_bias, time_bias)
         return cached.cached_attention(
             q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha, normaliser, softmax,
             position_bias, time_bias, query_time, key_time, cached_time, max_attn_len,

@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common import configuration, tf32_allowed
+from ..common import configuration, first_derivatives_only, reverse_mode_only, tf32_allowed
 from .backward import (
     bias_gradient_kernel,
     diagonal_sum_kernel,
@@ -540,6 +540,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 
 def _backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    reverse_mode_only("attention", grad)
     *saved, output, log_mass, band, near_buckets = ctx.saved_tensors
     tensors = iter(saved)
     inputs = [next(tensors) if flag else other for flag, other in zip(ctx.is_tensor, ctx.others, strict=True)]
@@ -553,6 +554,7 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Ten
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+first_derivatives_only("attention", attention_backward)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..common import fits_triton
+from ..common import fits_triton, reverse_mode_only
 from . import naive
 
 _WIDEST = 8192  # a row is one tile of the Triton kernels
@@ -35,5 +35,6 @@ def layer_norm(
     if fits_triton(x, weight, bias) and x.shape[1] <= _WIDEST and not torch.compiler.is_compiling():
         from . import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
 
+        reverse_mode_only("layer_norm", x, weight, bias)
         return triton_op.layer_norm(x, eps, weight, bias)
     return naive.layer_norm(x, eps, weight, bias)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import configuration
+from ..common import configuration, first_derivatives_only, reverse_mode_only
 
 
 @triton.jit
@@ -122,6 +122,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    reverse_mode_only("layer_norm", gradient)
     x, weight = ctx.saved_tensors
     dx, sums = layer_norm_backward(gradient, x, ctx.eps, weight)
     if weight is None:
@@ -130,6 +131,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
 
 
 layer_norm.register_autograd(_backward, setup_context=_setup_context)
+first_derivatives_only("layer_norm", layer_norm_backward)
 
 
 def shape_class(width: int) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..common import fits_triton
+from ..common import fits_triton, reverse_mode_only
 from . import naive
 
 _WIDEST = 8192  # a row is one tile of the Triton kernels
@@ -32,5 +32,6 @@ def norm_gate(u: torch.Tensor, attended: torch.Tensor, dropout: float, training:
     if fits_triton(u, attended) and u.shape[1] <= _WIDEST:
         from . import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
 
+        reverse_mode_only("norm_gate", u, attended)
         return triton_op.norm_gate(u, attended, dropout, training)
     return naive.norm_gate(u, attended, dropout, training)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import configuration
+from ..common import configuration, first_derivatives_only, reverse_mode_only
 from ..layer_norm.triton_op import normalise, normalise_backward, shape_class
 from .naive import LAYER_NORM_EPS
 
@@ -156,11 +156,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    reverse_mode_only("norm_gate", gradient)
     du, dattended = norm_gate_backward(gradient, *ctx.saved_tensors, ctx.dropout)
     return du, dattended, None, None
 
 
 norm_gate_forward.register_autograd(_backward, setup_context=_setup_context)
+first_derivatives_only("norm_gate", norm_gate_backward)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..common import fits_triton, tf32_allowed
+from ..common import fits_triton, reverse_mode_only, tf32_allowed
 from . import naive
 
 # The fused kernels take a third to a half of torch's time at d = 50 and 64, and 1.5 to 1.9 times it at d = 256, where
@@ -33,6 +33,7 @@ def projection(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if fits_triton(x, weight) and _fused(x):
         from . import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
 
+        reverse_mode_only("projection", x, weight)
         return triton_op.projection(x, weight)
     return naive.projection(x, weight)
 

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import configuration, tf32_allowed
+from ..common import configuration, first_derivatives_only, reverse_mode_only, tf32_allowed
 from ..layer_norm.triton_op import normalise, normalise_backward
 from ..norm_gate.naive import LAYER_NORM_EPS
 from ..tensor_cores import operand
@@ -151,11 +151,13 @@ def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: 
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    reverse_mode_only("projection", gradient)
     dx, xhat, dz = projection_backward(gradient, *ctx.saved_tensors)
     return dx, xhat.T @ dz
 
 
 projection.register_autograd(_backward, setup_context=_setup_context)
+first_derivatives_only("projection", projection_backward)
 
 
 def _launch(operation: str, x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[int], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..common import fits_triton
+from ..common import fits_triton, reverse_mode_only
 from . import dense, naive
 
 _DENSE_ITEMS_PER_NEGATIVE = 64
@@ -45,6 +45,7 @@ def sampled_softmax(
     if fits_triton(states, table):
         from . import triton_op  # here, since importing triton takes time
 
+        reverse_mode_only("sampled_softmax", states, table, log_frequency)
         return triton_op.sampled_softmax(states, table, positives, negatives, temperature, log_frequency)
     small = len(table) <= _DENSE_ITEMS_PER_NEGATIVE * negatives.shape[1]
     return (dense if small else naive).sampled_softmax(states, table, positives, negatives, temperature, log_frequency)

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import configuration
+from ..common import configuration, first_derivatives_only, reverse_mode_only
 from .naive import MASKED_LOGIT, NORM_EPS
 
 #: Places of the sorted list that one program of the weight kernel takes.
@@ -335,9 +335,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 
 def _backward(ctx: Any, gradient: torch.Tensor, *of_saved: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    reverse_mode_only("sampled_softmax", gradient)
     # Only a derivative of this function itself sends gradients to what it saved.
     if any(other is not None for other in of_saved):
-        raise RuntimeError("sampled_softmax has first derivatives only")
+        raise RuntimeError("sampled_softmax in Triton has first derivatives only")
     states, table, positives, negatives, logits, maxima, scales, state_gradients = ctx.saved_tensors
     of_states = of_table = None
     if ctx.needs_input_grad[0]:
@@ -348,6 +349,7 @@ def _backward(ctx: Any, gradient: torch.Tensor, *of_saved: torch.Tensor | None) 
 
 
 _forward.register_autograd(_backward, setup_context=_save)
+first_derivatives_only("sampled_softmax", _table_gradient)
 
 
 def sampled_softmax(
