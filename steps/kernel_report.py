@@ -5,7 +5,6 @@ Writes `table.md`, `roofline.svg` and `roofline.png`.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -82,7 +81,7 @@ def read_results(folder: Path) -> tuple[dict[str, list[Row]], dict[str, Any]]:
     """The rows of every operation, and the ceilings. StepError names the file, row and key that do not fit."""
     if not folder.is_dir():
         raise StepError(f"{folder} is no folder; it should hold the kernels' results, a json file per operation")
-    files = {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
+    files = {path.stem: read_json(path, object) for path in sorted(folder.glob("*.json"))}
     path = folder / f"{_CEILINGS}.json"
     if _CEILINGS not in files:
         raise StepError(f"{path} does not exist; it holds the roofs that were measured")
@@ -205,13 +204,6 @@ def draw_roofline(results: dict[str, list[Row]], ceilings: dict[str, Any]) -> Fi
     axis.set_title(f"Roofline, {ceilings['device']}. {commits}", fontsize=10)
     figure.legend(handles=_legend(points, operations), loc="outside right upper", frameon=False, fontsize=9)
     return figure
-
-
-def _read(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StepError(f"{path} is not JSON: {error}") from error
 
 
 def _check(place: str, content: Any, schema: dict[str, Any]) -> None:

@@ -198,7 +198,7 @@ def main(args: argparse.Namespace) -> None:
         except KeyError:
             raise StepError(f"--set {setting}: {args.config} has no key {key}") from None
     rows = measure(config, args.items, args.steps, args.output.parent)
-    write_json(args.output, merged(read_json(args.output) if args.output.exists() else [], rows))
+    write_json(args.output, merged(read_json(args.output, list) if args.output.exists() else [], rows))
     for row in rows:
         how = f"captured {row['captured']}, compiled {row['compiled']}"
         print(f"{row['model']}, {how}: {row['step_ms']} ms, {row['peak_bytes'] / 2**20:.0f} MiB")

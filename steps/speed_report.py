@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     for path in (args.rows, args.ceilings):
         if not path.is_file():
             raise StepError(f"{path} does not exist; profile_training and kernels.tools.benchmark write them on a GPU")
-    rows = read_json(args.rows)
+    rows = read_json(args.rows, list)
     if not rows:
         raise StepError(f"{args.rows} holds no rows")
     write_text(args.output, markdown(rows, read_json(args.ceilings), args.records))

@@ -1,6 +1,7 @@
 """One way for every step to read its arguments and to fail."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -31,9 +32,23 @@ def run_step(
     except Exception as error:
         if args.debug:
             raise
-        if isinstance(error, StepError):
-            message = str(error)
-        else:
-            message = f"{type(error).__name__}: {error} (run again with --debug for the stack trace)"
-        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(one_line(error).split())}", file=sys.stderr)
         sys.exit(1)
+
+
+def one_line(error: Exception) -> str:
+    """What failed, for the user: an error of a file names the file, an unexpected one its kind."""
+    if isinstance(error, StepError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return f"{type(error).__name__}: {error} (run again with --debug for the stack trace)"
+
+
+def raise_failures(failures: dict[str, Exception], attempted: int) -> None:
+    """Raise StepError that lists, in one line, the runs that failed out of so many; nothing if none did."""
+    if not failures:
+        return
+    named = [one_line(error) if attempted == 1 else f"{run}: {one_line(error)}" for run, error in failures.items()]
+    count = f"{len(failures)} of {attempted} runs failed: " if attempted > 1 else ""
+    raise StepError(count + "; ".join(named)) from ExceptionGroup("runs that failed", list(failures.values()))
