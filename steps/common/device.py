@@ -1,5 +1,8 @@
 """The device a step computes on."""
 
+import os
+from pathlib import Path
+
 import torch
 
 from steps.common.cli import StepError
@@ -8,11 +11,43 @@ from steps.common.cli import StepError
 def pick_device(name: str | None) -> torch.device:
     """The named device; without a name the CUDA device where there is one, else the CPU.
 
-    Raises StepError if CUDA is named where there is none.
+    Raises StepError if CUDA is named where there is none, or if the name is no device's.
     """
     if name and name.startswith("cuda") and not torch.cuda.is_available():
         raise StepError(f"--device {name}: there is no CUDA device here")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise StepError(f"--device {name}: cpu, cuda or cuda:<number>, please") from None
+
+
+def use_threads(count: int | None) -> None:
+    """Compute on the CPU with `count` threads; without a count with OMP_NUM_THREADS of them, if it is set.
+
+    With neither with one for each core that this process may use: torch counts those of the machine, of which a
+    container or a job of a cluster may have a few.
+    """
+    if count or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(count or min(torch.get_num_threads(), usable_cores()))
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, by its affinity and its control group's quota; at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _first_line("/sys/fs/cgroup/cpu.max").partition(" ")
+    if not quota:  # version 1 of control groups
+        quota = _first_line("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+        period = _first_line("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+    if quota.isdigit() and period.isdigit() and int(period):
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
 
 
 def device_name(device: torch.device) -> str:
