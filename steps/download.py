@@ -1,13 +1,15 @@
-"""Fetch a data set's raw files, check them, and unpack them as published."""
+"""Fetch a data set's raw files, check them, unpack them as published, and write down their hashes."""
 
 import argparse
 import shutil
 from pathlib import Path
 
-from steps.common.cli import run_step
-from steps.common.files import atomic_path
+from steps.common.cli import StepError, run_step
+from steps.common.files import atomic_path, sha256, write_json
 from steps.common.params import entry
 from steps.data.sources import extract, fetch
+
+MANIFEST = "manifest.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,18 +19,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     source = entry("datasets", args.dataset)["source"]
-    # Outlives a broken download. Its own, as data sets that share a file are fetched at once.
-    partial = args.output.parent / f".{args.output.name}.{source['file']}.download"
-    fetch(source, partial)
-    try:
-        with atomic_path(args.output) as temporary:
+    with atomic_path(args.output) as temporary:
+        # Outlives a broken download. Its own, as data sets that share a file are fetched at once.
+        partial = args.output.with_name(f".{args.output.name}.{source['file']}")
+        found = fetch(source, partial)
+        try:
             if source["file"].endswith(".zip"):
-                extract(partial, temporary)
+                extract(found, temporary)
             else:
                 temporary.mkdir(parents=True)
-                shutil.copyfile(partial, temporary / source["file"])
-    finally:
-        partial.unlink()
+                shutil.copyfile(found, temporary / source["file"])
+        finally:
+            found.unlink()
+        write_manifest(temporary, {name: source[name] for name in ("file", "sha256")})
+
+
+def write_manifest(folder: Path, source: dict[str, str]) -> None:
+    """Write `manifest.json` into `folder`: the source and the SHA-256 of every file, by its path there."""
+    if (folder / MANIFEST).exists():
+        raise StepError(f"{source['file']} holds a {MANIFEST} of its own, whose name ours has; not unpacked")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    write_json(folder / MANIFEST, {"source": source, "files": hashes})
 
 
 if __name__ == "__main__":

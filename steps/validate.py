@@ -10,9 +10,10 @@ from typing import Any
 import polars as pl
 
 from steps.common.cli import StepError, run_step
-from steps.common.files import atomic_path, write_json
+from steps.common.files import atomic_path, read_json, reading, sha256, write_json
 from steps.common.params import entry
-from steps.data.readers import read_table
+from steps.common.provenance import require_files
+from steps.data.readers import read_table, read_texts
 from steps.data.schemas import describe, interactions_schema, validate
 
 
@@ -39,9 +40,8 @@ def read_valid(raw: Path, dataset: dict[str, Any]) -> tuple[pl.DataFrame, pl.Dat
         if items["item"].null_count() or items["item"].n_unique() < len(items):
             problems.append(f"{files['items']['path']}: an item id is missing or stands twice")
     account = validate(interactions, interactions_schema(dataset["checks"], None if items is None else items["item"]))
-    failed = describe(account)
-    if failed:
-        problems.append(failed)
+    if any(check["failures"] for check in account):
+        problems.append(describe(account, read_texts(raw, files["interactions"])))
     if problems:
         raise StepError(
             f"{raw / files['interactions']['path']}: {'; '.join(problems)}. Nothing was written; mend the file"
@@ -51,6 +51,25 @@ def read_valid(raw: Path, dataset: dict[str, Any]) -> tuple[pl.DataFrame, pl.Dat
     if "title" not in items.columns:
         items = items.with_columns(title=pl.lit(""))
     return interactions, items.select("item", "title"), account
+
+
+def check_raw(raw: Path, files: dict[str, Any]) -> dict[str, str]:
+    """The SHA-256 of the raw files that `files`, as in params/datasets.yaml, reads.
+
+    Raises StepError if a file that download wrote is missing or has changed, or if it wrote no file of that name.
+    """
+    manifest = raw / "manifest.json"
+    with reading(manifest, "delete the folder, and run download"):
+        hashes: dict[str, str] = read_json(manifest, remedy="run download")["files"]
+    remedy = "delete the folder to fetch it again, or give edited data an entry of its own in params/datasets.yaml"
+    require_files(raw, hashes, manifest, remedy)
+    paths = [table["path"] for table in files.values()]
+    for path in paths:
+        if path not in hashes:
+            raise StepError(
+                f"{raw / path} is no file of the download ({manifest}); params/datasets.yaml names it: mend the entry"
+            )
+    return {path: hashes[path] for path in paths}
 
 
 def _require(files: dict[str, Any], table: str, columns: list[str]) -> None:
@@ -71,12 +90,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    interactions, items, account = read_valid(args.raw, entry("datasets", args.dataset))
+    dataset = entry("datasets", args.dataset)
+    raw_files = check_raw(args.raw, dataset["files"])
+    interactions, items, account = read_valid(args.raw, dataset)
     with atomic_path(args.output) as folder:
         folder.mkdir()
         interactions.write_parquet(folder / "interactions.parquet", compression="lz4")
         items.write_parquet(folder / "items.parquet")
-        write_json(folder / "validation.json", {"rows": len(interactions), "items": len(items), "checks": account})
+        files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        made = {"rows": len(interactions), "items": len(items), "files": files, "raw_files": raw_files}
+        write_json(folder / "validation.json", made | {"checks": account})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 
 from steps.common.cli import StepError
+from steps.common.files import reading
 
 _FIELD = b"\x1f"  # ASCII's unit separator: stands for separators of several characters
 _LINE_END = b"\n"
@@ -23,31 +24,9 @@ def read_table(folder: Path, table: dict[str, Any]) -> tuple[pl.DataFrame, list[
     Ids are Int64 where they are whole numbers without leading zeros, as far as the file's first rows tell and nothing
     else comes later, else String.
     """
-    path = folder / table["path"]
-    if not path.is_file():
-        raise StepError(f"{path} does not exist; params/datasets.yaml names it")
-    content = path.read_bytes()
-    if table.get("encoding") == "latin-1":
-        content = content.decode("latin-1").encode("utf-8")
-    separator = table["separator"].encode()
-    columns = table["columns"]
-    first = 2 if table["header"] else 1
-    if not content.split(b"\n", first)[first - 1].strip():
-        raise StepError(f"{path} has no rows")
-    if len(separator) > 1:
-        content = content.replace(separator, _FIELD)
-        separator = _FIELD
+    content, separator, first = _content(folder, table)
+    columns, options = table["columns"], _options(separator, first)
     malformed = _malformed_lines(content, separator, len(columns), first)
-    options: dict[str, Any] = {
-        "separator": separator.decode(),
-        "has_header": False,
-        "skip_lines": first - 1,
-        "quote_char": '"' if separator == b"," else None,
-        "ignore_errors": True,
-        "truncate_ragged_lines": True,
-        "missing_columns": "insert",  # where no line has the last fields
-        "extra_columns": "ignore",
-    }
     head = pl.read_csv(content, schema=dict.fromkeys(columns, pl.String), n_rows=_ROWS_THAT_TELL_THE_TYPE, **options)
     schema = {name: _TYPES.get(name) or _id_type(head[name]) for name in columns}
     frame = pl.read_csv(content, schema=schema, **options)
@@ -57,6 +36,43 @@ def read_table(folder: Path, table: dict[str, Any]) -> tuple[pl.DataFrame, list[
         frame = frame.with_columns(texts.select(late))
     frame = frame.select(name for name in columns if name in ("user", "item", *_TYPES))
     return frame.with_row_index("row", offset=first).with_columns(pl.col("row").cast(pl.UInt32)), malformed
+
+
+def read_texts(folder: Path, table: dict[str, Any]) -> pl.DataFrame:
+    """The same table's fields as they stand in the file, null where there is none, and `row`."""
+    content, separator, first = _content(folder, table)
+    frame = pl.read_csv(content, schema=dict.fromkeys(table["columns"], pl.String), **_options(separator, first))
+    return frame.with_row_index("row", offset=first)
+
+
+def _content(folder: Path, table: dict[str, Any]) -> tuple[bytes, bytes, int]:
+    """The file as UTF-8, the one byte that separates its fields, and its first line with values."""
+    path = folder / table["path"]
+    with reading(path, "params/datasets.yaml names it"):
+        content = path.read_bytes()
+        if table.get("encoding") == "latin-1":
+            content = content.decode("latin-1").encode("utf-8")
+    separator = table["separator"].encode()
+    first = 2 if table["header"] else 1
+    if not content.split(b"\n", first)[first - 1].strip():
+        raise StepError(f"{path} has no rows")
+    if len(separator) > 1:
+        content = content.replace(separator, _FIELD)
+        separator = _FIELD
+    return content, separator, first
+
+
+def _options(separator: bytes, first: int) -> dict[str, Any]:
+    return {
+        "separator": separator.decode(),
+        "has_header": False,
+        "skip_lines": first - 1,
+        "quote_char": '"' if separator == b"," else None,
+        "ignore_errors": True,
+        "truncate_ragged_lines": True,
+        "missing_columns": "insert",  # where no line has the last fields
+        "extra_columns": "ignore",
+    }
 
 
 def _id_type(head: pl.Series) -> type[pl.Int64] | type[pl.String]:

@@ -11,6 +11,10 @@ import polars as pl
 from steps.common.cli import StepError
 
 _EXAMPLES = 5
+_EMPTY = "(empty)"
+_WHOLE = "user, item"  # what a check of whole rows is said to be of
+_ONCE = "once per user and item"
+_FIELDS = {_ONCE: ["user", "item"]}  # that such a check is about; otherwise the user
 
 
 def interactions_schema(checks: dict[str, Any], catalogue: pl.Series | None) -> pa.DataFrameSchema:
@@ -34,7 +38,7 @@ def interactions_schema(checks: dict[str, Any], catalogue: pl.Series | None) -> 
 
 
 def validate(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> list[dict[str, Any]]:
-    """Every check of `schema` on `frame`: name, number of failures, and up to five examples (row, value)."""
+    """Every check of `schema` on `frame`: name, number of failures, and the rows of up to five of them."""
     try:
         schema.validate(frame, lazy=True)
         failures = None
@@ -44,26 +48,42 @@ def validate(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> list[dict[str, 
     for column, names in _check_names(schema).items():
         for name in names:
             failed = pl.DataFrame() if failures is None else _failed(failures, column, name)
-            account.append(
-                {"column": column, "check": name, "failures": len(failed), "examples": _examples(failed, frame)}
-            )
+            account.append({"column": column, "check": name, "failures": len(failed), "rows": _rows(failed, frame)})
     known = sum(check["failures"] for check in account)
     if failures is not None and known < len(failures):
         raise StepError(f"unexpected schema failure: {failures.to_dicts()[0]}")
     return account
 
 
-def describe(account: list[dict[str, Any]]) -> str:
-    """The failed checks of `validate`'s account in one line; empty if none failed."""
+def describe(account: list[dict[str, Any]], texts: pl.DataFrame) -> str:
+    """The failed checks of `validate`'s account in one line; empty if none failed.
+
+    texts: the table's fields as they stand in the file, by column and `row`. Of a value that does not parse nothing
+    else is left.
+    """
     parts = []
     for check in account:
         if check["failures"]:
-            examples = ", ".join(f"row {example['row']}: {example['value']}" for example in check["examples"])
-            more = ", ..." if check["failures"] > len(check["examples"]) else ""
+            examples = ", ".join(f"row {row}: {_text(texts, row, check)}" for row in check["rows"])
+            more = ", ..." if check["failures"] > len(check["rows"]) else ""
             parts.append(
                 f"{check['column']} must be {check['check']}: {check['failures']} rows are not ({examples}{more})"
             )
     return "; ".join(parts)
+
+
+def _text(texts: pl.DataFrame, row: int, check: dict[str, Any]) -> str:
+    """What stands in the file where a check failed."""
+    found = texts.row(row - int(texts["row"][0]), named=True)
+    fields = _FIELDS.get(check["check"], ["user"]) if check["column"] == _WHOLE else [check["column"]]
+    shown = [_EMPTY if found[name] is None else _printable(found[name]) for name in fields]
+    if check["column"] != _WHOLE:
+        return shown[0]
+    return ", ".join(f"{name} {text}" for name, text in zip(fields, shown, strict=True))
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() and text == text.strip() and text else repr(text)
 
 
 def _in_catalogue(catalogue: pl.Series) -> pa.Check:
@@ -83,9 +103,7 @@ def _enough_per_user(least: int) -> pa.Check:
 
 
 def _unique_user_item() -> pa.Check:
-    return pa.Check(
-        lambda data: data.lazyframe.select(pl.struct("user", "item").is_first_distinct()), name="once per user and item"
-    )
+    return pa.Check(lambda data: data.lazyframe.select(pl.struct("user", "item").is_first_distinct()), name=_ONCE)
 
 
 def _check_names(schema: pa.DataFrameSchema) -> dict[str, list[str]]:
@@ -93,7 +111,7 @@ def _check_names(schema: pa.DataFrameSchema) -> dict[str, list[str]]:
         name: ["not null"] * (not column.nullable) + [_name(check) for check in column.checks]
         for name, column in schema.columns.items()
     }
-    return names | {"user, item": [_name(check) for check in schema.checks]}
+    return names | {_WHOLE: [_name(check) for check in schema.checks]}
 
 
 def _name(check: pa.Check) -> str:
@@ -102,16 +120,11 @@ def _name(check: pa.Check) -> str:
 
 def _failed(failures: pl.DataFrame, column: str, name: str) -> pl.DataFrame:
     check = "not_nullable" if name == "not null" else name
-    in_column = pl.col("schema_context") == "Column" if column != "user, item" else pl.col("schema_context") != "Column"
-    if column != "user, item":
+    in_column = pl.col("schema_context") == "Column" if column != _WHOLE else pl.col("schema_context") != "Column"
+    if column != _WHOLE:
         in_column &= pl.col("column") == column
     return failures.filter(in_column & (pl.col("check") == check))
 
 
-def _examples(failed: pl.DataFrame, frame: pl.DataFrame) -> list[dict[str, Any]]:
-    if failed.is_empty():
-        return []
-    return [
-        {"row": int(frame["row"][case["index"]]), "value": case["failure_case"]}
-        for case in failed.head(_EXAMPLES).iter_rows(named=True)
-    ]
+def _rows(failed: pl.DataFrame, frame: pl.DataFrame) -> list[int]:
+    return [int(frame["row"][index]) for index in failed["index"].head(_EXAMPLES)] if len(failed) else []

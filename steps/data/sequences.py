@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from kernels.jagged import offsets_from_lengths, to_padded
 from kernels.jagged.naive import row_and_place
-from steps.common.cli import StepError
-from steps.common.files import read_json, sha256
+from steps.common.files import read_json, reading
+from steps.common.provenance import require_files
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,12 @@ def load_sequences(folder: Path, device: torch.device) -> tuple[Sequences, str]:
 
     Raises StepError if the file is not the one its manifest describes.
     """
-    path = folder / "sequences.safetensors"
-    if not path.is_file():
-        raise StepError(f"{path} does not exist; run preprocess first")
-    manifest = read_json(folder / "manifest.json")
-    digest = sha256(path)
-    if digest != manifest["sequences_sha256"]:
-        raise StepError(f"{path} is not the file that {folder / 'manifest.json'} describes; run preprocess again")
-    tensors = load_file(path, device=str(device))
-    sequences = Sequences(tensors["offsets"], tensors["item"].long(), tensors["timestamp"], manifest["catalogue_items"])
+    path, manifest_path, remedy = folder / "sequences.safetensors", folder / "manifest.json", "run preprocess again"
+    manifest = read_json(manifest_path, remedy=remedy)
+    with reading(manifest_path, remedy):
+        digest, items = str(manifest["sequences_sha256"]), int(manifest["catalogue_items"])
+    require_files(folder, {path.name: digest}, manifest_path, remedy)
+    with reading(path, remedy):
+        tensors = load_file(path, device=str(device))
+        sequences = Sequences(tensors["offsets"], tensors["item"].long(), tensors["timestamp"], items)
     return sequences, digest

@@ -1,5 +1,8 @@
 """Where raw files come from: the publisher, then mirrors; and how an archive is unpacked safely."""
 
+import errno
+import glob
+import hashlib
 import os
 import shutil
 import stat
@@ -18,33 +21,48 @@ _CHUNK = 1 << 16  # bytes; what a broken connection can lose
 _TIMEOUT_S = (5, 60)  # to connect, between two bytes
 
 
-def fetch(source: dict[str, Any], partial: Path) -> None:
-    """Bring `source["file"]` to `partial`, with the SHA-256 that `source` names.
+def fetch(source: dict[str, Any], partial: Path) -> Path:
+    """Bring `source["file"]`, with the SHA-256 that `source` names, to a path beside `partial`, which it returns.
 
     Tries the publisher, then `source["mirrors"]`, then the environment variable HSTU_DATA_MIRROR; a
     mirror is a URL, a file, or a folder that holds the file. A download that broke off goes on where
-    it stopped. Raises StepError that lists what each source answered.
+    it stopped, from the same source alone; one that ends with other bytes is dropped, and the next source tried.
+    Raises StepError that lists what each source answered.
     """
     places = [source.get("publisher"), *source.get("mirrors", []), os.environ.get(MIRROR_VARIABLE)]
     answers = []
     for place in filter(None, places):
+        own = partial.with_name(f"{partial.name}.{hashlib.sha256(place.encode()).hexdigest()[:12]}.download")
+        went_on = own.exists()
         try:
-            _copy(place, source["file"], partial)
+            found = _fetched(place, source["file"], own)
+            if found != source["sha256"] and went_on:  # what it went on from may have been of another day
+                own.unlink()
+                found = _fetched(place, source["file"], own)
         except (OSError, requests.RequestException) as error:  # the partial file stays: the next run goes on
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
             answers.append(f"{place}: {_short(error)}")
             continue
-        found = sha256(partial)
         if found == source["sha256"]:
-            return
+            for other in partial.parent.glob(f"{glob.escape(partial.name)}.*.download"):
+                if other != own:
+                    other.unlink()
+            return own
         answers.append(
-            f"{place}: {partial.stat().st_size} bytes with sha256 {found}, expected {source['sha256']} "
+            f"{place}: {own.stat().st_size} bytes with sha256 {found}, expected {source['sha256']} "
             "(truncated, changed, or params/datasets.yaml is out of date)"
         )
-        partial.unlink()
+        own.unlink()
     raise StepError(
         f"cannot get {source['file']} ({'; '.join(answers) or 'no source named'}). Set {MIRROR_VARIABLE} to a "
         "folder, file or URL that has it"
     )
+
+
+def _fetched(place: str, name: str, partial: Path) -> str:
+    _copy(place, name, partial)
+    return sha256(partial)
 
 
 def extract(archive: Path, folder: Path) -> None:

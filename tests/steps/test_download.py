@@ -13,6 +13,7 @@ import pytest
 
 from steps.common import yaml_files
 from steps.common.cli import StepError
+from steps.common.files import read_json
 from steps.data.sources import MIRROR_VARIABLE, fetch
 from tests.conftest import step
 
@@ -54,6 +55,15 @@ def test_a_good_archive_is_unpacked_as_published(project: Path) -> None:
     step("download", "--dataset", "mine", "--output", "data/raw/mine", cwd=project, HSTU_DATA_MIRROR=str(mirror))
     assert (project / "data/raw/mine/demo/ratings.dat").read_bytes() == b"1::2::3::4\n"
     assert [path.name for path in (project / "data/raw").iterdir()] == ["mine"]
+    content = (mirror / "mine.zip").read_bytes()
+    assert read_json(project / "data/raw/mine/manifest.json") == {
+        "source": {"file": "mine.zip", "sha256": hashlib.sha256(content).hexdigest()},
+        "files": {"demo/ratings.dat": hashlib.sha256(b"1::2::3::4\n").hexdigest()},
+    }
+
+
+def test_an_archive_with_a_manifest_of_its_own_is_refused(project: Path) -> None:
+    assert "manifest.json of its own" in failure(project, offer(project, archive(**{"manifest.json": b"{}"})))
 
 
 def test_a_wrong_checksum_names_both(project: Path) -> None:
@@ -111,7 +121,7 @@ def test_an_unknown_data_set_lists_the_known(project: Path) -> None:
 class _Server(http.server.BaseHTTPRequestHandler):
     """Serves `content`; breaks off after `breaks_after` bytes while that is set; knows Range."""
 
-    content = bytes(range(256)) * 4096
+    content = bytes(range(256)) * 4096  # what a path with `wrong` has is another, of the same length
     breaks_after: int | None = None
     requests: list[str | None] = []  # noqa: RUF012  (one server a test, which empties it)
 
@@ -123,7 +133,8 @@ class _Server(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(self.content) - start))
         self.end_headers()
         end = len(self.content) if self.breaks_after is None else start + self.breaks_after
-        self.wfile.write(self.content[start:end])
+        content = self.content[::-1] if "wrong" in self.path else self.content
+        self.wfile.write(content[start:end])
 
     def log_message(self, *_: object) -> None:
         pass
@@ -148,12 +159,36 @@ def test_a_broken_download_goes_on_where_it_stopped(server: str, tmp_path: Path)
     _Server.breaks_after = 300_000
     with pytest.raises(StepError, match=r"mine\.bin"):
         fetch(source(server), partial)
-    have = partial.stat().st_size
+    (begun,) = tmp_path.iterdir()
+    have = begun.stat().st_size
     assert have > 0
     _Server.breaks_after = None
-    fetch(source(server), partial)
-    assert partial.read_bytes() == _Server.content
+    assert fetch(source(server), partial).read_bytes() == _Server.content
     assert _Server.requests == [None, f"bytes={have}-"]
+
+
+def test_a_mirror_that_breaks_off_wrong_bytes_spoils_no_other(server: str, tmp_path: Path) -> None:
+    """Its partial file is its own: the next source begins at the first byte, and so does it when it is mended."""
+    wrong = server.replace("mine.bin", "wrong/mine.bin")
+    _Server.breaks_after = 300_000
+    with pytest.raises(StepError, match="wrong/mine"):
+        fetch(source(wrong), tmp_path / "partial")
+    _Server.breaks_after = None
+    found = fetch(source(wrong, mirrors=[server]), tmp_path / "partial")
+    assert found.read_bytes() == _Server.content
+    assert list(tmp_path.iterdir()) == [found]
+    assert _Server.requests[0] is None
+    assert _Server.requests[-1] is None
+
+
+def test_a_download_that_goes_on_from_wrong_bytes_begins_again(server: str, tmp_path: Path) -> None:
+    _Server.breaks_after = 300_000
+    with pytest.raises(StepError):
+        fetch(source(server), tmp_path / "partial")
+    (begun,) = tmp_path.iterdir()
+    begun.write_bytes(b"x" * begun.stat().st_size)
+    _Server.breaks_after = None
+    assert fetch(source(server), tmp_path / "partial").read_bytes() == _Server.content
 
 
 def test_mirrors_follow_the_publisher_and_the_environment_comes_last(
@@ -166,8 +201,7 @@ def test_mirrors_follow_the_publisher_and_the_environment_comes_last(
     monkeypatch.setenv(MIRROR_VARIABLE, str(right))
     partial = tmp_path / "partial"
     nobody = "http://127.0.0.1:9/mine.bin"  # the discard port: refused at once
-    fetch(source(nobody, mirrors=[str(wrong)]), partial)
-    assert partial.read_bytes() == _Server.content
+    assert fetch(source(nobody, mirrors=[str(wrong)]), partial).read_bytes() == _Server.content
     monkeypatch.setenv(MIRROR_VARIABLE, str(right / "mine.bin"))  # a file serves as well
     fetch(source(nobody), partial)
     monkeypatch.setenv(MIRROR_VARIABLE, server.removesuffix("/mine.bin"))  # and a URL

@@ -59,5 +59,5 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="preprocess again"):
         load_sequences(folder, torch.device("cpu"))
     path.unlink()
-    with pytest.raises(StepError, match="does not exist"):
+    with pytest.raises(StepError, match=r"sequences\.safetensors, which .* is missing"):
         load_sequences(folder, torch.device("cpu"))

@@ -8,9 +8,13 @@ import polars as pl
 import pytest
 
 from steps.common import yaml_files
+from steps.common.files import sha256, write_json
 from tests.conftest import step
 
 MOVIES = "".join(f"{movie}::Movie {movie} (1999)::Drama\n" for movie in range(1, 41))
+
+
+ARGUMENTS = ("--dataset", "demo", "--raw", "data/raw/demo", "--output", "data/valid/demo")
 
 
 def rows(user: int, count: int = 20) -> list[str]:
@@ -23,8 +27,9 @@ def validate(project: Path, ratings: list[str], movies: str = MOVIES, end: str =
     raw.mkdir(parents=True)
     (raw / "ratings.dat").write_text("\n".join(ratings) + end)
     (raw / "movies.dat").write_text(movies)
-    arguments = ("--dataset", "demo", "--raw", "data/raw/demo", "--output", "data/valid/demo")
-    result = step("validate", *arguments, cwd=project, check=False)
+    hashes = {f"demo/{path.name}": sha256(path) for path in raw.iterdir()}
+    write_json(raw.parent / "manifest.json", {"files": hashes})
+    result = step("validate", *ARGUMENTS, cwd=project, check=False)
     written = sorted(path.name for path in (project / "data/valid").rglob("*")) if result.returncode == 0 else []
     assert written == (["demo", "interactions.parquet", "items.parquet", "validation.json"] if written else [])
     if result.returncode:
@@ -51,14 +56,16 @@ def test_good_rows_keep_their_values_and_places(project: Path) -> None:
     [
         ("1::30::4", ["lines do not have 4 fields", "line 10"]),
         ("1::30::4::5::6", ["lines do not have 4 fields", "line 10"]),
-        ("1::30::::2000", ["rating must be not null", "row 10"]),
-        ("1::30::7::2000", ["rating must be in_range(1, 5)", "row 10: 7.0"]),
+        ("1::30::::2000", ["rating must be not null", "row 10: (empty)"]),
+        ("1::30::7::2000", ["rating must be in_range(1, 5)", "row 10: 7)"]),
+        ("1::30::good::2000", ["rating must be not null", "row 10: good)"]),
+        ("1::30::3::2000.5", ["timestamp must be not null", "row 10: 2000.5)"]),
         ("1::30::2.5::2000", ["rating must be multiple of 1", "row 10: 2.5"]),
         ("1::30::3::-2", ["timestamp must be greater_than_or_equal_to(0)", "row 10: -2"]),
-        ("1::30::3::soon", ["timestamp must be not null", "row 10"]),
+        ("1::30::3::soon", ["timestamp must be not null", "row 10: soon)"]),
         ("1::999::3::2000", ["item must be in the items file", "row 10: 999"]),
-        ("77::30::3::2000", ["20 rows or more per user", "row 10"]),
-        ("1::1::3::2000", ["once per user and item", "row 10"]),
+        ("77::30::3::2000", ["20 rows or more per user", "row 10: user 77)"]),
+        ("1::1::3::2000", ["once per user and item", "row 10: user 1, item 1)"]),
         ("", ["lines do not have 4 fields", "line 10"]),
     ],
 )
@@ -71,13 +78,13 @@ def test_a_bad_row_is_named(project: Path, bad: str, said: list[str]) -> None:
 
 def test_all_failures_are_reported_at_once(project: Path) -> None:
     line = validate(project, [*rows(1), "2::3::7::100", "1::999::3::-1", "3::4"])
-    expected = ["row 21: 7.0", "row 22: 999", "row 22: -1", "20 rows or more per user: 2 rows", "line 23"]
+    expected = ["row 21: 7)", "row 22: 999", "row 22: -1", "20 rows or more per user: 2 rows", "line 23"]
     assert [part for part in expected if part not in line] == []
 
 
 def test_many_failures_show_five_and_count_all(project: Path) -> None:
     line = validate(project, rows(1) + [f"1::{movie}::9::100" for movie in range(21, 31)])
-    assert "10 rows are not (row 21: 9.0, row 22: 9.0, row 23: 9.0, row 24: 9.0, row 25: 9.0, ...)" in line
+    assert "10 rows are not (row 21: 9, row 22: 9, row 23: 9, row 24: 9, row 25: 9, ...)" in line
 
 
 def test_no_final_newline_is_fine(project: Path) -> None:
@@ -87,8 +94,46 @@ def test_no_final_newline_is_fine(project: Path) -> None:
 def test_an_empty_file_and_a_missing_one_are_named(project: Path) -> None:
     assert "has no rows" in validate(project, [], end="")
     (project / "data/raw/demo/demo/ratings.dat").unlink()
-    arguments = ("--dataset", "demo", "--raw", "data/raw/demo", "--output", "data/valid/demo")
-    assert "ratings.dat does not exist" in step("validate", *arguments, cwd=project, check=False).stderr
+    line = step("validate", *ARGUMENTS, cwd=project, check=False).stderr
+    assert "ratings.dat, which data/raw/demo/manifest.json names, is missing; delete the folder" in line
+
+
+def test_a_raw_file_that_download_did_not_write_is_refused_and_extra_ones_are_not(project: Path) -> None:
+    assert validate(project, rows(1)) == ""
+    report = json.loads((project / "data/valid/demo/validation.json").read_text())
+    raw, valid = project / "data/raw/demo", project / "data/valid/demo"
+    assert report["raw_files"] == {
+        f"demo/{name}.dat": sha256(raw / f"demo/{name}.dat") for name in ("ratings", "movies")
+    }
+    assert report["files"] == {name: sha256(valid / name) for name in ("interactions.parquet", "items.parquet")}
+    (raw / "notes.txt").write_text("mine")
+    step("validate", *ARGUMENTS, cwd=project)
+    before = {path.name: path.read_bytes() for path in valid.iterdir()}
+    with (raw / "demo/ratings.dat").open("a") as file:
+        file.write("1::21::3::2000\n")
+    line = step("validate", *ARGUMENTS, cwd=project, check=False).stderr
+    assert "demo/ratings.dat is not the file that data/raw/demo/manifest.json describes" in line
+    assert len(line.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in valid.iterdir()} == before
+    (raw / "manifest.json").unlink()
+    assert "manifest.json does not exist; run download" in step("validate", *ARGUMENTS, cwd=project, check=False).stderr
+
+
+@pytest.mark.parametrize("name", ["interactions.parquet", "items.parquet"])
+def test_preprocess_refuses_tables_that_validate_did_not_write(project: Path, name: str) -> None:
+    validate(project, rows(1))
+    path = project / "data/valid/demo" / name
+    content = path.read_bytes()
+    arguments = ("--dataset", "demo", "--valid", "data/valid/demo", "--output", "data/processed/demo")
+    for damaged in (content[:-9], content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]):
+        path.write_bytes(damaged)
+        line = step("preprocess", *arguments, cwd=project, check=False).stderr
+        assert f"{name} is not the file that data/valid/demo/validation.json describes" in line
+        assert not (project / "data/processed").exists() or not list((project / "data/processed").iterdir())
+    path.write_bytes(content)
+    step("preprocess", *arguments, cwd=project)
+    manifest = json.loads((project / "data/processed/demo/manifest.json").read_text())
+    assert manifest["made_of"][name] == sha256(path)
 
 
 def test_an_item_that_stands_twice_is_refused(project: Path) -> None:
