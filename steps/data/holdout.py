@@ -1,9 +1,11 @@
 """What is trained on, and what is asked at validation and test: the two ways to split sequences.
 
-Needs torch alone.
+Needs torch and numpy alone.
 """
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +42,35 @@ def hold_out(sequences: Sequences, protocol: dict[str, Any]) -> Holdout:
     if protocol["split"] == "temporal":
         return _temporal(sequences, protocol["test_share"], protocol["valid_share"] if validation else 0.0)
     return _leave_last_out(sequences, validation)
+
+
+def require_split(sequences: Sequences, holdout: Holdout, config: dict[str, Any], run: Path) -> None:
+    """Raise StepError unless a run's holdout is the split that plan wrote into its config.json."""
+    found = split_sha256(sequences, holdout)
+    if found != config["split"]:
+        part = next(name for name in [*found, *config["split"]] if found.get(name) != config["split"].get(name))
+        raise StepError(
+            f"{run / 'config.json'}, key split.{part}: --data has other rows to hold out or to train on than plan saw; "
+            "run plan again with the same --data, or name the data it was planned for"
+        )
+
+
+def split_sha256(sequences: Sequences, holdout: Holdout) -> dict[str, str]:
+    """The SHA-256 of the rows that are trained on (`train`) and asked for (`test`, `valid`), in the sequences' order.
+
+    Of (user, item, timestamp) as little-endian int64 columns.
+    """
+    user, place = row_and_place(sequences.offsets, len(sequences.item))
+    rows = {"train": torch.nonzero(place < (sequences.offsets.diff() - holdout.train_drop)[user])[:, 0]}
+    for split, questions in holdout.questions.items():
+        rows[split] = sequences.offsets[questions.users + 1] - 1 - questions.drop
+    found = {}
+    for name, index in rows.items():
+        digest = hashlib.sha256()
+        for column in (user, sequences.item, sequences.timestamp):
+            digest.update(column[index].cpu().numpy().astype("<i8").data)
+        found[name] = digest.hexdigest()
+    return found
 
 
 def _leave_last_out(sequences: Sequences, validation: bool) -> Holdout:

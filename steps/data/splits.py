@@ -1,4 +1,4 @@
-"""Interactions into sequences, and the three-way split, with a content hash of every part."""
+"""Interactions into sequences, their counts, and what a protocol trains on and holds out of them, as content hashes."""
 
 import hashlib
 from typing import Any
@@ -13,7 +13,6 @@ TIES = {
     "shuffled": "timestamp, then a fixed random order, as an unstable sort might leave it",
 }
 _SHUFFLE_SEED = 0
-SPLIT_RULE = "per user: last = test, second last = validation, all before = training"
 
 
 def build_sequences(
@@ -57,20 +56,13 @@ def _tie_key(ties: str, rows: int) -> pl.Series | str:
     return {"file-order": "row", "item-id": "id"}[ties]
 
 
-def describe_split(tensors: dict[str, np.ndarray], ties: str = "file-order") -> dict[str, Any]:
-    """Counts, ties, rules and content hashes of the split, for `manifest.json`.
-
-    A hash is the SHA-256 of (user, item, timestamp) of the part's rows as little-endian int64 columns,
-    so two data sets hash alike exactly if they hold out the same rows in the same order.
-    """
+def describe(tensors: dict[str, np.ndarray], ties: str = "file-order") -> dict[str, Any]:
+    """Counts and ties of the sequences, for `manifest.json`."""
     offsets, item, timestamp = tensors["offsets"], tensors["item"], tensors["timestamp"]
     lengths = np.diff(offsets)
     user = np.repeat(np.arange(len(lengths)), lengths)
-    from_end = np.repeat(offsets[1:], lengths) - np.arange(len(item))  # 1 = last
     same_as_before = np.zeros(len(item), dtype=bool)
     same_as_before[1:] = (timestamp[1:] == timestamp[:-1]) & (user[1:] == user[:-1])
-    columns = [column.astype("<i8") for column in (user, item, timestamp)]
-    parts = {"test": from_end == 1, "valid": from_end == 2, "train": from_end > 2}
     return {
         "users": len(lengths),
         "rated_items": len(np.unique(item)),
@@ -82,9 +74,39 @@ def describe_split(tensors: dict[str, np.ndarray], ties: str = "file-order") -> 
         },
         "share_of_users_with_tied_target": round(float(same_as_before[offsets[1:] - 1].mean()), 4),
         "share_of_rows_tied_with_the_row_before": round(float(same_as_before.mean()), 4),
-        "rules": {"ties": TIES[ties], "split": SPLIT_RULE},
-        "sha256": {name: _hash(columns, rows) for name, rows in parts.items()},
+        "rules": {"ties": TIES[ties]},
     }
+
+
+def split_sha256(tensors: dict[str, np.ndarray], protocol: dict[str, Any]) -> dict[str, str]:
+    """The SHA-256 of the rows that a protocol of params/protocols.yaml trains on, tests on, and validates on, if any.
+
+    Of (user, item, timestamp) as little-endian int64 columns, so two runs have the same exactly if they hold out the
+    same rows in the same order. Written apart from `holdout`, which train and evaluate follow and compare with this.
+    """
+    offsets, times = tensors["offsets"], tensors["timestamp"]
+    lengths = np.diff(offsets)
+    user = np.repeat(np.arange(len(lengths)), lengths)
+    from_end = np.repeat(offsets[1:], lengths) - np.arange(len(times))  # 1 = the user's last row
+    validates = protocol["report"] == "best"
+    if protocol["split"] == "leave-last-out":
+        parts = {"train": from_end > (2 if validates else 1), "test": from_end == 1}
+        if validates:
+            parts["valid"] = from_end == 2
+    else:
+        ordered = np.sort(times)
+        test_share, valid_share = protocol["test_share"], protocol["valid_share"] if validates else 0.0
+        test_start = ordered[int(len(times) * (1 - test_share))]
+        train_end = ordered[int(len(times) * (1 - test_share - valid_share))]
+        last = np.append(user[1:] != user[:-1], True)
+        before_test = times < test_start
+        last_before_test = before_test & (last | np.append(~before_test[1:], True))
+        has_history = from_end < np.repeat(lengths, lengths)
+        parts = {"train": times < train_end, "test": last & ~before_test & has_history}
+        if validates:
+            parts["valid"] = last_before_test & (times >= train_end) & has_history
+    columns = [column.astype("<i8") for column in (user, tensors["item"], times)]
+    return {name: _hash(columns, rows) for name, rows in parts.items()}
 
 
 def _hash(columns: list[np.ndarray], rows: np.ndarray) -> str:

@@ -4,15 +4,20 @@ import hashlib
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from steps.common import yaml_files
+from steps.data.holdout import hold_out
+from steps.data.holdout import split_sha256 as held_out_sha256
 from steps.data.readers import read_table
-from steps.data.splits import build_sequences, describe_split
+from steps.data.sequences import Sequences
+from steps.data.splits import build_sequences, describe, split_sha256
 from steps.preprocess import write_sequences
 from steps.validate import read_valid
 from tests.conftest import ROOT
@@ -66,24 +71,74 @@ def test_other_tie_rules_reorder_ties_alone_and_repeat_themselves(ties: str) -> 
             zip(stable["timestamp"][part].tolist(), stable["item"][part].tolist(), strict=True)
         )
         assert ties == "shuffled" or pairs == sorted(pairs)
-    assert describe_split(other, ties)["rules"]["ties"] != describe_split(stable)["rules"]["ties"]
+    assert describe(other, ties)["rules"] != describe(stable)["rules"]
 
 
-def test_the_manifest_counts_ties_and_hashes_every_part() -> None:
-    rows = [(1, 7, 1), (1, 9, 2), (1, 11, 2), (2, 7, 3), (2, 9, 4), (2, 50, 5), (2, 30, 9)]
-    tensors, _, _ = build_sequences(table(rows), ITEMS)
-    found = describe_split(tensors)
+ROWS = [(1, 7, 1), (1, 9, 2), (1, 11, 2), (2, 7, 3), (2, 9, 4), (2, 50, 5), (2, 30, 9)]
+
+
+def test_the_manifest_counts_ties_and_names_no_protocol_s_split() -> None:
+    tensors, _, _ = build_sequences(table(ROWS), ITEMS)
+    found = describe(tensors)
     assert found["share_of_users_with_tied_target"] == 0.5
     assert found["share_of_rows_tied_with_the_row_before"] == round(1 / 7, 4)
     assert found["sequence_length"] == {"shortest": 3, "mean": 3.5, "longest": 4}
-    parts = {
-        "test": [(0, 3, 2), (1, 4, 9)],
-        "valid": [(0, 2, 2), (1, 5, 5)],
-        "train": [(0, 1, 1), (1, 1, 3), (1, 2, 4)],
-    }
+    assert "sha256" not in found
+    assert list(found["rules"]) == ["ties"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "parts"),
+    [
+        (
+            {"split": "leave-last-out", "report": "best"},
+            {
+                "train": [(0, 1, 1), (1, 1, 3), (1, 2, 4)],
+                "test": [(0, 3, 2), (1, 4, 9)],
+                "valid": [(0, 2, 2), (1, 5, 5)],
+            },
+        ),
+        (
+            {"split": "leave-last-out", "report": "last"},
+            {"train": [(0, 1, 1), (0, 2, 2), (1, 1, 3), (1, 2, 4), (1, 5, 5)], "test": [(0, 3, 2), (1, 4, 9)]},
+        ),
+        (  # times 1 2 2 3 4 5 9: the sixth, 5, begins the test period, the fourth, 3, the validation period
+            {"split": "temporal", "report": "best", "test_share": 0.28, "valid_share": 0.28},
+            {"train": [(0, 1, 1), (0, 2, 2), (0, 3, 2)], "test": [(1, 4, 9)], "valid": [(1, 2, 4)]},
+        ),
+        (
+            {"split": "temporal", "report": "last", "test_share": 0.28, "valid_share": 0.28},
+            {"train": [(0, 1, 1), (0, 2, 2), (0, 3, 2), (1, 1, 3), (1, 2, 4)], "test": [(1, 4, 9)]},
+        ),
+    ],
+)
+def test_the_split_is_hashed_by_the_rows_that_a_protocol_holds_out(
+    protocol: dict[str, Any], parts: dict[str, list[tuple[int, int, int]]]
+) -> None:
+    tensors, _, _ = build_sequences(table(ROWS), ITEMS)
+    expected = {}
     for name, part in parts.items():
         columns = b"".join(np.array(column, dtype="<i8").tobytes() for column in zip(*part, strict=True))
-        assert found["sha256"][name] == hashlib.sha256(columns).hexdigest()
+        expected[name] = hashlib.sha256(columns).hexdigest()
+    assert split_sha256(tensors, protocol) == expected
+    data = Sequences(*(torch.tensor(tensors[name]).long() for name in ("offsets", "item", "timestamp")), 5)
+    assert held_out_sha256(data, hold_out(data, protocol)) == expected
+
+
+@pytest.mark.parametrize("report", ["best", "last"])
+@pytest.mark.parametrize("split", ["leave-last-out", "temporal"])
+@pytest.mark.parametrize("seed", range(5))
+def test_both_ways_to_the_split_agree(seed: int, split: str, report: str) -> None:
+    random = np.random.default_rng(seed)
+    rows = [
+        (user, int(random.choice([7, 9, 11, 30, 50])), int(random.integers(0, 40)))
+        for user in range(20)
+        for _ in range(3 + user % 7)
+    ]
+    tensors, _, _ = build_sequences(table(rows), ITEMS)
+    protocol = {"split": split, "report": report, "test_share": 0.2, "valid_share": 0.15}
+    data = Sequences(*(torch.tensor(tensors[name]).long() for name in ("offsets", "item", "timestamp")), 5)
+    assert split_sha256(tensors, protocol) == held_out_sha256(data, hold_out(data, protocol))
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
