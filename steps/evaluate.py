@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from steps.common.cli import StepError, run_step
-from steps.common.device import compute_type, device_name, pick_device
-from steps.common.files import atomic_path, read_json, read_jsonl, write_json
-from steps.common.provenance import commit
-from steps.data.holdout import hold_out
+from steps.common.cli import StepError, raise_failures, run_step
+from steps.common.config import building, read_config
+from steps.common.device import compute_type, device_name, pick_device, use_threads
+from steps.common.files import atomic_path, read_json, read_jsonl, sha256, write_json
+from steps.common.locks import locked
+from steps.common.provenance import commit, require_trained
+from steps.data.holdout import hold_out, require_split
 from steps.data.sequences import Sequences, load_sequences
 from steps.models import SequenceModel, build
 from steps.models.checkpoint import load_weights
@@ -40,25 +42,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    use_threads(None)
     torch.backends.cuda.matmul.allow_tf32 = True  # as after every epoch of the training
     sequences, data_sha256 = load_sequences(args.data, pick_device(args.device))
-    for run in args.run:
-        evaluate(run, sequences, data_sha256, args.precision)
+    runs = list({run.resolve(): run for run in args.run}.values())
+    failures: dict[str, Exception] = {}
+    for run in runs:
+        try:
+            if not run.is_dir():
+                raise StepError(f"{run} does not exist; run plan and train first")
+            with locked(run.resolve()):
+                evaluate(run, sequences, data_sha256, args.precision)
+        except Exception as error:  # of one run, which ends no other
+            failures[str(run)] = error
+    raise_failures(failures, len(runs))
 
 
 def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str | None = None) -> None:
     """Evaluate the model of one run's folder on the device of the sequences; in its training's precision if `None`.
 
-    Raises StepError if the run is not trained, or was trained on other data.
+    Raises StepError if the run is not trained, was trained on other data, or holds a file that is not its training's.
     """
-    if not (run / "training.json").is_file():
+    source = run / "training.json"
+    if not source.is_file():
         raise StepError(f"{run} is not trained; run train first")
-    config, trained = read_json(run / "config.json"), read_json(run / "training.json")
-    if trained["data_sha256"] != data_sha256:
+    config, trained = read_config(run), read_json(source, remedy="train again")
+    if trained.get("data_sha256") != data_sha256:
         raise StepError(f"{run} was trained on other sequences than --data has; name its own, or train it again")
+    require_trained(run, config, trained, source)
     protocol, training, device = config["protocol"], config["training"], sequences.item.device
     holdout = hold_out(sequences, protocol)
-    model = build(config, sequences.num_items).to(device)
+    require_split(sequences, holdout, config, run)
+    with building(run):
+        model = build(config, sequences.num_items).to(device)
     computed = "float32"
     load_weights(model, run / "model.safetensors")
     if isinstance(model, SequenceModel):
@@ -87,7 +103,8 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
     with atomic_path(run / "ranks.safetensors") as temporary:
         temporary.write_bytes(save({name: tensor.cpu() for name, tensor in kept.items()}))
     evaluated = {"commit": commit(), "device": device_name(device), "precision": computed}
-    write_json(run / "metrics.json", {**found, **trained, "evaluated": evaluated})
+    ranks_sha256 = sha256(run / "ranks.safetensors")
+    write_json(run / "metrics.json", {**found, **trained, "ranks_sha256": ranks_sha256, "evaluated": evaluated})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from steps.common import params
 from steps.common.cli import StepError, run_step
-from steps.common.files import atomic_path, read_json
+from steps.common.files import atomic_path
+from steps.common.provenance import check_run
 
 _FILES = ("config.json", "history.jsonl", "metrics.json", "ranks.safetensors")
 _LARGEST = 1_000_000  # bytes of one file; larger ranks stay in runs/
@@ -19,13 +20,14 @@ _LARGEST = 1_000_000  # bytes of one file; larger ranks stay in runs/
 def record(experiment: str, runs: Path, records: Path) -> list[Path]:
     """Copy every finished run of the experiment; returns the record folders.
 
-    Raises StepError, before anything is copied, if a run names no clean commit.
+    Raises StepError, before anything is copied, if a run names no clean commit or holds files of two.
     """
     finished = [run for run in params.runs(experiment) if (runs / run.path / "metrics.json").is_file()]
     if not finished:
         raise StepError(f"{runs} holds no finished run of experiment {experiment}")
     for run in finished:
-        commit = read_json(runs / run.path / "metrics.json")["commit"]
+        _, metrics = check_run(runs / run.path)
+        commit = str(metrics.get("commit"))
         if len(commit) != 40:
             raise StepError(f"{runs / run.path} was made at commit {commit!r}; commit first, then train again")
     for run in finished:

@@ -15,7 +15,8 @@ from filelock import FileLock
 
 from steps.common import params
 from steps.common.cli import StepError, run_step
-from steps.common.files import read_json, read_jsonl, write_json
+from steps.common.files import read_jsonl, write_json
+from steps.common.provenance import check_run
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -41,6 +42,7 @@ def track(experiment: str, runs: Path, reports: Path, store: Path) -> dict[str, 
 
 
 def _track_run(client: Any, experiment_id: str, run: params.Run, folder: Path, reports: Path) -> str:
+    config, result = check_run(folder)
     present = [folder / name for name in _FILES if (folder / name).is_file()]  # committed records have no weights
     content = hashlib.sha256(b"".join(path.read_bytes() for path in present)).hexdigest()
     key = str(run.path)
@@ -49,7 +51,6 @@ def _track_run(client: Any, experiment_id: str, run: params.Run, folder: Path, r
         if old.data.tags["content"] == content:
             _log_reports(client, old.info.run_id, reports)
             return old.info.run_id
-    config, result = read_json(folder / "config.json"), read_json(folder / "metrics.json")
     tags = {"run": key, "content": content, "mlflow.source.git.commit": result["commit"]}
     tags |= {name: str(result[name]) for name in ("commit", "data_sha256", "device")}
     tags |= {f"version.{name}": version for name, version in result["versions"].items()}

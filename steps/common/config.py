@@ -109,11 +109,15 @@ def read_config(run: Path) -> dict[str, Any]:
     shares: _Entries = {"test_share": _BELOW_HALF, "valid_share": _BELOW_HALF}
     temporal = isinstance(protocol, dict) and protocol.get("split") == "temporal"
     validates = isinstance(protocol, dict) and protocol.get("report") == "best"
+    hashes: _Entries = {"train": _HASH, "test": _HASH}
+    if validates:
+        hashes["valid"] = _HASH
     entries: _Entries = {
         "experiment": _TEXT,
         "dataset": _TEXT,
         "row": _TEXT,
         "seed": _WHOLE,
+        "repeats": _one_of("none", "recommend", "leave-out"),
         "protocol": {
             "name": _TEXT,
             "split": _one_of("leave-last-out", "temporal"),
@@ -122,7 +126,7 @@ def read_config(run: Path) -> dict[str, Any]:
             "exclude": _one_of("window", "history"),
         }
         | (shares if temporal else {}),
-        "split": {"train": _HASH, "test": _HASH} | ({"valid": _HASH} if validates else {}),
+        "split": hashes,
         "training": _TRAINING,
         "model": {"model": _one_of(*_MODELS)} | settings,
     }

@@ -1,6 +1,8 @@
 """Weights, and the state a killed training goes on from, as safetensors files."""
 
+import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,18 @@ from safetensors.torch import load_file, save
 
 from steps.common.cli import StepError
 from steps.common.files import atomic_path
+
+
+class StateError(Exception):
+    """Why a state cannot be gone on from."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What `write_state` wrote: `state_tensors`, and JSON `progress`."""
+
+    tensors: dict[str, torch.Tensor]
+    progress: dict[str, Any]
 
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
@@ -36,34 +50,63 @@ def state_tensors(
     return tensors
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
-    """Write `state_tensors`, and JSON `progress`, atomically."""
-    _write(path, tensors, {"progress": json.dumps(progress)})
+def write_state(path: Path, state: State) -> None:
+    """Write a state and its hash, atomically."""
+    progress = json.dumps(state.progress)
+    _write(path, state.tensors, {"progress": progress, "sha256": _digest(state.tensors, progress)})
 
 
-def load_progress(path: Path) -> dict[str, Any] | None:
-    """The `progress` that `write_tensors` wrote; None if there is no usable file."""
+def read_state(path: Path, identity: str) -> State | None:
+    """What `write_state` wrote, on the CPU; None if nothing is there.
+
+    Raises StateError if it is damaged, or another training's than the one of that `identity`.
+    """
+    if not path.exists():
+        return None
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["progress"])
-    except (OSError, SafetensorError):
-        return None
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        if metadata["sha256"] != _digest(tensors, metadata["progress"]):
+            raise StateError("is damaged: its sha256 is another than it says")
+        progress = json.loads(metadata["progress"])
+        if progress["identity"] != identity:
+            raise StateError("is of another config, other data or another precision")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise StateError(f"is damaged: {error}") from error
+    return State(tensors, progress)
 
 
-def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Put the state in `path` into model and optimiser; returns the best weights so far, on the model's device."""
-    tensors = load_file(path, device=str(next(model.parameters()).device))
+def load_state(state: State, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Put a state into model and optimiser; returns the best weights so far, on the model's device.
+
+    Raises StateError if it does not fit them, which may then hold a part of it.
+    """
+    device = next(model.parameters()).device
     groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
-    for name, tensor in tensors.items():
-        group, key = name.split("/", 1)
-        groups[group][key] = tensor
-    model.load_state_dict(groups["model"])
-    states: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in groups["optimizer"].items():
-        index, name = key.split("/")
-        states.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    try:
+        for name, tensor in state.tensors.items():
+            group, key = name.split("/", 1)
+            groups[group][key] = tensor.to(device)
+        model.load_state_dict(groups["model"])
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in groups["optimizer"].items():
+            index, name = key.split("/")
+            states.setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise StateError(f"does not fit this code's model: {error}") from error
     return groups["best"]
+
+
+def _digest(tensors: dict[str, torch.Tensor], progress: str) -> str:
+    """The SHA-256 of tensors, their names and types, and the progress."""
+    digest = hashlib.sha256(progress.encode())
+    for name, tensor in sorted(tensors.items()):
+        host = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {host.dtype} {tuple(host.shape)}".encode())
+        digest.update(host.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from steps.common import params
 from steps.common.cli import StepError
-from steps.common.files import read_json, read_jsonl
+from steps.common.files import read_jsonl
+from steps.common.provenance import check_run
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,14 @@ class Record:
 
 
 def read_records(experiment: str, folder: Path) -> tuple[list[Record], list[params.Run]]:
-    """The finished runs in table order, and the runs that are missing. Raises StepError if none is finished."""
+    """The finished runs in table order, and the runs that are missing. Raises StepError if none is finished, or
+    if a run's files do not belong together."""
     found, missing = [], []
     for run in params.runs(experiment):
         path = folder / run.path
         if (path / "metrics.json").is_file():
-            files = (
-                read_json(path / "config.json"),
-                read_jsonl(path / "history.jsonl"),
-                read_json(path / "metrics.json"),
-            )
-            found.append(Record(run, *files))
+            config, metrics = check_run(path)
+            found.append(Record(run, config, read_jsonl(path / "history.jsonl"), metrics))
         else:
             missing.append(run)
     if not found:

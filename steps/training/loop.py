@@ -5,12 +5,10 @@ goes on from a state, or beside others on one GPU, ends where it would have ende
 deterministic mode, otherwise but for the order of additions.
 """
 
-import hashlib
-import json
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,11 @@ import torch
 
 from steps.common.cli import StepError
 from steps.common.progress import progress
-from steps.common.provenance import commit
+from steps.common.provenance import commit, content_sha256
 from steps.data.holdout import hold_out
 from steps.data.sequences import Sequences
 from steps.models import SequenceModel, build
-from steps.models.checkpoint import load_progress, load_state
+from steps.models.checkpoint import StateError, load_state, read_state
 from steps.training.device import Place
 from steps.training.states import StateWriter
 from steps.training.steps import StaticSteps, bucket_size
@@ -58,31 +56,37 @@ class Training:
         self.title = title
         self.holdout = hold_out(sequences, config["protocol"])
         self.place = Place(self.device)
-        training = config["training"]
         with self.place.entered():
-            torch.manual_seed(config["seed"] * SEEDS_APART)
-            model = build(config, sequences.num_items).to(self.device)
-            if not isinstance(model, SequenceModel):
-                raise TypeError(f"{type(model).__name__} is fitted, not trained")
-            self.model = model
-            self.model.compute = compute if model.takes_low_precision else None
-            self.optimizer = model.optimizer()
             drop = self.holdout.train_drop
             users = sequences.trainable_users(drop)
             if not len(users):
                 raise StepError("no user has two interactions besides those held out: nothing to train on")
             self._users = users.cpu()
             every = torch.arange(sequences.num_users, device=self.device)
-            self._lengths = sequences.window_lengths(every, drop, training["max_len"]).cpu()
-            on_cuda = self.device.type == "cuda"
-            self.static: StaticSteps | None = None
-            if on_cuda if static is None else static:
-                capture, compiled = capture and on_cuda, on_cuda and self._gains() if compiled is None else compiled
-                self.static = StaticSteps(model, self.optimizer, sequences, drop, self.place, capture, compiled)
-            self._watch = Watch(model, config, sequences, self.holdout)
-            self.history: list[dict[str, Any]] = []
-            self.best: dict[str, torch.Tensor] = {}
+            self._lengths = sequences.window_lengths(every, drop, config["training"]["max_len"]).cpu()
+            self._how = compute, static, capture, compiled
+            self._build()
             self._resume(run / "resume" / "state.safetensors", data_sha256)
+
+    def _build(self) -> None:
+        """The untrained model, its optimiser, and what trains and watches it."""
+        compute, static, capture, compiled = self._how
+        torch.manual_seed(self.config["seed"] * SEEDS_APART)
+        model = build(self.config, self.sequences.num_items).to(self.device)
+        if not isinstance(model, SequenceModel):
+            raise TypeError(f"{type(model).__name__} is fitted, not trained")
+        self.model = model
+        self.model.compute = compute if model.takes_low_precision else None
+        self.optimizer = model.optimizer()
+        on_cuda = self.device.type == "cuda"
+        self.static: StaticSteps | None = None
+        if on_cuda if static is None else static:
+            capture, compiled = capture and on_cuda, on_cuda and self._gains() if compiled is None else compiled
+            drop = self.holdout.train_drop
+            self.static = StaticSteps(model, self.optimizer, self.sequences, drop, self.place, capture, compiled)
+        self._watch = Watch(model, self.config, self.sequences, self.holdout)
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, torch.Tensor] = {}
 
     def _gains(self) -> bool:
         """Whether compiling pays; never in deterministic mode, as what it makes follows the sizes it sees first."""
@@ -94,16 +98,24 @@ class Training:
         return steps * training["epochs"] >= _COMPILED_FROM
 
     def _resume(self, path: Path, data_sha256: str) -> None:
-        kind = [self.config, data_sha256, str(self.model.compute), self.static and self.static.compiled]
-        self._identity = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()
+        compiled = self.static and self.static.compiled
+        self._identity = content_sha256([self.config, data_sha256, str(self.model.compute), compiled])
         self._states = StateWriter(path, self.device)
-        self.commits = [commit()]
-        saved = load_progress(path)
-        if saved is not None and saved["identity"] == self._identity:
-            self.best = load_state(path, self.model, self.optimizer)
-            self.history = saved["history"]
-            self.commits = list(dict.fromkeys([*saved.get("commits", ["unknown"]), *self.commits]))
-            print(f"{self.title}resuming after epoch {self.done} from {path}", flush=True)
+        self.commits, self.threads = [commit()], [torch.get_num_threads()]
+        self._begins = ""
+        try:
+            state = read_state(path, self._identity)
+            if state is None:
+                return
+            self.best = load_state(state, self.model, self.optimizer)
+        except StateError as error:
+            self._build()  # again, as it may hold a part of the state
+            self._begins = f"{path} {' '.join(str(error).split())}; training starts at epoch 1"
+            return
+        self.history = state.progress["history"]
+        self.commits = list(dict.fromkeys([*state.progress["commits"], *self.commits]))
+        self.threads = list(dict.fromkeys([*state.progress["threads"], *self.threads]))
+        self._begins = f"resuming after epoch {self.done} from {path}"
 
     @property
     def done(self) -> int:
@@ -125,6 +137,8 @@ class Training:
         The model is watched, and a line of the history written, after every `watch_every` epochs and after the last.
         """
         epochs, every = self.config["training"]["epochs"], self.config["training"].get("watch_every", 1)
+        if self._begins:
+            print(self.title + self._begins, flush=True)
         while not self.finished:
             start = time.perf_counter()
             taken = 0
@@ -152,7 +166,8 @@ class Training:
             print(self.title + summary(line, epochs), flush=True)
             if self.config["protocol"]["report"] == "best" and line == max(self.history, key=_selection):
                 self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-            state = {"identity": self._identity, "history": self.history, "commits": self.commits}
+            state: dict[str, Any] = {"identity": self._identity, "history": self.history}
+            state |= {"commits": self.commits, "threads": self.threads}
             self._states.offer(self.model, self.optimizer, self.best, state, self.finished)
         if self.best:
             self.model.load_state_dict(self.best)
@@ -189,6 +204,11 @@ class Training:
             self._total += loss.detach()
             yield 1
 
+    def give_up(self) -> None:
+        """Wait for the state that is being written, whatever becomes of it."""
+        with suppress(Exception):
+            self._states.finish()
+
     def record(self) -> dict[str, Any]:
         """How the training went: what it took, and how."""
         step = statistics.median(line["train/seconds"] / line["train/steps"] for line in self.history)
@@ -199,24 +219,26 @@ class Training:
             "captured": self.static is not None and self.static.capture,
             "compiled": self.static is not None and self.static.compiled,
             "commit": "+".join(self.commits),
+            "threads": "+".join(map(str, self.threads)),
             "stopped_early": self.done if self.done < self.config["training"]["epochs"] else None,
         }
 
 
-def train_together(trainings: list[Training]) -> Iterator[tuple[int, StepError | None]]:
+def train_together(trainings: list[Training]) -> Iterator[tuple[int, Exception | None]]:
     """Train all, taking turns at every step; yields the place of each that ends, and why it failed, if it did."""
     going = {index: training.epochs() for index, training in enumerate(trainings)}
     while going:
         for index, steps in list(going.items()):
-            error = None
+            error: Exception | None = None
             with trainings[index].place.entered():
                 try:
                     next(steps)
                     continue
                 except StopIteration:
                     pass
-                except StepError as failure:
+                except Exception as failure:  # of one run, which ends no other
                     error = failure
+                    trainings[index].give_up()
             del going[index]
             yield index, error
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from steps.models.checkpoint import state_tensors, write_tensors
+from steps.models.checkpoint import State, state_tensors, write_state
 
 #: Of a large model a state takes seconds to write, and an epoch of a small one fractions of a second on a GPU: at
 #: most so much is trained again after a kill.
@@ -45,7 +45,7 @@ class StateWriter:
         def write() -> None:
             if copied is not None:
                 copied.synchronize()
-            write_tensors(self.path, copies, progress)
+            write_state(self.path, State(copies, progress))
 
         # Freed by `finish`, in this thread: freeing page-locked memory leaves an event on the run's stream, which must
         # not be while this thread captures a graph there.

@@ -1,6 +1,13 @@
 """Configs of small runs, as `plan` would write them."""
 
+from pathlib import Path
 from typing import Any
+
+from safetensors.numpy import load_file
+
+from steps.common.files import read_json, sha256, write_json
+from steps.common.provenance import content_sha256
+from steps.data.splits import split_sha256
 
 STRICT = {"name": "strict", "split": "leave-last-out", "report": "best", "candidates": "rated", "exclude": "history"}
 PAPER = {"name": "paper", "split": "leave-last-out", "report": "last", "candidates": "catalogue", "exclude": "window"}
@@ -35,3 +42,17 @@ def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int =
         "model": settings | changes,
         "training": training,
     }
+
+
+def planned(settings: dict[str, Any], data: Path) -> dict[str, Any]:
+    """The config with the hashes of its split of the processed sequences in `data`."""
+    return settings | {"split": split_sha256(load_file(data / "sequences.safetensors"), settings["protocol"])}
+
+
+def seal(run: Path) -> None:
+    """Put the hashes of a run's files into its metrics.json, as train and evaluate would."""
+    hashes = {"config_sha256": content_sha256(read_json(run / "config.json"))}
+    files = {"history": "history.jsonl", "weights": "model.safetensors", "ranks": "ranks.safetensors"}
+    for name, file in files.items():
+        hashes[f"{name}_sha256"] = sha256(run / file) if (run / file).exists() else "absent"
+    write_json(run / "metrics.json", read_json(run / "metrics.json") | hashes)

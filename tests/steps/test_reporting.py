@@ -18,6 +18,7 @@ from steps.common.files import read_json, write_json, write_text
 from steps.track import _REPORTS
 from tests.conftest import run as run_command
 from tests.conftest import step
+from tests.steps.runs import seal
 
 METRICS = ("hr@1", "hr@10", "hr@50", "hr@100", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
 
@@ -51,6 +52,7 @@ def fake_run(project: Path, run: params.Run, commit: str = "a" * 40) -> None:
     ranks = {"test": best, "test_ties": ties, "test_users": torch.arange(200)}
     save_file(ranks, folder / "ranks.safetensors")
     save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+    seal(folder)
 
 
 def experiment(project: Path, name: str, **content: Any) -> list[params.Run]:
@@ -279,6 +281,7 @@ def test_ranks_that_cannot_be_compared_are_named(project: Path, ml_1m: list[para
     if users:
         ones = torch.ones(users, dtype=torch.int32)
         save_file({"test": ones, "test_ties": ones - 1, "test_users": torch.arange(users)}, path)
+        seal(path.parent)
     arguments = ("--experiment", "mine", "--runs", "runs/mine", "--output", "reports/mine")
     result = step("compare", *arguments, cwd=project, check=False)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr

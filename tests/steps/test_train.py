@@ -1,5 +1,6 @@
 """Training: it learns, survives a kill, repeats itself bit for bit, and runs on a bare machine."""
 
+import json
 import math
 import shutil
 import signal
@@ -10,30 +11,35 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from steps.common.files import read_json, read_jsonl, write_json
+from steps.common.cli import StepError
+from steps.common.config import read_config
+from steps.common.files import read_json, read_jsonl, sha256, write_json
+from steps.common.locks import locked
 from steps.common.params import Run, load, resolve
+from steps.common.provenance import check_run
 from steps.data.sequences import load_sequences
 from steps.models import build
-from steps.models.checkpoint import load_weights, save_weights
+from steps.models.checkpoint import State, load_weights, read_state, save_weights, write_state
 from steps.training.loop import Training, reported_epoch
 from tests.conftest import ROOT, write_processed
-from tests.steps.runs import PAPER, config, lasting
+from tests.steps.runs import PAPER, config, lasting, planned
 
 
 def command(name: str, run: Path, data: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", f"steps.{name}", "--run", str(run), "--data", str(data), *more]
 
 
-def make_run(folder: Path, settings: dict[str, Any]) -> Path:
-    write_json(folder / "config.json", settings)
+def make_run(folder: Path, settings: dict[str, Any], data: Path) -> Path:
+    write_json(folder / "config.json", planned(settings, data))
     return folder
 
 
-def finish(run: Path, data: Path, *more: str) -> None:
+def finish(run: Path, data: Path, *more: str) -> str:
+    """Train a run; returns what it printed."""
     deterministic = command("train", run, data, "--deterministic", "--device", "cpu", *more)
-    subprocess.run(deterministic, check=True, cwd=ROOT, capture_output=True)
+    return subprocess.run(deterministic, check=True, cwd=ROOT, capture_output=True, text=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("model", ["hstu", "sasrec", "gru4rec"])
 def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(model: str, data: Path, tmp_path: Path) -> None:
     settings = config(model, epochs=12)
-    whole, killed = make_run(tmp_path / "whole", settings), make_run(tmp_path / "killed", settings)
+    whole, killed = make_run(tmp_path / "whole", settings, data), make_run(tmp_path / "killed", settings, data)
     finish(whole, data)
     process = subprocess.Popen(
         command("train", killed, data, "--deterministic", "--device", "cpu"),
@@ -77,7 +83,7 @@ def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(model: str, da
 
 
 def test_a_state_of_another_config_is_not_gone_on_from(data: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", config(epochs=300))
+    run = make_run(tmp_path / "run", config(epochs=300), data)
     train = command("train", run, data, "--device", "cpu")
     process = subprocess.Popen(train, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -85,16 +91,17 @@ def test_a_state_of_another_config_is_not_gone_on_from(data: Path, tmp_path: Pat
     process.kill()
     process.wait()
     assert (run / "resume" / "state.safetensors").is_file()
-    make_run(run, config(epochs=2))
+    make_run(run, config(epochs=2), data)
     again = subprocess.run(train, check=True, cwd=ROOT, capture_output=True, text=True)
     assert "resuming" not in again.stdout
+    assert "state.safetensors is of another config" in again.stdout
     assert len(read_jsonl(run / "history.jsonl")) == 2
 
 
 def test_a_training_that_went_on_names_every_commit(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make_run(tmp_path / "run", config(epochs=4))
+    run = make_run(tmp_path / "run", config(epochs=4), data)
     found, digest = load_sequences(data, torch.device("cpu"))
     monkeypatch.setenv("HSTU_COMMIT", "a" * 40 + "-dirty")
     begun = Training(config(epochs=4), found, digest, run)
@@ -110,22 +117,41 @@ def test_a_training_that_went_on_names_every_commit(
     assert went_on.record()["commit"] == "a" * 40 + "-dirty+" + "c" * 40  # b's took no step
 
 
-def test_results_of_an_earlier_training_do_not_outlive_a_failed_one(data: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", config(epochs=1))
+def test_results_of_an_earlier_training_stay_until_new_ones_are_there_and_are_not_taken_for_them(
+    data: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", config(epochs=1), data)
     finish(run, data)
     subprocess.run(command("evaluate", run, data), check=True, cwd=ROOT)
-    assert (run / "metrics.json").is_file()
-    make_run(run, config(epochs=2, optimizer={"lr": 1e18, "betas": [0.9, 0.98], "weight_decay": 0.0}))
-    failed = subprocess.run(command("train", run, data), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert failed.returncode == 1, failed.stdout
-    assert [path.name for path in run.iterdir() if path.is_file()] == ["config.json"]
-    evaluated = subprocess.run(command("evaluate", run, data), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert evaluated.returncode == 1
-    assert "is not trained" in evaluated.stderr
+    results = contents(run)
+    assert "metrics.json" in results
+    diverges = config(epochs=2, optimizer={"lr": 1e18, "betas": [0.9, 0.98], "weight_decay": 0.0})
+    make_run(run, diverges, data)
+    assert "diverged" in fails("train", run, data)
+    assert contents(run) == results | {"config.json": (run / "config.json").read_bytes()}
+    assert "config.json is not the config that" in fails("evaluate", run, data)
+    with pytest.raises(StepError, match=r"config\.json is not the config that"):
+        check_run(run)
+    make_run(run, config(epochs=2), data)
+    finish(run, data)
+    assert sorted(contents(run)) == ["config.json", "history.jsonl", "model.safetensors", "training.json"]
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+def fails(name: str, run: Path, data: Path, *more: str) -> str:
+    """The one line on stderr of a step that fails."""
+    found = subprocess.run(command(name, run, data, *more), check=False, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 1, found.stdout
+    assert len(found.stderr.splitlines()) == 1, found.stderr
+    assert "--debug" not in found.stderr, found.stderr
+    return found.stderr
 
 
 def test_a_model_is_not_evaluated_on_other_data(data: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", config("popular", epochs=1))
+    run = make_run(tmp_path / "run", config("popular", epochs=1), data)
     finish(run, data)
     other = write_processed(tmp_path / "other", [9 + user % 17 for user in range(150)], 80, seed=1)
     evaluated = subprocess.run(command("evaluate", run, other), cwd=ROOT, capture_output=True, text=True, check=False)
@@ -137,7 +163,7 @@ def test_a_model_is_not_evaluated_on_other_data(data: Path, tmp_path: Path) -> N
 def test_a_device_that_is_not_there_is_one_clear_line(data: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    run = make_run(tmp_path / "run", config(epochs=1))
+    run = make_run(tmp_path / "run", config(epochs=1), data)
     failed = subprocess.run(
         command("train", run, data, "--device", "cuda"), cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -145,18 +171,73 @@ def test_a_device_that_is_not_there_is_one_clear_line(data: Path, tmp_path: Path
     assert "no CUDA device" in failed.stderr
 
 
-def test_a_damaged_state_is_not_gone_on_from(data: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", config(epochs=2))
-    (run / "resume").mkdir()
-    (run / "resume" / "state.safetensors").write_bytes(b"half of a file")
-    finish(run, data)
-    assert len(read_jsonl(run / "history.jsonl")) == 2
+def states(run: Path, settings: dict[str, Any], data: Path) -> tuple[Training, Path]:
+    """A training broken off after its second epoch, and the state that it left."""
+    found, digest = load_sequences(data, torch.device("cpu"))
+    begun = Training(planned(settings, data), found, digest, run)
+    steps = begun.epochs()
+    while begun.done < 2:
+        next(steps)
+    steps.close()
+    begun._states.finish()
+    return begun, run / "resume" / "state.safetensors"
+
+
+@pytest.mark.parametrize(
+    "damage", ["bit of a tensor", "bit of the history", "bit of the header", "cut", "text", "empty"]
+)
+def test_a_damaged_state_is_named_and_the_training_starts_anew(damage: str, data: Path, tmp_path: Path) -> None:
+    settings = config(epochs=3)
+    whole = make_run(tmp_path / "whole", settings, data)
+    finish(whole, data)
+    run = make_run(tmp_path / "run", settings, data)
+    _, state = states(run, settings, data)
+    content = bytearray(state.read_bytes())
+    place = {
+        "bit of a tensor": len(content) - 40,
+        "bit of the history": content.index(b"hr@10") + 11,
+        "bit of the header": 3,
+    }
+    if damage in place:
+        content[place[damage]] ^= 1
+    state.write_bytes({"cut": content[:-9], "text": b"half of a file", "empty": b""}.get(damage, bytes(content)))
+    done = finish(run, data)
+    assert f"{state} is damaged" in done
+    assert done.count("training starts at epoch 1") == 1
+    assert "epoch 1/3" in done
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert lasting(read_jsonl(run / "history.jsonl")) == lasting(read_jsonl(whole / "history.jsonl"))
+
+
+def test_a_state_that_does_not_fit_leaves_nothing_in_the_model(data: Path, tmp_path: Path) -> None:
+    """As one of another version of the code, whose parameters had other names: with the right hash and identity."""
+    settings = config(epochs=3)
+    whole = make_run(tmp_path / "whole", settings, data)
+    finish(whole, data)
+    run = make_run(tmp_path / "run", settings, data)
+    begun, path = states(run, settings, data)
+    state = read_state(path, begun._identity)
+    assert state is not None
+    tensors = {name.replace("blocks.1", "layers.1"): tensor for name, tensor in state.tensors.items()}
+    write_state(path, State(tensors, state.progress))
+    assert "does not fit this code's model" in finish(run, data)
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_training_names_its_threads_and_those_it_went_on_with(data: Path, tmp_path: Path) -> None:
+    """On a CPU the sums in layer norm's gradients follow them."""
+    settings = config(epochs=3)
+    run = make_run(tmp_path / "run", settings, data)
+    begun, _ = states(run, settings, data)
+    others = begun.threads[0] + 1
+    finish(run, data, "--threads", str(others))
+    assert read_json(run / "training.json")["threads"] == f"{others - 1}+{others}"
 
 
 def test_strict_keeps_the_best_validation_epoch_and_paper_the_last(data: Path, tmp_path: Path) -> None:
     strict, paper = (
-        make_run(tmp_path / "s", config(epochs=6)),
-        make_run(tmp_path / "p", config("hstu", PAPER, epochs=6)),
+        make_run(tmp_path / "s", config(epochs=6), data),
+        make_run(tmp_path / "p", config("hstu", PAPER, epochs=6), data),
     )
     for run in (strict, paper):
         finish(run, data)
@@ -188,7 +269,7 @@ def test_ties_for_best_go_to_the_first_epoch() -> None:
     "model", ["hstu", "sasrec", "transformer++", "bert4rec", "gru4rec", "popular", "markov", "item-knn"]
 )
 def test_train_and_evaluate_need_torch_numpy_and_safetensors_alone(model: str, data: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", config(model, epochs=1))
+    run = make_run(tmp_path / "run", config(model, epochs=1), data)
     absent = [
         "tqdm",
         "yaml",
@@ -215,7 +296,8 @@ def test_train_and_evaluate_need_torch_numpy_and_safetensors_alone(model: str, d
 
 def test_one_seed_one_model_and_another_seed_another(data: Path, tmp_path: Path) -> None:
     runs = [
-        make_run(tmp_path / name, config(epochs=1) | {"seed": seed}) for name, seed in [("a", 3), ("b", 3), ("c", 4)]
+        make_run(tmp_path / name, config(epochs=1) | {"seed": seed}, data)
+        for name, seed in [("a", 3), ("b", 3), ("c", 4)]
     ]
     for run in runs:
         finish(run, data)
@@ -225,7 +307,7 @@ def test_one_seed_one_model_and_another_seed_another(data: Path, tmp_path: Path)
 
 
 def test_divergence_is_one_line_and_leaves_no_weights(data: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", config(optimizer={"lr": 1e30, "betas": [0.9, 0.98], "weight_decay": 0.0}))
+    run = make_run(tmp_path / "run", config(optimizer={"lr": 1e30, "betas": [0.9, 0.98], "weight_decay": 0.0}), data)
     result = subprocess.run(command("train", run, data), check=False, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert "training diverged; lower the learning rate" in result.stderr
@@ -234,12 +316,12 @@ def test_divergence_is_one_line_and_leaves_no_weights(data: Path, tmp_path: Path
 
 
 def test_weights_of_another_model_are_refused(data: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", config(epochs=1))
+    run = make_run(tmp_path / "run", config(epochs=1), data)
     finish(run, data)
-    make_run(run, config("sasrec", epochs=1))
+    make_run(run, config("sasrec", epochs=1), data)
     result = subprocess.run(command("evaluate", run, data), check=False, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
-    assert "does not hold the weights of this model" in result.stderr
+    assert "config.json is not the config that" in result.stderr
     assert not (run / "metrics.json").exists()
 
 
@@ -264,7 +346,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def popularity(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
     """Validation NDCG@10 of most-popular on the demo."""
-    run = make_run(tmp_path_factory.mktemp("popular"), demo_config("most-popular"))
+    run = make_run(tmp_path_factory.mktemp("popular"), demo_config("most-popular"), demo)
     finish(run, demo)
     return read_jsonl(run / "history.jsonl")[0]["valid/ndcg@10"]
 
@@ -283,7 +365,7 @@ TRAINED_ROWS = [name for name, row in load("models", ROOT / "params").items() if
 @pytest.mark.parametrize("row", TRAINED_ROWS)
 def test_every_trained_row_learns_on_the_demo(row: str, demo: Path, popularity: float, tmp_path: Path) -> None:
     settings = demo_config(row)
-    run = make_run(tmp_path / row, settings)
+    run = make_run(tmp_path / row, settings, demo)
     finish(run, demo)
     history = read_jsonl(run / "history.jsonl")
     # gBCE with 256 of 380 items as negatives stays near popularity for long; the others leave it at once.
@@ -307,3 +389,176 @@ def test_saved_weights_give_the_scores_of_the_trained_model(data: Path, tmp_path
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-10])
     with pytest.raises(Exception, match="Train again"):
         load_weights(other, tmp_path / "cut.safetensors")
+
+
+def entries(content: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The path of every entry of nested objects."""
+    found = [path] if path else []
+    for key in content if isinstance(content, dict) else []:
+        found += entries(content[key], (*path, key))
+    return found
+
+
+def changed(content: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """A copy without the entry, or with another value that is given as a list of one."""
+    copy = json.loads(json.dumps(content))
+    place = copy
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    if value:
+        place[path[-1]] = value[0]
+    return copy
+
+
+HASHES = dict.fromkeys(("train", "test", "valid"), "0" * 64)
+
+
+@pytest.mark.parametrize("row", sorted(load("models", ROOT / "params")))
+def test_a_missing_or_wrong_entry_of_a_config_is_named(row: str, tmp_path: Path) -> None:
+    settings = resolve(Run("ml-1m", "ml-1m", row, "temporal", 0), ROOT / "params")
+    settings["split"] = HASHES
+    write_json(tmp_path / "config.json", settings)
+    assert read_config(tmp_path) == settings
+    kinds = {name for name in settings["model"] if name not in ("dim", "blocks", "heads", "dqk", "dv")}
+    for path in entries(settings):
+        if path[0] == "model" and len(path) == 2 and path[1] not in kinds:
+            continue  # sizes, which not every model reads
+        for value in ([], [None], [[]], [-1], ["?"], [{"a": 1}]):
+            if (
+                value == ["?"]
+                and path[-1] in ("name", "row", "dataset", "experiment")
+                and len(path) < 3
+                and path != ("model", "loss", "name")
+            ) or (
+                not value
+                and path[-1] in ("patience", "watch_every", "negatives", "items")
+                and path != ("training", "negatives")
+            ):
+                continue
+            write_json(tmp_path / "config.json", changed(settings, path, value))
+            with pytest.raises(StepError) as failure:
+                read_config(tmp_path)
+            assert str(failure.value).startswith(f"{tmp_path / 'config.json'}, key {'.'.join(path)}"), (path, value)
+    write_json(tmp_path / "config.json", changed(settings, ("training", "dropout"), []) | {"mine": 1})
+    with pytest.raises(StepError, match=r"key training\.dropout: is missing|key mine: nothing reads it"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["key", "split", "json"])
+def test_nothing_is_deleted_or_trained_before_every_run_is_checked(wrong: str, data: Path, tmp_path: Path) -> None:
+    good, bad = (make_run(tmp_path / name, config("popular"), data) for name in ("good", "bad"))
+    finish(good, data)
+    results = contents(good)
+    settings = planned(config(), data)
+    match wrong:
+        case "key":
+            del settings["model"]["dim"]
+        case "split":
+            settings["split"]["test"] = "0" * 64
+    write_json(bad / "config.json", settings)
+    if wrong == "json":
+        (bad / "config.json").write_text("{")
+    line = fails("train", good, data, "--run", str(bad))
+    assert {"key": "bad/config.json, key model.dim: is missing", "split": "bad/config.json, key split.test"}.get(
+        wrong, "bad/config.json is not JSON"
+    ) in line
+    assert contents(good) == results
+
+
+def test_a_run_that_fails_ends_no_other_of_the_command(data: Path, tmp_path: Path) -> None:
+    """Of one item gBCE has no sampling rate: an error that is not of our own kind, in the middle of a training."""
+    one_item = write_processed(tmp_path / "data", [5, 6, 5], 80)
+    tensors = load_file(one_item / "sequences.safetensors")
+    tensors["item"].fill_(1)
+    save_file(tensors, one_item / "sequences.safetensors")
+    digest = sha256(one_item / "sequences.safetensors")
+    write_json(one_item / "manifest.json", {"catalogue_items": 1, "sequences_sha256": digest})
+    loss = {"name": "gbce", "similarity": "dot", "temperature": 1.0, "calibration": 0.75}
+    bad = make_run(tmp_path / "bad", config("sasrec", PAPER, epochs=1, loss=loss), one_item)
+    others = [make_run(tmp_path / name, config(name, PAPER, epochs=1), one_item) for name in ("sasrec", "popular")]
+    runs = [str(run) for run in others]
+    found = subprocess.run(
+        command("train", bad, one_item, "--run", *runs), check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 1
+    assert len(found.stderr.splitlines()) == 1, found.stderr
+    assert f"1 of 3 runs failed: {bad}: " in found.stderr
+    assert not (bad / "training.json").exists()
+    assert all((run / "training.json").is_file() for run in others)
+    line = fails("evaluate", bad, one_item, "--run", *runs)
+    assert f"1 of 3 runs failed: {bad}: {bad} is not trained" in line
+    assert all((run / "metrics.json").is_file() for run in others)
+
+
+@pytest.fixture(scope="module")
+def evaluated(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = make_run(tmp_path_factory.mktemp("evaluated") / "run", config(epochs=1), data)
+    finish(run, data)
+    subprocess.run(command("evaluate", run, data), check=True, cwd=ROOT)
+    return run
+
+
+def tamper(run: Path, what: str) -> str:
+    """Change a file of a run; returns its name."""
+    name = {"bias": "config.json", "epoch": "training.json", "line": "history.jsonl", "ranks": "ranks.safetensors"}.get(
+        what, "model.safetensors"
+    )
+    path = run / name
+    content = bytearray(path.read_bytes())
+    match what:
+        case "bias":
+            settings = read_json(path)
+            settings["model"]["bias"]["time"] = "self"
+            write_json(path, settings)
+            return name
+        case "line":
+            content = content.replace(b'"epoch": 1', b'"epoch": 2')
+        case "epoch":
+            content = content.replace(b'"epoch": 1', b'"epoch": 7')
+        case "cut":
+            content = content[:-9]
+        case _:
+            content[-30] ^= 1
+    path.write_bytes(content)
+    return name
+
+
+@pytest.mark.parametrize("what", ["bias", "line", "weights", "cut", "ranks", "epoch"])
+def test_files_that_do_not_belong_together_are_named(what: str, evaluated: Path, data: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    check_run(run)
+    name = tamper(run, what)
+    with pytest.raises(StepError, match=rf"run/(metrics\.json and )?{name}.*(again|train)"):
+        check_run(run)
+    if what not in ("ranks", "epoch"):  # which evaluate writes, or reads its figures from
+        assert f"run/{name}" in fails("evaluate", run, data)
+
+
+def test_a_record_without_weights_and_ranks_is_checked_as_well(evaluated: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "history.jsonl", "metrics.json"):
+        shutil.copyfile(evaluated / name, tmp_path / name)
+    check_run(tmp_path)
+    tamper(tmp_path, "line")
+    with pytest.raises(StepError, match=r"history\.jsonl is not the file"):
+        check_run(tmp_path)
+
+
+def test_a_second_training_of_a_run_waits_for_the_first(data: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", config(epochs=2), data)
+    with locked(run):
+        second = subprocess.Popen(command("train", run, data), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert second.stderr is not None
+        assert second.stderr.readline() == f"train: another process works on {run}; waiting\n"
+        assert second.poll() is None
+    assert second.wait() == 0
+    assert second.stderr.read() == ""
+    assert (run / "training.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_threads_of_openmp_do_not_spin_while_they_wait() -> None:
+    """Two trainings on two cores would take each other's: an epoch then lasted five times as long."""
+    code = "import os, sys, steps; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout.split() == ["PASSIVE", "False"]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from steps.common.cli import StepError
 from steps.common.files import read_json, write_json
 from steps.data.sequences import Sequences, load_sequences
 from steps.models import SequenceModel, losses
@@ -23,7 +22,7 @@ from steps.training.loop import Training, train_together
 from steps.training.steps import bucket_size
 from steps.training.watching import Watch
 from tests.conftest import ROOT, write_processed
-from tests.steps.runs import PAPER, config, lasting
+from tests.steps.runs import PAPER, config, lasting, planned
 from tests.steps.test_models import MAX_LEN, make, sequences
 
 LOSSES = {
@@ -205,7 +204,7 @@ def same(first: Training, second: Training) -> None:
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
 
-def train(*runs: Training) -> dict[int, StepError]:
+def train(*runs: Training) -> dict[int, Exception]:
     """Train all to their end; returns those that failed, by their place."""
     return {index: error for index, error in train_together(list(runs)) if error}
 
@@ -435,7 +434,7 @@ def test_compiled_steps_are_captured_and_learn_alike(name: str, data: Path, tmp_
 @pytest.mark.gpu
 def test_cuda_trains_the_model_that_the_cpu_evaluates(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    write_json(run / "config.json", config(epochs=3))
+    write_json(run / "config.json", planned(config(epochs=3), data))
     reports = []
     for step, device in (("train", "cuda"), ("evaluate", "cuda"), ("evaluate", "cpu")):
         command = [sys.executable, "-m", f"steps.{step}", "--run", run, "--data", data, "--device", device]
