@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    use_threads(None)
     torch.backends.cuda.matmul.allow_tf32 = True  # as after every epoch of the training
     sequences, data_sha256 = load_sequences(args.data, pick_device(args.device))
     runs = list({run.resolve(): run for run in args.run}.values())
@@ -52,6 +51,7 @@ def main(args: argparse.Namespace) -> None:
             if not run.is_dir():
                 raise StepError(f"{run} does not exist; run plan and train first")
             with locked(run.resolve()):
+                use_threads(None, [read_config(run)])
                 evaluate(run, sequences, data_sha256, args.precision)
         except Exception as error:  # of one run, which ends no other
             failures[str(run)] = error

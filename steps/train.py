@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, type=Path, help="data/processed/<dataset>")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--precision", choices=["bf16", "tf32"], help="of matrix products on cuda (default: bf16)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: the cores this process may use)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: as many as the runs gain from)")
     parser.add_argument(
         "--deterministic",
         action="store_true",
@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    use_threads(args.threads)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products
     torch.use_deterministic_algorithms(args.deterministic)
@@ -67,6 +66,7 @@ def main(args: argparse.Namespace) -> None:
     for run in runs:
         if not run.is_dir():
             raise StepError(f"{run} does not exist; run plan first, which writes its config.json")
+    use_threads(args.threads, _readable(runs))
     sequences, data_sha256 = load_sequences(args.data, device)
     about = {
         "precision": precision,
@@ -81,6 +81,15 @@ def main(args: argparse.Namespace) -> None:
             held.enter_context(locked(run.resolve()))
         jobs = _prepare(runs, sequences, data_sha256, compute)
         raise_failures(_train(jobs, about, compute), len(runs))
+
+
+def _readable(runs: list[Path]) -> list[dict[str, Any]]:
+    """The configs that can be read; `_prepare` says what is wrong with the others."""
+    configs = []
+    for run in runs:
+        with suppress(StepError):
+            configs.append(read_config(run))
+    return configs
 
 
 class Fitting:

@@ -1,5 +1,6 @@
 """The demo end to end, reduced, under each orchestrator: every output, and nothing to do the second time."""
 
+import base64
 import hashlib
 import os
 import re
@@ -168,6 +169,14 @@ def test_a_killed_snakemake_goes_on_with_the_same_command(project: Path) -> None
     run(*command, cwd=project)
     assert (project / "reports/demo/table.md").is_file()
     assert planned_jobs(project) == {}
+
+    # A training begun anew, and killed before it wrote anything: what was made of the one before is not taken for its.
+    training = "runs/demo/demo/most-popular/strict/seed-0/training.json"
+    (project / training).unlink()
+    marker = base64.urlsafe_b64encode(training.encode()).decode()
+    (project / ".snakemake/incomplete" / marker).write_text('{"external_jobid": null}')
+    jobs = planned_jobs(project)
+    assert (jobs["train"], jobs["evaluate"]) == (1, 1)
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from steps.common.cli import StepError
+from steps.common.threads import cpu_threads
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -21,14 +23,15 @@ def pick_device(name: str | None) -> torch.device:
         raise StepError(f"--device {name}: cpu, cuda or cuda:<number>, please") from None
 
 
-def use_threads(count: int | None) -> None:
-    """Compute on the CPU with `count` threads; without a count with OMP_NUM_THREADS of them, if it is set.
+def use_threads(count: int | None, configs: list[dict[str, Any]]) -> None:
+    """Compute runs on the CPU with `count` threads; without a count with OMP_NUM_THREADS of them, if it is set.
 
-    With neither with one for each core that this process may use: torch counts those of the machine, of which a
-    container or a job of a cluster may have a few.
+    With neither with as many as the largest of the runs gains from, at most one for each core that this process may
+    use: torch counts those of the machine, of which a container or a job of a cluster may have a few.
     """
     if count or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(count or min(torch.get_num_threads(), usable_cores()))
+        cores = min(torch.get_num_threads(), usable_cores())
+        torch.set_num_threads(count or max((cpu_threads(config, cores) for config in configs), default=cores))
 
 
 def usable_cores() -> int:

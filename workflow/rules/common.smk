@@ -119,9 +119,20 @@ def prepared(prepare):
             settings.forcerun = {*settings.forcerun, *lost_from_the_store(settings.targets)}
             settings.force_incomplete = True  # what a killed Snakemake did not finish is made again
             settings.max_checksum_file_size = 2**40  # files are compared by content: generated archives are large
-        return prepare(*args, **kwargs | {"nolock": True})  # its locks outlive it; see refuse_to_share
+        prepare(*args, **kwargs | {"nolock": True})  # its locks outlive it; see refuse_to_share
+        workflow.persistence.incomplete = begun
 
     return settled
+
+
+async def begun(job):
+    """The outputs of a job that was begun and not ended, also those that are not there.
+
+    Snakemake asks for those that are there, and takes what was made of an earlier training for valid where a killed one
+    had begun anew; its orphan then removes them.
+    """
+    keys = {workflow.persistence._get_key(file): file for file in job.output}
+    return [keys[key] for key in workflow.persistence._filter_incomplete_keys(keys)]
 
 
 def check_targets(targets):
