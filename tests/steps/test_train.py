@@ -420,21 +420,19 @@ def test_a_missing_or_wrong_entry_of_a_config_is_named(row: str, tmp_path: Path)
     settings["split"] = HASHES
     write_json(tmp_path / "config.json", settings)
     assert read_config(tmp_path) == settings
-    kinds = {name for name in settings["model"] if name not in ("dim", "blocks", "heads", "dqk", "dv")}
+    kind = settings["model"]["model"]
+    unread = (
+        {"label"} | ({"dqk", "dv"} if kind != "hstu" else set()) | ({"blocks", "heads"} if kind == "gru4rec" else set())
+    )
+    texts = {("experiment",), ("dataset",), ("row",), ("protocol", "name")}
+    optional = {"patience", "watch_every", "items"}
     for path in entries(settings):
-        if path[0] == "model" and len(path) == 2 and path[1] not in kinds:
-            continue  # sizes, which not every model reads
+        if path[0] == "model" and path[-1] in unread:
+            continue
         for value in ([], [None], [[]], [-1], ["?"], [{"a": 1}]):
-            if (
-                value == ["?"]
-                and path[-1] in ("name", "row", "dataset", "experiment")
-                and len(path) < 3
-                and path != ("model", "loss", "name")
-            ) or (
-                not value
-                and path[-1] in ("patience", "watch_every", "negatives", "items")
-                and path != ("training", "negatives")
-            ):
+            if value == ["?"] and path in texts:
+                continue
+            if not value and (path[-1] in optional or path == ("model", "loss", "negatives")):
                 continue
             write_json(tmp_path / "config.json", changed(settings, path, value))
             with pytest.raises(StepError) as failure:
