@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file
+import torch
 
 from steps.common.files import read_json, sha256, write_json
 from steps.common.provenance import content_sha256
-from steps.data.splits import split_sha256
+from steps.data.holdout import hold_out, split_sha256
+from steps.data.sequences import load_sequences
 
 STRICT = {"name": "strict", "split": "leave-last-out", "report": "best", "candidates": "rated", "exclude": "history"}
 PAPER = {"name": "paper", "split": "leave-last-out", "report": "last", "candidates": "catalogue", "exclude": "window"}
@@ -46,7 +47,8 @@ def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int =
 
 def planned(settings: dict[str, Any], data: Path) -> dict[str, Any]:
     """The config with the hashes of its split of the processed sequences in `data`."""
-    return settings | {"split": split_sha256(load_file(data / "sequences.safetensors"), settings["protocol"])}
+    sequences, _ = load_sequences(data, torch.device("cpu"))
+    return settings | {"split": split_sha256(sequences, hold_out(sequences, settings["protocol"]))}
 
 
 def seal(run: Path) -> None:

@@ -37,6 +37,7 @@ def code(*folders):
 # What changes a model's numbers: all that train and evaluate compute with.
 MODEL_CODE = [
     "steps/common/device.py",
+    "steps/common/top.py",
     "steps/data/sequences.py",
     "steps/data/holdout.py",
     *code("steps/models", "steps/ranking", "kernels"),
