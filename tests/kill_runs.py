@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,10 +42,11 @@ def copy_project(folder: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     sys.path.insert(0, str(folder))
+    from steps.common import yaml_files
     from steps.synthesize import synthesize
 
     digest = hashlib.sha256(synthesize(**SETTINGS)).hexdigest()
-    entry = yaml.safe_load((ROOT / "params/datasets.yaml").read_text())["demo"] | {
+    entry = yaml_files.read(ROOT / "params/datasets.yaml")["demo"] | {
         "title": "Small",
         "synthesize": SETTINGS,
         "source": {"file": f"{NAME}.zip", "sha256": digest, "mirrors": ["data/synthetic"]},
@@ -61,8 +61,8 @@ def copy_project(folder: Path) -> None:
     }
     local = folder / "params/local"
     (local / "experiments").mkdir(parents=True)
-    (local / "datasets.yaml").write_text(yaml.safe_dump({NAME: entry}))
-    (local / "experiments" / f"{NAME}.yaml").write_text(yaml.safe_dump(experiment))
+    (local / "datasets.yaml").write_text(yaml_files.dump({NAME: entry}))
+    (local / "experiments" / f"{NAME}.yaml").write_text(yaml_files.dump(experiment))
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
     subprocess.run([sys.executable, "workflow/dvc/generate.py"], cwd=folder, env=environment(folder), check=True)
