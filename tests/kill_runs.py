@@ -55,7 +55,7 @@ def copy_project(folder: Path) -> None:
     experiment = {
         "title": "Killed again and again",
         "datasets": [NAME],
-        "models": ["most-popular", "sasrec", "hstu"],
+        "models": ["hstu"],
         "protocols": ["strict"],
         "seeds": [0],
     }
