@@ -484,9 +484,16 @@ def test_a_run_that_fails_ends_no_other_of_the_command(data: Path, tmp_path: Pat
     assert f"1 of 3 runs failed: {bad}: " in found.stderr
     assert not (bad / "training.json").exists()
     assert all((run / "training.json").is_file() for run in others)
-    line = fails("evaluate", bad, one_item, "--run", *runs)
-    assert f"1 of 3 runs failed: {bad}: {bad} is not trained" in line
-    assert all((run / "metrics.json").is_file() for run in others)
+
+
+def test_a_run_that_cannot_be_evaluated_ends_no_other_of_the_command(
+    evaluated: Path, data: Path, tmp_path: Path
+) -> None:
+    run, bad = shutil.copytree(evaluated, tmp_path / "run"), make_run(tmp_path / "bad", config(), data)
+    (run / "metrics.json").unlink()
+    line = fails("evaluate", bad, data, "--run", str(run))
+    assert f"1 of 2 runs failed: {bad}: {bad} is not trained" in line
+    check_run(run)
 
 
 @pytest.fixture(scope="module")
