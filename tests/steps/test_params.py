@@ -10,8 +10,9 @@ import pytest
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import read_json
-from tests.conftest import ROOT, step
+from tests.conftest import ROOT, step, write_processed
 from tests.conftest import run as run_command
+from tests.steps.runs import planned
 
 SWEEP = "experiments/sweep-demo"
 
@@ -371,9 +372,11 @@ def test_the_step_of_checking_writes_every_run_s_path(project: Path) -> None:
 
 def test_plan_writes_what_resolve_says(project: Path) -> None:
     names = ["--experiment", "demo", "--dataset", "demo", "--model", "hstu", "--protocol", "strict", "--seed", "0"]
-    step("plan", *names, "--output", "runs/config.json", cwd=project)
+    data = write_processed(project / "data/processed/demo", [5, 6, 9], 20)
+    step("plan", *names, "--data", data, "--output", "runs/config.json", cwd=project)
     run = params.Run("demo", "demo", "hstu", "strict", 0)
-    assert read_json(project / "runs/config.json") == params.resolve(run, project / "params")
+    config = params.resolve(run, project / "params")
+    assert read_json(project / "runs/config.json") == planned(config, data)
 
 
 def test_yaml_cannot_run_code(project: Path) -> None:
