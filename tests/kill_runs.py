@@ -1,9 +1,10 @@
 """Kill an orchestrator at random times, again and again: the same command has to go on and end with the same results.
 
 `python tests/kill_runs.py --orchestrator snakemake --kills 30 --folder /tmp/kills` copies the project there, adds a
-small experiment of its own, runs it once unbroken, and then for every kill from scratch: the documented command,
-SIGKILL after a random time (to the orchestrator alone, whose jobs then live on, or to all of its processes, by turns),
-and the command once more. Not collected by pytest, as it takes minutes.
+small experiment of its own, and runs it once unbroken. Then, in rounds from scratch: the documented command, SIGKILL
+after a random time (to the orchestrator alone, whose jobs then live on, or to all of its processes, by turns), the same
+command again, killed again, up to five times, and the command once more, which has to end as the unbroken one did.
+Not collected by pytest, as it takes minutes.
 """
 
 import argparse
@@ -22,6 +23,13 @@ from typing import Any
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from steps.common import yaml_files  # noqa: E402
+from steps.common.files import write_json  # noqa: E402
+from steps.common.provenance import commit  # noqa: E402
+from steps.synthesize import synthesize  # noqa: E402
+
 NAME = "kills"
 COMMANDS = {
     "snakemake": ["snakemake", "--cores", "2", NAME],
@@ -32,6 +40,8 @@ SETTINGS = {"seed": 1, "users": 60, "movies": 120, "genres": 5, "mean_ratings": 
 #: What differs between equal runs: times, and how a run came to be.
 VARYING = {"seconds", "train_seconds", "step_ms", "steps_per_second", "peak_bytes", "commit", "training_sha256"}
 VARYING |= {"history_sha256"}  # of seconds too
+_IN_A_ROUND = 5
+LOG = "killed.log"
 
 
 def copy_project(folder: Path) -> None:
@@ -41,10 +51,6 @@ def copy_project(folder: Path) -> None:
         if not name.startswith("reports/") and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
-    sys.path.insert(0, str(folder))
-    from steps.common import yaml_files
-    from steps.synthesize import synthesize
-
     digest = hashlib.sha256(synthesize(**SETTINGS)).hexdigest()
     entry = yaml_files.read(ROOT / "params/datasets.yaml")["demo"] | {
         "title": "Small",
@@ -110,29 +116,32 @@ def results(folder: Path) -> dict[str, str]:
     return found
 
 
-def run(folder: Path, command: list[str]) -> tuple[int, str]:
-    """The exit code and the output of the command."""
-    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+def run(folder: Path, command: list[str]) -> int:
+    """The exit code of the command."""
+    with (folder / LOG).open("w") as log:
+        done = subprocess.run(
+            command, cwd=folder, env=environment(folder), stdout=log, stderr=subprocess.STDOUT, check=False
+        )
+    return done.returncode
 
 
-def kill(folder: Path, command: list[str], after: float, alone: bool) -> bool:
-    """Start the command in a session of its own and kill it; whether it was still running."""
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment(folder),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def said(folder: Path) -> str:
+    """The end of what the last command printed."""
+    return (folder / LOG).read_text()[-3000:]
+
+
+def kill(folder: Path, command: list[str], after: float, alone: bool) -> int | None:
+    """Start the command in a session of its own and kill it; its exit code if it ended before."""
+    with (folder / LOG).open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment(folder), start_new_session=True, stdout=log, stderr=subprocess.STDOUT
+        )
     try:
         process.wait(timeout=after)
     except subprocess.TimeoutExpired:
         os.kill(process.pid, signal.SIGKILL) if alone else os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return True
-    return False
+    return process.returncode if process.returncode >= 0 else None
 
 
 def main() -> None:
@@ -147,37 +156,37 @@ def main() -> None:
     folder.mkdir(parents=True)
     copy_project(folder)
     start = time.monotonic()
-    code, output = run(folder, command)
+    code: int | None = run(folder, command)
     whole = time.monotonic() - start
     if code:
-        sys.exit(f"the unbroken run ended with {code}:\n{output[-3000:]}")
+        sys.exit(f"the unbroken run ended with {code}:\n{said(folder)}")
     expected = results(folder)
     print(f"unbroken: {whole:.1f} s, {len(expected)} results", flush=True)
-    kills: list[dict[str, Any]] = []
-    for number in range(args.kills):
-        alone, longest = number % 2 == 0, whole
-        while True:
-            clean(folder)
-            after = draw.uniform(0.5, longest)
-            if kill(folder, command, after, alone):
-                break
-            longest = after  # it had ended: the machine is less busy than it was
-        code, output = run(folder, command)
+    rounds: list[dict[str, Any]] = []
+    done = 0
+    while done < args.kills:
+        clean(folder)
+        kills: list[str] = []
+        code = None
+        while code is None and len(kills) < min(_IN_A_ROUND, args.kills - done):
+            after, alone = draw.uniform(0.5, whole / 2), (done + len(kills)) % 2 == 0
+            code = kill(folder, command, after, alone)
+            if code is None:
+                kills.append(f"{'the orchestrator alone' if alone else 'all its processes'} after {after:.1f} s")
+        if not code:  # killed, or done before the next kill
+            code = run(folder, command)
         found = results(folder)
         differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        kills.append({"after": round(after, 1), "alone": alone, "code": code, "differ": differ})
-        good = code == 0 and not differ
-        who = "the orchestrator alone" if alone else "all its processes"
-        print(
-            f"{number + 1}: {who} after {after:.1f} s: {'as unbroken' if good else f'{code} {differ}'}",
-            flush=True,
-        )
+        rounds.append({"kills": kills, "code": code, "differ": differ})
+        done += len(kills)
+        print(f"{done}: {'; '.join(kills)}: {f'{code} {differ}' if code or differ else 'as unbroken'}", flush=True)
         if code:
-            print(output[-3000:], flush=True)
-    good = sum(one["code"] == 0 and not one["differ"] for one in kills)
-    (args.folder / "kills.json").write_text(json.dumps({"seconds": whole, "kills": kills}, indent=2) + "\n")
-    print(f"{good} of {args.kills}")
-    sys.exit(good != args.kills)
+            print(said(folder), flush=True)
+    good = sum(len(one["kills"]) for one in rounds if one["code"] == 0 and not one["differ"])
+    result = {"orchestrator": args.orchestrator, "commit": commit(), "unbroken_seconds": round(whole, 1)}
+    write_json(args.folder / "kills.json", result | {"good": good, "kills": done, "rounds": rounds})
+    print(f"{good} of {done}")
+    sys.exit(good != done)
 
 
 if __name__ == "__main__":
