@@ -1,6 +1,7 @@
 """What tests need of Triton's interpreter beyond running kernels."""
 
 import contextlib
+import ctypes
 import importlib
 import mmap
 from collections.abc import Iterator
@@ -21,8 +22,10 @@ def descriptor_additions() -> Iterator[None]:
 
     def reduce(kind: Any, descriptor: Any, value: Any, indices: Any) -> None:
         pointers, inside = descriptor.materialize_pointers(indices)
+        if not isinstance(inside, np.ndarray):  # from Triton 3.9 on
+            inside = inside.data
         for pointer, number in zip(pointers.data[inside], value.data[inside], strict=True):
-            place = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_float * 1).from_address(int(pointer)))
+            place = np.ctypeslib.as_array((ctypes.c_float * 1).from_address(int(pointer)))
             place += number
 
     present = getattr(builder, "create_descriptor_reduce", None)
