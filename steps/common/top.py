@@ -10,9 +10,11 @@ def top_items(scores: torch.Tensor, count: int) -> torch.Tensor:
     torch.topk takes other columns of equal score for another `count`, and on another device.
     """
     lowest = scores.topk(count, dim=1).values[:, -1:]
-    higher, equal = scores > lowest, scores == lowest
+    chosen = scores >= lowest
+    crowded = (chosen.sum(1) > count).nonzero()[:, 0]  # the few rows in which more columns score like the last one
+    higher, equal = scores[crowded] > lowest[crowded], scores[crowded] == lowest[crowded]
     wanted = count - higher.sum(1, keepdim=True)
-    chosen = higher | (equal & (equal.cumsum(1) <= wanted))
+    chosen[crowded] = higher | (equal & (equal.cumsum(1) <= wanted))
     columns = chosen.nonzero()[:, 1].view(len(scores), count)  # as many in every row, in the order of their numbers
     order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True).indices
     return columns.gather(1, order)
