@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from steps.common import params
 from steps.common.cli import StepError, run_step
-from steps.common.files import read_jsonl, write_json
+from steps.common.files import atomic_path, read_jsonl, write_json
 from steps.common.provenance import check_run
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -27,10 +27,8 @@ _BATCH = 1000  # metrics that MLflow takes in one call
 
 def track(experiment: str, runs: Path, reports: Path, store: Path) -> dict[str, str]:
     """Log every finished run; returns the MLflow run id of each, by the run's path."""
-    from mlflow import MlflowClient  # 1.2 s: only when needed
-
-    with FileLock(store.with_name(f".{store.name}.lock")):
-        client = MlflowClient(f"sqlite:///{store}")
+    with FileLock(store.with_name(f".{store.name}.writer.lock")):
+        client = _open(store)
         found = client.get_experiment_by_name(experiment)
         artifacts = (store.parent / "mlartifacts" / experiment).resolve().as_uri()
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts)
@@ -39,6 +37,30 @@ def track(experiment: str, runs: Path, reports: Path, store: Path) -> dict[str, 
             for run in params.runs(experiment)
             if (runs / run.path / "metrics.json").is_file()
         }
+
+
+def _open(store: Path) -> Any:
+    """A client of the SQLite file `store`, which is made beside its place first if it is not there.
+
+    MLflow never opens a store again whose tables it was making when it was killed.
+    """
+    from mlflow import MlflowClient  # 1.2 s: only when needed
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if not store.exists():
+        with atomic_path(store) as temporary:
+            MlflowClient(f"sqlite:///{temporary}").search_experiments()
+    try:
+        client = MlflowClient(f"sqlite:///{store}")
+        client.search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError) as error:
+        what = str(error).splitlines()[0]
+        raise StepError(
+            f"MLflow cannot open {store} ({what}); move it away and run the same command again, which makes a new one "
+            "and tracks this experiment's runs in it"
+        ) from error
+    return client
 
 
 def _track_run(client: Any, experiment_id: str, run: params.Run, folder: Path, reports: Path) -> str:

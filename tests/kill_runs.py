@@ -170,7 +170,10 @@ def main() -> None:
         code = None
         while code is None and len(kills) < min(_IN_A_ROUND, args.kills - done):
             after, alone = draw.uniform(0.5, whole / 2), (done + len(kills)) % 2 == 0
+            start = time.monotonic()
             code = kill(folder, command, after, alone)
+            if code is not None:  # the machine is less busy than it was
+                whole = min(whole, time.monotonic() - start)
             if code is None:
                 kills.append(f"{'the orchestrator alone' if alone else 'all its processes'} after {after:.1f} s")
         if not code:  # killed, or done before the next kill

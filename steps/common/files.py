@@ -31,8 +31,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path) as alone:
             if alone:
-                for stale in path.parent.glob(f".{glob.escape(path.name)}.*-*.partial"):
-                    _remove(stale)
+                for stale in path.parent.glob(f".{glob.escape(path.name)}.*-*.partial*"):
+                    _remove(stale)  # with what a library put beside it, such as SQLite's journal
             yield temporary
             if temporary.is_dir() and path.is_dir():
                 shutil.rmtree(path)  # os.replace cannot replace a folder that is not empty

@@ -4,6 +4,7 @@ import csv
 import statistics
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -286,3 +287,35 @@ def test_ranks_that_cannot_be_compared_are_named(project: Path, ml_1m: list[para
     result = step("compare", *arguments, cwd=project, check=False)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
     assert ("ranks other users" if users else "does not exist") in result.stderr
+
+
+def test_a_store_whose_making_was_interrupted_stops_no_later_tracking(project: Path) -> None:
+    """MLflow never opens such a store again: it is made beside its place, and renamed."""
+    chosen = {"datasets": ["ml-1m"], "models": ["hstu"], "protocols": ["paper"], "seeds": [0]}
+    for run in experiment(project, "mine", **chosen):
+        fake_run(project, run)
+    tabulate(project, "mine")
+    process = subprocess.Popen(track("mine"), cwd=project, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(project.glob("*mlflow.db*partial")) and not list(project.glob(".mlflow.db*partial")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (project / "mlflow.db").exists()
+    run_command(*track("mine"), cwd=project)
+    assert len(read_json(project / "reports/mine/mlflow.json")["runs"]) == 1
+    assert not list(project.glob(".mlflow.db.*partial*"))
+
+
+def test_a_store_that_mlflow_cannot_open_is_named(project: Path) -> None:
+    chosen = {"datasets": ["ml-1m"], "models": ["hstu"], "protocols": ["paper"], "seeds": [0]}
+    for run in experiment(project, "mine", **chosen):
+        fake_run(project, run)
+    tabulate(project, "mine")
+    (project / "mlflow.db").write_bytes(b"no database" * 100)
+    result = run_command(*track("mine"), cwd=project, check=False)
+    assert result.returncode == 1
+    assert "cannot open mlflow.db" in result.stderr.splitlines()[-1]
+    assert (project / "mlflow.db").read_bytes() == b"no database" * 100
