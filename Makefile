@@ -49,7 +49,7 @@ environment.yml: constraints.txt  ## write conda's pins again from constraints.t
 	@grep -vE '^(#|fbgemm-gpu==|nvidia-ml-py==|snakemake-executor-plugin-slurm)' $< | sed 's/^/      - /' >> $@
 
 dvc: $(INSTALLED)  ## write workflow/dvc/<experiment>/dvc.yaml again from dvc.yaml
-	python workflow/dvc/generate.py
+	python -m workflow.dvc.generate
 
 tables: $(INSTALLED)  ## rebuild the tables of every committed record, and the README's
 	for e in $(patsubst reports/%/records,%,$(wildcard reports/*/records)); do \
