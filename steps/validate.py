@@ -1,5 +1,7 @@
 """Check raw interactions against the data set's schema and write them as typed tables.
 
+`validation.json` counts rows, and those whose user had their item before (`repeats`).
+
 All failures are reported at once, with their rows; nothing is written unless every check passes.
 """
 
@@ -98,7 +100,9 @@ def main(args: argparse.Namespace) -> None:
         interactions.write_parquet(folder / "interactions.parquet", compression="lz4")
         items.write_parquet(folder / "items.parquet")
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        made = {"rows": len(interactions), "items": len(items), "files": files, "raw_files": raw_files}
+        repeats = len(interactions) - interactions.select("user", "item").n_unique()
+        made = {"rows": len(interactions), "items": len(items), "repeats": repeats}
+        made |= {"files": files, "raw_files": raw_files}
         write_json(folder / "validation.json", made | {"checks": account})
 
 

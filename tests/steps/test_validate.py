@@ -47,7 +47,7 @@ def test_good_rows_keep_their_values_and_places(project: Path) -> None:
     }  # fmt: skip
     assert frame.row(21) == (22, 2, 2, 3.0, 1002)
     report = json.loads((project / "data/valid/demo/validation.json").read_text())
-    assert report["rows"] == 40
+    assert (report["rows"], report["repeats"]) == (40, 0)
     assert all(check["failures"] == 0 for check in report["checks"])
 
 
@@ -176,3 +176,12 @@ def test_leading_zeros_tell_ids_apart(project: Path) -> None:
     catalogue = "".join(f"{movie}::Movie::Drama\n" for movie in movies)
     assert validate(project, [f"1::{movie}::5::{place}" for place, movie in enumerate(movies)], catalogue) == ""
     assert pl.read_parquet(project / "data/valid/demo/interactions.parquet")["item"].n_unique() == 21
+
+
+def test_repeats_are_counted_where_they_are_allowed(project: Path) -> None:
+    path = project / "params/datasets.yaml"
+    datasets = yaml_files.read(path)
+    del datasets["demo"]["checks"]["unique_user_item"]
+    path.write_text(yaml_files.dump(datasets | {"demo": datasets["demo"] | {"repeats": "leave-out"}}))
+    assert validate(project, [*rows(1), *rows(2), "1::3::4::2000", "1::3::4::2001", "2::7::1::2000"]) == ""
+    assert json.loads((project / "data/valid/demo/validation.json").read_text())["repeats"] == 3
