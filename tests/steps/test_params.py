@@ -343,7 +343,7 @@ def test_entries_and_results_of_one_s_own_leave_the_checkout_clean(project: Path
     ):
         (project / path).parent.mkdir(parents=True)
         (project / path).touch()
-    assert git("status", "--porcelain") == "?? workflow/\n"  # untracked: DVC reads no file that git ignores
+    assert git("status", "--porcelain") == "?? workflow/dvc/local/\n"  # untracked: DVC reads no file that git ignores
     assert commit() == before
 
 
