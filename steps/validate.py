@@ -101,9 +101,9 @@ def main(args: argparse.Namespace) -> None:
         items.write_parquet(folder / "items.parquet")
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         repeats = len(interactions) - interactions.select("user", "item").n_unique()
-        made = {"rows": len(interactions), "items": len(items), "repeats": repeats}
-        made |= {"files": files, "raw_files": raw_files}
-        write_json(folder / "validation.json", made | {"checks": account})
+        counts = {"rows": len(interactions), "items": len(items), "repeats": repeats}
+        made = {"files": files, "raw_files": raw_files, "checks": account}
+        write_json(folder / "validation.json", counts | made)
 
 
 if __name__ == "__main__":
