@@ -156,6 +156,7 @@ def main() -> None:
     folder = args.folder.resolve() / "project"
     folder.mkdir(parents=True)
     copy_project(folder)
+    tested = commit()
     start = time.monotonic()
     code: int | None = run(folder, command)
     whole = time.monotonic() - start
@@ -187,7 +188,7 @@ def main() -> None:
         if code:
             print(said(folder), flush=True)
     good = sum(len(one["kills"]) for one in rounds if one["code"] == 0 and not one["differ"])
-    result = {"orchestrator": args.orchestrator, "commit": commit(), "unbroken_seconds": round(whole, 1)}
+    result = {"orchestrator": args.orchestrator, "commit": tested, "unbroken_seconds": round(whole, 1)}
     write_json(args.folder / "kills.json", result | {"good": good, "kills": done, "rounds": rounds})
     print(f"{good} of {done}")
     sys.exit(good != done)

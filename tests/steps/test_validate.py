@@ -150,9 +150,9 @@ def change(project: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("table", "columns", "said"),
     [
-        ("interactions", ["user", "item", "rating", "when"], "files.interactions.columns lacks timestamp"),
-        ("interactions", ["user", "item", "stars", "timestamp"], "files.interactions.columns lacks rating"),
-        ("items", ["movie", "title", "genres"], "files.items.columns lacks item"),
+        ("interactions", ["user", "item", "rating", "when"], "files.interactions.columns: lacks 'timestamp'"),
+        ("interactions", ["user", "item", "stars", "timestamp"], "files.interactions.columns: lacks 'rating'"),
+        ("items", ["movie", "title", "genres"], "files.items.columns: lacks 'item'"),
     ],
 )
 def test_a_column_that_is_not_named_is(project: Path, table: str, columns: list[str], said: str) -> None:
