@@ -15,8 +15,9 @@ import tomllib
 
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
-for name in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
-    if name not in ("torch", "triton"):
+extras = project["optional-dependencies"]
+for name in [*project["dependencies"], *extras["reproduce"], *extras["dev"]]:
+    if name.split(">")[0] not in ("torch", "triton") and not name.startswith(project["name"]):
         print(name)
 END
 # These come with torch and triton in whatever versions they want.
