@@ -23,7 +23,7 @@ from tabulate import tabulate as render
 from steps.common import params
 from steps.common.cli import StepError, run_step
 from steps.common.files import atomic_path, write_text
-from steps.ranking.metrics import Ranks, gains
+from steps.evaluation.metrics import Ranks, gains
 from steps.reporting.figures import save_figure
 from steps.reporting.parity import curve_table, independent_table, parity_table
 from steps.reporting.records import Record, by_row, labels, read_records

@@ -19,13 +19,13 @@ from steps.common.device import compute_type, device_name, pick_device, use_thre
 from steps.common.files import atomic_path, read_json, read_jsonl, sha256, write_json
 from steps.common.locks import locked
 from steps.common.provenance import commit, require_trained
-from steps.data.holdout import hold_out, require_split
 from steps.data.sequences import Sequences, load_sequences
+from steps.data.split import hold_out, require_split
+from steps.evaluation.beyond import beyond_accuracy
+from steps.evaluation.metrics import metrics
+from steps.evaluation.ranks import Rules, exclusions, rank
 from steps.models import SequenceModel, build
 from steps.models.checkpoint import load_weights
-from steps.ranking.beyond import beyond_accuracy
-from steps.ranking.metrics import metrics
-from steps.ranking.ranks import Rules, exclusions, rank
 
 #: How many recommendations coverage and popularity look at.
 TOP = 10

@@ -20,11 +20,11 @@ from steps.common import params
 from steps.common.cli import run_step
 from steps.common.files import write_json, write_text
 from steps.common.provenance import commit
-from steps.data.holdout import hold_out
 from steps.data.sequences import Batch, Sequences, load_sequences
+from steps.data.split import hold_out
+from steps.evaluation.metrics import gains, hits
+from steps.evaluation.ranks import Rules, rank
 from steps.models import Model
-from steps.ranking.metrics import gains, hits
-from steps.ranking.ranks import Rules, rank
 
 _USERS, _ITEMS, _SHORTEST, _LONGEST = 5000, 500, 20, 90  # of the generated sequences
 _MAX_LEN, _BATCH = 50, 256

@@ -10,7 +10,7 @@ from steps.common.cli import run_step
 from steps.common.files import atomic_path, read_json, reading, sha256, write_json
 from steps.common.params import entry
 from steps.common.provenance import require_files
-from steps.data.splits import build_sequences, describe
+from steps.data.build import build_sequences, describe
 
 _REMEDY = "run validate again"
 _WRITTEN = {"sequences": "safetensors", "users": "parquet", "items": "parquet"}

@@ -29,8 +29,8 @@ from steps.common.device import compute_type, device_name, pick_device, use_thre
 from steps.common.files import sha256, write_json, write_text
 from steps.common.locks import locked
 from steps.common.provenance import commit, content_sha256, versions
-from steps.data.holdout import hold_out, require_split
 from steps.data.sequences import Sequences, load_sequences
+from steps.data.split import hold_out, require_split
 from steps.models import CountingModel, build, is_counting
 from steps.models.checkpoint import save_weights
 from steps.training.loop import Training, reported_epoch, train_together

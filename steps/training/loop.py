@@ -17,8 +17,8 @@ import torch
 from steps.common.cli import StepError
 from steps.common.progress import progress
 from steps.common.provenance import commit, content_sha256
-from steps.data.holdout import hold_out
 from steps.data.sequences import Sequences
+from steps.data.split import hold_out
 from steps.models import SequenceModel, build
 from steps.models.checkpoint import StateError, load_state, read_state
 from steps.training.device import Place

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from steps.data.holdout import Holdout
 from steps.data.sequences import Sequences
+from steps.data.split import Holdout
+from steps.evaluation.metrics import metric_values, named
+from steps.evaluation.ranks import Ranker, Rules, require_finite
 from steps.models import Model
-from steps.ranking.metrics import metric_values, named
-from steps.ranking.ranks import Ranker, Rules, require_finite
 from steps.training.device import Place
 
 

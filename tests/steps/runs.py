@@ -7,8 +7,8 @@ import torch
 
 from steps.common.files import read_json, sha256, write_json
 from steps.common.provenance import content_sha256
-from steps.data.holdout import hold_out, split_sha256
 from steps.data.sequences import load_sequences
+from steps.data.split import hold_out, split_sha256
 
 STRICT = {"name": "strict", "split": "leave-last-out", "report": "best", "candidates": "rated", "exclude": "history"}
 PAPER = {"name": "paper", "split": "leave-last-out", "report": "last", "candidates": "catalogue", "exclude": "window"}

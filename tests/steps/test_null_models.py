@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from steps import null_models
-from steps.ranking.metrics import Ranks
-from steps.ranking.ranks import Ranker, Ranking
+from steps.evaluation.metrics import Ranks
+from steps.evaluation.ranks import Ranker, Ranking
 from tests.steps.runs import STRICT
 
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.numpy import load_file
 
 from steps.common import yaml_files
-from steps.data.holdout import hold_out
-from steps.data.holdout import split_sha256 as held_out_sha256
+from steps.data.build import build_sequences, describe, split_sha256
 from steps.data.readers import read_table
 from steps.data.sequences import Sequences
-from steps.data.splits import build_sequences, describe, split_sha256
+from steps.data.split import hold_out
+from steps.data.split import split_sha256 as held_out_sha256
 from steps.preprocess import write_sequences
 from steps.validate import read_valid
 from tests.conftest import ROOT

@@ -12,11 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from steps.common.files import read_json, write_json
 from steps.data.sequences import Sequences, load_sequences
+from steps.evaluation.metrics import Ranks, metric_values
+from steps.evaluation.ranks import Ranker, Rules, rank
 from steps.models import SequenceModel, losses
 from steps.models.adagrad import Adagrad
 from steps.models.gru4rec import GRU4Rec
-from steps.ranking.metrics import Ranks, metric_values
-from steps.ranking.ranks import Ranker, Rules, rank
 from steps.training import states
 from steps.training.loop import Training, train_together
 from steps.training.steps import bucket_size

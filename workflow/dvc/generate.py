@@ -70,7 +70,7 @@ def local_datasets_file() -> str:
         stages |= _stage(
             "validate", name, ["--raw", f"data/raw/{name}"], code, ["files", "checks"], f"data/valid/{name}"
         )
-        code = ["steps/preprocess.py", "steps/data/splits.py", f"data/valid/{name}"]
+        code = ["steps/preprocess.py", "steps/data/build.py", f"data/valid/{name}"]
         valid = ["--valid", f"data/valid/{name}"]
         stages |= _stage("preprocess", name, valid, code, ["ties"], f"data/processed/{name}")
     return _LOCAL_HEAD + yaml_files.dump({"stages": stages})

@@ -39,8 +39,8 @@ MODEL_CODE = [
     "steps/common/device.py",
     "steps/common/top.py",
     "steps/data/sequences.py",
-    "steps/data/holdout.py",
-    *code("steps/models", "steps/ranking", "kernels"),
+    "steps/data/split.py",
+    *code("steps/models", "steps/evaluation", "kernels"),
     "kernels/configurations.json",
 ]
 TRAINING_CODE = code("steps/training")

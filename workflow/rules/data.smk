@@ -59,7 +59,7 @@ rule validate:
 rule preprocess:
     input:
         "steps/preprocess.py",
-        "steps/data/splits.py",
+        "steps/data/build.py",
         "data/valid/{dataset}/validation.json",
     output:
         "data/processed/{dataset}/sequences.safetensors",

@@ -31,7 +31,7 @@ rule tabulate:
 rule compare:
     input:
         "steps/compare.py",
-        "steps/ranking/metrics.py",
+        "steps/evaluation/metrics.py",
         REPORTING_CODE,
         "params/paper.yaml",
         files_of_runs("config.json", "metrics.json"),

@@ -6,7 +6,7 @@ rule plan:
         "steps/plan.py",
         "steps/common/params.py",
         "steps/common/dotted.py",
-        "steps/data/splits.py",
+        "steps/data/build.py",
         "data/processed/{dataset}/manifest.json",
     output:
         f"{RUN}/config.json",

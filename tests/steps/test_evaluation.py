@@ -8,12 +8,12 @@ import torch
 
 from steps.common.cli import StepError
 from steps.common.top import top_items
-from steps.data.holdout import Questions, hold_out
 from steps.data.sequences import Batch, Sequences
+from steps.data.split import Questions, hold_out
+from steps.evaluation.beyond import beyond_accuracy
+from steps.evaluation.metrics import NAMES, Ranks, metrics
+from steps.evaluation.ranks import Rules, rank
 from steps.models import Model
-from steps.ranking.beyond import beyond_accuracy
-from steps.ranking.metrics import NAMES, Ranks, metrics
-from steps.ranking.ranks import Rules, rank
 from tests.steps.runs import PAPER, STRICT, config
 
 TEMPORAL = STRICT | {"name": "temporal", "split": "temporal", "test_share": 0.1, "valid_share": 0.1}

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from steps.common.cli import StepError
 from steps.common.top import top_items
-from steps.data.holdout import Questions
 from steps.data.sequences import Sequences, Size
+from steps.data.split import Questions
+from steps.evaluation.metrics import Ranks
 from steps.models import Model
-from steps.ranking.metrics import Ranks
 
 #: A GPU is filled by so many users at once, or by so many scores, 1 GB in float32.
 _USERS_AT_ONCE = 1024

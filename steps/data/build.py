@@ -82,7 +82,7 @@ def split_sha256(tensors: dict[str, np.ndarray], protocol: dict[str, Any]) -> di
     """The SHA-256 of the rows that a protocol of params/protocols.yaml trains on, tests on, and validates on, if any.
 
     Of (user, item, timestamp) as little-endian int64 columns, so two runs have the same exactly if they hold out the
-    same rows in the same order. Written apart from `holdout`, which train and evaluate follow and compare with this.
+    same rows in the same order. Written apart from `split`, which train and evaluate follow and compare with this.
     """
     offsets, times = tensors["offsets"], tensors["timestamp"]
     lengths = np.diff(offsets)

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from steps.data.holdout import Questions
 from steps.data.sequences import Sequences
-from steps.ranking.metrics import Ranks, metrics
+from steps.data.split import Questions
+from steps.evaluation.metrics import Ranks, metrics
 
 #: Upper ends of the history-length groups.
 HISTORY_LENGTHS = (30, 100, 300)

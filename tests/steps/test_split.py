@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from steps.common.cli import StepError
-from steps.data.holdout import hold_out
 from steps.data.sequences import Sequences
+from steps.data.split import hold_out
 
 
 def sequences(seed: int = 0, users: int = 30) -> tuple[Sequences, list[list[int]]]:
