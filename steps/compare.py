@@ -16,7 +16,6 @@ import numpy as np
 import polars as pl
 import torch
 from matplotlib.figure import Figure
-from safetensors.numpy import load_file
 from scipy import stats
 from tabulate import tabulate as render
 
@@ -26,7 +25,7 @@ from steps.common.files import atomic_path, write_text
 from steps.evaluation.metrics import Ranks, gains
 from steps.reporting.figures import save_figure
 from steps.reporting.parity import curve_table, independent_table, parity_table
-from steps.reporting.records import Record, by_row, labels, read_records
+from steps.reporting.records import Record, TestRanks, by_row, labels, read_records
 
 METRIC = "ndcg@10"
 _CUT = 10
@@ -37,13 +36,12 @@ _DIGITS = 12  # of a difference: the mean of equal gains over 6 seeds is not to 
 _BLOCK = 100  # resamples at once: 100 x 138,493 indices are 0.1 GB
 
 
-def user_gains(ranks: dict[str, np.ndarray]) -> np.ndarray:
-    """Each test user's NDCG@10 (float64) from the content of a `ranks.safetensors`."""
-    best, ties = (torch.from_numpy(ranks[name]).long() for name in ("test", "test_ties"))
-    return gains(Ranks(best, ties), _CUT).numpy()
+def user_gains(ranks: TestRanks) -> np.ndarray:
+    """Each test user's NDCG@10: (U,) float64."""
+    return gains(Ranks(torch.from_numpy(ranks.best), torch.from_numpy(ranks.ties)), _CUT).numpy()
 
 
-def read_gains(records: list[Record], folder: Path) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+def user_gains_of_models(records: list[Record]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
     """Per (dataset, protocol) and model: each test user's gain, averaged over the seeds that are there.
 
     Raises StepError if a run's ranks are missing, or of other users than another's.
@@ -53,14 +51,11 @@ def read_gains(records: list[Record], folder: Path) -> dict[tuple[str, str], dic
     for (dataset, protocol, model), seeds in by_row(records).items():
         of_seeds = []
         for seed in seeds:
-            path = folder / seed.run.path / "ranks.safetensors"
-            if not path.is_file():
+            ranks = seed.ranks()
+            if not np.array_equal(ranks.users, users.setdefault((dataset, protocol), ranks.users)):
                 raise StepError(
-                    f"{path} does not exist; records leave out large ones: compare runs/{seed.run.experiment}"
+                    f"{seed.run.path} ranks other users than the runs before it; train and evaluate it again"
                 )
-            ranks = load_file(path)
-            if not np.array_equal(ranks["test_users"], users.setdefault((dataset, protocol), ranks["test_users"])):
-                raise StepError(f"{path} ranks other users than the runs before it; train and evaluate it again")
             of_seeds.append(user_gains(ranks))
         found.setdefault((dataset, protocol), {})[model] = np.mean(of_seeds, axis=0)
     return found
@@ -201,7 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     records, _ = read_records(args.experiment, args.runs)
-    found, names = read_gains(records, args.runs), labels(records)
+    found, names = user_gains_of_models(records), labels(records)
     resampled = {table: resample(models) for table, models in found.items()}
     paper = params.load("paper")
     text, claims, table = ["# Comparisons"], ["# Published orderings"], []

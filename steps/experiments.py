@@ -1,6 +1,7 @@
 """List the experiments: what each is about, how long its committed runs took, and the data it needs."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from tabulate import tabulate
 
 from steps.common import params
 from steps.common.cli import run_step
-from steps.common.files import read_json
+from steps.reporting.records import recorded_texts
 
 _REPORTS = Path("reports")
 _KINDS = ("GPU", "CPU")
@@ -22,8 +23,8 @@ Of runs trained at once each counts the time it shared, so that their command to
 def minutes(records: Path) -> dict[str, list[float]]:
     """The minutes that each recorded run trained for, by kind of device: GPU or CPU; only kinds that have records."""
     found: dict[str, list[float]] = {}
-    for path in records.rglob("metrics.json"):
-        metrics = read_json(path)
+    for row in recorded_texts(records).values():
+        metrics = json.loads(row["metrics.json"])
         kind = "CPU" if metrics["device"].startswith("CPU") else "GPU"
         found.setdefault(kind, []).append(metrics["train_seconds"] / 60)
     return found

@@ -5,6 +5,7 @@ trainings. Writes `train.md`.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tabulate import tabulate as render
 
 from steps.common.cli import StepError, run_step
 from steps.common.files import read_json, write_text
+from steps.reporting.records import RUNS, recorded_texts
 
 Row = dict[str, Any]
 
@@ -72,8 +74,8 @@ def trainings_table(records: Path) -> str:
     Where every model's runs are as many as were trained at once, each model had the GPU for itself.
     """
     groups: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
-    for path in sorted(records.rglob("metrics.json")):
-        metrics, config = read_json(path), read_json(path.with_name("config.json"))
+    texts = [row for path in sorted(records.rglob(RUNS)) for row in recorded_texts(path.parent).values()]
+    for metrics, config in ((json.loads(row["metrics.json"]), json.loads(row["config.json"])) for row in texts):
         if metrics.get("captured"):
             metrics["epochs"] = metrics["stopped_early"] or config["training"]["epochs"]
             where = config["experiment"], config["dataset"], config["protocol"]["name"]

@@ -13,29 +13,27 @@ from typing import Any
 
 from filelock import FileLock
 
-from steps.common import params
 from steps.common.cli import StepError, run_step
-from steps.common.files import atomic_path, read_jsonl, write_json
-from steps.common.provenance import check_run
+from steps.common.files import atomic_path, write_json
+from steps.reporting.records import Record, read_records
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-_FILES = ("config.json", "history.jsonl", "metrics.json", "model.safetensors")
 _REPORTS = ("table.md", "table.html", "curves.svg", "curves.png", "comparisons.md", "intervals.svg")
 _BATCH = 1000  # metrics that MLflow takes in one call
 
 
 def track(experiment: str, runs: Path, reports: Path, store: Path) -> dict[str, str]:
     """Log every finished run; returns the MLflow run id of each, by the run's path."""
+    records, _ = read_records(experiment, runs)
     with FileLock(store.with_name(f".{store.name}.writer.lock")):
         client = _open(store)
         found = client.get_experiment_by_name(experiment)
         artifacts = (store.parent / "mlartifacts" / experiment).resolve().as_uri()
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts)
         return {
-            str(run.path): _track_run(client, experiment_id, run, runs / run.path, reports)
-            for run in params.runs(experiment)
-            if (runs / run.path / "metrics.json").is_file()
+            str(record.run.path): _track_run(client, experiment_id, record, runs / record.run.path, reports)
+            for record in records
         }
 
 
@@ -63,10 +61,13 @@ def _open(store: Path) -> Any:
     return client
 
 
-def _track_run(client: Any, experiment_id: str, run: params.Run, folder: Path, reports: Path) -> str:
-    config, result = check_run(folder)
-    present = [folder / name for name in _FILES if (folder / name).is_file()]  # committed records have no weights
-    content = hashlib.sha256(b"".join(path.read_bytes() for path in present)).hexdigest()
+def _track_run(client: Any, experiment_id: str, record: Record, folder: Path, reports: Path) -> str:
+    run, result = record.run, record.metrics
+    weights = folder / "model.safetensors"
+    digest = hashlib.sha256("".join(record.texts.values()).encode())
+    if weights.is_file():  # records have none
+        digest.update(weights.read_bytes())
+    content = digest.hexdigest()
     key = str(run.path)
     known = client.search_runs([experiment_id], f"tags.run = '{key}' and attributes.status = 'FINISHED'")
     for old in known:
@@ -78,11 +79,13 @@ def _track_run(client: Any, experiment_id: str, run: params.Run, folder: Path, r
     tags |= {f"version.{name}": version for name, version in result["versions"].items()}
     name = f"{run.model}/{run.protocol}/seed-{run.seed}"
     run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
-    _log_params(client, run_id, config)
-    _log_metrics(client, run_id, read_jsonl(folder / "history.jsonl"), result)
+    _log_params(client, run_id, record.config)
+    _log_metrics(client, run_id, record.history, result)
     _log_dataset(client, run_id, run.dataset, result["data_sha256"])
-    for path in present:
-        client.log_artifact(run_id, str(path))
+    for file, text in record.texts.items():
+        client.log_text(run_id, text, file)
+    if weights.is_file():
+        client.log_artifact(run_id, str(weights))
     _log_reports(client, run_id, reports)
     client.set_terminated(run_id)
     for old in known:
@@ -149,8 +152,6 @@ def main(args: argparse.Namespace) -> None:
     if missing:
         raise StepError(f"{args.reports} lacks {', '.join(missing)}; run tabulate and compare first")
     ids = track(args.experiment, args.runs, args.reports, args.store)
-    if not ids:
-        raise StepError(f"{args.runs} holds no finished run of experiment {args.experiment}")
     write_json(args.output, {"store": f"sqlite:///{args.store}", "experiment": args.experiment, "runs": ids})
 
 

@@ -87,11 +87,16 @@ def read_jsonl(path: Path, remedy: str = "train again") -> list[dict[str, Any]]:
 
     Raises StepError that names file and line if one is damaged or no object.
     """
+    return parse_jsonl(_text(path, remedy), str(path), remedy)
+
+
+def parse_jsonl(text: str, source: str, remedy: str) -> list[dict[str, Any]]:
+    """The objects of JSON lines, in order. Raises StepError that names the source and line of a damaged one."""
     found = []
-    for number, line in enumerate(_text(path, remedy).splitlines(), 1):
-        entry = _parsed(line, f"{path}, line {number},", remedy)
+    for number, line in enumerate(text.splitlines(), 1):
+        entry = _parsed(line, f"{source}, line {number},", remedy)
         if not isinstance(entry, dict):
-            raise StepError(f"{path}, line {number}, is no JSON object; {remedy}")
+            raise StepError(f"{source}, line {number}, is no JSON object; {remedy}")
         found.append(entry)
     return found
 

@@ -15,7 +15,8 @@ from steps.common.files import read_json, sha256
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LIBRARIES = ("torch", "triton", "numpy", "safetensors", "fbgemm-gpu", "fbgemm-gpu-cpu")
-#: The files of a run whose hashes its metrics.json holds. Those that records leave out may be absent.
+#: The files of a run whose hashes its metrics.json holds, and those that may be absent: not all are brought from a
+#: machine with a GPU.
 _OF_RUN = {
     "history.jsonl": "history_sha256",
     "model.safetensors": "weights_sha256",
@@ -79,7 +80,7 @@ def require_trained(run: Path, config: dict[str, Any], about: dict[str, Any], so
 
 
 def check_run(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Config and metrics of an evaluated run's folder, or of its record, which may lack weights and large ranks.
+    """Config and metrics of an evaluated run's folder, which may lack weights and ranks.
 
     Raises StepError naming the file that does not belong to the others.
     """

@@ -1,25 +1,69 @@
-"""The finished runs of an experiment, from runs/ or from the small records committed under reports/."""
+"""The finished runs of an experiment: in runs/, or in the light records that are committed under reports/.
 
+Records are two compressed columnar files an experiment. `runs.parquet` has a row a run: its config.json, history.jsonl
+and metrics.json as they were written, and the SHA-256 of its recorded ranks. `ranks.parquet` has a row a run and test
+user: `user` as in the processed sequences, `rank` the best rank of the held-out item (0: left out of the ranking),
+`ties` the other candidates of equal score. Ranks above `LARGEST_RANK` are recorded as LARGEST_RANK + 1 without ties:
+no cut of HR or NDCG lies beyond it, and a run takes half the bytes.
+"""
+
+import hashlib
+import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+from safetensors.numpy import load_file
+
 from steps.common import params
 from steps.common.cli import StepError
-from steps.common.files import read_jsonl
-from steps.common.provenance import check_run
+from steps.common.files import atomic_path, parse_jsonl, reading
+from steps.common.provenance import check_run, content_sha256
+
+LARGEST_RANK = 1000  # >= every cut of HR and NDCG
+#: Ranks of more test users stay in runs/: the tree stays small.
+MOST_USERS = 30_000
+RUNS, RANKS = "runs.parquet", "ranks.parquet"
+TEXTS = ("config.json", "history.jsonl", "metrics.json")
+_KEY = {"dataset": pl.String, "model": pl.String, "protocol": pl.String, "seed": pl.UInt32}
+_RUNS = _KEY | dict.fromkeys(TEXTS, pl.String) | {"ranks_sha256": pl.String}
+_RANKS = _KEY | {"user": pl.UInt32, "rank": pl.UInt16, "ties": pl.UInt32}
+#: Counters become runs of equal differences, and the bytes of ranks are compressed by their significance.
+_ENCODINGS = {"seed": "DELTA_BINARY_PACKED", "user": "DELTA_BINARY_PACKED"}
+_ENCODINGS |= dict.fromkeys(("rank", "ties"), "BYTE_STREAM_SPLIT")
+_REMEDY = "take it from git again, or record the runs again"
+
+
+@dataclass(frozen=True)
+class TestRanks:
+    """Ranks of the test items: of `users` (U,), ascending; `best` and `ties` (U,) int64 as in `evaluation.metrics`."""
+
+    __test__ = False  # no test of pytest's
+
+    users: np.ndarray
+    best: np.ndarray
+    ties: np.ndarray
 
 
 @dataclass(frozen=True)
 class Record:
-    """One finished run: its place in the experiment, and the content of its small files."""
+    """One finished run: what it is in the experiment, and the content of its small files.
+
+    texts: these files as they were written. ranks: reads the ranks; raises StepError where they are not kept.
+    """
 
     run: params.Run
     config: dict[str, Any]
     history: list[dict[str, Any]]
     metrics: dict[str, Any]
+    texts: dict[str, str]
+    ranks: Callable[[], TestRanks]
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -28,19 +72,64 @@ class Record:
 
 
 def read_records(experiment: str, folder: Path) -> tuple[list[Record], list[params.Run]]:
-    """The finished runs in table order, and the runs that are missing. Raises StepError if none is finished, or
-    if a run's files do not belong together."""
+    """The finished runs in table order, and the runs that are missing.
+
+    folder: runs/<experiment> or reports/<experiment>/records. Raises StepError if no run is finished, or if a run's
+    files do not belong together.
+    """
+    recorded = recorded_texts(folder)
     found, missing = [], []
     for run in params.runs(experiment):
-        path = folder / run.path
-        if (path / "metrics.json").is_file():
-            config, metrics = check_run(path)
-            found.append(Record(run, config, read_jsonl(path / "history.jsonl"), metrics))
+        if run.path in recorded:
+            found.append(_of_record(run, recorded[run.path], folder))
+        elif (folder / run.path / "metrics.json").is_file():
+            found.append(_of_run(run, folder / run.path))
         else:
             missing.append(run)
     if not found:
         raise StepError(f"{folder} holds no finished run of experiment {experiment}; train and evaluate first")
     return found, missing
+
+
+def recorded_texts(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The rows of a records folder's `runs.parquet` by the run's path; none where there is no such file."""
+    if not (folder / RUNS).is_file():
+        return {}
+    return {_path(row): row for row in _read(folder / RUNS, _RUNS).iter_rows(named=True)}
+
+
+def write_records(experiment: str, records: list[Record], folder: Path) -> int:
+    """Write the light records of these runs to `folder`, in place of those that it has of the same runs.
+
+    Records of runs that the experiment no longer has are left out; returns how many. Raises StepError, before anything
+    is written, if the ranks of a run cannot be read.
+    """
+    rows = recorded_texts(folder)
+    ranks = _parts(_read(folder / RANKS, _RANKS)) if rows else {}
+    for record in records:
+        path, part = record.run.path, _light(record)
+        rows[path] = {name: getattr(record.run, name) for name in _KEY} | record.texts | {"ranks_sha256": None}
+        ranks.pop(path, None)
+        if len(part) <= MOST_USERS:
+            rows[path]["ranks_sha256"] = _ranks_sha256(part)
+            ranks[path] = part
+    paths = [run.path for run in params.runs(experiment) if run.path in rows]
+    _write(folder / RANKS, pl.concat([pl.DataFrame(schema=_RANKS), *(ranks[path] for path in paths if path in ranks)]))
+    _write(folder / RUNS, pl.DataFrame([rows[path] for path in paths], schema=_RUNS, orient="row"))
+    return len(rows) - len(paths)
+
+
+def _light(record: Record) -> pl.DataFrame:
+    """A run's rows of `ranks.parquet`."""
+    found = record.ranks()
+    far = found.best > LARGEST_RANK
+    columns = {
+        "user": found.users,
+        "rank": np.where(far, LARGEST_RANK + 1, found.best),
+        "ties": np.where(far, 0, found.ties),
+    }
+    key = [pl.lit(getattr(record.run, name), kind).alias(name) for name, kind in _KEY.items()]
+    return pl.DataFrame(columns, schema={name: _RANKS[name] for name in columns}).select(*key, *columns)
 
 
 def by_row(records: list[Record]) -> dict[tuple[str, str, str], list[Record]]:
@@ -66,3 +155,92 @@ def mean_and_sd(values: Iterable[float]) -> tuple[float, float | None]:
 def cell(mean: float, deviation: float | None) -> str:
     """`mean ± deviation` to four digits."""
     return f"{mean:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
+
+
+def _of_run(run: params.Run, folder: Path) -> Record:
+    config, metrics = check_run(folder)
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in TEXTS}
+    history = parse_jsonl(texts["history.jsonl"], str(folder / "history.jsonl"), "train again")
+
+    def ranks() -> TestRanks:
+        path = folder / "ranks.safetensors"
+        with reading(path, "evaluate again"):
+            tensors = load_file(path)
+            return TestRanks(*(tensors[name].astype(np.int64) for name in ("test_users", "test", "test_ties")))
+
+    return Record(run, config, history, metrics, texts, ranks)
+
+
+def _of_record(run: params.Run, row: dict[str, Any], folder: Path) -> Record:
+    texts = {name: row[name] for name in TEXTS}
+    where = f"{folder / RUNS}, {run.path}"
+    with reading(folder / RUNS, _REMEDY):
+        config, metrics = json.loads(texts["config.json"]), json.loads(texts["metrics.json"])
+        history = parse_jsonl(texts["history.jsonl"], where, _REMEDY)
+        found = {
+            "config_sha256": content_sha256(config),
+            "history_sha256": hashlib.sha256(texts["history.jsonl"].encode()).hexdigest(),
+        }
+        other = next((name for name, digest in found.items() if metrics.get(name) != digest), None)
+    if other is not None:
+        raise StepError(f"{where}: metrics.json names another {other.removesuffix('_sha256')}; {_REMEDY}")
+
+    def ranks() -> TestRanks:
+        if row["ranks_sha256"] is None:
+            raise StepError(
+                f"{where}: records leave out the ranks of more than {MOST_USERS} users; compare runs/{run.experiment}"
+            )
+        path = folder / RANKS
+        part = _parts_of(path, path.stat().st_mtime_ns if path.is_file() else 0).get(run.path)
+        if part is None or _ranks_sha256(part) != row["ranks_sha256"]:
+            raise StepError(f"{path} has other ranks of {run.path} than {folder / RUNS} names; {_REMEDY}")
+        return TestRanks(*(part[name].to_numpy().astype(np.int64) for name in ("user", "rank", "ties")))
+
+    return Record(run, config, history, metrics, texts, ranks)
+
+
+def _path(row: dict[str, Any]) -> Path:
+    return params.Run("", row["dataset"], row["model"], row["protocol"], row["seed"]).path
+
+
+def _parts(ranks: pl.DataFrame) -> dict[Path, pl.DataFrame]:
+    """The rows of each run, by its path."""
+    keyed = ranks.partition_by(*_KEY, as_dict=True, maintain_order=True)
+    return {_path(dict(zip(_KEY, key, strict=True))): part for key, part in keyed.items()}
+
+
+@cache
+def _parts_of(path: Path, modified: int) -> dict[Path, pl.DataFrame]:
+    """`_parts` of a file; read once, unless it was `modified` (ns) meanwhile."""
+    return _parts(_read(path, _RANKS))
+
+
+def _ranks_sha256(part: pl.DataFrame) -> str:
+    """Of a run's users, ranks and ties, as little-endian int64 columns."""
+    digest = hashlib.sha256()
+    for name in ("user", "rank", "ties"):
+        digest.update(part[name].to_numpy().astype("<i8").data)
+    return digest.hexdigest()
+
+
+def _read(path: Path, schema: dict[str, Any]) -> pl.DataFrame:
+    with reading(path, _REMEDY):
+        found = pl.read_parquet(path)
+        if dict(found.schema) != schema:
+            raise StepError(f"{path} has columns {dict(found.schema)}, and not {schema}; {_REMEDY}")
+    return found
+
+
+def _write(path: Path, table: pl.DataFrame) -> None:
+    """As Parquet, compressed as far as zstd goes: written once, read seldom, kept in git for ever."""
+    encodings = {name: kind for name, kind in _ENCODINGS.items() if name in table.columns}
+    with atomic_path(path) as temporary:
+        pq.write_table(
+            table.to_arrow(compat_level=pl.CompatLevel.oldest()),
+            temporary,
+            compression="zstd",
+            compression_level=19,
+            use_dictionary=[name for name in table.columns if name not in encodings],
+            column_encoding=encodings,
+            write_statistics=False,
+        )
