@@ -1,10 +1,15 @@
 """What the tests share: where the project is, how its steps are run, and a small data set."""
 
 import hashlib
+import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import traceback
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # likewise for what computes on the CPU
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+_matmul = torch.backends.cuda.matmul
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -47,8 +53,43 @@ def run(*command: str, cwd: Path, check: bool = True, **variables: str) -> subpr
 def step(
     name: str, *arguments: object, cwd: Path, check: bool = True, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m steps.<name>` in the project copy `cwd`."""
-    return run("python", "-m", f"steps.{name}", *map(str, arguments), cwd=cwd, check=check, **variables)
+    """Do what `python -m steps.<name>` does in the project copy `cwd`, in this process, where libraries load once.
+
+    The code is this checkout's, and so is the commit that it finds.
+    """
+    printed, failed = io.StringIO(), io.StringIO()
+    before, code = os.getcwd(), 0
+    settings = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), _matmul.allow_tf32
+    environment = {name: value for name, value in os.environ.items() if name != "HSTU_DATA_MIRROR"} | variables
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(printed),
+        redirect_stderr(failed),
+        warnings.catch_warnings(),
+    ):
+        for variable in os.environ.keys() - environment.keys():
+            patch.delenv(variable)
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        os.chdir(cwd)
+        warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # tests import steps too
+        try:
+            runpy.run_module(f"steps.{name}", run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        finally:
+            os.chdir(before)
+            torch.set_num_threads(settings[0])
+            torch.use_deterministic_algorithms(settings[1])
+            _matmul.allow_tf32 = settings[2]
+    result = subprocess.CompletedProcess([name, *map(str, arguments)], code, printed.getvalue(), failed.getvalue())
+    if check and code:
+        pytest.fail(f"steps.{name} ended with {code}:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
+    return result
 
 
 @pytest.fixture

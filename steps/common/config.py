@@ -12,6 +12,8 @@ from steps.common.cli import StepError
 from steps.common.files import read_json
 
 _REMEDY = "run plan again"
+#: Models that count instead of learning: equal whatever the seed.
+WITHOUT_RANDOMNESS = ("popular", "markov", "item-knn")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import jsonschema
 
 from steps.common import yaml_files
 from steps.common.cli import StepError
+from steps.common.config import WITHOUT_RANDOMNESS
 from steps.common.dotted import set_entry
 
 ROOT = Path("params")
@@ -35,6 +36,8 @@ _NAMED = "is no name: lower-case letters, digits, '+' and '-' make one, a letter
 _RESERVED = {"all", "datasets", "kernels", LOCAL, "speed", "studies"} | {
     path.stem for path in Path(__file__).parents[1].glob("*.py")
 }
+#: What variants of a data set have in common.
+_SHARED = ("source", "synthesize", "files", "checks")
 _POINT = re.compile(r"\+(?=[a-z_.]+=)")  # where a row's name ends and the settings of a grid's point begin
 _LONGEST = 255  # bytes of a folder's name
 _SPLIT_BY_HEADS = ("sasrec", "bert4rec", "transformer++")
@@ -93,6 +96,24 @@ def is_local(experiment: str, root: Path = ROOT) -> bool:
     return experiment_path(experiment, root).is_relative_to(root / LOCAL)
 
 
+def valid_of(dataset: str, root: Path = ROOT) -> str:
+    """The data set whose validated files a data set is made of: its own, or those of the one that it is a variant of.
+
+    Raises StepError if the two differ in what is fetched, read or checked.
+    """
+    file, content = _entry("datasets", dataset, root)
+    base: str = content.get("variant_of", dataset)
+    other = entry("datasets", base, root)
+    if "variant_of" in other and base != dataset:
+        raise StepError(f"{file}, key {dataset}.variant_of: {base} is a variant itself; name {other['variant_of']}")
+    for key in _SHARED:
+        if content.get(key) != other.get(key):
+            raise StepError(
+                f"{file}, key {dataset}.{key}: a variant of {base} shares its files, and so has the same {key}"
+            )
+    return base
+
+
 def label(model: str, root: Path = ROOT) -> str:
     """What tables call a row, by its name in an experiment's runs: with the settings of a grid's point."""
     row, point = _split(model)
@@ -102,8 +123,8 @@ def label(model: str, root: Path = ROOT) -> str:
 def runs(experiment: str, root: Path = ROOT) -> Iterator[Run]:
     """Every run of an experiment, in table order.
 
-    With a `grid`, every model becomes one for each point of the grid, named `model+key=value+...`, with what is no
-    part of a file's name quoted as in URLs.
+    A model without randomness has the first seed alone. With a `grid`, every model becomes one for each point of the
+    grid, named `model+key=value+...`, with what is no part of a file's name quoted as in URLs.
     """
     content = load(f"experiments/{experiment}", root)
     grid = content.get("grid", {})
@@ -114,7 +135,8 @@ def runs(experiment: str, root: Path = ROOT) -> Iterator[Run]:
     for dataset in content["datasets"]:
         for model in [model + point for model in content["models"] for point in points]:
             for protocol in content["protocols"]:
-                for seed in content["seeds"]:
+                random = entry("models", _split(model)[0], root)["model"] not in WITHOUT_RANDOMNESS
+                for seed in content["seeds"] if random else content["seeds"][:1]:
                     yield Run(experiment, dataset, model, protocol, seed)
 
 
@@ -160,6 +182,7 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
             "training": training,
         }
     )
+    valid_of(run.dataset, root)
     where = f"{data_file}, entry {run.dataset}"
     if point:
         where = f"{experiment_path(run.experiment, root)}, grid"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from steps.common.config import WITHOUT_RANDOMNESS
 from steps.models.base import CountingModel, Model, SequenceModel
 from steps.models.bert4rec import BERT4Rec
 from steps.models.gru4rec import GRU4Rec
@@ -14,12 +15,10 @@ from steps.models.transformer_pp import TransformerPP
 
 __all__ = ["CountingModel", "Model", "SequenceModel", "build", "is_counting"]
 
-_COUNTING = ("popular", "markov", "item-knn")
-
 
 def is_counting(config: dict[str, Any]) -> bool:
     """Whether `build` makes a `CountingModel` of a run's config.json."""
-    return config["model"]["model"] in _COUNTING
+    return config["model"]["model"] in WITHOUT_RANDOMNESS
 
 
 def build(config: dict[str, Any], num_items: int) -> CountingModel | SequenceModel:

@@ -26,14 +26,14 @@ from steps.common.cli import StepError
 from steps.common.files import atomic_path, parse_jsonl, reading
 from steps.common.provenance import check_run, content_sha256
 
-LARGEST_RANK = 1000  # >= every cut of HR and NDCG
+LARGEST_RANK = 500  # no cut of HR or NDCG is larger
 #: Ranks of more test users stay in runs/: the tree stays small.
 MOST_USERS = 30_000
 RUNS, RANKS = "runs.parquet", "ranks.parquet"
 TEXTS = ("config.json", "history.jsonl", "metrics.json")
 _KEY = {"dataset": pl.String, "model": pl.String, "protocol": pl.String, "seed": pl.UInt32}
-_RUNS = _KEY | dict.fromkeys(TEXTS, pl.String) | {"ranks_sha256": pl.String}
-_RANKS = _KEY | {"user": pl.UInt32, "rank": pl.UInt16, "ties": pl.UInt32}
+RUNS_SCHEMA = _KEY | dict.fromkeys(TEXTS, pl.String) | {"ranks_sha256": pl.String}
+RANKS_SCHEMA = _KEY | {"user": pl.UInt32, "rank": pl.UInt16, "ties": pl.UInt32}
 #: Counters become runs of equal differences, and the bytes of ranks are compressed by their significance.
 _ENCODINGS = {"seed": "DELTA_BINARY_PACKED", "user": "DELTA_BINARY_PACKED"}
 _ENCODINGS |= dict.fromkeys(("rank", "ties"), "BYTE_STREAM_SPLIT")
@@ -95,7 +95,7 @@ def recorded_texts(folder: Path) -> dict[Path, dict[str, Any]]:
     """The rows of a records folder's `runs.parquet` by the run's path; none where there is no such file."""
     if not (folder / RUNS).is_file():
         return {}
-    return {_path(row): row for row in _read(folder / RUNS, _RUNS).iter_rows(named=True)}
+    return {_path(row): row for row in _read(folder / RUNS, RUNS_SCHEMA).iter_rows(named=True)}
 
 
 def write_records(experiment: str, records: list[Record], folder: Path) -> int:
@@ -105,7 +105,7 @@ def write_records(experiment: str, records: list[Record], folder: Path) -> int:
     is written, if the ranks of a run cannot be read.
     """
     rows = recorded_texts(folder)
-    ranks = _parts(_read(folder / RANKS, _RANKS)) if rows else {}
+    ranks = _parts(_read(folder / RANKS, RANKS_SCHEMA)) if rows else {}
     for record in records:
         path, part = record.run.path, _light(record)
         rows[path] = {name: getattr(record.run, name) for name in _KEY} | record.texts | {"ranks_sha256": None}
@@ -114,8 +114,11 @@ def write_records(experiment: str, records: list[Record], folder: Path) -> int:
             rows[path]["ranks_sha256"] = _ranks_sha256(part)
             ranks[path] = part
     paths = [run.path for run in params.runs(experiment) if run.path in rows]
-    _write(folder / RANKS, pl.concat([pl.DataFrame(schema=_RANKS), *(ranks[path] for path in paths if path in ranks)]))
-    _write(folder / RUNS, pl.DataFrame([rows[path] for path in paths], schema=_RUNS, orient="row"))
+    _write(
+        folder / RANKS,
+        pl.concat([pl.DataFrame(schema=RANKS_SCHEMA), *(ranks[path] for path in paths if path in ranks)]),
+    )
+    _write(folder / RUNS, pl.DataFrame([rows[path] for path in paths], schema=RUNS_SCHEMA, orient="row"))
     return len(rows) - len(paths)
 
 
@@ -129,7 +132,7 @@ def _light(record: Record) -> pl.DataFrame:
         "ties": np.where(far, 0, found.ties),
     }
     key = [pl.lit(getattr(record.run, name), kind).alias(name) for name, kind in _KEY.items()]
-    return pl.DataFrame(columns, schema={name: _RANKS[name] for name in columns}).select(*key, *columns)
+    return pl.DataFrame(columns, schema={name: RANKS_SCHEMA[name] for name in columns}).select(*key, *columns)
 
 
 def by_row(records: list[Record]) -> dict[tuple[str, str, str], list[Record]]:
@@ -212,7 +215,7 @@ def _parts(ranks: pl.DataFrame) -> dict[Path, pl.DataFrame]:
 @cache
 def _parts_of(path: Path, modified: int) -> dict[Path, pl.DataFrame]:
     """`_parts` of a file; read once, unless it was `modified` (ns) meanwhile."""
-    return _parts(_read(path, _RANKS))
+    return _parts(_read(path, RANKS_SCHEMA))
 
 
 def _ranks_sha256(part: pl.DataFrame) -> str:

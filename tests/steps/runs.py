@@ -1,5 +1,6 @@
 """Configs of small runs, as `plan` would write them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,18 @@ def seal(run: Path) -> None:
     for name, file in files.items():
         hashes[f"{name}_sha256"] = sha256(run / file) if (run / file).exists() else "absent"
     write_json(run / "metrics.json", read_json(run / "metrics.json") | hashes)
+
+
+def add_record(folder: Path, row: str, seed: int, config: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Add a run to the light records in `folder`, without ranks."""
+    import polars as pl  # not at the top: there is none on a bare GPU machine
+
+    from steps.reporting.records import RUNS, RUNS_SCHEMA
+
+    texts = {"config.json": json.dumps(config), "history.jsonl": "", "metrics.json": json.dumps(metrics)}
+    key = {"dataset": "ml-1m", "model": row, "protocol": "strict", "seed": seed}
+    rows = [key | texts | {"ranks_sha256": None}]
+    if (folder / RUNS).exists():
+        rows = [*pl.read_parquet(folder / RUNS).iter_rows(named=True), *rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    pl.DataFrame(rows, schema=RUNS_SCHEMA).write_parquet(folder / RUNS)

@@ -6,8 +6,8 @@ import pytest
 
 from steps import experiments
 from steps.common import yaml_files
-from steps.common.files import write_json
 from tests.conftest import step
+from tests.steps.runs import add_record
 
 
 def test_every_experiment_is_listed_with_what_its_records_measured(project: Path) -> None:
@@ -17,8 +17,8 @@ def test_every_experiment_is_listed_with_what_its_records_measured(project: Path
     (local / "a-mine.yaml").write_text(yaml_files.dump({"title": "My own", **chosen}))
     measured = [("NVIDIA H200", 600.0), ("NVIDIA H100 80GB HBM3", 660.0), ("CPU, 2 threads", 90.0)]
     for seed, (device, seconds) in enumerate(measured):
-        folder = project / f"reports/ml-1m/records/ml-1m/hstu/strict/seed-{seed}"
-        write_json(folder / "metrics.json", {"device": device, "train_seconds": seconds})
+        metrics = {"device": device, "train_seconds": seconds}
+        add_record(project / "reports/ml-1m/records", "hstu", seed, {}, metrics)
     found = {line[0]: line[1:] for line in experiments.lines(project / "params", project / "reports")}
     assert found["ml-1m"][2:] == ["21 (2)", "1.5 (1)", "MovieLens-1M (downloaded)"]
     assert found["demo"][1:4] == ["6", "-", "-"]

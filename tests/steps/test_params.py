@@ -42,8 +42,36 @@ def test_the_study_s_data_sets_differ_in_their_ties_alone() -> None:
     for name in ("item-id", "shuffled"):
         variant = datasets[f"ml-1m-{name}-ties"]
         assert variant["ties"] == name
-        for key in ("source", "files", "checks", "training"):
-            assert variant[key] == datasets["ml-1m"][key]
+        assert {key for key in variant if variant[key] != datasets["ml-1m"].get(key)} == {"title", "variant_of", "ties"}
+        assert params.valid_of(f"ml-1m-{name}-ties", ROOT / "params") == "ml-1m"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"checks": {"min_user_interactions": 5, "unique_user_item": True}},
+            "key mine.checks: a variant of demo",
+        ),
+        ({"variant_of": "demos"}, "no entry 'demos'"),
+        ({"variant_of": "ml-1m-item-id-ties"}, "is a variant itself; name ml-1m"),
+    ],
+)
+def test_a_variant_shares_what_is_fetched_and_checked(project: Path, changes: dict, said: str) -> None:
+    write_local(project, "datasets", {"mine": {"like": "demo", "title": "Mine", "variant_of": "demo"} | changes})
+    run = params.Run("demo", "mine", "hstu", "strict", 0)
+    with pytest.raises(StepError, match=said):
+        params.resolve(run, project / "params")
+
+
+def test_a_model_without_randomness_has_one_seed() -> None:
+    seeds: dict[str, list[int]] = {}
+    for run in params.runs("ml-1m", ROOT / "params"):
+        if run.protocol == "paper":
+            seeds.setdefault(run.model, []).append(run.seed)
+    once = {"most-popular", "item-knn", "markov"}
+    assert seeds == {model: [0] if model in once else [0, 1, 2, 3, 4] for model in seeds}
+    assert once < seeds.keys()
 
 
 def test_a_row_like_another_has_its_keys_but_for_its_own(project: Path) -> None:
@@ -339,7 +367,7 @@ def test_entries_and_results_of_one_s_own_leave_the_checkout_clean(project: Path
     for path in (
         "workflow/dvc/local/mine/dvc.yaml",
         "reports/mine/table.md",
-        f"reports/mine/records/{results}/config.json",
+        "reports/mine/records/runs.parquet",
     ):
         (project / path).parent.mkdir(parents=True)
         (project / path).touch()

@@ -1,6 +1,7 @@
 """Tables, records and the MLflow store, from runs whose numbers are made up."""
 
 import csv
+import shutil
 import statistics
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +18,8 @@ from safetensors.torch import save_file
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import read_json, write_json, write_text
+from steps.evaluation.metrics import HR_CUTS, NDCG_CUTS
+from steps.reporting.records import LARGEST_RANK, RANKS, RUNS, read_records, write_records
 from steps.track import _REPORTS
 from tests.conftest import run as run_command
 from tests.conftest import step
@@ -68,7 +72,8 @@ def tabulate(project: Path, name: str, runs: str | None = None) -> None:
 
 
 @pytest.fixture
-def ml_1m(project: Path) -> list[params.Run]:
+def ml_1m(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[params.Run]:
+    monkeypatch.chdir(project)  # where parameters are looked for
     chosen = {"datasets": ["ml-1m"], "models": ["sasrec", "hstu"], "protocols": ["strict", "paper"], "seeds": [0, 1, 2]}
     return experiment(project, "mine", **chosen)
 
@@ -100,6 +105,13 @@ def test_the_table_holds_means_deviations_and_published_figures(project: Path, m
     assert (project / "reports/mine/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def record_all(project: Path) -> Path:
+    """The light records of experiment `mine`."""
+    folder = project / "reports/mine/records"
+    write_records("mine", read_records("mine", project / "runs/mine")[0], folder)
+    return folder
+
+
 def test_tables_are_the_same_bytes_from_runs_and_from_their_records(project: Path, ml_1m: list[params.Run]) -> None:
     for run in ml_1m:
         fake_run(project, run)
@@ -117,9 +129,74 @@ def test_tables_are_the_same_bytes_from_runs_and_from_their_records(project: Pat
     names += ["comparisons.md", "comparisons.csv", "claims.md", "intervals.svg"]
     before = {name: (project / "reports/mine" / name).read_bytes() for name in names}
     step("record", "--experiment", "mine", "--runs", "runs/mine", "--output", "reports/mine/records", cwd=project)
-    assert not list((project / "reports/mine/records").rglob("model.safetensors"))
+    assert sorted(path.name for path in (project / "reports/mine/records").iterdir()) == [RANKS, RUNS]
     tabulate(project, "mine", "reports/mine/records")
     assert {name: (project / "reports/mine" / name).read_bytes() for name in names} == before
+
+
+def test_records_hold_the_ranks_up_to_the_largest_that_counts(project: Path, ml_1m: list[params.Run]) -> None:
+    for run in ml_1m:
+        fake_run(project, run)
+    path = project / "runs/mine" / ml_1m[0].path
+    best, ties = torch.arange(1, 1001).int(), (torch.arange(1000) % 3).int()
+    save_file({"test": best, "test_ties": ties, "test_users": torch.arange(1000)}, path / "ranks.safetensors")
+    seal(path)
+    folder = record_all(project)
+    (found, *_), missing = read_records("mine", folder)
+    assert missing == []
+    kept = found.ranks()
+    assert kept.users.tolist() == list(range(1000))
+    assert kept.best.tolist() == [*range(1, LARGEST_RANK + 1), *[LARGEST_RANK + 1] * (1000 - LARGEST_RANK)]
+    assert kept.ties.tolist() == [*ties.tolist()[:LARGEST_RANK], *[0] * (1000 - LARGEST_RANK)]
+    assert {name: (path / name).read_text() for name in found.texts} == found.texts
+    assert max(*HR_CUTS, *NDCG_CUTS) <= LARGEST_RANK
+
+
+def test_recording_again_replaces_runs_and_leaves_out_those_that_are_no_more(
+    project: Path, ml_1m: list[params.Run]
+) -> None:
+    for run in ml_1m:
+        fake_run(project, run)
+    folder = record_all(project)
+    before = (folder / RANKS).read_bytes()
+    assert (record_all(project) / RANKS).read_bytes() == before
+    fake_run(project, ml_1m[0], commit="b" * 40)
+    experiment(project, "mine", datasets=["ml-1m"], models=["sasrec", "hstu"], protocols=["strict"], seeds=[0, 1])
+    shutil.rmtree(project / "runs/mine" / ml_1m[-1].path.parts[0] / "hstu")
+    record_all(project)
+    found, missing = read_records("mine", folder)
+    assert [record.run for record in found] == [run for run in ml_1m if run.protocol == "strict" and run.seed < 2]
+    assert [record.metrics["commit"] for record in found] == ["b" * 40] + ["a" * 40] * 3
+    assert missing == []
+
+
+@pytest.mark.parametrize("damage", ["half", "other ranks", "other history", "other config"])
+def test_records_that_do_not_belong_together_are_named(project: Path, ml_1m: list[params.Run], damage: str) -> None:
+    for run in ml_1m:
+        fake_run(project, run)
+    folder = record_all(project)
+    runs, ranks = pl.read_parquet(folder / RUNS), pl.read_parquet(folder / RANKS)
+    if damage == "half":
+        (folder / RUNS).write_bytes((folder / RUNS).read_bytes()[:500])
+    elif damage == "other ranks":
+        ranks.with_columns(pl.lit(3, pl.UInt16).alias("rank")).write_parquet(folder / RANKS)
+    else:
+        column = "history.jsonl" if damage == "other history" else "config.json"
+        old, new = ('"epoch": 1', '"epoch": 3') if damage == "other history" else ('"seed": 0', '"seed": 9')
+        runs.with_columns(pl.col(column).str.replace(old, new, literal=True)).write_parquet(folder / RUNS)
+    with pytest.raises(StepError, match="ranks.parquet has other ranks" if damage == "other ranks" else "runs.parquet"):
+        read_records("mine", folder)[0][0].ranks()
+
+
+def test_ranks_of_many_users_stay_in_runs(
+    project: Path, ml_1m: list[params.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in ml_1m:
+        fake_run(project, run)
+    monkeypatch.setattr("steps.reporting.records.MOST_USERS", 199)
+    folder = record_all(project)
+    with pytest.raises(StepError, match="compare runs/mine"):
+        read_records("mine", folder)[0][0].ranks()
 
 
 def test_details_show_every_rule_and_group(project: Path, ml_1m: list[params.Run]) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from steps.common.files import write_json
 from steps.speed_report import cases, floor, markdown, parts_table, speed_table, trainings_table
+from tests.steps.runs import add_record
 
 CEILINGS = {"device": "H200", "copy_bytes_per_second": 2e12, "matmul_flops_per_second": 5e14}
 
@@ -55,13 +55,10 @@ def test_what_is_no_kernel_s_time_is_waiting() -> None:
 
 
 def record(folder: Path, row: str, seed: int, at_once: int, **changes: Any) -> None:
-    run = folder / "records" / row / f"seed-{seed}"
     settings = {"experiment": folder.name, "dataset": "ml-1m", "row": row, "protocol": {"name": "strict"}}
-    write_json(run / "config.json", settings | {"training": {"epochs": 101}})
     metrics = {"captured": True, "runs_at_once": at_once, "train_seconds": 40.0 - seed, "peak_bytes": 2**30}
-    write_json(
-        run / "metrics.json", metrics | {"stopped_early": None, "device": "H200", "commit": "0123456789"} | changes
-    )
+    metrics |= {"stopped_early": None, "device": "H200", "commit": "0123456789"} | changes
+    add_record(folder / "records", row, seed, settings | {"training": {"epochs": 101}}, metrics)
 
 
 def lines_of(records: Path) -> list[list[str]]:

@@ -60,7 +60,7 @@ rule preprocess:
     input:
         "steps/preprocess.py",
         "steps/data/build.py",
-        "data/valid/{dataset}/validation.json",
+        lambda wildcards: f"data/valid/{params.valid_of(wildcards.dataset)}/validation.json",
     output:
         "data/processed/{dataset}/sequences.safetensors",
         "data/processed/{dataset}/users.parquet",
@@ -72,6 +72,7 @@ rule preprocess:
         "../../environment.yml"
     params:
         ties=lambda wildcards: DATASETS[wildcards.dataset]["ties"],
+        valid=lambda wildcards: f"data/valid/{params.valid_of(wildcards.dataset)}",
     shell:
-        "python -m steps.preprocess --dataset {wildcards.dataset:q} --valid data/valid/{wildcards.dataset:q}"
+        "python -m steps.preprocess --dataset {wildcards.dataset:q} --valid {params.valid:q}"
         " --output data/processed/{wildcards.dataset:q} 2>&1 | tee {log:q}"
