@@ -48,8 +48,8 @@ environment.yml: constraints.txt  ## write conda's pins again from constraints.t
 	@sed -i '/^      - /d' $@
 	@grep -vE '^(#|fbgemm-gpu==|nvidia-ml-py==|snakemake-executor-plugin-slurm)' $< | sed 's/^/      - /' >> $@
 
-dvc: $(INSTALLED)  ## write workflow/dvc/<experiment>/dvc.yaml again from dvc.yaml
-	python -m workflow.dvc.generate
+dvc: $(INSTALLED)  ## write the list of runs that workflow/dvc.yaml goes through, after a change of params/
+	python -m workflow.generate
 
 tables: $(INSTALLED)  ## rebuild the tables of every committed record, and the README's
 	for e in $(patsubst reports/%/records,%,$(wildcard reports/*/records)); do \

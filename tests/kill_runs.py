@@ -34,7 +34,7 @@ NAME = "kills"
 #: A killed DVC may leave half of its rwlock file, which it then refuses to read.
 COMMANDS = {
     "snakemake": ["snakemake", "--cores", "2", NAME],
-    "dvc": ["sh", "-c", f"rm -f .dvc/tmp/rwlock && exec dvc repro workflow/dvc/local/{NAME}/dvc.yaml"],
+    "dvc": ["sh", "-c", f"rm -f .dvc/tmp/rwlock && exec dvc repro workflow/local/dvc.yaml:track@{NAME}"],
 }
 MADE = ("data", "runs", "logs", f"reports/{NAME}", "mlflow.db", "mlartifacts", ".snakemake", ".dvc/cache", ".dvc/tmp")
 SETTINGS = {"seed": 1, "users": 60, "movies": 120, "genres": 5, "mean_ratings": 30}
@@ -72,7 +72,7 @@ def copy_project(folder: Path) -> None:
     (local / "experiments" / f"{NAME}.yaml").write_text(yaml_files.dump(experiment))
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
-    subprocess.run([sys.executable, "workflow/dvc/generate.py"], cwd=folder, env=environment(folder), check=True)
+    subprocess.run([sys.executable, "-m", "workflow.generate"], cwd=folder, env=environment(folder), check=True)
 
 
 def environment(folder: Path) -> dict[str, str]:

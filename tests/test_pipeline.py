@@ -54,6 +54,7 @@ def keep_one_run(project: Path) -> None:
     """Reduce the demo to one run, which trains nothing: what a graph does is seen on it as well."""
     edit(project / "params/experiments/demo.yaml", "[most-popular, sasrec, hstu]", "[most-popular]")
     edit(project / "params/experiments/demo.yaml", "[strict, paper]", "[strict]")
+    run("python", "-m", "workflow.generate", cwd=project)
 
 
 def new_times(folder: Path) -> None:
@@ -109,14 +110,17 @@ def test_dvc_runs_again_what_a_change_concerns(project: Path) -> None:
     run("dvc", "repro", cwd=project)
 
     def ran() -> set[str]:
-        return set(re.findall(r"^Running stage '(\w+)", run("dvc", "repro", cwd=project).stdout, re.M))
+        stdout = run("dvc", "repro", cwd=project).stdout
+        return set(
+            re.findall(r"^Running stage '(?:workflow/dvc.yaml:)?(\w+)", run("dvc", "repro", cwd=project).stdout, re.M)
+        )
 
     assert ran() == {"check", "track"}  # these two always run
     edit(project / "params/models.yaml", "label: Most popular", "label: Popularity")
-    assert ran() == {"check", "plan", "tabulate", "compare", "track"}
+    assert ran() == {"check", "plan", "tabulate", "compare", "track", "demo"}
     assert "Popularity" in (project / "reports/demo/table.md").read_text()
     (project / "mlflow.db").unlink()
-    run("dvc", "commit", "--force", "dvc.yaml", cwd=project)
+    run("dvc", "commit", "--force", "workflow/dvc.yaml:track@demo", cwd=project)
     assert ran() == {"check", "track"}
     assert (project / "mlflow.db").is_file()
     edit(project / "params/experiments/demo.yaml", "seeds: [0]", 'seeds: ["0; touch broken"]')
@@ -212,11 +216,14 @@ def test_dvc_makes_the_demo_once(project: Path, results: dict[str, dict[str, flo
     run("dvc", "repro", cwd=project)
     results["dvc"] = check_outputs(project)
     again = run("dvc", "repro", cwd=project)
-    assert set(re.findall(r"^Running stage '([^']+)'", again.stdout, re.M)) == {"check", "track"}  # which always run
+    assert set(re.findall(r"^Running stage 'workflow/dvc.yaml:([^']+)'", again.stdout, re.M)) == {
+        "check@demo",
+        "track@demo",
+    }  # which always run
     path = project / "params/datasets.yaml"
     path.write_text(path.read_text().replace("epochs: 3", "epochs: 2"))
-    planned = run("dvc", "repro", "--dry", "plan", cwd=project).stdout
-    assert planned.count("Running stage 'plan@") == 6
+    planned = run("dvc", "repro", "--dry", cwd=project).stdout
+    assert planned.count("Running stage 'workflow/dvc.yaml:plan@") == 6
     assert "preprocess" not in [line for line in planned.splitlines() if line.startswith("Running")]
     if "snakemake" in results:
         assert results["dvc"] == pytest.approx(results["snakemake"], abs=0.05)

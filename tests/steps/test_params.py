@@ -365,13 +365,13 @@ def test_entries_and_results_of_one_s_own_leave_the_checkout_clean(project: Path
     data = write_processed(project / "data/processed/mine", [5, 6, 9], 20)
     step("plan", *names, "--data", data, "--output", f"runs/mine/{results}/config.json", cwd=project)
     for path in (
-        "workflow/dvc/local/mine/dvc.yaml",
+        "workflow/local/dvc.yaml",
         "reports/mine/table.md",
         "reports/mine/records/runs.parquet",
     ):
         (project / path).parent.mkdir(parents=True)
         (project / path).touch()
-    assert git("status", "--porcelain") == "?? workflow/dvc/local/\n"  # untracked: DVC reads no file that git ignores
+    assert git("status", "--porcelain") == "?? workflow/local/\n"  # untracked: DVC reads no file that git ignores
     assert commit() == before
 
 

@@ -37,10 +37,13 @@ def code(*folders):
 # What changes a model's numbers: all that train and evaluate compute with.
 MODEL_CODE = [
     "steps/common/device.py",
+    "steps/common/threads.py",
     "steps/common/top.py",
     "steps/data/sequences.py",
     "steps/data/split.py",
-    *code("steps/models", "steps/evaluation", "kernels"),
+    *code("steps/models", "steps/evaluation"),
+    "kernels/common.py",
+    *code(*(path for path in Path("kernels").iterdir() if path.is_dir() and path.name != "tools")),
     "kernels/configurations.json",
 ]
 TRAINING_CODE = code("steps/training")

@@ -1,0 +1,114 @@
+"""Write the list of data sets, experiments and runs that workflow/dvc.yaml goes through.
+
+`workflow/runs.yaml` has those of params/. Those of params/local/ get `workflow/local/runs.yaml`, and
+`workflow/local/dvc.yaml` beside it with the same stages. `make dvc` runs this; DVC's stage `check` compares.
+"""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from steps.common import params, yaml_files
+from steps.common.cli import StepError
+from steps.common.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL = ROOT / "workflow/local"
+_TABLES = ("datasets", "models", "protocols")
+_HEAD = "# Written by `make dvc` from {folder}.\n"
+#: The `foreach` of each kind of data stages, and the keys of params/datasets.yaml that they depend on.
+_KEYS = {
+    "synthesized": ("synthesize", "source"),
+    "published": ("source",),
+    "validated": ("files", "checks"),
+    "processed": ("ties",),
+}
+
+
+def lists(local: bool) -> dict[str, dict[str, Any]]:
+    """The entries of each `foreach` of dvc.yaml, by a name that DVC allows in a stage's.
+
+    Raises StepError for an experiment whose name or content does not fit, as its values become commands.
+    """
+    root = ROOT / "params"
+    made: dict[str, dict[str, Any]] = {kind: {} for kind in _KEYS}
+    datasets = params.load("datasets", root)
+    for name in _entries("params/local/datasets.yaml" if local else "params/datasets.yaml"):
+        valid = params.valid_of(name, root)
+        kinds = ["processed"]
+        if valid == name:  # else the files are fetched and validated for the other
+            kinds += ["validated", "synthesized" if "synthesize" in datasets[name] else "published"]
+        for kind in kinds:
+            item = {"name": name} | ({"valid": valid} if kind == "processed" else {})
+            _add(made[kind], name, item | {key: _owner(name, key) for key in _KEYS[kind]})
+    made |= {"experiments": {}, "runs": {}}
+    for name in params.experiments(root):
+        if params.is_local(name, root) == local:
+            _add(made["experiments"], name, {"name": name})
+            for run in params.check(name, root):
+                keys = ("experiment", "dataset", "model", "protocol", "seed")
+                item = {key: getattr(run, key) for key in keys}
+                _add(made["runs"], "-".join(map(str, item.values())), item)
+    return made
+
+
+def text(local: bool) -> str:
+    """The content of runs.yaml: a line an entry."""
+    lines = [_HEAD.format(folder="params/local" if local else "params")]
+    for name, items in lists(local).items():
+        lines.append(f"{name}:\n" if items else f"{name}: {{}}\n")
+        lines += [f"  {key}: {json.dumps(item)}\n" for key, item in items.items()]
+    return "".join(lines)
+
+
+def local_dvc_yaml() -> str:
+    """workflow/dvc.yaml, one folder deeper, for what params/local/ has."""
+    stages = (ROOT / "workflow/dvc.yaml").read_text(encoding="utf-8")
+    stages = stages[: stages.index("\n  # Studies\n")].replace("wdir: ..", "wdir: ../..")
+    stages = stages.replace("params/experiments/", "params/local/experiments/").replace(
+        "workflow/runs", "workflow/local/runs"
+    )
+    for table in _TABLES:
+        if (ROOT / f"params/local/{table}.yaml").is_file():
+            line = f"        - params/{table}.yaml:\n"
+            stages = stages.replace(line, line + f"        - params/local/{table}.yaml:\n")
+    return _HEAD.format(folder="params/local") + stages[stages.index("vars:") :]
+
+
+def _add(items: dict[str, Any], name: str, item: dict[str, Any]) -> None:
+    key = re.sub(r"[^a-z0-9-]", "_", name)
+    if key in items:
+        raise StepError(f"{name} and another would both be called {key} in DVC; rename one")
+    items[key] = item
+
+
+def _owner(name: str, key: str) -> dict[str, str]:
+    """The file and the entry in which DVC finds a key of a data set: its own, or the one it is `like`."""
+    for file in ("params/local/datasets.yaml", "params/datasets.yaml"):
+        entries = _entries(file)
+        if name in entries:
+            return {"file": file, "entry": name} if key in entries[name] else _owner(entries[name]["like"], key)
+    raise StepError(f"no data set {name!r}")
+
+
+def _entries(path: str) -> dict[str, Any]:
+    """The entries of a file, without what they are `like`; none without the file."""
+    return (yaml_files.read(ROOT / path) or {}) if (ROOT / path).is_file() else {}
+
+
+def main() -> None:
+    shutil.rmtree(LOCAL, ignore_errors=True)
+    write_text(ROOT / "workflow/runs.yaml", text(local=False))
+    if (ROOT / "params/local").is_dir():
+        write_text(LOCAL / "runs.yaml", text(local=True))
+        write_text(LOCAL / "dvc.yaml", local_dvc_yaml())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except StepError as error:
+        sys.exit(f"generate: {error}")
