@@ -110,10 +110,8 @@ def test_dvc_runs_again_what_a_change_concerns(project: Path) -> None:
     run("dvc", "repro", cwd=project)
 
     def ran() -> set[str]:
-        stdout = run("dvc", "repro", cwd=project).stdout
-        return set(
-            re.findall(r"^Running stage '(?:workflow/dvc.yaml:)?(\w+)", run("dvc", "repro", cwd=project).stdout, re.M)
-        )
+        printed = run("dvc", "repro", cwd=project).stdout
+        return set(re.findall(r"^Running stage '(?:workflow/dvc.yaml:)?(\w+)", printed, re.M))
 
     assert ran() == {"check", "track"}  # these two always run
     edit(project / "params/models.yaml", "label: Most popular", "label: Popularity")
