@@ -95,11 +95,16 @@ def step(
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of the project's files whose demo is reduced: 120 users, 3 epochs, one seed."""
+    return copy_project(tmp_path)
+
+
+def copy_project(folder: Path) -> Path:
+    """Make what the fixture `project` gives, in `folder`."""
     # Here, because tests/kernels also run where there is little more than torch.
     from steps.common import yaml_files
     from steps.synthesize import synthesize
 
-    copy = tmp_path / "project"
+    copy = folder / "project"
     for name in (
         "steps",
         "kernels",

@@ -6,12 +6,13 @@ import re
 import shlex
 import subprocess
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from steps.common import yaml_files
-from tests.conftest import ROOT, run
+from steps.common import params, yaml_files
+from tests.conftest import ROOT, copy_project, run, step
 from workflow import generate
 
 ROOMS = {"kernels": {"kernels"}, "steps": {"kernels", "steps"}}
@@ -72,7 +73,7 @@ def test_committed_tables_and_readme_are_those_of_the_committed_records(tmp_path
     for experiment in committed_experiments():
         arguments = ("--runs", f"reports/{experiment}/records", "--output", str(tmp_path / experiment))
         for table in ("tabulate", "compare"):
-            run("python", "-m", f"steps.{table}", "--experiment", experiment, *arguments, cwd=ROOT)
+            step(table, "--experiment", experiment, *arguments, cwd=ROOT)
         for name in ("table.md", "table.csv", "runs.csv", "details.md", "comparisons.csv", "claims.md"):
             committed = ROOT / "reports" / experiment / name
             if experiment != "demo":  # whose tables are a user's own; the README shows the record's
@@ -81,14 +82,14 @@ def test_committed_tables_and_readme_are_those_of_the_committed_records(tmp_path
                 )
     readme = (ROOT / "README.md").read_text()
     (tmp_path / "README.md").write_text(readme)
-    run("python", "-m", "steps.readme", "--readme", str(tmp_path / "README.md"), "--reports", str(tmp_path), cwd=ROOT)
+    step("readme", "--readme", tmp_path / "README.md", "--reports", tmp_path, cwd=ROOT)
     assert (tmp_path / "README.md").read_text() == readme, "run `make tables`"
 
 
-def snakemake_jobs(project: Path, experiment: str) -> dict[str, dict]:
-    """Each job of an experiment by its first output: rule, inputs, outputs, command line."""
+def snakemake_jobs(project: Path, *targets: str) -> dict[str, dict]:
+    """Each job of the targets by its first output: rule, inputs, outputs, command line."""
     result = run(
-        "snakemake", "--cores", "2", "--dry-run", "--forceall", "--printshellcmds", "--", experiment, cwd=project
+        "snakemake", "--cores", "2", "--dry-run", "--forceall", "--printshellcmds", "--", *targets, cwd=project
     )
     jobs = {}
     for block in re.split(r"\n(?:\[.*\]\n)?(?:local)?rule ", result.stdout + result.stderr)[1:]:
@@ -121,9 +122,9 @@ print(json.dumps([{"rule": stage.name, "command": stage.cmd, "output": sorted(ma
 
 def covers(dependency: str, name: str, project: Path) -> bool:
     """Whether a DVC dependency, a file or a folder, stands for the Snakemake input `name`."""
-    return name == dependency or (
-        ((project / dependency).is_dir() or "." not in Path(dependency).name) and name.startswith(f"{dependency}/")
-    )
+    if name == dependency:
+        return True
+    return name.startswith(f"{dependency}/") and ((project / dependency).is_dir() or "." not in Path(dependency).name)
 
 
 def stands_for(name: str, dependency: str, project: Path) -> bool:
@@ -147,29 +148,47 @@ def add_local_experiment(project: Path) -> None:
     run("python", "-m", "workflow.generate", cwd=project)
 
 
-@pytest.mark.parametrize("experiment", ["demo", "ml-1m", "amzn-beauty", "protocol-study", "sweep-demo", "own"])
-def test_both_orchestrators_have_the_same_graph(project: Path, experiment: str) -> None:
+@dataclass
+class Graphs:
+    """What both orchestrators make of a project that has an experiment of a user's own."""
+
+    project: Path
+    jobs: dict[str, dict]
+    stages: list[dict]
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    project = copy_project(tmp_path_factory.mktemp("graphs"))
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
-    files = ["workflow/dvc.yaml"]
-    if experiment == "own":
-        add_local_experiment(project)
-        files.append("workflow/local/dvc.yaml")
-    jobs, stages = snakemake_jobs(project, experiment), dvc_stages(project, files)
-    (gate,) = [stage for stage in stages if stage["rule"] == f"check@{experiment}"]
-    (checked,) = gate["output"]
-    used = [stage for stage in stages if any(covers(stage["output"][0], name, project) for name in jobs)]
+    add_local_experiment(project)
+    targets = [*params.experiments(project / "params"), "null_models"]
+    stages = dvc_stages(project, ["workflow/dvc.yaml", "workflow/local/dvc.yaml"])
+    return Graphs(project, snakemake_jobs(project, *targets), stages)
+
+
+def test_both_orchestrators_have_the_same_graph(graphs: Graphs) -> None:
+    project, jobs = graphs.project, graphs.jobs
+    gates = {stage["rule"]: stage["output"][0] for stage in graphs.stages if stage["rule"].startswith("check@")}
+    # Snakemake checks the parameters that it reads while it makes its graph.
+    stages = [stage for stage in graphs.stages if stage["rule"] not in gates]
+    made = {name: [stage for stage in stages if covers(stage["output"][0], name, project)] for name in jobs}
+    used = {stage["rule"] for found in made.values() for stage in found}
+    unused = [stage["rule"] for stage in stages if stage["rule"] not in used]
+    assert {rule for rule in unused if not rule.endswith("@unused")} == set()  # a data set without an experiment
     assert len(used) == len(jobs)
     for name, job in jobs.items():
-        (stage,) = [stage for stage in used if covers(stage["output"][0], name, project)]
+        (stage,) = made[name]
         for file in job["output"]:
             assert any(covers(output, file, project) for output in stage["output"]), f"DVC's {name} lacks {file}"
         for output in stage["output"]:
             assert any(covers(output, file, project) for file in job["output"]), f"Snakemake's {name} lacks {output}"
         assert shlex.split(job["command"]) == shlex.split(stage["command"])
-        assert job["rule"] != "plan" or checked in stage["input"]
+        checked = {gate for gate in gates.values() if gate in stage["input"]}
+        assert job["rule"] != "plan" or len(checked) == 1
         for file in job["input"]:
             assert any(covers(dependency, file, project) for dependency in stage["input"]), f"DVC's {name} lacks {file}"
-        for dependency in set(stage["input"]) - {checked}:
+        for dependency in set(stage["input"]) - checked:
             assert any(stands_for(file, dependency, project) for file in job["input"]), (
                 f"Snakemake's {name} lacks {dependency}"
             )
@@ -196,17 +215,16 @@ def imported(path: Path, seen: set[Path]) -> set[Path]:
 
 
 @pytest.mark.parametrize(
-    "step", ["download", "validate", "preprocess", "plan", "train", "evaluate", "compare", "track"]
+    "name", ["download", "validate", "preprocess", "plan", "train", "evaluate", "compare", "track"]
 )
-def test_what_a_step_imports_is_a_dependency_of_it(project: Path, step: str) -> None:
-    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
-    stages = dvc_stages(project, ["workflow/dvc.yaml"])
-    listed = next(stage for stage in stages if re.split("[-@]", stage["rule"])[0] == step)["input"]
-    wanted = {str(path.relative_to(ROOT)) for path in imported(ROOT / f"steps/{step}.py", set())}
-    if step in {"download", "validate", "preprocess"}:
+def test_what_a_step_imports_is_a_dependency_of_it(graphs: Graphs, name: str) -> None:
+    listed = next(stage for stage in graphs.stages if re.split("[-@]", stage["rule"])[0] == name)["input"]
+    wanted = {str(path.relative_to(ROOT)) for path in imported(ROOT / f"steps/{name}.py", set())}
+    if name in {"download", "validate", "preprocess"}:
         wanted.discard("steps/common/params.py")  # they depend on the values that they read
         wanted.discard("steps/common/dotted.py")
-    assert {file for file in wanted if not any(covers(dependency, file, project) for dependency in listed)} == set()
+    lacking = {file for file in wanted if not any(covers(dependency, file, graphs.project) for dependency in listed)}
+    assert lacking == set()
 
 
 def test_an_experiment_with_a_wrong_name_gets_no_stages(project: Path) -> None:
