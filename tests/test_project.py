@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from steps.common import params, yaml_files
+from steps.docs import PAGES
 from tests.conftest import ROOT, copy_project, run, step
 from workflow import generate
 
@@ -69,7 +70,7 @@ def committed_experiments() -> list[str]:
     return sorted(path.parent.name for path in (ROOT / "reports").glob("*/records"))
 
 
-def test_committed_tables_and_readme_are_those_of_the_committed_records(tmp_path: Path) -> None:
+def test_committed_tables_and_pages_are_those_of_the_committed_records(tmp_path: Path) -> None:
     for experiment in committed_experiments():
         arguments = ("--runs", f"reports/{experiment}/records", "--output", str(tmp_path / experiment))
         for table in ("tabulate", "compare"):
@@ -80,10 +81,17 @@ def test_committed_tables_and_readme_are_those_of_the_committed_records(tmp_path
                 assert (tmp_path / experiment / name).read_text() == committed.read_text(), (
                     f"run `make tables`: {committed}"
                 )
-    readme = (ROOT / "README.md").read_text()
-    (tmp_path / "README.md").write_text(readme)
-    step("readme", "--readme", tmp_path / "README.md", "--reports", tmp_path, cwd=ROOT)
-    assert (tmp_path / "README.md").read_text() == readme, "run `make tables`"
+    step("docs", "--reports", tmp_path, "--output", tmp_path, cwd=ROOT)
+    for page in PAGES.values():
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"run `make tables`: {page}"
+
+
+def test_links_of_pages_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "findings/README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            path = (page.parent / target).resolve()
+            made = path.relative_to(ROOT).parts[:2] == ("reports", "demo")
+            assert path.exists() or made, f"{page.name} links to {target}"
 
 
 def snakemake_jobs(project: Path, *targets: str) -> dict[str, dict]:
