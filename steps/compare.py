@@ -22,13 +22,12 @@ from tabulate import tabulate as render
 from steps.common import params
 from steps.common.cli import StepError, run_step
 from steps.common.files import atomic_path, write_text
-from steps.evaluation.metrics import Ranks, gains
+from steps.evaluation.metrics import Ranks, user_values
 from steps.reporting.figures import save_figure
 from steps.reporting.parity import curve_table, independent_table, parity_table
 from steps.reporting.records import Record, TestRanks, by_row, labels, read_records
+from steps.reporting.task import load_task
 
-METRIC = "ndcg@10"
-_CUT = 10
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
 _ALPHA = 0.05
@@ -36,12 +35,13 @@ _DIGITS = 12  # of a difference: the mean of equal gains over 6 seeds is not to 
 _BLOCK = 100  # resamples at once: 100 x 138,493 indices are 0.1 GB
 
 
-def user_gains(ranks: TestRanks) -> np.ndarray:
-    """Each test user's NDCG@10: (U,) float64."""
-    return gains(Ranks(torch.from_numpy(ranks.best), torch.from_numpy(ranks.ties)), _CUT).numpy()
+def compared_values(ranks: TestRanks) -> np.ndarray:
+    """Each test user's value of the metric that the task compares: (U,) float64."""
+    best, ties = torch.from_numpy(ranks.best), torch.from_numpy(ranks.ties)
+    return user_values(Ranks(best, ties), load_task().compared).numpy()
 
 
-def user_gains_of_models(records: list[Record]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+def values_of_models(records: list[Record]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
     """Per (dataset, protocol) and model: each test user's gain, averaged over the seeds that are there.
 
     Raises StepError if a run's ranks are missing, or of other users than another's.
@@ -56,7 +56,7 @@ def user_gains_of_models(records: list[Record]) -> dict[tuple[str, str], dict[st
                 raise StepError(
                     f"{seed.run.path} ranks other users than the runs before it; train and evaluate it again"
                 )
-            of_seeds.append(user_gains(ranks))
+            of_seeds.append(compared_values(ranks))
         found.setdefault((dataset, protocol), {})[model] = np.mean(of_seeds, axis=0)
     return found
 
@@ -128,10 +128,10 @@ def orderings(published: dict[str, Any], models: dict[str, np.ndarray], pairs: l
     It is decided where the test of the ranks and the interval of the mean agree.
     """
     by_pair = {(row["better"], row["worse"]): row for row in pairs}
-    sentences = []
-    shown = sorted((name for name in published if name in models), key=lambda name: -published[name][METRIC])
+    sentences, metric = [], load_task().compared
+    shown = sorted((name for name in published if name in models), key=lambda name: -published[name][metric])
     for higher, lower in combinations(shown, 2):
-        said = f"{higher} > {lower} (published {published[higher][METRIC]:.4f} > {published[lower][METRIC]:.4f})"
+        said = f"{higher} > {lower} (published {published[higher][metric]:.4f} > {published[lower][metric]:.4f})"
         row = by_pair.get((higher, lower))
         if row is not None and _decided(row):
             verdict = f"holds: +{row['difference']:.4f}, p = {row['p_holm']:.2g}"
@@ -196,12 +196,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     records, _ = read_records(args.experiment, args.runs)
-    found, names = user_gains_of_models(records), labels(records)
+    found, names = values_of_models(records), labels(records)
     resampled = {table: resample(models) for table, models in found.items()}
     paper = params.load("paper")
+    metric = load_task().compared
     text, claims, table = ["# Comparisons"], ["# Published orderings"], []
     text.append(
-        f"Test {METRIC.upper()} per user, averaged over seeds. Intervals: {_CONFIDENCE:.0%} bootstrap over users "
+        f"Test {metric.upper()} per user, averaged over seeds. Intervals: {_CONFIDENCE:.0%} bootstrap over users "
         f"({_RESAMPLES} resamples). p: Wilcoxon signed-rank, paired over users, Holm-corrected over the table's pairs."
     )
     for (dataset, protocol), models in found.items():
@@ -210,7 +211,7 @@ def main(args: argparse.Namespace) -> None:
         table += [{"dataset": dataset, "protocol": protocol, **row} for row in pairs]
         text.append(f"## {dataset}, protocol {protocol}")
         rows = [[names[name], f"{values.mean():.4f}", _span(*interval(means[name]))] for name, values in models.items()]
-        text.append(render(rows, ["model", METRIC.upper(), "interval"], tablefmt="github", disable_numparse=True))
+        text.append(render(rows, ["model", metric.upper(), "interval"], tablefmt="github", disable_numparse=True))
         lines = [
             [
                 f"{names[row['better']]} > {names[row['worse']]}",

@@ -22,7 +22,7 @@ from steps.common.provenance import commit, require_trained
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import hold_out, require_split
 from steps.evaluation.beyond import beyond_accuracy
-from steps.evaluation.metrics import metrics
+from steps.evaluation.metrics import SELECTED_BY, metrics
 from steps.evaluation.ranks import Rules, exclusions, rank
 from steps.models import SequenceModel, build
 from steps.models.checkpoint import load_weights
@@ -98,7 +98,7 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
                 for rule, other in zip(variants, others, strict=True)
             }
     if protocol["report"] == "last":  # optimistic: the epoch is chosen by the test set
-        best = max(read_jsonl(run / "history.jsonl"), key=lambda line: line["test/ndcg@10"])
+        best = max(read_jsonl(run / "history.jsonl"), key=lambda line: line[f"test/{SELECTED_BY}"])
         found["test_best"] = {name: best[f"test/{name}"] for name in found["test"]} | {"epoch": best["epoch"]}
     with atomic_path(run / "ranks.safetensors") as temporary:
         temporary.write_bytes(save({name: tensor.cpu() for name, tensor in kept.items()}))

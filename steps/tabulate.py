@@ -18,20 +18,8 @@ from steps.common.files import atomic_path, write_text
 from steps.reporting.details import beyond, beyond_table, variant_table, variants
 from steps.reporting.figures import save_figure
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records
+from steps.reporting.task import load_task
 
-_SHOWN = ("hr@10", "ndcg@10", "hr@50", "hr@200", "ndcg@200", "mrr")
-_PUBLISHED = ("hr@10", "ndcg@10")
-_CHOOSING = ("hr@10", "ndcg@10")  # on validation, before test, where points of a grid are compared
-_CURVE = "ndcg@10"
-_PROTOCOLS = {
-    "strict": "Protocol strict: epoch chosen on validation, candidates are the rated items, the whole history is "
-    "left out of the ranking. Not comparable with the published figures.",
-    "temporal": "Protocol temporal: one clock for all users, nothing of the future is trained on; otherwise as strict. "
-    "Not comparable with the published figures.",
-    "paper": "Protocol paper: last epoch of the schedule, candidates are the whole catalogue, the model's window is "
-    "left out of the ranking. `best epoch` is the one epoch with the best NDCG@10 on test, at which other metrics may "
-    "be lower than at the last: optimistic, shown because papers report it.",
-}
 _REPEATS = {
     "none": "",
     "recommend": " Users of this data set have items again: nothing is left out of the ranking, under any protocol.",
@@ -84,32 +72,37 @@ def sections(
 
     titles, repeats: of each data set. names: of each model. grid: whether the models are points of a grid.
     """
-    made = []
+    made, task = [], load_task()
     for (dataset, protocol), rows in summary.group_by("dataset", "protocol", maintain_order=True):
         chosen = grid and _has(rows, "valid")
-        headers = ["model", "seeds", *(f"valid {name.upper()}" for name in _CHOOSING if chosen)]
-        headers += [f"{'test ' if grid else ''}{name.upper()}" for name in _SHOWN]
-        published = paper["public_datasets"].get(dataset, {}) if protocol == "paper" else {}
+        headers = ["model", "seeds", *(f"valid {name.upper()}" for name in task.headline if chosen)]
+        headers += [f"{'test ' if grid else ''}{name.upper()}" for name in task.tables]
+        about = params.entry("protocols", protocol)
+        published = paper["public_datasets"].get(dataset, {}) if about.get("published") else {}
         published = {model: figures for model, figures in published.items() if model in set(rows["model"])}
         best = _has(rows, "test_best")
         if best:
-            headers += [f"best epoch {name.upper()}" for name in _PUBLISHED]
+            headers += [f"best epoch {name.upper()}" for name in task.headline]
         if published:
-            headers += [f"published {name.upper()}" for name in _PUBLISHED]
+            headers += [f"published {name.upper()}" for name in task.headline]
         table = []
         for row in rows.iter_rows(named=True):
-            line = [names[row["model"]], row["seeds"], *(_cell(row, f"valid/{name}") for name in _CHOOSING if chosen)]
-            line += [_cell(row, f"test/{name}") for name in _SHOWN]
+            line = [
+                names[row["model"]],
+                row["seeds"],
+                *(_cell(row, f"valid/{name}") for name in task.headline if chosen),
+            ]
+            line += [_cell(row, f"test/{name}") for name in task.tables]
             if best:
-                line += [_cell(row, f"test_best/{name}") for name in _PUBLISHED]
+                line += [_cell(row, f"test_best/{name}") for name in task.headline]
             if published:
                 reported = published.get(row["model"], {})
-                line += [f"{reported[name]:.4f}" if name in reported else "" for name in _PUBLISHED]
+                line += [f"{reported[name]:.4f}" if name in reported else "" for name in task.headline]
             table.append(line)
         made.append(
             {
                 "title": f"{titles[dataset]}, protocol {protocol}",
-                "note": _PROTOCOLS.get(protocol, f"Protocol {protocol}.")
+                "note": about.get("note", f"Protocol {protocol}.")
                 + _REPEATS[repeats[dataset]]
                 + (_GRID if chosen else _GRID_WITHOUT if grid else "")
                 + (" " + _sources(published, paper) if published else ""),
@@ -121,7 +114,7 @@ def sections(
 
 
 def draw_curves(records: list[Record], paper: dict[str, Any], titles: dict[str, str]) -> Figure:
-    """NDCG@10 after every epoch: a panel per (dataset, protocol), a colour per model, a line per seed.
+    """The compared metric after every epoch: a panel per (dataset, protocol), a colour per model, a line per seed.
 
     Dashes: the published figure. Crosses: the authors' code, rerun.
     """
@@ -129,29 +122,31 @@ def draw_curves(records: list[Record], paper: dict[str, Any], titles: dict[str, 
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
     models = list(dict.fromkeys(record.run.model for record in records))
+    metric = load_task().compared
     for axis, (dataset, protocol) in zip(axes[0], panels, strict=True):
         labelled = set()
+        beside = params.entry("protocols", protocol).get("published", False)
         for record in records:
             run = record.run
             if (run.dataset, run.protocol) != (dataset, protocol):
                 continue
-            split = "valid" if f"valid/{_CURVE}" in record.history[0] else "test"
+            split = "valid" if f"valid/{metric}" in record.history[0] else "test"
             colour = f"C{models.index(run.model)}"
-            curve = [(line["epoch"], line[f"{split}/{_CURVE}"]) for line in record.history]
+            curve = [(line["epoch"], line[f"{split}/{metric}"]) for line in record.history]
             label = params.label(run.model) if run.model not in labelled else None
             labelled.add(run.model)
             if len(curve) == 1:  # a model without epochs
                 axis.axhline(curve[0][1], color=colour, linewidth=1, linestyle=":", label=label)
             else:
                 axis.plot(*zip(*curve, strict=True), color=colour, linewidth=1.3, label=label)
-            reported = paper["public_datasets"].get(dataset, {}).get(run.model) if protocol == "paper" else None
+            reported = paper["public_datasets"].get(dataset, {}).get(run.model) if beside else None
             if reported:
-                axis.axhline(reported[_CURVE], color=colour, linewidth=0.8, linestyle="--")
-            rerun = paper["reruns"].get(dataset, {}).get(run.model) if protocol == "paper" else None
+                axis.axhline(reported[metric], color=colour, linewidth=0.8, linestyle="--")
+            rerun = paper["reruns"].get(dataset, {}).get(run.model) if beside else None
             if rerun:
-                points = [(epoch, figures[_CURVE]) for epoch, figures in rerun["epochs"].items()]
+                points = [(epoch, figures[metric]) for epoch, figures in rerun["epochs"].items()]
                 axis.plot(*zip(*points, strict=True), "x", color=colour, markersize=5)
-        axis.set(title=f"{titles[dataset]}, protocol {protocol}", xlabel="epoch", ylabel=f"{split} NDCG@10")
+        axis.set(title=f"{titles[dataset]}, protocol {protocol}", xlabel="epoch", ylabel=f"{split} {metric.upper()}")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)

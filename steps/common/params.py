@@ -36,6 +36,8 @@ _NAMED = "is no name: lower-case letters, digits, '+' and '-' make one, a letter
 _RESERVED = {"all", "datasets", "kernels", LOCAL, "speed", "studies"} | {
     path.stem for path in Path(__file__).parents[1].glob("*.py")
 }
+#: What tables show of a protocol, beside its rules.
+_SHOWN_OF_PROTOCOLS = ("note", "published")
 #: What variants of a data set have in common.
 _SHARED = ("source", "synthesize", "files", "checks")
 _POINT = re.compile(r"\+(?=[a-z_.]+=)")  # where a row's name ends and the settings of a grid's point begin
@@ -156,7 +158,7 @@ def check(experiment: str, root: Path = ROOT) -> list[Run]:
 def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
     """Everything `train` and `evaluate` need to know about one run, as plain JSON values.
 
-    Labels and titles are no part of it: they change tables, not trainings.
+    Labels, titles and notes are no part of it: they change tables, not trainings.
     """
     row, point = _split(run.model)
     data_file, data = _entry("datasets", run.dataset, root)
@@ -195,7 +197,8 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
     model = config["model"]
     if model["model"] in _SPLIT_BY_HEADS and model["dim"] % model["heads"]:
         raise StepError(f"{where}: {model['heads']} heads do not divide dim {model['dim']}, as model {row} needs")
-    config["protocol"] = {"name": run.protocol, **config["protocol"]}
+    rules = {key: value for key, value in config["protocol"].items() if key not in _SHOWN_OF_PROTOCOLS}
+    config["protocol"] = {"name": run.protocol, **rules}
     return config
 
 

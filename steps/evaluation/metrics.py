@@ -11,9 +11,9 @@ import torch
 
 HR_CUTS = (1, 10, 50, 100, 200)
 NDCG_CUTS = (10, 50, 200)
-
-
 NAMES = (*(f"hr@{k}" for k in HR_CUTS), *(f"ndcg@{k}" for k in NDCG_CUTS), "mrr")
+#: What validation chooses an epoch by, and what `test_best` is the best of.
+SELECTED_BY = "ndcg@10"
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,17 @@ def reciprocals(ranks: Ranks) -> torch.Tensor:
     return _unless_left_out(ranks, torch.where(ranks.ties == 0, 1 / best, tied))
 
 
+def user_values(ranks: Ranks, name: str) -> torch.Tensor:
+    """Each user's value (U,) float64 of a metric: hr@k, ndcg@k or mrr."""
+    if name == "mrr":
+        return reciprocals(ranks)
+    kind, _, cut = name.partition("@")
+    return {"hr": hits, "ndcg": gains}[kind](ranks, int(cut))
+
+
 def metric_values(ranks: Ranks) -> torch.Tensor:
-    """The means over users of HR@k, NDCG@k and MRR, float64, as `NAMES` has them."""
-    found = [hits(ranks, k) for k in HR_CUTS] + [gains(ranks, k) for k in NDCG_CUTS] + [reciprocals(ranks)]
-    return torch.stack([one.mean() for one in found])
+    """The means over users, float64, of the metrics in `NAMES`."""
+    return torch.stack([user_values(ranks, name).mean() for name in NAMES])
 
 
 def named(values: list[float]) -> dict[str, float]:

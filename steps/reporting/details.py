@@ -3,9 +3,7 @@
 from typing import Any
 
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd
-
-_VARIANT_METRICS = ("hr@10", "ndcg@10")
-_GROUP_METRIC = "ndcg@10"
+from steps.reporting.task import load_task
 
 
 def variants(records: list[Record]) -> list[dict[str, Any]]:
@@ -16,7 +14,7 @@ def variants(records: list[Record]) -> list[dict[str, Any]]:
             continue
         for rule in seeds[0].metrics["variants"]:
             row: dict[str, Any] = {"dataset": dataset, "protocol": protocol, "model": model, "rule": rule}
-            for name in _VARIANT_METRICS:
+            for name in load_task().headline:
                 mean, deviation = mean_and_sd(seed.metrics["variants"][rule][name] for seed in seeds)
                 row |= {name: mean, f"{name}/sd": deviation}
             rows.append(row | {"seeds": len(seeds)})
@@ -25,7 +23,7 @@ def variants(records: list[Record]) -> list[dict[str, Any]]:
 
 def beyond(records: list[Record]) -> list[dict[str, Any]]:
     """A row per model: coverage, popularity, and NDCG@10 by history length and by popularity of the target."""
-    rows = []
+    rows, metric = [], load_task().compared
     for (dataset, protocol, model), seeds in by_row(records).items():
         if not all("beyond" in seed.metrics for seed in seeds):
             continue
@@ -36,9 +34,9 @@ def beyond(records: list[Record]) -> list[dict[str, Any]]:
                 row[name] = mean_and_sd(seed.metrics["beyond"][name] for seed in seeds)[0]
                 continue
             for group, content in value.items():
-                if _GROUP_METRIC in content:
-                    means = mean_and_sd(seed.metrics["beyond"][name][group][_GROUP_METRIC] for seed in seeds)
-                    row[f"{_GROUP_METRIC}, {_GROUPS[name]} {group}"] = means[0]
+                if metric in content:
+                    means = mean_and_sd(seed.metrics["beyond"][name][group][metric] for seed in seeds)
+                    row[f"{metric}, {_GROUPS[name]} {group}"] = means[0]
         rows.append(row)
     return rows
 
@@ -52,7 +50,7 @@ def variant_table(rows: list[dict[str, Any]], records: list[Record]) -> tuple[li
     rules = list(dict.fromkeys(row["rule"] for row in rows))
     lines: dict[tuple[str, str, str, str], list[str]] = {}
     for row in rows:
-        for metric in _VARIANT_METRICS:
+        for metric in load_task().headline:
             key = (row["dataset"], row["protocol"], names[row["model"]], metric.upper())
             lines.setdefault(key, list(key)).append(cell(row[metric], row[f"{metric}/sd"]))
     return ["data set", "protocol", "model", "metric", *rules], list(lines.values())

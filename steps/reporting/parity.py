@@ -2,12 +2,12 @@
 
 from typing import Any
 
+from steps.common import params
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd
+from steps.reporting.task import load_task
 
-METRICS = ("hr@10", "ndcg@10")
 _BEST_AT_LEAST = 0.97  # of the published figure, as one run's best epoch
 _LAST_AT_LEAST = 0.98  # of the rerun's last epoch
-_PROTOCOL = "paper"
 
 
 def parity_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -20,7 +20,7 @@ def parity_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str
         published = paper["public_datasets"].get(dataset, {}).get(model, {})
         rerun = paper["reruns"].get(dataset, {}).get(model, {"best": {}, "epochs": {}})
         last = rerun["epochs"].get(seeds[0].history[-1]["epoch"], {})
-        for metric in METRICS:
+        for metric in load_task().headline:
             ours_last = mean_and_sd(seed.metrics["test"][metric] for seed in seeds)
             ours_best = mean_and_sd(seed.metrics["test_best"][metric] for seed in seeds)
             lines.append(
@@ -49,12 +49,12 @@ def curve_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str]
             if len(watched) < len(seeds):
                 continue
             line = [dataset, names[model], str(epoch)]
-            for metric in METRICS:
+            for metric in load_task().headline:
                 ours = mean_and_sd(one[f"test/{metric}"] for one in watched)
                 line += [_figure(figures[metric]), cell(*ours), f"{ours[0] / figures[metric] - 1:+.1%}"]
             lines.append(line)
     headers = ["data set", "model", "epoch"]
-    for metric in METRICS:
+    for metric in load_task().headline:
         headers += [f"rerun {metric.upper()}", f"ours {metric.upper()}", "difference"]
     return headers, lines
 
@@ -66,22 +66,22 @@ def independent_table(records: list[Record], paper: dict[str, Any]) -> tuple[lis
         for other in paper["independent"].get(dataset, []):
             if (protocol, model) == ("strict", other.get("row")):
                 line = [dataset, other["model"], paper["sources"][other["source"]]]
-                for metric in METRICS:
+                for metric in load_task().headline:
                     ours = mean_and_sd(seed.metrics["test"][metric] for seed in seeds)
                     line += [_figure(other[metric]), cell(*ours)]
                 lines.append(line)
     headers = ["data set", "model", "whose"]
-    for metric in METRICS:
+    for metric in load_task().headline:
         headers += [f"their {metric.upper()}", f"ours {metric.upper()}"]
     return headers, lines
 
 
 def _compared(records: list[Record], paper: dict[str, Any]) -> dict[tuple[str, str], list[Record]]:
-    """The records under protocol paper of models that others reported, by data set and model."""
+    """The records of models that others reported, under protocols that stand beside published figures."""
     return {
         (dataset, model): seeds
         for (dataset, protocol, model), seeds in by_row(records).items()
-        if protocol == _PROTOCOL
+        if params.entry("protocols", protocol).get("published")
         and (model in paper["public_datasets"].get(dataset, {}) or model in paper["reruns"].get(dataset, {}))
     }
 

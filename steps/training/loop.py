@@ -19,6 +19,7 @@ from steps.common.progress import progress
 from steps.common.provenance import commit, content_sha256
 from steps.data.sequences import Sequences
 from steps.data.split import hold_out
+from steps.evaluation.metrics import SELECTED_BY
 from steps.models import SequenceModel, build
 from steps.models.checkpoint import StateError, load_state, read_state
 from steps.training.device import Place
@@ -29,7 +30,6 @@ from steps.training.watching import Watch
 SEEDS_APART = 1_000_003  # so that no (seed, epoch) shares its random numbers with another
 _STEPS_APART = 2**20  # likewise for steps, of which an epoch has fewer
 _COMPILED_FROM = 20_000  # steps, as compiling takes half a minute, which shorter trainings do not win back
-SELECTED_BY = "ndcg@10"
 
 
 class Training:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from steps.compare import compare_pairs, holm, interval, orderings, resample, user_gains
+from steps.compare import compare_pairs, compared_values, holm, interval, orderings, resample
 from steps.reporting.records import TestRanks
 
 
 def test_gains_are_ndcg_at_ten() -> None:
     best, ties = np.array([1, 1, 3, 10, 10, 500, 0]), np.array([0, 1, 0, 0, 1, 0, 0])
-    gains = user_gains(TestRanks(np.arange(len(best)), best, ties))
+    gains = compared_values(TestRanks(np.arange(len(best)), best, ties))
     last = 1 / np.log2(11)
     np.testing.assert_allclose(gains, [1.0, (1 + 1 / np.log2(3)) / 2, 0.5, last, last / 2, 0.0, 0.0])
 
