@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from steps.common import yaml_files
-from steps.common.files import read_json
-from tests.conftest import copy_project, run
+from steps.common.files import read_json, read_jsonl
+from tests.conftest import ROOT, copy_project, run
 
 OUTPUTS = ["table.md", "table.csv", "table.html", "runs.csv", "curves.svg", "curves.png", "mlflow.json"]
 MODELS = ("most-popular", "hstu")
@@ -217,6 +218,17 @@ def test_both_orchestrators_make_the_same_results(by_snakemake: Path, by_dvc: Pa
         ours, theirs = read_json(one), read_json(other)
         for key in ("data_sha256", "config_sha256", "weights_sha256", "ranks_sha256", "test", "beyond", "variants"):
             assert ours[key] == theirs[key], f"{one.parent.relative_to(by_snakemake)}: {key}"
+
+
+@pytest.mark.slow
+def test_every_key_of_a_run_s_files_is_documented(by_snakemake: Path) -> None:
+    schema = yaml_files.read(ROOT / "params/schemas/results.yaml")
+    runs = [path.parent for path in (by_snakemake / "runs").rglob("metrics.json")]
+    files = [(read_json(run / "training.json"), "training") for run in runs]
+    files += [(read_json(run / "metrics.json"), "result") for run in runs]
+    files += [(line, "history") for run in runs for line in read_jsonl(run / "history.jsonl")]
+    for content, name in files:
+        jsonschema.validate(content, schema | {"$ref": f"#/$defs/{name}"})
 
 
 @pytest.mark.slow
