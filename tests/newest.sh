@@ -34,4 +34,5 @@ else
     echo "fbgemm-gpu-cpu does not load with this torch: its tests are skipped"
 fi
 "$python" -c "import numpy, torch, triton; print('torch', torch.__version__, 'triton', triton.__version__, 'numpy', numpy.__version__)"
-PYTHONPATH=$PWD "$python" -m pytest tests/kernels tests/steps
+# The doctor wants the pinned set, which this is not.
+PYTHONPATH=$PWD "$python" -m pytest tests/kernels tests/steps --ignore tests/steps/test_doctor.py
