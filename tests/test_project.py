@@ -13,6 +13,7 @@ import pytest
 
 from steps.common import params, yaml_files
 from steps.docs import PAGES
+from steps.reporting.records import read_records, write_records
 from tests.conftest import ROOT, copy_project, run, step
 from workflow import generate
 
@@ -243,3 +244,19 @@ def test_an_experiment_with_a_wrong_name_gets_no_stages(project: Path) -> None:
     assert "x; touch broken" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert "x; touch" not in (project / "workflow/runs.yaml").read_text()
+
+
+def test_the_tree_stays_small() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    sizes = {name: (ROOT / name).stat().st_size for name in filter(None, listed.split("\0")) if (ROOT / name).is_file()}
+    assert sum(sizes.values()) <= 8_000_000, sorted(sizes, key=lambda name: -sizes[name])[:10]
+
+
+@pytest.mark.parametrize("experiment", ["amzn-beauty", "ml-1m"])
+def test_a_further_run_adds_little(experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found, _ = read_records(experiment, Path("reports", experiment, "records"))
+    for name, kept in (("all", found), ("less", [record for record in found if record.run != found[-1].run])):
+        write_records(experiment, kept, tmp_path / name)
+    bytes_of = {name: sum(path.stat().st_size for path in (tmp_path / name).iterdir()) for name in ("all", "less")}
+    assert bytes_of["all"] - bytes_of["less"] <= 20_000
