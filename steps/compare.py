@@ -23,7 +23,7 @@ from tabulate import tabulate as render
 from steps.common import params
 from steps.common.cli import StepError, run_step
 from steps.common.files import atomic_path, write_text
-from steps.evaluation.metrics import Ranks, gains
+from steps.evaluation.metrics import Ranks, ndcg
 from steps.reporting.figures import save_figure
 from steps.reporting.parity import curve_table, independent_table, parity_table
 from steps.reporting.records import Record, by_row, labels, read_records
@@ -40,7 +40,7 @@ _BLOCK = 100  # resamples at once: 100 x 138,493 indices are 0.1 GB
 def user_gains(ranks: dict[str, np.ndarray]) -> np.ndarray:
     """Each test user's NDCG@10 (float64) from the content of a `ranks.safetensors`."""
     best, ties = (torch.from_numpy(ranks[name]).long() for name in ("test", "test_ties"))
-    return gains(Ranks(best, ties), _CUT).numpy()
+    return ndcg(Ranks(best, ties), _CUT).numpy()
 
 
 def read_gains(records: list[Record], folder: Path) -> dict[tuple[str, str], dict[str, np.ndarray]]:
