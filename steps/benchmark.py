@@ -1,8 +1,8 @@
 """Time parts of the pipeline inside the process, and write the figures as data.
 
 `preprocess` is what a data set goes through from its raw files: parse, validate, sort, split, write.
-Imports are not counted. The first repetition, which also loads lazily imported modules, is a row like
-every other: it is what a user waits for.
+Imports are not counted. The first repetition also loads modules that are imported late; it is a row like the others, as
+a user has to wait for it too.
 """
 
 import argparse

@@ -48,10 +48,10 @@ def check_versions() -> list[str]:
 
 
 def check_pair() -> list[str]:
-    """Whether the fbgemm installed loads with the torch installed; tried in a process of its own, which may crash."""
+    """Whether the fbgemm installed loads with the torch installed; tried in another process, which may crash."""
     installed = [f"{name} {_version(name)}" for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if _version(name) is not None]
     if not installed:
-        return []  # which check_versions says
+        return []  # check_versions reports it
     code = "import torch, fbgemm_gpu; torch.ops.fbgemm.jagged_to_padded_dense"
     tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if tried.returncode == 0:

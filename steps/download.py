@@ -1,4 +1,4 @@
-"""Fetch a data set's raw files, check them, unpack them as published, and write down their hashes."""
+"""Fetch a data set's raw files, check them, unpack them as published, and write their hashes."""
 
 import argparse
 import shutil
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     source = entry("datasets", args.dataset)["source"]
     with atomic_path(args.output) as temporary:
-        # Outlives a broken download. Its own, as data sets that share a file are fetched at once.
+        # It remains after an interrupted download. Each data set has its own, as several may fetch one file at once.
         partial = args.output.with_name(f".{args.output.name}.{source['file']}")
         found = fetch(source, partial)
         try:

@@ -1,8 +1,8 @@
-"""Rank every user's held-out item with trained models, exactly, and keep the ranks.
+"""Rank every user's held-out item with trained models, exactly, and write the ranks and metrics.
 
-Writes `ranks.safetensors` (of each split: `<split>` the best rank, `<split>_ties` the candidates of equal score,
-`<split>_users`) and `metrics.json` beside each model's weights: metrics under the protocol's own rules, the
-same model's under every choice of candidates and excluded items (`variants`), and what lies beyond accuracy.
+Writes `ranks.safetensors` (for `test`, and `valid` if there is one: `<name>` the best rank, `<name>_ties` the
+candidates of equal score, `<name>_users`) and `metrics.json` beside each model's weights: metrics under the protocol's
+own rules, under every choice of candidates and excluded items (`variants`), and metrics beyond accuracy (`beyond`).
 Needs torch, numpy and safetensors alone.
 """
 
@@ -15,19 +15,19 @@ from safetensors.torch import save
 
 from steps.common.cli import StepError, raise_failures, run_step
 from steps.common.config import building, read_config
-from steps.common.device import compute_type, device_name, pick_device, use_threads
+from steps.common.device import device_name, pick_device, pick_precision, use_threads
 from steps.common.files import atomic_path, read_json, read_jsonl, sha256, write_json
 from steps.common.locks import locked
 from steps.common.provenance import commit, require_trained
 from steps.data.sequences import Sequences, load_sequences
-from steps.data.split import hold_out, require_split
+from steps.data.split import require_split, split_sequences
 from steps.evaluation.beyond import beyond_accuracy
-from steps.evaluation.metrics import SELECTED_BY, metrics
+from steps.evaluation.metrics import SELECTION_METRIC, metrics
 from steps.evaluation.ranks import Rules, exclusions, rank
 from steps.models import SequenceModel, build
 from steps.models.checkpoint import load_weights
 
-#: How many recommendations coverage and popularity look at.
+#: The number of recommendations per user that coverage and popularity are computed on.
 TOP = 10
 _EXCLUDE, _CANDIDATES = ("window", "history"), ("catalogue", "rated")
 
@@ -53,13 +53,13 @@ def main(args: argparse.Namespace) -> None:
             with locked(run.resolve()):
                 use_threads(None, [read_config(run)])
                 evaluate(run, sequences, data_sha256, args.precision)
-        except Exception as error:  # of one run, which ends no other
+        except Exception as error:  # of one run; the others continue
             failures[str(run)] = error
     raise_failures(failures, len(runs))
 
 
 def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str | None = None) -> None:
-    """Evaluate the model of one run's folder on the device of the sequences; in its training's precision if `None`.
+    """Evaluate the model of one run's folder on the device of the sequences; precision None: as it was trained.
 
     Raises StepError if the run is not trained, was trained on other data, or holds a file that is not its training's.
     """
@@ -71,34 +71,34 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
         raise StepError(f"{run} was trained on other sequences than --data has; name its own, or train it again")
     require_trained(run, config, trained, source)
     protocol, training, device = config["protocol"], config["training"], sequences.item.device
-    holdout = hold_out(sequences, protocol)
-    require_split(sequences, holdout, config, run)
+    split = split_sequences(sequences, protocol)
+    require_split(sequences, split, config, run)
     with building(run):
         model = build(config, sequences.num_items).to(device)
     computed = "float32"
     load_weights(model, run / "model.safetensors")
     if isinstance(model, SequenceModel):
         as_trained = "bf16" if trained.get("precision") == "bf16" else "tf32"
-        computed, model.compute = compute_type(precision or as_trained, device)
+        computed, model.compute_dtype = pick_precision(precision or as_trained, device)
 
     own = Rules.of(config)
-    variants = [Rules(rated, out) for out in exclusions(config, _EXCLUDE) for rated in _CANDIDATES]
+    variants = [Rules(candidates, exclude) for exclude in exclusions(config, _EXCLUDE) for candidates in _CANDIDATES]
     found: dict[str, Any] = {}
     kept: dict[str, torch.Tensor] = {}
-    for split, questions in holdout.questions.items():
-        rules = [own, *(variants if split == "test" else [])]
-        first, *others = rank(model, sequences, questions, rules, training["max_len"], training["batch"], TOP)
-        found[split] = metrics(first.ranks)
-        kept |= {split: first.ranks.best.int(), f"{split}_ties": first.ranks.ties.int()}
-        kept[f"{split}_users"] = questions.users.clone()
-        if split == "test":
-            found["beyond"] = beyond_accuracy(first.top, first.ranks, sequences, questions, holdout.train_drop)
+    for name, held_out in split.held_out.items():
+        rules = [own, *(variants if name == "test" else [])]
+        first, *others = rank(model, sequences, held_out, rules, training["max_len"], training["batch"], TOP)
+        found[name] = metrics(first.ranks)
+        kept |= {name: first.ranks.best.int(), f"{name}_ties": first.ranks.ties.int()}
+        kept[f"{name}_users"] = held_out.users.clone()
+        if name == "test":
+            found["beyond"] = beyond_accuracy(first.top, first.ranks, sequences, held_out, split.num_held_out)
             found["variants"] = {
                 f"{rule.exclude}/{rule.candidates}": metrics(other.ranks)
                 for rule, other in zip(variants, others, strict=True)
             }
     if protocol["report"] == "last":  # optimistic: the epoch is chosen by the test set
-        best = max(read_jsonl(run / "history.jsonl"), key=lambda line: line[f"test/{SELECTED_BY}"])
+        best = max(read_jsonl(run / "history.jsonl"), key=lambda line: line[f"test/{SELECTION_METRIC}"])
         found["test_best"] = {name: best[f"test/{name}"] for name in found["test"]} | {"epoch": best["epoch"]}
     with atomic_path(run / "ranks.safetensors") as temporary:
         temporary.write_bytes(save({name: tensor.cpu() for name, tensor in kept.items()}))

@@ -187,7 +187,7 @@ def draw_roofline(results: dict[str, list[Row]], ceilings: dict[str, Any]) -> Fi
     for operation, row in points:
         colour = f"C{_BIASES.index(row['bias']) if operation == _ATTENTION else 4 + operations.index(operation)}"
         axis.plot(
-            *_place(row),
+            *_coordinates(row),
             _MARKERS[row["pass"]],
             color=colour,
             markerfacecolor=colour if _is_ours(row) else "none",
@@ -195,7 +195,7 @@ def draw_roofline(results: dict[str, list[Row]], ceilings: dict[str, Any]) -> Fi
             alpha=0.8,
         )
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte of device memory, counted", ylabel="TFLOP/s")
-    _draw_roofs(axis, ceilings, [_place(row)[0] for _, row in points])
+    _draw_roofs(axis, ceilings, [_coordinates(row)[0] for _, row in points])
     _label_sizes(axis, [row for operation, row in points if operation == _ATTENTION])
     for direction in (axis.xaxis, axis.yaxis):
         direction.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -206,12 +206,12 @@ def draw_roofline(results: dict[str, list[Row]], ceilings: dict[str, Any]) -> Fi
     return figure
 
 
-def _check(place: str, content: Any, schema: dict[str, Any]) -> None:
+def _check(where: str, content: Any, schema: dict[str, Any]) -> None:
     validator = jsonschema.Draft202012Validator(schema)
     problem = jsonschema.exceptions.best_match(validator.iter_errors(content))
     if problem is not None:
         key = "".join(f", key {part}" for part in problem.absolute_path)
-        raise StepError(f"{place}{key}: {problem.message}")
+        raise StepError(f"{where}{key}: {problem.message}")
 
 
 def _pick(row: Row, *names: str) -> tuple[Any, ...]:
@@ -254,10 +254,10 @@ def _draw_roofs(axis: Any, ceilings: dict[str, Any], intensities: list[float]) -
     axis.annotate(
         f"matrix product {_digits(top)} TFLOP/s", (right, top), (-4, 4), textcoords="offset points", ha="right"
     )
-    place = left * (ridge / left) ** 0.3
+    x = left * (ridge / left) ** 0.3
     axis.text(
-        place,
-        place * slope * 1.15,
+        x,
+        x * slope * 1.15,
         f"copy {_digits(slope)} TB/s",
         rotation=math.degrees(math.atan(slope)),
         rotation_mode="anchor",
@@ -270,8 +270,8 @@ def _label_sizes(axis: Any, rows: list[Row]) -> None:
     """N at the ends of the plainest series: forward, full lengths, no bias."""
     plain = [row for row in rows if _pick(row, "pass", "lengths", "bias") == ("fwd", "full", "none")]
     for n in {min(row["n"] for row in plain), max(row["n"] for row in plain)} if plain else ():
-        place = max((_place(row) for row in plain if row["n"] == n), key=lambda place: place[1])
-        axis.annotate(f"N {n:,}", place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        highest = max((_coordinates(row) for row in plain if row["n"] == n), key=lambda point: point[1])
+        axis.annotate(f"N {n:,}", highest, (0, 7), textcoords="offset points", ha="center", fontsize=8)
 
 
 def _legend(points: list[tuple[str, Row]], operations: list[str]) -> list[Line2D]:
@@ -307,12 +307,12 @@ def _pass_order(name: str) -> int:
 def _speed(row: Row) -> float | None:
     """TFLOP/s, if the row's operations are counted."""
     if row["tflops"] is None and row["flops"] is not None:
-        return _place(row)[1]
+        return _coordinates(row)[1]
     return row["tflops"]
 
 
-def _place(row: Row) -> tuple[float, float]:
-    """Where a row with counted operations stands: FLOP per byte, TFLOP/s."""
+def _coordinates(row: Row) -> tuple[float, float]:
+    """The point of a row with counted operations in the roofline: FLOP per byte, TFLOP/s."""
     return row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e9
 
 

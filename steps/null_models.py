@@ -1,9 +1,9 @@
 """Check the evaluation itself: models that know nothing must score as chance does, under every protocol.
 
-Three of them: one that scores all items alike, one that scores at random, and the rule "seen in the window", which
-scores 1 what the user has just had and 0 all else. If one of them is above chance, a target can be told from the other
-candidates without knowing anything of it. Runs on a data set, and on generated sequences whose items are drawn with
-replacement, so that a tenth of the targets are repeats, which tell nothing either, under both rules for repeats.
+There are three: one that scores all items alike, one that scores at random, and the rule "seen in the window", which
+scores 1 the items of the user's window and 0 all others. If one of them is above chance, the evaluation tells a target
+from the other candidates where the model cannot. Runs on a data set, and on generated sequences under both rules for
+repeats: their items are drawn with replacement, so that a tenth of the targets are repeats, which tell a model nothing.
 
 Writes a table as json and md.
 """
@@ -21,8 +21,8 @@ from steps.common.cli import run_step
 from steps.common.files import write_json, write_text
 from steps.common.provenance import commit
 from steps.data.sequences import Batch, Sequences, load_sequences
-from steps.data.split import hold_out
-from steps.evaluation.metrics import gains, hits
+from steps.data.split import split_sequences
+from steps.evaluation.metrics import hit_rate, ndcg
 from steps.evaluation.ranks import Rules, rank
 from steps.models import Model
 
@@ -30,7 +30,7 @@ _USERS, _ITEMS, _SHORTEST, _LONGEST = 5000, 500, 20, 90  # of the generated sequ
 _MAX_LEN, _BATCH = 50, 256
 _RANDOM_SEEDS = 10
 _DEVIATIONS = 3.0  # half the width of an interval
-METRICS = {"hr@10": (hits, 10), "hr@200": (hits, 200), "ndcg@10": (gains, 10)}
+METRICS = {"hr@10": (hit_rate, 10), "hr@200": (hit_rate, 200), "ndcg@10": (ndcg, 10)}
 
 
 class _Null(Model):
@@ -55,11 +55,11 @@ class Random(_Null):
 
 
 class SeenInTheWindow(_Null):
-    """Scores 1 what stands in the window, 0 all else."""
+    """Scores 1 the items of the window, 0 all others."""
 
     def score(self, batch: Batch) -> torch.Tensor:
         scores = torch.zeros(len(batch.user), self.num_items + 1)
-        return scores.index_put_((batch.row, batch.item), torch.ones(()))
+        return scores.index_put_((batch.sequence_id, batch.item), torch.ones(()))
 
 
 def generated() -> Sequences:
@@ -76,13 +76,14 @@ def judge(sequences: Sequences, protocol: dict[str, Any], repeats: str) -> list[
     """A row per metric under one protocol and rule for repeats: every model's figure, and chance's interval.
 
     Chance is the random model's mean over seeds and users, its interval `_DEVIATIONS` standard errors to both sides.
-    `fits` says whether the constant model is inside, and the rule not above by more than `_DEVIATIONS` of its own.
+    `fits` says whether the constant model is inside the interval, and the rule is not above it by more than
+    `_DEVIATIONS` standard errors of its own.
     """
-    questions = hold_out(sequences, protocol).questions["test"]
+    held_out = split_sequences(sequences, protocol).held_out["test"]
     rules = [Rules.of({"protocol": protocol, "repeats": repeats})]
 
     def per_user(model: Model) -> dict[str, torch.Tensor]:
-        (ranking,) = rank(model, sequences, questions, rules, _MAX_LEN, _BATCH)
+        (ranking,) = rank(model, sequences, held_out, rules, _MAX_LEN, _BATCH)
         return {name: values(ranking.ranks, k) for name, (values, k) in METRICS.items()}
 
     constant, rule = per_user(Constant(sequences.num_items)), per_user(SeenInTheWindow(sequences.num_items))

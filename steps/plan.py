@@ -1,7 +1,7 @@
 """Resolve one run of an experiment into its `config.json`, so that training needs no other parameter file.
 
-With the hashes of the rows that the run's protocol trains on and holds out, which train and evaluate compare with
-what they hold out themselves.
+It has the hashes of the rows that the run's protocol trains on and holds out. train and evaluate compare them with
+their own split.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Trains the run of a `config.json` on users whose windows are all full, which is the longest a step can take: as CUDA
 graphs of the kernels that torch.compile makes, as CUDA graphs without it, and launched one kernel at a time. Adds rows
-to a list like `reports/speed/train.json`, in place of older ones of the same case; `--set model.dim=256` and the like
+to a list like `reports/speed/train.json`, and replaces older ones of the same case; `--set model.dim=256` and the like
 make other shapes. Needs a CUDA GPU, torch, numpy and safetensors alone.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from steps.common.cli import StepError, run_step
-from steps.common.device import compute_type, device_name
+from steps.common.device import device_name, pick_precision
 from steps.common.dotted import set_entry
 from steps.common.files import read_json, write_json
 from steps.common.provenance import commit
@@ -70,7 +70,7 @@ def full_sequences(items: int, users: int, max_len: int, device: torch.device) -
     return Sequences(offsets.to(device), item.to(device), timestamp.to(device), items)
 
 
-def least(config: dict[str, Any], items: int) -> dict[str, float]:
+def minimum_work(config: dict[str, Any], items: int) -> dict[str, float]:
     """Floating-point operations and bytes that an HSTU step with full windows cannot do without.
 
     Operations: every product forward, twice backward; attention at half, 2.5 times backward. Bytes: AdamW reads
@@ -81,12 +81,12 @@ def least(config: dict[str, Any], items: int) -> dict[str, float]:
     model, training = config["model"], config["training"]
     heads, dqk, dv, dim, blocks = (model[name] for name in ("heads", "dqk", "dv", "dim", "blocks"))
     tokens, n = training["batch"] * training["max_len"], training["max_len"]
-    mixed, inner = heads * 2 * (dqk + dv), heads * dv
+    uvqk, inner = heads * 2 * (dqk + dv), heads * dv
     attention = 2 * heads * (dqk + dv) * training["batch"] * n * n / 2
-    layer = 3 * 2 * tokens * dim * (mixed + inner) + 3.5 * attention
+    layer = 3 * 2 * tokens * dim * (uvqk + inner) + 3.5 * attention
     loss = 3 * 2 * tokens * (training["negatives"] + 1) * dim
-    parameters = blocks * dim * (mixed + inner) + (0 if "items" in model else (items + 1) * dim)
-    traffic = blocks * tokens * (2 * (8 * mixed + 4 * inner) + 4 * 6 * dim)
+    parameters = blocks * dim * (uvqk + inner) + (0 if "items" in model else (items + 1) * dim)
+    traffic = blocks * tokens * (2 * (8 * uvqk + 4 * inner) + 4 * 6 * dim)
     return {"flops": blocks * layer + loss, "bytes": traffic + 7 * 4 * parameters}
 
 
@@ -97,22 +97,22 @@ def time_steps(training: Training, count: int) -> tuple[list[float], dict[str, f
     if static is None:
         raise TypeError("steps are static on CUDA")
     lengths = torch.full((batch,), max_len)
-    layout, given = training.model.static_steps(lengths, order, max_len, batch, 256)[0]
-    at_once = len(training.model.parts(layout, given))
-    with training.place.entered():
+    shape, inputs = training.model.static_steps(lengths, order, max_len, batch, 256)[0]
+    at_once = len(training.model.micro_steps(shape, inputs))
+    with training.stream.active():
         training.model.train()
         for seed in range(3):
-            static(layout, given, seed)
+            static(shape, inputs, seed)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         events[0].record()
         for seed, event in enumerate(events[1:]):
-            static(layout, given, seed)
+            static(shape, inputs, seed)
             event.record()
         torch.cuda.synchronize()
         times = [before.elapsed_time(after) / at_once for before, after in itertools.pairwise(events)]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for seed in range(5):
-                static(layout, given, seed)
+                static(shape, inputs, seed)
             torch.cuda.synchronize()
     kernels = {event.key: event.self_device_time_total / 5000 / at_once for event in profile.key_averages()}
     return times, {name: ms for name, ms in sorted(kernels.items(), key=lambda kernel: -kernel[1]) if ms}
@@ -137,14 +137,14 @@ def longest(kernels: dict[str, float]) -> dict[str, float]:
 def measure(config: dict[str, Any], items: int, steps: int, folder: Path) -> list[dict[str, Any]]:
     """Rows of one config: compiled and captured, captured, and launched kernel by kernel."""
     device = torch.device("cuda")
-    precision, compute = compute_type("bf16", device)
+    precision, compute_dtype = pick_precision("bf16", device)
     training = config["training"]
     sequences = full_sequences(items, training["batch"], training["max_len"], device)
     rows = []
     for captured, compiled in ((True, True), (True, False), (False, False)):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        run = Training(config, sequences, "", folder, compute, static=True, capture=captured, compiled=compiled)
+        run = Training(config, sequences, "", folder, compute_dtype, static=True, capture=captured, compiled=compiled)
         times, kernels = time_steps(run, steps)
         rows.append(
             {
@@ -158,7 +158,7 @@ def measure(config: dict[str, Any], items: int, steps: int, folder: Path) -> lis
                 "peak_bytes": torch.cuda.max_memory_allocated(),
                 "parts_ms": {part: round(ms, 4) for part, ms in by_part(kernels).items()},
                 "kernels_ms": {name: round(ms, 4) for name, ms in longest(kernels).items()},
-                "least": least(config, items) if config["model"]["model"] == "hstu" else None,
+                "least": minimum_work(config, items) if config["model"]["model"] == "hstu" else None,
                 "precision": precision,
                 "device": device_name(device),
                 "commit": commit(),

@@ -1,9 +1,9 @@
 """Make the demo data set: a generated archive in MovieLens-1M's own format, the same bytes on every machine.
 
 Time and order carry signal. A user has a home genre and a current genre. Ratings come in sessions;
-what happens at the gap before a session decides the next genre:
+the length of the gap before a session decides the next genre:
 
-- minutes: the current genre goes on;
+- minutes: the user stays with the current genre;
 - days: taste drifts to the next genre in a fixed cycle;
 - months: back to the home genre.
 
@@ -85,7 +85,7 @@ def _ratings_of_user(
 ) -> list[str]:
     """One user's lines of ratings.dat."""
     home = genre = draw.between(0, len(series) - 1)
-    place = [draw.between(0, len(movies) - 1) for movies in series]
+    position = [draw.between(0, len(movies) - 1) for movies in series]
     wanted = 20 + draw.between(0, mean_ratings - 20) + draw.between(0, mean_ratings - 20)
     time = _START + draw.between(0, 300 * _DAY)
     seen: set[int] = set()
@@ -99,10 +99,10 @@ def _ratings_of_user(
                     movie = draw.one_of(rated)
             else:
                 movies = series[genre]
-                place[genre] = (place[genre] + draw.between(1, 2)) % len(movies)
-                while movies[place[genre]] in seen and not seen.issuperset(movies):
-                    place[genre] = (place[genre] + 1) % len(movies)
-                movie = movies[place[genre]]
+                position[genre] = (position[genre] + draw.between(1, 2)) % len(movies)
+                while movies[position[genre]] in seen and not seen.issuperset(movies):
+                    position[genre] = (position[genre] + 1) % len(movies)
+                movie = movies[position[genre]]
                 if movie in seen:  # the whole series is seen
                     movie = draw.one_of([other for other in rated if other not in seen])
             seen.add(movie)

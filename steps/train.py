@@ -1,13 +1,13 @@
 """Train runs: the models that their `config.json` describe, on processed sequences.
 
 Writes `history.jsonl` (a line per epoch), `model.safetensors` and `training.json` beside each `config.json`.
-A training that is killed goes on at its last saved epoch when the same command runs again, and ends where an
-unbroken one would. Several runs are trained at once on a GPU, on a CPU one after the other; each as if alone.
-All are checked before the first begins; one that fails later stops no other. Earlier results of a run stay until its
-new ones are there. Of two processes that train or evaluate one run the second waits.
+A training that was killed resumes from its last saved epoch when the same command runs again, and ends with the
+weights of an uninterrupted one. Several runs are trained at once on a GPU, on a CPU one after the other; each ends as
+it would alone. All runs are checked before the first begins. A run that fails later does not stop the others. Earlier
+results of a run stay until the new ones are written. If two processes train or evaluate the same run, the second waits.
 
-With --deterministic equal runs end with equal bytes on one device; on a CPU with equal --threads too, as the order of
-the sums in layer norm's gradients follows their number. `training.json` names it.
+With --deterministic, equal runs on one device end with equal bytes. On a CPU they need equal --threads too, as the
+order of the sums in layer norm's gradients depends on the number of threads, which `training.json` names.
 
 Needs torch, numpy and safetensors alone; tqdm shows progress where it is installed.
 """
@@ -25,18 +25,18 @@ import torch
 
 from steps.common.cli import StepError, raise_failures, run_step
 from steps.common.config import building, read_config
-from steps.common.device import compute_type, device_name, pick_device, use_threads
+from steps.common.device import device_name, pick_device, pick_precision, use_threads
 from steps.common.files import sha256, write_json, write_text
 from steps.common.locks import locked
 from steps.common.provenance import commit, content_sha256, versions
 from steps.data.sequences import Sequences, load_sequences
-from steps.data.split import hold_out, require_split
-from steps.models import CountingModel, build, is_counting
+from steps.data.split import require_split, split_sequences
+from steps.models import CountBasedModel, build, is_count_based
 from steps.models.checkpoint import save_weights
 from steps.training.loop import Training, reported_epoch, train_together
-from steps.training.watching import Watch
+from steps.training.validation import Validation
 
-#: Those that say that a run is done first, so that a process killed meanwhile leaves nothing that looks finished.
+#: In the order of deletion: those that mark a run as done come first, so that after a kill no run looks done.
 _RESULTS = ("metrics.json", "training.json", "ranks.safetensors", "history.jsonl", "model.safetensors")
 
 
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cuda.matmul.allow_tf32 = True  # the parity contract
     device = pick_device(args.device)
-    precision, compute = compute_type(args.precision, device)
+    precision, compute_dtype = pick_precision(args.precision, device)
     runs = list({run.resolve(): run for run in args.run}.values())
     for run in runs:
         if not run.is_dir():
@@ -77,14 +77,14 @@ def main(args: argparse.Namespace) -> None:
         "versions": versions(),
     }
     with ExitStack() as held:
-        for run in sorted(runs, key=Path.resolve):  # in one order, so that no two processes wait for each other
+        for run in sorted(runs, key=Path.resolve):  # in one order, so that two processes never wait for each other
             held.enter_context(locked(run.resolve()))
-        jobs = _prepare(runs, sequences, data_sha256, compute)
-        raise_failures(_train(jobs, about, compute), len(runs))
+        jobs = _prepare(runs, sequences, data_sha256, compute_dtype)
+        raise_failures(_train(jobs, about, compute_dtype), len(runs))
 
 
 def _readable(runs: list[Path]) -> list[dict[str, Any]]:
-    """The configs that can be read; `_prepare` says what is wrong with the others."""
+    """The configs that can be read; `_prepare` reports the errors of the others."""
     configs = []
     for run in runs:
         with suppress(StepError):
@@ -93,28 +93,28 @@ def _readable(runs: list[Path]) -> list[dict[str, Any]]:
 
 
 class Fitting:
-    """A run of a counting model, which has one epoch and no loss."""
+    """A run of a count-based model, which has one epoch and no loss."""
 
     def __init__(self, config: dict[str, Any], sequences: Sequences) -> None:
         model = build(config, sequences.num_items).to(sequences.item.device)
-        if not isinstance(model, CountingModel):
+        if not isinstance(model, CountBasedModel):
             raise TypeError(f"{type(model).__name__} is trained, not fitted")
         self.config, self.sequences, self.model = config, sequences, model
-        self.holdout = hold_out(sequences, config["protocol"])
+        self.split = split_sequences(sequences, config["protocol"])
 
     def fit(self) -> dict[str, Any]:
         """Fit the model; returns the line of its history."""
         start = time.perf_counter()
-        self.model.fit(self.sequences, self.holdout.train_drop)
+        self.model.fit(self.sequences, self.split.num_held_out)
         seconds = round(time.perf_counter() - start, 3)
-        watch = Watch(self.model, self.config, self.sequences, self.holdout)
-        return {"epoch": 1, "train/seconds": seconds, **watch()}
+        validation = Validation(self.model, self.config, self.sequences, self.split)
+        return {"epoch": 1, "train/seconds": seconds, **validation()}
 
 
 def _prepare(
-    runs: list[Path], sequences: Sequences, data_sha256: str, compute: torch.dtype | None
+    runs: list[Path], sequences: Sequences, data_sha256: str, compute_dtype: torch.dtype | None
 ) -> dict[Path, Fitting | Training]:
-    """Every run's config, split and model, checked. Raises StepError that lists what is wrong with any of them."""
+    """Check every run's config, split and model. Raises StepError that lists the error of every run."""
     jobs: dict[Path, Fitting | Training] = {}
     failures: dict[str, Exception] = {}
     for run in runs:
@@ -122,21 +122,21 @@ def _prepare(
             config = read_config(run)
             name = f"{config['row']}, seed {config['seed']}: " if len(runs) > 1 else ""
             with building(run):
-                if is_counting(config):
+                if is_count_based(config):
                     jobs[run] = Fitting(config, sequences)
                 else:
-                    jobs[run] = Training(config, sequences, data_sha256, run, compute, title=name)
-            require_split(sequences, jobs[run].holdout, config, run)
-        except Exception as error:  # all are named, whatever is wrong with the first
+                    jobs[run] = Training(config, sequences, data_sha256, run, compute_dtype, title=name)
+            require_split(sequences, jobs[run].split, config, run)
+        except Exception as error:  # of one run; the message lists all
             failures[str(run)] = error
     raise_failures(failures, len(runs))
     return jobs
 
 
 def _train(
-    jobs: dict[Path, Fitting | Training], about: dict[str, Any], compute: torch.dtype | None
+    jobs: dict[Path, Fitting | Training], about: dict[str, Any], compute_dtype: torch.dtype | None
 ) -> dict[str, Exception]:
-    """Train every run and write its results; returns why those failed that did."""
+    """Train every run and write its results; returns the errors of those that failed."""
     failures: dict[str, Exception] = {}
     for run, job in jobs.items():
         config = job.config
@@ -159,19 +159,19 @@ def _train(
                 if failure is not None:
                     raise failure
                 how = training.record() | {"runs_at_once": len(runs)}
-                if training.model.compute is not compute:
+                if training.model.compute_dtype is not compute_dtype:
                     how["precision"] = "tf32"
                 _write(run, training, training.history, about | how)
                 written.append(run)
             except Exception as error:
                 failures[str(run)] = error
-    for run in written:  # not before, so that no finished run is trained again where another is killed
-        _forget(run)
+    for run in written:  # at the end, so that a finished run is not trained again if another is killed
+        _remove_state(run)
     return failures
 
 
 def _write(run: Path, job: Fitting | Training, history: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Put the results of a run in the place of earlier ones; training.json, which names the others, at last."""
+    """Replace the earlier results of a run by the new ones; training.json, which has the others' hashes, at last."""
     for name in _RESULTS:
         (run / name).unlink(missing_ok=True)
     save_weights(job.model, run / "model.safetensors")
@@ -189,8 +189,8 @@ def _write(run: Path, job: Fitting | Training, history: list[dict[str, Any]], ab
     write_json(run / "training.json", record | about | hashes)
 
 
-def _forget(run: Path) -> None:
-    """Remove the state that a training would go on from."""
+def _remove_state(run: Path) -> None:
+    """Remove the state that a training would resume from."""
     shutil.rmtree(run / "resume", ignore_errors=True)
 
 

@@ -20,7 +20,7 @@ from steps.data.schemas import describe, interactions_schema, validate
 
 
 def read_valid(raw: Path, dataset: dict[str, Any]) -> tuple[pl.DataFrame, pl.DataFrame, list[dict[str, Any]]]:
-    """The interactions and the catalogue of a data set, and the account of every check they passed.
+    """The interactions and the catalogue of a data set, and the report of every check they passed.
 
     Without an items file the catalogue is the items that have interactions, and titles are empty.
     Raises StepError that lists every failed check with rows.
@@ -40,19 +40,19 @@ def read_valid(raw: Path, dataset: dict[str, Any]) -> tuple[pl.DataFrame, pl.Dat
         if malformed:
             problems.append(_wrong_fields(files["items"], malformed))
         if items["item"].null_count() or items["item"].n_unique() < len(items):
-            problems.append(f"{files['items']['path']}: an item id is missing or stands twice")
-    account = validate(interactions, interactions_schema(dataset["checks"], None if items is None else items["item"]))
-    if any(check["failures"] for check in account):
-        problems.append(describe(account, read_texts(raw, files["interactions"])))
+            problems.append(f"{files['items']['path']}: an item id is missing or occurs twice")
+    report = validate(interactions, interactions_schema(dataset["checks"], None if items is None else items["item"]))
+    if any(check["failures"] for check in report):
+        problems.append(describe(report, read_texts(raw, files["interactions"])))
     if problems:
         raise StepError(
-            f"{raw / files['interactions']['path']}: {'; '.join(problems)}. Nothing was written; mend the file"
+            f"{raw / files['interactions']['path']}: {'; '.join(problems)}. Nothing was written; correct the file"
         )
     if items is None:
         items = interactions.select("item").unique().sort("item")
     if "title" not in items.columns:
         items = items.with_columns(title=pl.lit(""))
-    return interactions, items.select("item", "title"), account
+    return interactions, items.select("item", "title"), report
 
 
 def check_raw(raw: Path, files: dict[str, Any]) -> dict[str, str]:
@@ -69,7 +69,7 @@ def check_raw(raw: Path, files: dict[str, Any]) -> dict[str, str]:
     for path in paths:
         if path not in hashes:
             raise StepError(
-                f"{raw / path} is no file of the download ({manifest}); params/datasets.yaml names it: mend the entry"
+                f"{raw / path} is no file of the download ({manifest}); params/datasets.yaml names it; correct that"
             )
     return {path: hashes[path] for path in paths}
 
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     dataset = entry("datasets", args.dataset)
     raw_files = check_raw(args.raw, dataset["files"])
-    interactions, items, account = read_valid(args.raw, dataset)
+    interactions, items, report = read_valid(args.raw, dataset)
     with atomic_path(args.output) as folder:
         folder.mkdir()
         interactions.write_parquet(folder / "interactions.parquet", compression="lz4")
@@ -102,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         repeats = len(interactions) - interactions.select("user", "item").n_unique()
         counts = {"rows": len(interactions), "items": len(items), "repeats": repeats}
-        made = {"files": files, "raw_files": raw_files, "checks": account}
+        made = {"files": files, "raw_files": raw_files, "checks": report}
         write_json(folder / "validation.json", counts | made)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class StepError(Exception):
-    """A failure the user can mend: what is wrong, where, and what to do, in one line."""
+    """A failure the user can correct: what is wrong, where, and what to do, in one line."""
 
 
 def run_step(

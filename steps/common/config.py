@@ -1,4 +1,4 @@
-"""A run's config.json, read and checked where there is no jsonschema: every entry that training needs, of its kind."""
+"""A run's config.json, read and checked without jsonschema: every entry that training needs, and its type and range."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from steps.common.files import read_json
 
 _REMEDY = "run plan again"
 #: Models that count instead of learning: equal whatever the seed.
-WITHOUT_RANDOMNESS = ("popular", "markov", "item-knn")
+COUNT_BASED = ("popular", "markov", "item-knn")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ _TRAINING: _Entries = {
     "negatives": _COUNT,
     "dropout": _BELOW_1,
     "patience?": _COUNT,
-    "watch_every?": _COUNT,
+    "eval_every?": _COUNT,
 }
 _LOSS: _Entries = {
     "name": _one_of("sampled-softmax", "in-batch-softmax", "softmax", "bce", "gbce"),
@@ -77,7 +77,7 @@ _TRAINED: _Entries = {
     "dim": _COUNT,
     "loss": _LOSS,
     "optimizer": {"lr": _POSITIVE, "betas": _PAIR, "weight_decay": _NOT_NEGATIVE},
-    "items?": {"lr": _POSITIVE, "dtype": _one_of("float16", "float32"), "pool": _COUNT},
+    "items?": {"lr": _POSITIVE, "dtype": _one_of("float16", "float32"), "negative_pool": _COUNT},
 }
 _BLOCKS: _Entries = _TRAINED | {"blocks": _COUNT, "heads": _COUNT}
 _MODELS: dict[str, _Entries] = {
@@ -85,17 +85,17 @@ _MODELS: dict[str, _Entries] = {
     "markov": {},
     "item-knn": {"neighbours": _COUNT, "shrink": _NOT_NEGATIVE},
     "gru4rec": _TRAINED | {"samples": _COUNT, "sample_alpha": _SHARE, "logq": _NOT_NEGATIVE},
-    "bert4rec": _BLOCKS | {"mask_share": _BELOW_1},
-    "sasrec": _BLOCKS | {"extra_positions": _WHOLE},
+    "bert4rec": _BLOCKS | {"mask_prob": _BELOW_1},
+    "sasrec": _BLOCKS | {"output_slots": _WHOLE},
     "transformer++": _BLOCKS,
     "hstu": _BLOCKS
     | {
-        "extra_positions": _WHOLE,
+        "output_slots": _WHOLE,
         "dqk": _COUNT,
         "dv": _COUNT,
         "attention": _one_of("silu", "softmax"),
         "alpha": _ALPHA,
-        "normaliser": _one_of("max_len", "true_len"),
+        "attention_scale": _one_of("max_len", "true_len"),
         "bias": {"position": _FLAG, "time": _one_of("next", "self", "none")},
     },
 }
@@ -164,5 +164,5 @@ def _check(file: Path, path: str, found: Any, entries: _Entries) -> None:
             raise StepError(f"{file}, key {path}{key}: {found[key]!r} is not {kind.words}; {_REMEDY}")
     known = {name.rstrip("?") for name in entries}
     unknown = [key for key in found if key not in known]
-    if unknown and path != "model.":  # which also has the sizes that other models of the data set need
+    if unknown and path != "model.":  # as it also has the sizes that other models of the data set need
         raise StepError(f"{file}, key {path}{unknown[0]}: nothing reads it; {_REMEDY}")

@@ -13,7 +13,7 @@ from steps.common.threads import cpu_threads
 def pick_device(name: str | None) -> torch.device:
     """The named device; without a name the CUDA device where there is one, else the CPU.
 
-    Raises StepError if CUDA is named where there is none, or if the name is no device's.
+    Raises StepError if CUDA is named where there is none, or if no device has the name.
     """
     if name and name.startswith("cuda") and not torch.cuda.is_available():
         raise StepError(f"--device {name}: there is no CUDA device here")
@@ -24,10 +24,10 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def use_threads(count: int | None, configs: list[dict[str, Any]]) -> None:
-    """Compute runs on the CPU with `count` threads; without a count with OMP_NUM_THREADS of them, if it is set.
+    """Compute on the CPU with `count` threads; without a count with OMP_NUM_THREADS threads, if it is set.
 
-    With neither with as many as the largest of the runs gains from, at most one for each core that this process may
-    use: torch counts those of the machine, of which a container or a job of a cluster may have a few.
+    With neither, as many threads as the largest run gains from, at most one per core that this process may use. torch
+    counts the cores of the machine; a container or a cluster job may have only a few of them.
     """
     if count or "OMP_NUM_THREADS" not in os.environ:
         cores = min(torch.get_num_threads(), usable_cores())
@@ -60,10 +60,10 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def compute_type(precision: str | None, device: torch.device) -> tuple[str, torch.dtype | None]:
-    """The name and type of a sequence model's matrix products: bf16 (the default) or tf32 on CUDA, float32 elsewhere.
+def pick_precision(precision: str | None, device: torch.device) -> tuple[str, torch.dtype | None]:
+    """The precision of a sequence model's matrix products, as its name and torch type; None: the weights' own type.
 
-    The type is None where it is the weights' own. Weights, optimiser, losses and scores are float32 in any case.
+    bf16 (the default) or tf32 on CUDA, float32 elsewhere. Weights, optimiser, losses and scores are always float32.
     """
     if device.type != "cuda":
         return "float32", None

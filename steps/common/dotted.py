@@ -6,9 +6,9 @@ from typing import Any
 def set_entry(config: dict[str, Any], key: str, value: Any) -> None:
     """Set the entry `key`; raises KeyError if it does not exist."""
     *path, last = key.split(".")
-    place: Any = config
+    entries: Any = config
     for part in path:
-        place = place.get(part) if isinstance(place, dict) else None
-    if not isinstance(place, dict) or last not in place:
+        entries = entries.get(part) if isinstance(entries, dict) else None
+    if not isinstance(entries, dict) or last not in entries:
         raise KeyError(key)
-    place[last] = value
+    entries[last] = value

@@ -112,11 +112,11 @@ def _text(path: Path, remedy: str) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def _parsed(text: str, place: str, remedy: str) -> Any:
+def _parsed(text: str, source: str, remedy: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise StepError(f"{place} is not JSON ({error}); {remedy}") from error
+        raise StepError(f"{source} is not JSON ({error}); {remedy}") from error
 
 
 def _name(path: Path, temporary: Path, error: OSError) -> None:

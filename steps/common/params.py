@@ -1,7 +1,7 @@
 """The files under params/: read, checked against their schemas, and resolved into one run's config.
 
 `params/local/`, which git ignores, may hold more data sets, models, protocols and experiments, in files of the same
-names: they are read and checked like the project's own, and may be `like` them.
+names. They are read and checked like the project's own, and may be `like` them.
 
 Needs PyYAML and jsonschema, so steps that must run on a bare GPU machine (train, evaluate) do not
 import it: they read the `config.json` that `plan` resolved.
@@ -22,7 +22,7 @@ import jsonschema
 
 from steps.common import yaml_files
 from steps.common.cli import StepError
-from steps.common.config import WITHOUT_RANDOMNESS
+from steps.common.config import COUNT_BASED
 from steps.common.dotted import set_entry
 
 ROOT = Path("params")
@@ -94,7 +94,7 @@ def experiment_path(experiment: str, root: Path = ROOT) -> Path:
 
 
 def is_local(experiment: str, root: Path = ROOT) -> bool:
-    """Whether an experiment stands in params/local/."""
+    """Whether an experiment is in params/local/."""
     return experiment_path(experiment, root).is_relative_to(root / LOCAL)
 
 
@@ -117,7 +117,7 @@ def valid_of(dataset: str, root: Path = ROOT) -> str:
 
 
 def label(model: str, root: Path = ROOT) -> str:
-    """What tables call a row, by its name in an experiment's runs: with the settings of a grid's point."""
+    """The label that tables give a row, from its name in an experiment's runs; with the settings of a grid's point."""
     row, point = _split(model)
     return ", ".join([_entry("models", row, root)[1]["label"], *(f"{key}={value}" for key, value in point)])
 
@@ -126,7 +126,7 @@ def runs(experiment: str, root: Path = ROOT) -> Iterator[Run]:
     """Every run of an experiment, in table order.
 
     A model without randomness has the first seed alone. With a `grid`, every model becomes one for each point of the
-    grid, named `model+key=value+...`, with what is no part of a file's name quoted as in URLs.
+    grid, named `model+key=value+...`. Characters that a file's name cannot have are quoted as in URLs.
     """
     content = load(f"experiments/{experiment}", root)
     grid = content.get("grid", {})
@@ -137,13 +137,13 @@ def runs(experiment: str, root: Path = ROOT) -> Iterator[Run]:
     for dataset in content["datasets"]:
         for model in [model + point for model in content["models"] for point in points]:
             for protocol in content["protocols"]:
-                random = entry("models", _split(model)[0], root)["model"] not in WITHOUT_RANDOMNESS
+                random = entry("models", _split(model)[0], root)["model"] not in COUNT_BASED
                 for seed in content["seeds"] if random else content["seeds"][:1]:
                     yield Run(experiment, dataset, model, protocol, seed)
 
 
 def check(experiment: str, root: Path = ROOT) -> list[Run]:
-    """All runs of an experiment, in table order; StepError says which file and key keep one of them from running."""
+    """All runs of an experiment, in table order; StepError names the file and key if one of them cannot run."""
     found = list(runs(experiment, root))
     for run in found:
         if len(run.model.encode()) > _LONGEST:
@@ -158,7 +158,7 @@ def check(experiment: str, root: Path = ROOT) -> list[Run]:
 def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
     """Everything `train` and `evaluate` need to know about one run, as plain JSON values.
 
-    Labels, titles and notes are no part of it: they change tables, not trainings.
+    It has no labels, titles and notes: these change tables, not trainings.
     """
     row, point = _split(run.model)
     data_file, data = _entry("datasets", run.dataset, root)
@@ -213,7 +213,7 @@ def _split(model: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _check_point(config: dict[str, Any], row: str, shape: str | None, where: str, root: Path) -> None:
-    """Hold what a grid has set to the schemas of the files that its keys come from."""
+    """Check the values of a grid's point against the schemas of the files that its keys come from."""
     training, model = dict(config["training"]), dict(config["model"])
     data = entry("datasets", config["dataset"], root)
     sizes = data["training"]["base"]
@@ -242,7 +242,7 @@ def _entry(name: str, key: str, root: Path) -> tuple[str, Any]:
 
 
 def _table(name: str, root: Path) -> dict[str, tuple[str, Any]]:
-    """Every entry of `params/<name>.yaml` and params/local/'s file of this name, with the file that it stands in."""
+    """Every entry of `params/<name>.yaml` and params/local/'s file of this name, each with its file."""
     paths = [root / f"{name}.yaml", *(path for path in [root / LOCAL / f"{name}.yaml"] if path.is_file())]
     return _parse_table(tuple((str(path), _text(path)) for path in paths), _schema(name, root))
 
@@ -298,10 +298,10 @@ def _experiment(name: str, root: Path) -> Any:
     content = _parse(str(path), _text(path), _schema("experiment", root))
     for table in _TABLES:
         known = _table(table, root)
-        for place, key in enumerate(content[table]):
+        for index, key in enumerate(content[table]):
             if key not in known:
                 raise StepError(
-                    f"{path}, key {table}.{place}: {root / table}.yaml has no entry {key!r}; it has {', '.join(known)}"
+                    f"{path}, key {table}.{index}: {root / table}.yaml has no entry {key!r}; it has {', '.join(known)}"
                 )
     return content
 
@@ -333,7 +333,7 @@ def _check(path: str, content: Any, schema: str | None) -> None:
 
 
 def _problem(content: Any, schema: str | None) -> tuple[list[str], str] | None:
-    """The key, as its parts, and the account of what most plainly does not fit the schema; None if all does."""
+    """The key, as its parts, and what is wrong with it, of the most relevant error; None if the content fits."""
     if schema is None:
         return None
     problem = jsonschema.exceptions.best_match(_validator(schema).iter_errors(content))

@@ -1,4 +1,4 @@
-"""A progress bar where tqdm is installed, silence where it is not (a bare GPU machine)."""
+"""A progress bar where tqdm is installed, nothing where it is not (as on a GPU machine with torch alone)."""
 
 import sys
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
-"""The one way this project reads and writes YAML: numbers, words and dates as YAML 1.2's core schema has them.
+"""How this project reads and writes YAML: numbers, words and dates as in YAML 1.2's core schema.
 
-PyYAML alone follows YAML 1.1, where `3e-05` and `1e-3` are text, `010` is 8, `1:30` is 90 and `yes` is true; other
-tools, which write into the same files, read and write them otherwise. Here every decimal number is a number,
+PyYAML follows YAML 1.1, where `3e-05` and `1e-3` are text, `010` is 8, `1:30` is 90 and `yes` is true. Other tools that
+write the same files follow YAML 1.2. Here every decimal number is a number,
 `true` and `false` alone are booleans, and a date is text.
 """
 
@@ -43,28 +43,28 @@ def _resolvers(others: _Resolvers | None = None) -> _Resolvers:
 
 
 class _TwiceError(yaml.MarkedYAMLError):
-    """A key stands twice in a mapping."""
+    """A key occurs twice in a mapping."""
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = _resolvers()
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse a key that stands twice, of which PyYAML keeps the last; one beside `<<` may override a merged one."""
+        """Refuse a key that occurs twice, of which PyYAML keeps the last. A key may override one that `<<` merges."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 name = "<<" if key.tag == _MERGE else self.construct_object(key)
                 if name in seen:
-                    raise _TwiceError(problem=f"key {key.value} stands twice", problem_mark=key.start_mark)
+                    raise _TwiceError(problem=f"key {key.value} occurs twice", problem_mark=key.start_mark)
                 seen.add(name)
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Replace `<<` by the keys it merges, behind which the mapping's own and those of earlier bases count.
+        """Replace `<<` by the keys that it merges. The mapping's own keys override them, as do those of earlier bases.
 
-        PyYAML's own way takes a base's base's value instead of the base's own for some keys.
+        PyYAML takes, for some keys, the value of a base's base instead of the base's own.
         """
         merged: dict[Any, Any] = {}
         own: dict[Any, Any] = {}
@@ -86,20 +86,22 @@ def _identity(key: yaml.Node) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = _resolvers(yaml.SafeDumper.yaml_implicit_resolvers)  # what any reader takes for no text
+    yaml_implicit_resolvers = _resolvers(
+        yaml.SafeDumper.yaml_implicit_resolvers
+    )  # all that a reader may not read as text
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def parse(text: str, name: str) -> Any:
-    """The content of the YAML `text`; StepError, with the line, says what is wrong in the file `name`."""
+    """The content of the YAML `text`; StepError names the file `name` and the line of an error."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
-        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         what = "" if isinstance(error, _TwiceError) else "not YAML: "
-        raise StepError(f"{name}{place}: {what}{error.problem}") from error
+        raise StepError(f"{name}{line}: {what}{error.problem}") from error
     except yaml.YAMLError as error:
         raise StepError(f"{name}: not YAML: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Interactions into sequences, their counts, and what a protocol trains on and holds out of them, as content hashes."""
+"""Interactions into sequences, their counts, and content hashes of what a protocol trains on and holds out."""
 
 import hashlib
 from typing import Any
@@ -29,7 +29,7 @@ def build_sequences(
         tensors: offsets (U + 1,) int64; item (T,) int32, from 1 in the order of raw ids, 0 is padding;
             timestamp (T,) int64, seconds; rating (T,) float32 where the data has ratings. Users are in
             the order of their raw ids, a user's rows in time order, equal times as `ties` says.
-        users: id, raw id; id is the place in offsets.
+        users: id, raw id; id is the index into offsets.
         items: id, raw id, title.
     """
     catalogue = items.sort("item").with_row_index("id", offset=1)
@@ -81,8 +81,10 @@ def describe(tensors: dict[str, np.ndarray], ties: str = "file-order") -> dict[s
 def split_sha256(tensors: dict[str, np.ndarray], protocol: dict[str, Any]) -> dict[str, str]:
     """The SHA-256 of the rows that a protocol of params/protocols.yaml trains on, tests on, and validates on, if any.
 
-    Of (user, item, timestamp) as little-endian int64 columns, so two runs have the same exactly if they hold out the
-    same rows in the same order. Written apart from `split`, which train and evaluate follow and compare with this.
+    Of (user, item, timestamp) as little-endian int64 columns, so two runs have the same hashes exactly if they hold out
+    the same rows in the same order. `steps.data.split`, which train and evaluate use, computes the same hashes with
+    code of its own, on purpose: a wrong split in one of the two shows as hashes that differ. Without torch, which plan
+    does not import.
     """
     offsets, times = tensors["offsets"], tensors["timestamp"]
     lengths = np.diff(offsets)

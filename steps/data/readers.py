@@ -1,4 +1,4 @@
-"""Raw text tables into polars frames, with the place of every row in its file."""
+"""Raw text tables into polars frames, with the line of every row in its file."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ import polars as pl
 from steps.common.cli import StepError
 from steps.common.files import reading
 
-_FIELD = b"\x1f"  # ASCII's unit separator: stands for separators of several characters
+_FIELD = b"\x1f"  # ASCII's unit separator, which replaces separators of several characters
 _LINE_END = b"\n"
-_ROWS_THAT_TELL_THE_TYPE = 100
+_TYPE_SAMPLE_ROWS = 100
 _TYPES: dict[str, Any] = {"rating": pl.Float32, "timestamp": pl.Int64, "title": pl.String}
 
 
@@ -21,13 +21,13 @@ def read_table(folder: Path, table: dict[str, Any]) -> tuple[pl.DataFrame, list[
     Returns the frame with the columns named user, item, rating, timestamp or title that the entry
     lists, and `row` (UInt32, counted from 1, the line in the file); and the lines whose number of
     fields is wrong. A value that is missing or of the wrong type becomes null: `schemas` reports it.
-    Ids are Int64 where they are whole numbers without leading zeros, as far as the file's first rows tell and nothing
-    else comes later, else String.
+    Ids are Int64 if those in the file's first rows are whole numbers without leading zeros and all later ones are whole
+    numbers; else String.
     """
     content, separator, first = _content(folder, table)
     columns, options = table["columns"], _options(separator, first)
     malformed = _malformed_lines(content, separator, len(columns), first)
-    head = pl.read_csv(content, schema=dict.fromkeys(columns, pl.String), n_rows=_ROWS_THAT_TELL_THE_TYPE, **options)
+    head = pl.read_csv(content, schema=dict.fromkeys(columns, pl.String), n_rows=_TYPE_SAMPLE_ROWS, **options)
     schema = {name: _TYPES.get(name) or _id_type(head[name]) for name in columns}
     frame = pl.read_csv(content, schema=schema, **options)
     if any(frame[name].null_count() for name, kind in schema.items() if kind == pl.Int64 and name not in _TYPES):
@@ -39,7 +39,7 @@ def read_table(folder: Path, table: dict[str, Any]) -> tuple[pl.DataFrame, list[
 
 
 def read_texts(folder: Path, table: dict[str, Any]) -> pl.DataFrame:
-    """The same table's fields as they stand in the file, null where there is none, and `row`."""
+    """The same table's fields as they are in the file, null where there is none, and `row`."""
     content, separator, first = _content(folder, table)
     frame = pl.read_csv(content, schema=dict.fromkeys(table["columns"], pl.String), **_options(separator, first))
     return frame.with_row_index("row", offset=first)
@@ -84,11 +84,11 @@ def _id_type(head: pl.Series) -> type[pl.Int64] | type[pl.String]:
 def _malformed_lines(content: bytes, separator: bytes, fields: int, first: int) -> list[int]:
     """Lines from `first` on that do not have `fields` fields, split by the one byte `separator`.
 
-    One look at all separators and line ends settles a good file (0.03 s for MovieLens-1M); only a bad
-    one is read line by line.
+    For a good file one comparison of all separators and line ends is enough (0.03 s for MovieLens-1M). Only a bad file
+    is read line by line.
     """
     if separator == b"," and b'"' in content:
-        return []  # quoted fields may hold the separator: the parser, not a count, tells fields apart
+        return []  # quoted fields may contain the separator: only the parser can count fields
     text = np.frombuffer(content if content.endswith(b"\n") else content + b"\n", dtype=np.uint8)
     marks = text[(text == separator[0]) | (text == _LINE_END[0])]
     pattern = np.frombuffer(separator * (fields - 1) + _LINE_END, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What valid interactions are, as a pandera schema, and its failures as one readable account.
+"""What valid interactions are, as a pandera schema, and its failures as a readable report.
 
 Frames are collected before they are checked: on a lazy frame pandera looks at the schema alone.
 """
@@ -12,9 +12,9 @@ from steps.common.cli import StepError
 
 _EXAMPLES = 5
 _EMPTY = "(empty)"
-_WHOLE = "user, item"  # what a check of whole rows is said to be of
+_WHOLE_ROW = "user, item"  # the column that is reported for a check of whole rows
 _ONCE = "once per user and item"
-_FIELDS = {_ONCE: ["user", "item"]}  # that such a check is about; otherwise the user
+_FIELDS = {_ONCE: ["user", "item"]}  # the fields that such a check is about; otherwise the user
 
 
 def interactions_schema(checks: dict[str, Any], catalogue: pl.Series | None) -> pa.DataFrameSchema:
@@ -44,25 +44,25 @@ def validate(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> list[dict[str, 
         failures = None
     except pa.errors.SchemaErrors as error:
         failures = error.failure_cases
-    account: list[dict[str, Any]] = []
+    report: list[dict[str, Any]] = []
     for column, names in _check_names(schema).items():
         for name in names:
             failed = pl.DataFrame() if failures is None else _failed(failures, column, name)
-            account.append({"column": column, "check": name, "failures": len(failed), "rows": _rows(failed, frame)})
-    known = sum(check["failures"] for check in account)
+            report.append({"column": column, "check": name, "failures": len(failed), "rows": _rows(failed, frame)})
+    known = sum(check["failures"] for check in report)
     if failures is not None and known < len(failures):
         raise StepError(f"unexpected schema failure: {failures.to_dicts()[0]}")
-    return account
+    return report
 
 
-def describe(account: list[dict[str, Any]], texts: pl.DataFrame) -> str:
-    """The failed checks of `validate`'s account in one line; empty if none failed.
+def describe(report: list[dict[str, Any]], texts: pl.DataFrame) -> str:
+    """The failed checks of `validate`'s report in one line; empty if none failed.
 
-    texts: the table's fields as they stand in the file, by column and `row`. Of a value that does not parse nothing
-    else is left.
+    texts: the table's fields as they are in the file, by column and `row`. A value that does not parse is kept nowhere
+    else.
     """
     parts = []
-    for check in account:
+    for check in report:
         if check["failures"]:
             examples = ", ".join(f"row {row}: {_text(texts, row, check)}" for row in check["rows"])
             more = ", ..." if check["failures"] > len(check["rows"]) else ""
@@ -73,11 +73,11 @@ def describe(account: list[dict[str, Any]], texts: pl.DataFrame) -> str:
 
 
 def _text(texts: pl.DataFrame, row: int, check: dict[str, Any]) -> str:
-    """What stands in the file where a check failed."""
+    """The file's own text where a check failed."""
     found = texts.row(row - int(texts["row"][0]), named=True)
-    fields = _FIELDS.get(check["check"], ["user"]) if check["column"] == _WHOLE else [check["column"]]
+    fields = _FIELDS.get(check["check"], ["user"]) if check["column"] == _WHOLE_ROW else [check["column"]]
     shown = [_EMPTY if found[name] is None else _printable(found[name]) for name in fields]
-    if check["column"] != _WHOLE:
+    if check["column"] != _WHOLE_ROW:
         return shown[0]
     return ", ".join(f"{name} {text}" for name, text in zip(fields, shown, strict=True))
 
@@ -96,9 +96,9 @@ def _multiple_of(step: float) -> pa.Check:
     return pa.Check(lambda data: data.lazyframe.select(pl.col(data.key) % step == 0), name=f"multiple of {step}")
 
 
-def _enough_per_user(least: int) -> pa.Check:
+def _enough_per_user(minimum: int) -> pa.Check:
     return pa.Check(
-        lambda data: data.lazyframe.select(pl.len().over("user") >= least), name=f"{least} rows or more per user"
+        lambda data: data.lazyframe.select(pl.len().over("user") >= minimum), name=f"{minimum} rows or more per user"
     )
 
 
@@ -111,7 +111,7 @@ def _check_names(schema: pa.DataFrameSchema) -> dict[str, list[str]]:
         name: ["not null"] * (not column.nullable) + [_name(check) for check in column.checks]
         for name, column in schema.columns.items()
     }
-    return names | {_WHOLE: [_name(check) for check in schema.checks]}
+    return names | {_WHOLE_ROW: [_name(check) for check in schema.checks]}
 
 
 def _name(check: pa.Check) -> str:
@@ -120,8 +120,8 @@ def _name(check: pa.Check) -> str:
 
 def _failed(failures: pl.DataFrame, column: str, name: str) -> pl.DataFrame:
     check = "not_nullable" if name == "not null" else name
-    in_column = pl.col("schema_context") == "Column" if column != _WHOLE else pl.col("schema_context") != "Column"
-    if column != _WHOLE:
+    in_column = pl.col("schema_context") == "Column" if column != _WHOLE_ROW else pl.col("schema_context") != "Column"
+    if column != _WHOLE_ROW:
         in_column &= pl.col("column") == column
     return failures.filter(in_column & (pl.col("check") == check))
 

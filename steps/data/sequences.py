@@ -17,13 +17,15 @@ from steps.common.provenance import require_files
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of several users, jagged. Each token predicts the next one of its user.
+    """Windows of several users, jagged: T tokens in S sequences. Each token predicts the next one of its user.
 
-    item, timestamp, next_item, next_timestamp: (T,) int64. offsets: (R + 1,) int64. row, place: (T,) int64, each
-    token's window and its place there. max_len: at least the longest window. user: (B,) int64, places in `Sequences`.
+    item, timestamp, next_item, next_timestamp: (T,) int64. offsets: (S + 1,) int64. sequence_id, position: (T,) int64,
+    the window that a token belongs to, and its position there. max_len: at least the longest window. user: (B,) int64,
+    indices into `Sequences`.
 
-    Without padding R is B, and `real` None. With it the tokens that `real` (T,) leaves out are padding: item and
-    next item 0, times 0, in rows of their own behind the users', of which the last may be empty.
+    Without padding S is B, and `token_mask` is None. With padding `token_mask` (T,) is False where a token is padding.
+    Padding has item and next item 0 and times 0. It fills sequences of its own behind the users', of which the last may
+    be empty.
     """
 
     item: torch.Tensor
@@ -31,42 +33,42 @@ class Batch:
     next_item: torch.Tensor
     next_timestamp: torch.Tensor
     offsets: torch.Tensor
-    row: torch.Tensor
-    place: torch.Tensor
+    sequence_id: torch.Tensor
+    position: torch.Tensor
     max_len: int
     user: torch.Tensor
-    real: torch.Tensor | None = None
+    token_mask: torch.Tensor | None = None
 
     @property
     def last(self) -> torch.Tensor:
-        """The places (B,) of each user's last token."""
+        """The index (B,) of each user's last token."""
         return self.offsets[1 : len(self.user) + 1] - 1
 
     def to_padded(self, jagged: torch.Tensor) -> torch.Tensor:
-        """(T, D) to (R, max_len, D), zeros behind each row."""
-        return to_padded(jagged, self.offsets, self.max_len, self.row * self.max_len + self.place)
+        """(T, D) to (S, max_len, D), zeros behind each sequence."""
+        return to_padded(jagged, self.offsets, self.max_len, self.sequence_id * self.max_len + self.position)
 
     def to_jagged(self, padded: torch.Tensor) -> torch.Tensor:
-        """(R, max_len, D) to (T, D), without waiting for the device."""
-        return padded.flatten(0, 1).index_select(0, self.row * self.max_len + self.place)
+        """(S, max_len, D) to (T, D), without waiting for the device."""
+        return padded.flatten(0, 1).index_select(0, self.sequence_id * self.max_len + self.position)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The shape of a padded batch, known before its users: `users`, and `tokens` with padding, in so many `rows`."""
+class StaticShape:
+    """The shape of a padded batch, known before its users. Tokens and sequences are counted with padding."""
 
-    users: int
-    tokens: int
-    rows: int
+    num_users: int
+    num_tokens: int
+    num_sequences: int
     max_len: int
 
 
 @dataclass(frozen=True)
 class Size:
-    """What the host knows of a batch without asking the device: its tokens, and the longest window's."""
+    """What the host knows of a batch without asking the device: how many tokens it has, and the longest window."""
 
-    tokens: int
-    longest: int
+    num_tokens: int
+    max_len: int
 
 
 class Sequences:
@@ -83,81 +85,83 @@ class Sequences:
     def num_users(self) -> int:
         return len(self.offsets) - 1
 
-    def trainable_users(self, drop: torch.Tensor) -> torch.Tensor:
-        """Users that keep at least one pair (token, next token) when their last `drop` (U,) rows are left out."""
+    def trainable_users(self, num_dropped: torch.Tensor) -> torch.Tensor:
+        """Users that keep at least one pair (token, next token) without their last `num_dropped` (U,) interactions."""
         lengths = self.offsets.diff()
-        return torch.nonzero(lengths - drop >= 2)[:, 0]
+        return torch.nonzero(lengths - num_dropped >= 2)[:, 0]
 
-    def window_lengths(self, users: torch.Tensor, drop: torch.Tensor, max_len: int) -> torch.Tensor:
-        """How many tokens (B,) int64 the window of each of `users` (B,) has without their last `drop` (B,) rows."""
-        rows = self.offsets[users + 1] - drop - self.offsets[users]
-        return torch.minimum(rows, torch.full_like(rows, max_len + 1)) - 1
+    def window_lengths(self, users: torch.Tensor, num_dropped: torch.Tensor, max_len: int) -> torch.Tensor:
+        """How many tokens (B,) int64 the windows of `users` (B,) have without their last `num_dropped` (B,)
+        interactions."""
+        kept = self.offsets[users + 1] - num_dropped - self.offsets[users]
+        return torch.minimum(kept, torch.full_like(kept, max_len + 1)) - 1
 
-    def batch(self, users: torch.Tensor, drop: torch.Tensor, max_len: int, size: Size | None = None) -> Batch:
-        """The latest windows of `users` (B,), their last `drop` (B,) interactions left out.
+    def batch(self, users: torch.Tensor, num_dropped: torch.Tensor, max_len: int, size: Size | None = None) -> Batch:
+        """The latest windows of `users` (B,), without their last `num_dropped` (B,) interactions.
 
-        A window is the last `max_len` + 1 rows: all but the last are tokens, all but the first are what
-        they predict. Training drops the held-out rows; to predict one held-out row, drop those after it.
-        Without its `size` the host waits for the device to tell it.
+        A window is the last `max_len` + 1 interactions: all but the last are tokens, all but the first are what they
+        predict. Training drops the held-out interactions. To predict one held-out interaction, drop those after it.
+        Without `size` the host has to wait for the device.
         """
-        lengths = self.window_lengths(users, drop, max_len)
+        lengths = self.window_lengths(users, num_dropped, max_len)
         offsets = offsets_from_lengths(lengths)
         size = size or Size(int(offsets[-1]), int(lengths.max()))
-        row, place = row_and_place(offsets, size.tokens)
-        index = (self.offsets[users + 1] - drop - lengths - 1)[row] + place
+        sequence_id, position = row_and_place(offsets, size.num_tokens)
+        index = (self.offsets[users + 1] - num_dropped - lengths - 1)[sequence_id] + position
         return Batch(
             item=self.item[index],
             timestamp=self.timestamp[index],
             next_item=self.item[index + 1],
             next_timestamp=self.timestamp[index + 1],
             offsets=offsets,
-            row=row,
-            place=place,
-            max_len=size.longest,
+            sequence_id=sequence_id,
+            position=position,
+            max_len=size.max_len,
             user=users,
         )
 
-    def padded_batch(self, users: torch.Tensor, drop: torch.Tensor, layout: Layout) -> Batch:
+    def padded_batch(self, users: torch.Tensor, num_dropped: torch.Tensor, shape: StaticShape) -> Batch:
         """The same windows in a shape that is known beforehand, so that the host need not wait for the device."""
-        lengths = self.window_lengths(users, drop, layout.max_len)
+        lengths = self.window_lengths(users, num_dropped, shape.max_len)
         offsets = offsets_from_lengths(lengths)
         total = offsets[-1]
-        spare = torch.arange(1, layout.rows - layout.users + 1, device=offsets.device)
-        offsets = torch.cat([offsets, (total + spare * layout.max_len).clamp(max=layout.tokens)])
-        row, place = row_and_place(offsets, layout.tokens)
-        real = torch.arange(layout.tokens, device=offsets.device) < total
-        first = torch.nn.functional.pad(self.offsets[users + 1] - drop - lengths - 1, (0, len(spare)))
-        index = torch.where(real, first[row] + place, 0)
+        padding = torch.arange(1, shape.num_sequences - shape.num_users + 1, device=offsets.device)
+        offsets = torch.cat([offsets, (total + padding * shape.max_len).clamp(max=shape.num_tokens)])
+        sequence_id, position = row_and_place(offsets, shape.num_tokens)
+        token_mask = torch.arange(shape.num_tokens, device=offsets.device) < total
+        first = torch.nn.functional.pad(self.offsets[users + 1] - num_dropped - lengths - 1, (0, len(padding)))
+        index = torch.where(token_mask, first[sequence_id] + position, 0)
         return Batch(
-            item=self.item[index] * real,
-            timestamp=self.timestamp[index] * real,
-            next_item=self.item[index + 1] * real,
-            next_timestamp=self.timestamp[index + 1] * real,
+            item=self.item[index] * token_mask,
+            timestamp=self.timestamp[index] * token_mask,
+            next_item=self.item[index + 1] * token_mask,
+            next_timestamp=self.timestamp[index + 1] * token_mask,
             offsets=offsets,
-            row=row,
-            place=place,
-            max_len=layout.max_len,
+            sequence_id=sequence_id,
+            position=position,
+            max_len=shape.max_len,
             user=users,
-            real=real,
+            token_mask=token_mask,
         )
 
     def histories(
-        self, users: torch.Tensor, drop: torch.Tensor, total: int | None = None
+        self, users: torch.Tensor, num_after: torch.Tensor, total: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole history before each user's row to predict: (place of the user in `users`, item), both (S,).
+        """The whole history before each user's held-out interaction, which `num_after` (B,) others follow.
 
-        Without `total`, S, the host waits for the device to tell it.
+        Returns (index of the user in `users`, item), both (H,). Without `total`, H, the host waits for the device.
         """
         start = self.offsets[users]
-        lengths = self.offsets[users + 1] - drop - 1 - start
+        lengths = self.offsets[users + 1] - num_after - 1 - start
         offsets = offsets_from_lengths(lengths)
-        row, place = row_and_place(offsets, int(offsets[-1]) if total is None else total)
-        return row, self.item[start[row] + place]
+        index, position = row_and_place(offsets, int(offsets[-1]) if total is None else total)
+        return index, self.item[start[index] + position]
 
-    def counts(self, drop: torch.Tensor) -> torch.Tensor:
-        """How often each item stands in the sequences without their last `drop` (U,) rows: (num_items + 1,) int64."""
-        row, place = row_and_place(self.offsets, len(self.item))
-        kept = place < (self.offsets.diff() - drop)[row]
+    def counts(self, num_dropped: torch.Tensor) -> torch.Tensor:
+        """How often each item occurs when each user's last `num_dropped` (U,) interactions are left out:
+        (num_items + 1,) int64."""
+        user, position = row_and_place(self.offsets, len(self.item))
+        kept = position < (self.offsets.diff() - num_dropped)[user]
         return torch.bincount(self.item[kept], minlength=self.num_items + 1)
 
 

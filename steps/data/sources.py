@@ -25,43 +25,43 @@ def fetch(source: dict[str, Any], partial: Path) -> Path:
     """Bring `source["file"]`, with the SHA-256 that `source` names, to a path beside `partial`, which it returns.
 
     Tries the publisher, then `source["mirrors"]`, then the environment variable HSTU_DATA_MIRROR; a
-    mirror is a URL, a file, or a folder that holds the file. A download that broke off goes on where
-    it stopped, from the same source alone; one that ends with other bytes is dropped, and the next source tried.
-    Raises StepError that lists what each source answered.
+    mirror is a URL, a file, or a folder that holds the file. An interrupted download resumes where it stopped, from
+    the same source alone. A download with another SHA-256 is deleted, and the next source is tried.
+    Raises StepError that lists why each source failed.
     """
-    places = [source.get("publisher"), *source.get("mirrors", []), os.environ.get(MIRROR_VARIABLE)]
-    answers = []
-    for place in filter(None, places):
-        own = partial.with_name(f"{partial.name}.{hashlib.sha256(place.encode()).hexdigest()[:12]}.download")
-        went_on = own.exists()
+    locations = [source.get("publisher"), *source.get("mirrors", []), os.environ.get(MIRROR_VARIABLE)]
+    failures = []
+    for location in filter(None, locations):
+        own = partial.with_name(f"{partial.name}.{hashlib.sha256(location.encode()).hexdigest()[:12]}.download")
+        resumed = own.exists()
         try:
-            found = _fetched(place, source["file"], own)
-            if found != source["sha256"] and went_on:  # what it went on from may have been of another day
+            found = _fetched(location, source["file"], own)
+            if found != source["sha256"] and resumed:  # its first part may be of an older file
                 own.unlink()
-                found = _fetched(place, source["file"], own)
-        except (OSError, requests.RequestException) as error:  # the partial file stays: the next run goes on
+                found = _fetched(location, source["file"], own)
+        except (OSError, requests.RequestException) as error:  # the partial file stays: the next run resumes it
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
-            answers.append(f"{place}: {_short(error)}")
+            failures.append(f"{location}: {_short(error)}")
             continue
         if found == source["sha256"]:
             for other in partial.parent.glob(f"{glob.escape(partial.name)}.*.download"):
                 if other != own:
                     other.unlink()
             return own
-        answers.append(
-            f"{place}: {own.stat().st_size} bytes with sha256 {found}, expected {source['sha256']} "
+        failures.append(
+            f"{location}: {own.stat().st_size} bytes with sha256 {found}, expected {source['sha256']} "
             "(truncated, changed, or params/datasets.yaml is out of date)"
         )
         own.unlink()
     raise StepError(
-        f"cannot get {source['file']} ({'; '.join(answers) or 'no source named'}). Set {MIRROR_VARIABLE} to a "
+        f"cannot get {source['file']} ({'; '.join(failures) or 'no source named'}). Set {MIRROR_VARIABLE} to a "
         "folder, file or URL that has it"
     )
 
 
-def _fetched(place: str, name: str, partial: Path) -> str:
-    _copy(place, name, partial)
+def _fetched(location: str, name: str, partial: Path) -> str:
+    _copy(location, name, partial)
     return sha256(partial)
 
 
@@ -94,12 +94,12 @@ def _check_member(archive: Path, member: zipfile.ZipInfo) -> None:
         raise StepError(f"{archive.name}: member {member.filename!r} is a link; not unpacked")
 
 
-def _copy(place: str, name: str, partial: Path) -> None:
+def _copy(location: str, name: str, partial: Path) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
-    if place.startswith(("http://", "https://")):
-        _download(place if place.endswith(name) else f"{place.rstrip('/')}/{name}", partial)
+    if location.startswith(("http://", "https://")):
+        _download(location if location.endswith(name) else f"{location.rstrip('/')}/{name}", partial)
         return
-    path = Path(place).expanduser()
+    path = Path(location).expanduser()
     shutil.copyfile(path / name if path.is_dir() else path, partial)
 
 

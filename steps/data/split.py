@@ -1,4 +1,4 @@
-"""What is trained on, and what is asked at validation and test: the two ways to split sequences.
+"""What is trained on, and what is held out for validation and test: the two ways to split sequences.
 
 Needs torch and numpy alone.
 """
@@ -16,27 +16,34 @@ from steps.data.sequences import Sequences
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Users (K,) int64 whose rows are held out, and drop (K,) int64: how many rows follow the held-out one."""
+class HeldOut:
+    """One held-out interaction, the target, of each of some users.
+
+    users (K,) int64, and num_after (K,) int64: how many of the user's interactions follow the target.
+    """
 
     users: torch.Tensor
-    drop: torch.Tensor
+    num_after: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Holdout:
-    """A split. train_drop (U,) int64: how many of each user's last rows are not trained on."""
+class Split:
+    """What is trained on, and what is held out.
 
-    train_drop: torch.Tensor
-    questions: dict[str, Questions]
+    num_held_out (U,) int64: how many of each user's last interactions are not trained on. held_out: the targets of
+    `test`, and of `valid` where the protocol validates.
+    """
+
+    num_held_out: torch.Tensor
+    held_out: dict[str, HeldOut]
 
     @property
-    def watched(self) -> str:
-        """The questions asked after every epoch: validation where there is one, else test."""
-        return "valid" if "valid" in self.questions else "test"
+    def eval_part(self) -> str:
+        """The part that a model is evaluated on during training: `valid` where there is one, else `test`."""
+        return "valid" if "valid" in self.held_out else "test"
 
 
-def hold_out(sequences: Sequences, protocol: dict[str, Any]) -> Holdout:
+def split_sequences(sequences: Sequences, protocol: dict[str, Any]) -> Split:
     """The split that a protocol of params/protocols.yaml describes; validation exists where `report` is `best`."""
     validation = protocol["report"] == "best"
     if protocol["split"] == "temporal":
@@ -44,9 +51,9 @@ def hold_out(sequences: Sequences, protocol: dict[str, Any]) -> Holdout:
     return _leave_last_out(sequences, validation)
 
 
-def require_split(sequences: Sequences, holdout: Holdout, config: dict[str, Any], run: Path) -> None:
-    """Raise StepError unless a run's holdout is the split that plan wrote into its config.json."""
-    found = split_sha256(sequences, holdout)
+def require_split(sequences: Sequences, split: Split, config: dict[str, Any], run: Path) -> None:
+    """Raise StepError unless a run's split is the one that plan wrote into its config.json."""
+    found = split_sha256(sequences, split)
     if found != config["split"]:
         part = next(name for name in [*found, *config["split"]] if found.get(name) != config["split"].get(name))
         raise StepError(
@@ -55,17 +62,19 @@ def require_split(sequences: Sequences, holdout: Holdout, config: dict[str, Any]
         )
 
 
-def split_sha256(sequences: Sequences, holdout: Holdout) -> dict[str, str]:
-    """The SHA-256 of the rows that are trained on (`train`) and asked for (`test`, `valid`), in the sequences' order.
+def split_sha256(sequences: Sequences, split: Split) -> dict[str, str]:
+    """The SHA-256 of the interactions that are trained on (`train`) and held out (`test`, `valid`), in their order.
 
-    Of (user, item, timestamp) as little-endian int64 columns.
+    Of (user, item, timestamp) as little-endian int64 columns. `steps.data.build.split_sha256`, which plan calls,
+    computes the same hashes from the protocol with code of its own, on purpose: a wrong split in one of the two shows
+    as hashes that differ. What is changed here has to be changed there.
     """
-    user, place = row_and_place(sequences.offsets, len(sequences.item))
-    rows = {"train": torch.nonzero(place < (sequences.offsets.diff() - holdout.train_drop)[user])[:, 0]}
-    for split, questions in holdout.questions.items():
-        rows[split] = sequences.offsets[questions.users + 1] - 1 - questions.drop
+    user, position = row_and_place(sequences.offsets, len(sequences.item))
+    parts = {"train": torch.nonzero(position < (sequences.offsets.diff() - split.num_held_out)[user])[:, 0]}
+    for name, held_out in split.held_out.items():
+        parts[name] = sequences.offsets[held_out.users + 1] - 1 - held_out.num_after
     found = {}
-    for name, index in rows.items():
+    for name, index in parts.items():
         digest = hashlib.sha256()
         for column in (user, sequences.item, sequences.timestamp):
             digest.update(column[index].cpu().numpy().astype("<i8").data)
@@ -73,47 +82,48 @@ def split_sha256(sequences: Sequences, holdout: Holdout) -> dict[str, str]:
     return found
 
 
-def _leave_last_out(sequences: Sequences, validation: bool) -> Holdout:
-    """Per user: the last row is test, the second last validation, all before training."""
+def _leave_last_out(sequences: Sequences, validation: bool) -> Split:
+    """Per user: the last interaction is test, the second last validation, all before training."""
     users = torch.arange(sequences.num_users, device=sequences.item.device)
-    questions = {"test": Questions(users, torch.zeros_like(users))}
+    held_out = {"test": HeldOut(users, torch.zeros_like(users))}
     if validation:
-        questions["valid"] = Questions(users, torch.ones_like(users))
-    return Holdout(torch.full_like(users, 2 if validation else 1), questions)
+        held_out["valid"] = HeldOut(users, torch.ones_like(users))
+    return Split(torch.full_like(users, 2 if validation else 1), held_out)
 
 
-def _temporal(sequences: Sequences, test_share: float, valid_share: float) -> Holdout:
+def _temporal(sequences: Sequences, test_share: float, valid_share: float) -> Split:
     """One clock for all users, so that nothing of the future is trained on.
 
-    The latest `test_share` of all rows are the test period, the `valid_share` before them the validation
-    period, all before both is trained on. A user is asked for the last row of a period in which they have
-    one; rows of the period before it are part of the history, as they would be when serving.
+    The latest `test_share` of all interactions are the test period, the `valid_share` before them the validation
+    period; all before both is trained on. A user's target is their last interaction in a period, if they have one
+    there. Interactions of the period before it are part of the history, as they would be when serving.
     """
     times = sequences.timestamp.sort().values
     count = len(times)
     test_start = times[int(count * (1 - test_share))]
     train_end = times[int(count * (1 - test_share - valid_share))]
-    after_train = _rows_from(sequences, train_end)
-    in_test = _rows_from(sequences, test_start)
+    after_train = _num_since(sequences, train_end)
+    in_test = _num_since(sequences, test_start)
     lengths = sequences.offsets.diff()
-    questions = {"test": _asked((in_test > 0) & (lengths > 1), torch.zeros_like(in_test))}
+    held_out = {"test": _held_out((in_test > 0) & (lengths > 1), torch.zeros_like(in_test))}
     if valid_share:
-        questions["valid"] = _asked((after_train > in_test) & (lengths - in_test > 1), in_test)
-    for split, asked in questions.items():
-        if not len(asked.users):
+        held_out["valid"] = _held_out((after_train > in_test) & (lengths - in_test > 1), in_test)
+    for name, targets in held_out.items():
+        if not len(targets.users):
             raise StepError(
-                f"no user has a row in the {split} period, as too few timestamps differ; change {split}_share in "
+                f"no user has a row in the {name} period, as too few timestamps differ; change {name}_share in "
                 "params/protocols.yaml, or take another protocol"
             )
-    return Holdout(after_train, questions)
+    return Split(after_train, held_out)
 
 
-def _rows_from(sequences: Sequences, time: torch.Tensor) -> torch.Tensor:
-    """How many rows of each user are at `time` or later: (U,)."""
-    row, _ = row_and_place(sequences.offsets, len(sequences.item))
-    return torch.bincount(row[sequences.timestamp >= time], minlength=sequences.num_users)
+def _num_since(sequences: Sequences, time: torch.Tensor) -> torch.Tensor:
+    """How many interactions each user has at `time` or later: (U,)."""
+    user, _ = row_and_place(sequences.offsets, len(sequences.item))
+    return torch.bincount(user[sequences.timestamp >= time], minlength=sequences.num_users)
 
 
-def _asked(mask: torch.Tensor, drop: torch.Tensor) -> Questions:
-    users = torch.nonzero(mask)[:, 0]
-    return Questions(users, drop[users])
+def _held_out(has_target: torch.Tensor, num_after: torch.Tensor) -> HeldOut:
+    """The targets of the users of whom `has_target` (U,) is true; num_after: (U,)."""
+    users = torch.nonzero(has_target)[:, 0]
+    return HeldOut(users, num_after[users])

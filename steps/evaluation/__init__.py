@@ -1,4 +1,4 @@
-"""How recommendations are judged: exact ranks over all candidates, and metrics from ranks.
+"""How recommendations are evaluated: exact ranks over all candidates, and metrics from ranks.
 
-One evaluation for the learning curve and for the final figures.
+The learning curve and the final figures come from the same evaluation.
 """

@@ -1,11 +1,11 @@
-"""Beyond accuracy: what is recommended, and for whom and for what it works."""
+"""Beyond accuracy: coverage and popularity of what is recommended, and metrics by group of users and of targets."""
 
 from typing import Any
 
 import torch
 
 from steps.data.sequences import Sequences
-from steps.data.split import Questions
+from steps.data.split import HeldOut
 from steps.evaluation.metrics import Ranks, metrics
 
 #: Upper ends of the history-length groups.
@@ -16,18 +16,18 @@ _GROUP_METRICS = ("hr@10", "ndcg@10")
 
 
 def beyond_accuracy(
-    top: torch.Tensor, ranks: Ranks, sequences: Sequences, questions: Questions, train_drop: torch.Tensor
+    top: torch.Tensor, ranks: Ranks, sequences: Sequences, held_out: HeldOut, num_held_out: torch.Tensor
 ) -> dict[str, Any]:
     """Coverage and popularity of the recommended items (K, k), and metrics by groups of users and targets.
 
-    top has 0 where a user has fewer candidates. coverage: the share of rated items that anyone is recommended.
-    popularity: the mean, over all recommendations, of the item's interactions in the training data, by the number of
-    users. Groups name their size `users`; an empty one has only that.
+    top has 0 where a user has fewer candidates. coverage: the share of rated items that are recommended to anyone.
+    popularity: the mean, over all recommendations, of the item's interactions in the training data, divided by the
+    number of users. A group's `users` is its size; an empty group has no metrics.
     """
-    counts = sequences.counts(train_drop)
-    rated = sequences.counts(torch.zeros_like(train_drop)) > 0
-    target = sequences.item[sequences.offsets[questions.users + 1] - 1 - questions.drop]
-    history = sequences.offsets.diff()[questions.users] - questions.drop - 1
+    counts = sequences.counts(num_held_out)
+    rated = sequences.counts(torch.zeros_like(num_held_out)) > 0
+    target = sequences.item[sequences.offsets[held_out.users + 1] - 1 - held_out.num_after]
+    history = sequences.offsets.diff()[held_out.users] - held_out.num_after - 1
     return {
         f"coverage@{top.shape[1]}": round(int(rated[top.unique()].sum()) / int(rated.sum()), 6),
         f"popularity@{top.shape[1]}": round(float(counts[top[top > 0]].double().mean()) / sequences.num_users, 6),

@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from steps.common.cli import StepError
 from steps.common.top import top_items
 from steps.data.sequences import Sequences, Size
-from steps.data.split import Questions
+from steps.data.split import HeldOut
 from steps.evaluation.metrics import Ranks
 from steps.models import Model
 
-#: A GPU is filled by so many users at once, or by so many scores, 1 GB in float32.
+#: The largest batch on a GPU, in users and in scores; so many scores take 1 GB in float32.
 _USERS_AT_ONCE = 1024
 _SCORES_AT_ONCE = 2**28
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is ranked: `candidates` catalogue or rated, without the seen items of the window or the whole history.
+    """What is ranked. candidates: catalogue (all items) or rated (those with an interaction).
 
-    exclude: window, history, or nothing, where seen items are ranked as all others.
+    exclude: which seen items are excluded from the ranking: those of the window, those of the whole history, or
+    nothing.
     """
 
     candidates: str
@@ -31,33 +32,33 @@ class Rules:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Rules":
-        """The rules of a run's config.json: its protocol's, unless its data set's seen items may come again."""
+        """The rules of a run's config.json: its protocol's; if its data recommends repeats, nothing is excluded."""
         return cls(config["protocol"]["candidates"], exclusions(config, (config["protocol"]["exclude"],))[0])
 
 
 def exclusions(config: dict[str, Any], otherwise: Sequence[str]) -> Sequence[str]:
-    """What may be left out of a run's ranking: nothing where its data set recommends repeats, else `otherwise`."""
+    """The values of `exclude` for a run: nothing where its data set recommends repeats, else `otherwise`."""
     return ("nothing",) if config["repeats"] == "recommend" else otherwise
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """ranks (K,) of the targets; top (K, k) int64, the k items recommended first, of equal scores the smallest id."""
+    """ranks (K,) of the targets; top (K, k) int64, the k best items, of equal scores the smallest id first."""
 
     ranks: Ranks
     top: torch.Tensor
 
 
 class Ranker:
-    """Questions about a data set, to be asked of a model as often as one likes.
+    """Ranks the held-out targets of a data set with a model, as often as it is called.
 
-    What the host has to know of them it finds out beforehand, so that `ask` does not wait for the device.
+    What the host has to know of the data is computed beforehand, so that `rank` does not wait for the device.
     """
 
     def __init__(
         self,
         sequences: Sequences,
-        questions: Questions,
+        held_out: HeldOut,
         rules: Sequence[Rules],
         max_len: int,
         batch_size: int,
@@ -67,41 +68,42 @@ class Ranker:
         if sequences.item.device.type == "cuda":
             batch_size = max(batch_size, min(_USERS_AT_ONCE, _SCORES_AT_ONCE // (sequences.num_items + 1)))
         self._candidates = {rule: _candidates(sequences, rule) for rule in {rule.candidates for rule in rules}}
-        users, drop = questions.users.split(batch_size), questions.drop.split(batch_size)
-        self._batches = list(zip(users, drop, _sizes(sequences, questions, max_len, batch_size), strict=True))
+        users, num_after = held_out.users.split(batch_size), held_out.num_after.split(batch_size)
+        sizes = _sizes(sequences, held_out, max_len, batch_size)
+        self._batches = list(zip(users, num_after, sizes, strict=True))
 
     @torch.inference_mode()
-    def ask(self, model: Model) -> tuple[torch.Tensor, list[Ranking]]:
-        """Whether every score was finite, (), and the answers under each of the rules, from one scoring.
+    def rank(self, model: Model) -> tuple[torch.Tensor, list[Ranking]]:
+        """Whether every score was finite, (), and the ranking under each of the rules, from the same scores.
 
-        A target among the seen items that are left out is left out too: a miss, as otherwise it alone would be ranked
-        of all that is seen. Leaves the model in evaluation mode.
+        A target that is among the excluded seen items is excluded too, and is a miss: otherwise it would be the only
+        seen item in the ranking. Leaves the model in evaluation mode.
         """
         model.eval()
         parts: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = [[] for _ in self.rules]
         finite = torch.ones((), dtype=torch.bool, device=self.sequences.item.device)
-        for users, drop, (size, history) in self._batches:
-            batch = self.sequences.batch(users, drop, self.max_len, size)
+        for users, num_after, (size, history_size) in self._batches:
+            batch = self.sequences.batch(users, num_after, self.max_len, size)
             target = batch.next_item[batch.last][:, None]
             scores = model.score(batch)
             finite &= torch.isfinite(scores).all()
-            own = scores.gather(1, target)
+            target_score = scores.gather(1, target)
             for rule, part in zip(self.rules, parts, strict=True):
-                left_out = ~self._candidates[rule.candidates].expand_as(scores)
+                excluded = ~self._candidates[rule.candidates].expand_as(scores)
                 if rule.exclude != "nothing":
-                    row, item = (
-                        self.sequences.histories(users, drop, history)
+                    user, item = (
+                        self.sequences.histories(users, num_after, history_size)
                         if rule.exclude == "history"
-                        else (batch.row, batch.item)
+                        else (batch.sequence_id, batch.item)
                     )
-                    left_out.view(-1).index_fill_(0, row * scores.shape[1] + item, True)
-                ranked = scores.masked_fill(left_out, -torch.inf)
-                is_ranked = ~left_out.gather(1, target)[:, 0]
-                best = (1 + (ranked > own).sum(1)) * is_ranked
-                ties = ((ranked == own).sum(1) - 1) * is_ranked  # the target ties with itself
+                    excluded.view(-1).index_fill_(0, user * scores.shape[1] + item, True)
+                ranked = scores.masked_fill(excluded, -torch.inf)
+                is_ranked = ~excluded.gather(1, target)[:, 0]
+                best = (1 + (ranked > target_score).sum(1)) * is_ranked
+                ties = ((ranked == target_score).sum(1) - 1) * is_ranked  # the target ties with itself
                 part.append((best, ties, _best(ranked, self.top)))
-        answers = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
-        return finite, [Ranking(Ranks(best, ties), top) for best, ties, top in answers]
+        rankings = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
+        return finite, [Ranking(Ranks(best, ties), top) for best, ties, top in rankings]
 
 
 def _best(ranked: torch.Tensor, count: int) -> torch.Tensor:
@@ -117,28 +119,28 @@ def _best(ranked: torch.Tensor, count: int) -> torch.Tensor:
 def rank(
     model: Model,
     sequences: Sequences,
-    questions: Questions,
+    held_out: HeldOut,
     rules: Sequence[Rules],
     max_len: int,
     batch_size: int,
     top: int = 0,
 ) -> list[Ranking]:
-    """Answer every question once, as `Ranker.ask` does; raises StepError if a score is not finite."""
-    finite, rankings = Ranker(sequences, questions, rules, max_len, batch_size, top).ask(model)
+    """Rank every held-out target once, as `Ranker.rank` does; raises StepError if a score is not finite."""
+    finite, rankings = Ranker(sequences, held_out, rules, max_len, batch_size, top).rank(model)
     require_finite(bool(finite))
     return rankings
 
 
 def require_finite(finite: bool) -> None:
-    """Raise StepError if scores are not."""
+    """Raise StepError if scores are not finite."""
     if not finite:
         raise StepError("scores are not finite: training diverged; lower the learning rate")
 
 
-def _sizes(sequences: Sequences, questions: Questions, max_len: int, batch_size: int) -> list[tuple[Size, int]]:
-    """Of every batch of questions, what the host must know: its size, and that of its users' whole histories."""
-    lengths = sequences.window_lengths(questions.users, questions.drop, max_len).cpu()
-    whole = sequences.window_lengths(questions.users, questions.drop, len(sequences.item)).cpu()
+def _sizes(sequences: Sequences, held_out: HeldOut, max_len: int, batch_size: int) -> list[tuple[Size, int]]:
+    """What the host has to know of every batch: its size, and the number of items in its users' whole histories."""
+    lengths = sequences.window_lengths(held_out.users, held_out.num_after, max_len).cpu()
+    whole = sequences.window_lengths(held_out.users, held_out.num_after, len(sequences.item)).cpu()
     parts = zip(lengths.split(batch_size), whole.split(batch_size), strict=True)
     return [(Size(int(part.sum()), int(part.max())), int(histories.sum())) for part, histories in parts]
 

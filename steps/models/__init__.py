@@ -1,9 +1,9 @@
-"""The rows of the tables: one file a model, under the interface of `base`."""
+"""The models that the tables compare: one file a model, with the interface of `base`."""
 
 from typing import Any
 
-from steps.common.config import WITHOUT_RANDOMNESS
-from steps.models.base import CountingModel, Model, SequenceModel
+from steps.common.config import COUNT_BASED
+from steps.models.base import CountBasedModel, Model, SequenceModel
 from steps.models.bert4rec import BERT4Rec
 from steps.models.gru4rec import GRU4Rec
 from steps.models.hstu import HSTU
@@ -13,15 +13,15 @@ from steps.models.popular import MostPopular
 from steps.models.sasrec import SASRec
 from steps.models.transformer_pp import TransformerPP
 
-__all__ = ["CountingModel", "Model", "SequenceModel", "build", "is_counting"]
+__all__ = ["CountBasedModel", "Model", "SequenceModel", "build", "is_count_based"]
 
 
-def is_counting(config: dict[str, Any]) -> bool:
-    """Whether `build` makes a `CountingModel` of a run's config.json."""
-    return config["model"]["model"] in WITHOUT_RANDOMNESS
+def is_count_based(config: dict[str, Any]) -> bool:
+    """Whether `build` makes a `CountBasedModel` of a run's config.json."""
+    return config["model"]["model"] in COUNT_BASED
 
 
-def build(config: dict[str, Any], num_items: int) -> CountingModel | SequenceModel:
+def build(config: dict[str, Any], num_items: int) -> CountBasedModel | SequenceModel:
     """The untrained model that a run's config.json describes, for items 1..num_items."""
     settings = config["model"]
     match settings["model"]:

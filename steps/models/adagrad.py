@@ -1,4 +1,4 @@
-"""Adagrad (Duchi et al. 2011) that a CUDA graph can hold."""
+"""Adagrad (Duchi et al. 2011) whose step a CUDA graph can hold."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 class Adagrad(torch.optim.Optimizer):
     """torch.optim.Adagrad without decays, with the same state, all of it on the parameters' device.
 
-    w = w - lr g / (sqrt(sum of squares of g) + eps), the sum beginning at `initial_accumulator_value`.
+    w = w - lr g / (sqrt(sum of squares of g) + eps), where the sum begins at `initial_accumulator_value`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Adagrad(torch.optim.Optimizer):
 
     @torch.no_grad()
     def compile(self) -> None:
-        """Have torch.compile make one kernel of an update: now, as none can be made while a graph is captured."""
+        """Compile an update with torch.compile, at once, as nothing can be compiled while a graph is captured."""
         self._update = torch.compile(_update)
         for group in self.param_groups:
             tensors = [[torch.zeros_like(parameter.detach()) for _ in range(3)] for parameter in group["params"]]

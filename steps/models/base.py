@@ -1,4 +1,4 @@
-"""What every model offers, and what the sequence models share."""
+"""The interface of every model, and what the sequence models share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from kernels.rowwise_table import RowwiseTable, distinct
-from steps.data.sequences import Batch, Layout, Sequences
+from steps.data.sequences import Batch, Sequences, StaticShape
 from steps.models.losses import next_item_loss, scores
 
-# torch 2.11 prefers cuDNN's attention on Hopper, some of whose kernels round the share of dropout to sixteenths.
+# torch 2.11 prefers cuDNN's attention on Hopper, some of whose kernels round the dropout probability to sixteenths.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -24,15 +24,15 @@ class Model(nn.Module, ABC):
         """Scores (B, num_items + 1) of every item as the next one; column 0 is padding and means nothing."""
 
 
-class CountingModel(Model):
-    """A model that is fitted by counting, without gradients. What it learns are buffers of any size."""
+class CountBasedModel(Model):
+    """A model that is fitted by counting, without gradients. It learns buffers, whose sizes depend on the data."""
 
     @abstractmethod
-    def fit(self, sequences: Sequences, drop: torch.Tensor) -> None:
-        """Learn from all interactions but each user's last `drop` (U,)."""
+    def fit(self, sequences: Sequences, num_held_out: torch.Tensor) -> None:
+        """Learn from all interactions except each user's last `num_held_out` (U,)."""
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Take the buffers as they are: their sizes depend on the data, unlike a network's."""
+        """Take the buffers in whatever size they have: it depends on the data, unlike that of a network's weights."""
         if set(state_dict) != set(self.state_dict()):
             raise RuntimeError(f"expected {sorted(self.state_dict())}, found {sorted(state_dict)}")
         for name, tensor in state_dict.items():
@@ -40,19 +40,21 @@ class CountingModel(Model):
 
 
 class SequenceModel(Model):
-    """A model with a vector per item, trained to predict the next item.
+    """A model with an embedding per item, trained to predict the next item.
 
     `config` is the `model` entry of a run's config.json, `training` its `training` entry. With an `items` entry the
-    item vectors are a `RowwiseTable`, which the optimiser does not hold: it learns within the backward pass. A step
-    then touches the items of its batch and `pool` negatives, drawn uniformly, from which every token draws its own.
+    item embeddings are a `RowwiseTable`, which the optimiser does not hold: it learns in the backward pass. A step then
+    uses the items of its batch and a pool of `negative_pool` items, drawn uniformly, from which every token draws its
+    negatives.
 
-    An epoch is trained in one of two ways: over `losses`, whose shapes are whatever the data has, or over
-    `static_steps` and `static_loss`, whose few shapes a CUDA graph can hold. Both are the same mathematics.
+    There are two ways to train an epoch. `losses` takes batches in the shapes that the data has. `static_steps` and
+    `static_loss` take the same batches padded to a few static shapes, which CUDA graphs can hold. Both compute the same
+    loss.
     """
 
-    #: What matrix products are taken in between the item vectors and the states; None: in the weights' own type.
-    compute: torch.dtype | None = None
-    takes_low_precision = True  # whether `compute` changes anything
+    #: The type of the matrix products between the item embeddings and the states; None: the weights' own type.
+    compute_dtype: torch.dtype | None = None
+    supports_low_precision = True  # whether `compute_dtype` changes anything
     blocks: nn.ModuleList
 
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
@@ -63,60 +65,61 @@ class SequenceModel(Model):
         self.optimizer_config: dict[str, Any] = config["optimizer"]
         self.items: nn.Embedding | RowwiseTable
         if "items" in config:
-            own = config["items"]
-            self.pool: int = own["pool"]
-            self.items = RowwiseTable(num_items + 1, self.dim, own["lr"], getattr(torch, own["dtype"]))
+            table = config["items"]
+            self.negative_pool: int = table["negative_pool"]
+            self.items = RowwiseTable(num_items + 1, self.dim, table["lr"], getattr(torch, table["dtype"]))
         else:
             self.items = nn.Embedding(num_items + 1, self.dim)
         nn.init.trunc_normal_(self.items.weight, std=0.02, a=-0.04, b=0.04)
 
     @abstractmethod
-    def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """States (T, d), one per token, not normalised, from the vectors (T, d) of the batch's items."""
+    def states(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Hidden states (T, d), one per token, not normalised, from the embeddings (T, d) of the batch's items."""
 
     def encode(self, batch: Batch) -> torch.Tensor:
-        """States (T, d), one per token, not normalised."""
-        return self.states(look_up(self.items, batch.item), batch)
+        """Hidden states (T, d), one per token, not normalised."""
+        return self.states(embedding_lookup(self.items, batch.item), batch)
 
     @property
-    def fusible(self) -> list[nn.Module]:
-        """What torch.compile fuses, each part by itself."""
+    def compiled_modules(self) -> list[nn.Module]:
+        """The modules that `compile_blocks` compiles, each by itself."""
         return list(self.blocks)
 
     def compile_blocks(self) -> None:
-        """Have torch.compile fuse what happens between matrix products, of whatever sizes, the next time it does."""
+        """Compile the blocks with torch.compile, for dynamic sizes. They are compiled when they first run."""
         import torch._dynamo  # late, since it takes a second
 
-        # Rather than going on uncompiled without a word, where more shapes come than it compiles for.
+        # An error where a block meets more shapes than torch compiles for. By default it then runs uncompiled.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        for part in self.fusible:
-            part.compile(dynamic=True)
+        for module in self.compiled_modules:
+            module.compile(dynamic=True)
 
     def uncompile_blocks(self) -> None:
         """Undo `compile_blocks`."""
-        for part in self.fusible:
-            part._compiled_call_impl = None
+        for module in self.compiled_modules:
+            module._compiled_call_impl = None
 
-    def low_precision(self) -> torch.autocast:
-        """Within it, matrix products and attention are taken in `compute`; norms and the sum of layers are not."""
-        # A cached copy of a weight would outlive the step that made it.
-        kind, dtype = self.items.weight.device.type, self.compute or torch.bfloat16
-        return torch.autocast(kind, dtype=dtype, enabled=self.compute is not None, cache_enabled=False)
+    def autocast(self) -> torch.autocast:
+        """Within it, matrix products and attention are computed in `compute_dtype`; norms and residual sums are not."""
+        # Without the cache, as a cached copy of a weight would outlive the step that made it.
+        kind, dtype = self.items.weight.device.type, self.compute_dtype or torch.bfloat16
+        return torch.autocast(kind, dtype=dtype, enabled=self.compute_dtype is not None, cache_enabled=False)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean loss over all tokens."""
         if isinstance(self.items, nn.Embedding):
-            return next_item_loss(self.loss_config, self.encode(batch), self.items.weight, batch.next_item, batch.real)
-        pool = torch.randint(1, self.num_items + 1, (self.pool,), device=batch.item.device)
-        rows, place = distinct(torch.cat([batch.item, batch.next_item, pool]))
-        vectors = self.items(rows)
-        item, next_item, pool = place.split([len(batch.item), len(batch.next_item), len(pool)])
-        states = self.states(vectors.index_select(0, item), batch)
-        return next_item_loss(self.loss_config, states, vectors, next_item, batch.real, pool)
+            states, table = self.encode(batch), self.items.weight
+            return next_item_loss(self.loss_config, states, table, batch.next_item, batch.token_mask)
+        pool = torch.randint(1, self.num_items + 1, (self.negative_pool,), device=batch.item.device)
+        unique_items, inverse = distinct(torch.cat([batch.item, batch.next_item, pool]))
+        table = self.items(unique_items)
+        item, next_item, pool = inverse.split([len(batch.item), len(batch.next_item), len(pool)])
+        states = self.states(table.index_select(0, item), batch)
+        return next_item_loss(self.loss_config, states, table, next_item, batch.token_mask, pool)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Within it a backward pass changes nothing, not even a `RowwiseTable`."""
+        """Within it a backward pass changes no weight and no state, not even a `RowwiseTable`'s."""
         if isinstance(self.items, nn.Embedding):
             yield
             return
@@ -127,7 +130,7 @@ class SequenceModel(Model):
             self.items.frozen = False
 
     def item_bytes(self, optimizer: torch.optim.Optimizer) -> float:
-        """Bytes that the item vectors and what is kept of their gradients take, a float of the table."""
+        """Bytes per float of the item table that its weights and their optimiser state take."""
         if isinstance(self.items, RowwiseTable):
             tensors = [self.items.weight, self.items.sums]
         else:
@@ -135,47 +138,53 @@ class SequenceModel(Model):
         return sum(tensor.nbytes for tensor in tensors) / self.items.weight.numel()
 
     def losses(
-        self, sequences: Sequences, order: torch.Tensor, drop: torch.Tensor, max_len: int, batch_size: int
+        self, sequences: Sequences, order: torch.Tensor, num_held_out: torch.Tensor, max_len: int, batch_size: int
     ) -> Iterator[torch.Tensor]:
-        """One epoch's losses, in order, each to be followed by a step of the optimiser: one per batch of users."""
-        for users in order.split(batch_size):
-            yield self.loss(sequences.batch(users, drop[users], max_len))
+        """The losses of one epoch, one per batch of users; the caller takes an optimiser step after each.
 
-    def steps(self, users: int, batch_size: int) -> int | None:
-        """How many losses an epoch over so many users has; None where only running it tells."""
+        order: the users, in the order of training. num_held_out (U,): how many of each user's last interactions are
+        not trained on.
+        """
+        for users in order.split(batch_size):
+            yield self.loss(sequences.batch(users, num_held_out[users], max_len))
+
+    def num_steps(self, users: int, batch_size: int) -> int | None:
+        """How many steps an epoch over so many users has; None if that is not known before it has run."""
         return -(-users // batch_size)
 
     def static_steps(
         self, lengths: torch.Tensor, order: torch.Tensor, max_len: int, batch_size: int, bucket: int
     ) -> list[tuple[Any, torch.Tensor]]:
-        """The same epoch, as a layout and an int64 tensor on the device for each step.
+        """The same epoch as static steps: of each its static shape, and its inputs, an int64 tensor on the device.
 
         lengths (U,): tokens of every user's window, on the host like `order`. A batch is padded to a multiple of
-        `bucket` tokens, by rows of at most `max_len`; its tensor is its users.
+        `bucket` tokens, by padding sequences of at most `max_len`; its inputs are its users.
         """
-        spare = -(-bucket // max_len)
+        num_padding = -(-bucket // max_len)
         tokens = [-(-int(part.sum()) // bucket) * bucket for part in lengths[order].split(batch_size)]
         batches = order.to(self.items.weight.device).split(batch_size)
         return [
-            (Layout(len(users), total, len(users) + spare, max_len), users)
+            (StaticShape(len(users), total, len(users) + num_padding, max_len), users)
             for users, total in zip(batches, tokens, strict=True)
         ]
 
-    def parts(self, layout: Any, given: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The tensors of the optimiser's steps, in order, that one of `static_steps` holds; usually the one."""
-        return [given]
+    def micro_steps(self, shape: Any, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The inputs of the optimiser steps that a static step consists of, in order; of most models it is one."""
+        return [inputs]
 
-    def static_loss(self, sequences: Sequences, drop: torch.Tensor, layout: Any, given: torch.Tensor) -> torch.Tensor:
-        """The loss of one of an item's `parts`, whose tensor is `given` on the device."""
-        return self.loss(sequences.padded_batch(given, drop[given], layout))
+    def static_loss(
+        self, sequences: Sequences, num_held_out: torch.Tensor, shape: Any, inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of one micro-step, whose `inputs` are on the device."""
+        return self.loss(sequences.padded_batch(inputs, num_held_out[inputs], shape))
 
     def score(self, batch: Batch) -> torch.Tensor:
-        """Similarity of the last state and every item vector."""
+        """Similarity of the last hidden state and every item embedding."""
         last = self.encode(batch)[batch.last]
         return scores(self.loss_config["similarity"], last, self.items.weight.to(last.dtype))
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over all parameters; on CUDA one whose step a graph can hold."""
+        """AdamW over all parameters; on CUDA one whose step a CUDA graph can hold."""
         options, on_cuda = self.optimizer_config, self.items.weight.is_cuda
         return torch.optim.AdamW(
             self.parameters(),
@@ -187,22 +196,26 @@ class SequenceModel(Model):
         )
 
 
-class PositionedModel(SequenceModel):
-    """A sequence model whose input is item vector x sqrt(d) + learned position vector, with dropout."""
+class PositionalModel(SequenceModel):
+    """A sequence model whose input is item embedding x sqrt(d) + learned position embedding, with dropout.
+
+    It has `max_len` + `output_slots` positions. The authors' code pads every sequence by these slots; here they only
+    add positions.
+    """
 
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
         super().__init__(config, training, num_items)
-        self.positions: int = training["max_len"] + config["extra_positions"]
-        self.position = nn.Embedding(self.positions, self.dim)
+        self.num_positions: int = training["max_len"] + config["output_slots"]
+        self.position = nn.Embedding(self.num_positions, self.dim)
         self.input_dropout = nn.Dropout(training["dropout"])
 
-    def embed(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The input (T, d). Position 0 is the window's first item."""
-        return self.input_dropout(vectors * self.dim**0.5 + look_up(self.position, batch.place))
+    def embed(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The input (T, d) of the first block. Position 0 is the window's first item."""
+        return self.input_dropout(embeddings * self.dim**0.5 + embedding_lookup(self.position, batch.position))
 
 
-def look_up(table: nn.Embedding | RowwiseTable, index: torch.Tensor) -> torch.Tensor:
-    """Rows (T, d) of a table; of a `RowwiseTable` without gradients."""
+def embedding_lookup(table: nn.Embedding | RowwiseTable, index: torch.Tensor) -> torch.Tensor:
+    """Rows (T, d) of an embedding table; of a `RowwiseTable` without gradients."""
     if isinstance(table, RowwiseTable):
         return table.weight.index_select(0, index).float()
     if table.weight.is_cuda:  # where the gradient of `table(index)` sorts: 0.13 of 2.1 ms of SASRec's step on an H200

@@ -1,4 +1,4 @@
-"""Weights, and the state a killed training goes on from, as safetensors files."""
+"""Weights, and the state that a killed training resumes from, as safetensors files."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from steps.common.files import atomic_path
 
 
 class StateError(Exception):
-    """Why a state cannot be gone on from."""
+    """Why a training cannot resume from a state."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What `write_state` wrote: `state_tensors`, and JSON `progress`."""
+    """The state of a training: the tensors of `state_tensors`, and `progress`, JSON values."""
 
     tensors: dict[str, torch.Tensor]
     progress: dict[str, Any]
@@ -42,7 +42,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
 def state_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """All that training needs to go on: weights, optimiser, best weights so far."""
+    """All tensors that training needs to resume: weights, optimiser state, best weights so far."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -59,7 +59,7 @@ def write_state(path: Path, state: State) -> None:
 def read_state(path: Path, identity: str) -> State | None:
     """What `write_state` wrote, on the CPU; None if nothing is there.
 
-    Raises StateError if it is damaged, or another training's than the one of that `identity`.
+    Raises StateError if it is damaged, or not of the training with this `identity`.
     """
     if not path.exists():
         return None
@@ -80,7 +80,7 @@ def read_state(path: Path, identity: str) -> State | None:
 def load_state(state: State, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Put a state into model and optimiser; returns the best weights so far, on the model's device.
 
-    Raises StateError if it does not fit them, which may then hold a part of it.
+    Raises StateError if it does not fit them. They may then hold a part of it.
     """
     device = next(model.parameters()).device
     groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "optimizer": {}}

@@ -1,8 +1,10 @@
 """GRU4Rec (arXiv 1511.06939, 1706.03847) as its author's own PyTorch version trains it; arXiv 2307.14956 says why.
 
-What third-party versions miss, and this keeps: session-parallel mini-batches with a step of the optimiser
-per event; negatives shared by the mini-batch (the other lanes' targets and `samples` items drawn by
-popularity^alpha); cross-entropy with the logQ correction; item vectors shared by input and output; Adagrad.
+What third-party versions lack, and this one has: session-parallel mini-batches with a step of the optimiser per event;
+negatives shared by the mini-batch (the other lanes' targets, and `samples` items drawn by popularity^alpha);
+cross-entropy with the logQ correction; item embeddings shared by input and output; Adagrad.
+
+A mini-batch has a number of lanes. Each lane holds one user's window; when it ends, the lane takes the next user's.
 """
 
 import heapq
@@ -19,41 +21,41 @@ from kernels.jagged import offsets_from_lengths
 from kernels.jagged.naive import row_and_place
 from steps.data.sequences import Batch, Sequences
 from steps.models.adagrad import Adagrad
-from steps.models.base import SequenceModel, look_up
+from steps.models.base import SequenceModel, embedding_lookup
 
 _ADAGRAD_EPS = 1e-6
-_IGNORED = -100
-#: Events that one CUDA graph holds: an event's kernels are shorter than what the host needs to launch a graph.
-_EVENTS = 16
+_IGNORE_INDEX = -100
+#: Events in one CUDA graph: the kernels of one event take less time than the host needs to launch a graph.
+_EVENTS_PER_GRAPH = 16
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """The shape of every static step: so many parallel users, and the batch their losses are divided by."""
+class LanesShape:
+    """The static shape of every step: the number of lanes, and the batch size that the sum of losses is divided by."""
 
-    count: int
-    batch: int
+    num_lanes: int
+    batch_size: int
 
 
-class _Carried:
-    """What static steps find on the device besides their own tensor: the lanes' state, and what samples come from.
+class _StaticState:
+    """What static steps keep on the device: the lanes' hidden states, and the popularity that samples are drawn by.
 
-    state: (lanes, d), written by every step. popularity: (V + 1,) counts. cumulative: (V + 1,) float64, the running
+    state: (lanes, d), written by every step. popularity: (V + 1,) counts. cumulative: (V + 1,) float64, the cumulative
     sum of popularity^alpha.
     """
 
-    def __init__(self, model: "GRU4Rec", sequences: Sequences, drop: torch.Tensor, lanes: int) -> None:
-        weight, counts = model.items.weight, sequences.counts(drop)
-        self.state = weight.new_zeros(lanes, model.dim)
+    def __init__(self, model: "GRU4Rec", sequences: Sequences, num_held_out: torch.Tensor, num_lanes: int) -> None:
+        weight, counts = model.items.weight, sequences.counts(num_held_out)
+        self.state = weight.new_zeros(num_lanes, model.dim)
         self.popularity = counts.to(weight.dtype)
-        # On the host, where a running sum of floats is the same from run to run.
+        # On the host, as on a GPU a cumulative sum of floats may differ from run to run.
         self.cumulative = (counts.cpu().double() ** model.sample_alpha).cumsum(0).to(weight.device)
 
 
 class GRU4Rec(SequenceModel):
-    """One GRU layer over item vectors; an item's score is state . vector + bias."""
+    """One GRU layer over item embeddings; an item's score is state . embedding + bias."""
 
-    takes_low_precision = False  # its steps are too small for it to pay
+    supports_low_precision = False  # its steps are too small to gain from it
 
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
         super().__init__(config, training, num_items)
@@ -63,7 +65,7 @@ class GRU4Rec(SequenceModel):
         self.gru = nn.GRU(self.dim, self.dim, batch_first=True)
         self.bias = nn.Parameter(torch.zeros(num_items + 1))
         self.hidden_dropout = nn.Dropout(training["dropout"])
-        self._carried: _Carried | None = None
+        self._static_state: _StaticState | None = None
         self._compiled_event: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
         bound = (6 / (2 * self.dim)) ** 0.5  # Glorot, per gate
         for name, parameter in self.gru.named_parameters():
@@ -74,68 +76,68 @@ class GRU4Rec(SequenceModel):
         bound = (6 / (num_items + self.dim)) ** 0.5
         nn.init.uniform_(self.items.weight, -bound, bound)
 
-    def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
-        states, _ = self.gru(batch.to_padded(vectors))
+    def states(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+        states, _ = self.gru(batch.to_padded(embeddings))
         return batch.to_jagged(states)
 
     def score(self, batch: Batch) -> torch.Tensor:
         return self.encode(batch)[batch.last] @ self.items.weight.T + self.bias
 
     def losses(
-        self, sequences: Sequences, order: torch.Tensor, drop: torch.Tensor, max_len: int, batch_size: int
+        self, sequences: Sequences, order: torch.Tensor, num_held_out: torch.Tensor, max_len: int, batch_size: int
     ) -> Iterator[torch.Tensor]:
-        """One loss per event of `batch_size` parallel users: when one's window ends, the next user takes the lane.
-
-        The state is carried from event to event, without gradients through it.
-        """
-        batch = sequences.batch(order, drop[order], max_len)
-        popularity = sequences.counts(drop).to(self.items.weight.dtype)
-        for place, state in self._lanes(batch, batch_size):
-            logits, carried = self._event(batch, place, state, popularity)
-            state.copy_(carried)
-            target = torch.arange(len(place), device=place.device)
+        """One loss per event of `batch_size` lanes. The hidden state passes from event to event, without gradients."""
+        batch = sequences.batch(order, num_held_out[order], max_len)
+        popularity = sequences.counts(num_held_out).to(self.items.weight.dtype)
+        for token, state in self._lanes(batch, batch_size):
+            logits, new_state = self._event(batch, token, state, popularity)
+            state.copy_(new_state)
+            target = torch.arange(len(token), device=token.device)
             yield F.cross_entropy(logits, target, reduction="sum") / batch_size
 
-    def steps(self, users: int, batch_size: int) -> int | None:
+    def num_steps(self, users: int, batch_size: int) -> int | None:
         return None
 
     def static_steps(
         self, lengths: torch.Tensor, order: torch.Tensor, max_len: int, batch_size: int, bucket: int
     ) -> list[tuple[Any, torch.Tensor]]:
-        """The same events, some at a time, each a (3, lanes) tensor: user or -1, place in the window, its tokens.
+        """The same events, `_EVENTS_PER_GRAPH` at a time, each as inputs (3, lanes): user, position, window length.
 
-        As the lanes run out of users they stay empty.
+        The user of a lane is -1 where no users are left for it.
         """
-        lengths, lanes = lengths[order], min(batch_size, len(order))
-        free = [(0, lane) for lane in range(lanes)]  # a heap of (first event, lane)
-        taken = []
+        lengths, num_lanes = lengths[order], min(batch_size, len(order))
+        free = [(0, lane) for lane in range(num_lanes)]  # a heap of (first event at which the lane is free, lane)
+        starts = []
         for length in lengths.tolist():
             event, lane = free[0]
-            taken.append((event, lane))
+            starts.append((event, lane))
             heapq.heapreplace(free, (event + length, lane))
-        event, lane = torch.tensor(taken).T
-        row, place = row_and_place(offsets_from_lengths(lengths), int(lengths.sum()))
-        table = torch.zeros(max(free)[0], 3, lanes, dtype=torch.int64)
-        table[:, 0] = -1
-        table[event[row] + place, :, lane[row]] = torch.stack([order[row], place, lengths[row]], dim=1)
-        layout = Lanes(lanes, batch_size)
-        return [(layout, given) for given in table.to(self.items.weight.device).split(_EVENTS)]
+        event, lane = torch.tensor(starts).T
+        window, position = row_and_place(offsets_from_lengths(lengths), int(lengths.sum()))
+        events = torch.zeros(max(free)[0], 3, num_lanes, dtype=torch.int64)
+        events[:, 0] = -1
+        inputs = torch.stack([order[window], position, lengths[window]], dim=1)
+        events[event[window] + position, :, lane[window]] = inputs
+        shape = LanesShape(num_lanes, batch_size)
+        return [(shape, group) for group in events.to(self.items.weight.device).split(_EVENTS_PER_GRAPH)]
 
-    def parts(self, layout: Any, given: torch.Tensor) -> Sequence[torch.Tensor]:
-        return given.unbind()
+    def micro_steps(self, shape: Any, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        return inputs.unbind()
 
-    def static_loss(self, sequences: Sequences, drop: torch.Tensor, layout: Any, given: torch.Tensor) -> torch.Tensor:
-        if self._carried is None or len(self._carried.state) != layout.count:
-            self._carried = _Carried(self, sequences, drop, layout.count)
-        carried = self._carried
-        share = torch.rand(self.samples, dtype=torch.float64, device=given.device)
+    def static_loss(
+        self, sequences: Sequences, num_held_out: torch.Tensor, shape: Any, inputs: torch.Tensor
+    ) -> torch.Tensor:
+        if self._static_state is None or len(self._static_state.state) != shape.num_lanes:
+            self._static_state = _StaticState(self, sequences, num_held_out, shape.num_lanes)
+        static_state = self._static_state
+        uniform = torch.rand(self.samples, dtype=torch.float64, device=inputs.device)
         event = self._compiled_event or self._static_event
-        loss, state = event(given, share, carried, sequences, drop, self.gru.all_weights[0])
-        carried.state.copy_(state)
-        return loss / layout.batch
+        loss, state = event(inputs, uniform, static_state, sequences, num_held_out, self.gru.all_weights[0])
+        static_state.state.copy_(state)
+        return loss / shape.batch_size
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adagrad that divides by sqrt(sum of squares + 1e-6), as the author's; on CUDA one that a graph can hold."""
+        """Adagrad that divides by sqrt(sum of squares + 1e-6), as the author's; on CUDA one for CUDA graphs."""
         options = {"lr": self.optimizer_config["lr"], "initial_accumulator_value": _ADAGRAD_EPS, "eps": 0.0}
         kind = Adagrad if self.items.weight.is_cuda else torch.optim.Adagrad
         return kind(self.parameters(), **options)
@@ -148,81 +150,87 @@ class GRU4Rec(SequenceModel):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        before = self._carried.state.clone() if self._carried else None
+        before = self._static_state.state.clone() if self._static_state else None
         try:
             with super().frozen():
                 yield
         finally:
-            if self._carried and before is not None:
-                self._carried.state.copy_(before)
+            if self._static_state and before is not None:
+                self._static_state.state.copy_(before)
 
     def _static_event(
         self,
-        given: torch.Tensor,
-        share: torch.Tensor,
-        carried: _Carried,
+        inputs: torch.Tensor,
+        uniform: torch.Tensor,
+        static_state: _StaticState,
         sequences: Sequences,
-        drop: torch.Tensor,
+        num_held_out: torch.Tensor,
         gru: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the lanes' losses at one event, and their new state; share (samples,) from 0 to 1."""
-        user, place, length = given
-        busy = user >= 0
-        index = torch.where(busy, sequences.offsets[user + 1] - drop[user] - length - 1 + place, 0)
-        state = torch.where((place > 0)[:, None], carried.state, 0.0)
-        hidden = self.hidden_dropout(gru_cell(look_up(self.items, sequences.item[index]), state, *gru))
-        drawn = torch.searchsorted(carried.cumulative, share * carried.cumulative[-1], right=True)
-        drawn = drawn.clamp(max=self.num_items)
-        logits = self._logits(hidden, sequences.item[index + 1], drawn, carried.popularity)
-        logits = logits.masked_fill(F.pad(~busy, (0, self.samples)), -torch.inf)  # an empty lane has no target
-        own = torch.where(busy, torch.arange(len(user), device=user.device), _IGNORED)
-        return F.cross_entropy(logits, own, ignore_index=_IGNORED, reduction="sum"), hidden.detach()
+        """The sum of the lanes' losses at one event, and their new states.
+
+        inputs: (3, lanes), as `static_steps` makes them. uniform: (samples,) random numbers from 0 to 1.
+        """
+        user, position, length = inputs
+        active = user >= 0
+        index = torch.where(active, sequences.offsets[user + 1] - num_held_out[user] - length - 1 + position, 0)
+        state = torch.where((position > 0)[:, None], static_state.state, 0.0)
+        hidden = self.hidden_dropout(gru_cell(embedding_lookup(self.items, sequences.item[index]), state, *gru))
+        sampled = torch.searchsorted(static_state.cumulative, uniform * static_state.cumulative[-1], right=True)
+        sampled = sampled.clamp(max=self.num_items)
+        logits = self._logits(hidden, sequences.item[index + 1], sampled, static_state.popularity)
+        logits = logits.masked_fill(F.pad(~active, (0, self.samples)), -torch.inf)  # an empty lane has no target
+        target = torch.where(active, torch.arange(len(user), device=user.device), _IGNORE_INDEX)
+        return F.cross_entropy(logits, target, ignore_index=_IGNORE_INDEX, reduction="sum"), hidden.detach()
 
     def _event(
-        self, batch: Batch, place: torch.Tensor, state: torch.Tensor, popularity: torch.Tensor
+        self, batch: Batch, token: torch.Tensor, state: torch.Tensor, popularity: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (lanes, lanes + samples) of one event, whose diagonal is the targets; and the new state."""
-        _, hidden = self.gru(self.items(batch.item[place])[:, None], state[None].clone())
+        """Logits (lanes, lanes + samples) of one event, with the targets on the diagonal; and the new states.
+
+        token: (lanes,), indices into the batch. state: (lanes, d).
+        """
+        _, hidden = self.gru(self.items(batch.item[token])[:, None], state[None].clone())
         hidden = self.hidden_dropout(hidden[0])
-        targets = batch.next_item[place]
-        drawn = torch.multinomial(popularity**self.sample_alpha, self.samples, replacement=True)
-        return self._logits(hidden, targets, drawn, popularity), hidden.detach()
+        targets = batch.next_item[token]
+        sampled = torch.multinomial(popularity**self.sample_alpha, self.samples, replacement=True)
+        return self._logits(hidden, targets, sampled, popularity), hidden.detach()
 
     def _logits(
-        self, hidden: torch.Tensor, targets: torch.Tensor, drawn: torch.Tensor, popularity: torch.Tensor
+        self, hidden: torch.Tensor, targets: torch.Tensor, sampled: torch.Tensor, popularity: torch.Tensor
     ) -> torch.Tensor:
         """Logits (lanes, lanes + samples) of the lanes' targets and the shared samples, after the logQ correction."""
-        candidates = torch.cat([targets, drawn])
-        logits = hidden @ look_up(self.items, candidates).T + self.bias.index_select(0, candidates)
-        rate = torch.cat([popularity[targets], popularity[drawn] ** self.sample_alpha])
-        return logits - self.logq * rate.log()
+        candidates = torch.cat([targets, sampled])
+        logits = hidden @ embedding_lookup(self.items, candidates).T + self.bias.index_select(0, candidates)
+        weight = torch.cat([popularity[targets], popularity[sampled] ** self.sample_alpha])
+        return logits - self.logq * weight.log()
 
     def _lanes(self, batch: Batch, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Places (lanes,) of the tokens of each event, and the lanes' state (lanes, d), zero where a window begins.
+        """Yields for each event the index (lanes,) of each lane's token, and the lanes' states (lanes, d).
 
-        The consumer writes the new state into it.
+        States are zero where a window begins. The caller writes the new states into the tensor.
         """
         starts, ends = batch.offsets[:-1].tolist(), batch.offsets[1:].tolist()
-        lanes = min(batch_size, len(starts))
-        place, end, following = starts[:lanes], ends[:lanes], lanes
-        state = self.items.weight.new_zeros(lanes, self.dim)
-        while place:
-            events = min(last - now for now, last in zip(place, end, strict=True))
-            first = torch.tensor(place, device=batch.item.device)
+        num_lanes = min(batch_size, len(starts))
+        token, end, next_window = starts[:num_lanes], ends[:num_lanes], num_lanes
+        state = self.items.weight.new_zeros(num_lanes, self.dim)
+        while token:
+            events = min(last - now for now, last in zip(token, end, strict=True))
+            first = torch.tensor(token, device=batch.item.device)
             for event in range(events):
                 yield first + event, state
             kept = []
-            for lane in range(len(place)):
-                place[lane] += events
-                if place[lane] == end[lane]:
-                    if following == len(starts):
+            for lane in range(len(token)):
+                token[lane] += events
+                if token[lane] == end[lane]:
+                    if next_window == len(starts):
                         continue
-                    place[lane], end[lane] = starts[following], ends[following]
-                    following += 1
+                    token[lane], end[lane] = starts[next_window], ends[next_window]
+                    next_window += 1
                     state[lane] = 0
                 kept.append(lane)
-            if len(kept) < len(place):
-                place, end = [place[lane] for lane in kept], [end[lane] for lane in kept]
+            if len(kept) < len(token):
+                token, end = [token[lane] for lane in kept], [end[lane] for lane in kept]
                 state = state[kept]
 
 

@@ -10,20 +10,20 @@ from kernels.hstu_attention import TIME_BUCKETS, hstu_attention, softmax_attenti
 from kernels.norm_gate import norm_gate
 from kernels.projection import projection
 from steps.data.sequences import Batch
-from steps.models.base import PositionedModel
+from steps.models.base import PositionalModel
 
 
 class HSTULayer(nn.Module):
     """One block: y = x + W_o dropout(U * LN(attention(Q, K, V))), with U, V, Q, K = split(silu(LN(x) W_uvqk))."""
 
-    def __init__(self, config: dict[str, Any], positions: int, dropout: float) -> None:
+    def __init__(self, config: dict[str, Any], num_positions: int, dropout: float) -> None:
         super().__init__()
         self.heads: int = config["heads"]
         self.dqk: int = config["dqk"]
         self.dv: int = config["dv"]
         self.alpha = {"1/dqk": 1 / self.dqk, "1/sqrt(dqk)": self.dqk**-0.5}.get(config["alpha"]) or config["alpha"]
         self.softmax: bool = config["attention"] == "softmax"
-        self.normaliser = float(positions) if config["normaliser"] == "max_len" else None
+        self.attention_scale = float(num_positions) if config["attention_scale"] == "max_len" else None
         self.time: str = config["bias"]["time"]
         dim, inner = config["dim"], self.heads * self.dv
         self.uvqk = nn.Parameter(torch.empty(dim, self.heads * 2 * (self.dv + self.dqk)))
@@ -34,15 +34,15 @@ class HSTULayer(nn.Module):
         self.position_bias: nn.Parameter | None = None
         self.time_bias: nn.Parameter | None = None
         if config["bias"]["position"]:
-            self.position_bias = nn.Parameter(torch.empty(2 * positions - 1).normal_(std=0.02))
+            self.position_bias = nn.Parameter(torch.empty(2 * num_positions - 1).normal_(std=0.02))
         if self.time != "none":
             self.time_bias = nn.Parameter(torch.empty(TIME_BUCKETS).normal_(std=0.02))
 
-    def forward(self, x: torch.Tensor, batch: Batch, compute: torch.dtype) -> torch.Tensor:
-        """Tokens (T, d) to tokens (T, d), of the type they came in; between them everything is in `compute`."""
-        mixed = projection(x.to(compute), self.uvqk.to(compute))
+    def forward(self, x: torch.Tensor, batch: Batch, compute_dtype: torch.dtype) -> torch.Tensor:
+        """Tokens (T, d) to tokens (T, d) of the same type. Everything between is computed in `compute_dtype`."""
+        uvqk = projection(x.to(compute_dtype), self.uvqk.to(compute_dtype))
         inner, inner_qk = self.heads * self.dv, self.heads * self.dqk
-        u, v, q, k = mixed.split([inner, inner, inner_qk, inner_qk], dim=-1)
+        u, v, q, k = uvqk.split([inner, inner, inner_qk, inner_qk], dim=-1)
         heads = (
             q.view(-1, self.heads, self.dqk),
             k.view(-1, self.heads, self.dqk),
@@ -55,27 +55,27 @@ class HSTULayer(nn.Module):
             "key_time": batch.timestamp,
         }
         if self.softmax:
-            attended = softmax_attention(*heads, batch.offsets, batch.max_len, alpha=self.alpha, **bias)
+            attention_output = softmax_attention(*heads, batch.offsets, batch.max_len, alpha=self.alpha, **bias)
         else:
-            attended = hstu_attention(
-                *heads, batch.offsets, batch.max_len, alpha=self.alpha, normaliser=self.normaliser, **bias
+            attention_output = hstu_attention(
+                *heads, batch.offsets, batch.max_len, alpha=self.alpha, normaliser=self.attention_scale, **bias
             )
-        gated = norm_gate(u, attended.flatten(1), self.dropout, self.training)
-        return x + F.linear(gated, self.output.weight.to(compute), self.output.bias.to(compute)).to(x.dtype)
+        gated = norm_gate(u, attention_output.flatten(1), self.dropout, self.training)
+        return x + F.linear(gated, self.output.weight.to(compute_dtype), self.output.bias.to(compute_dtype)).to(x.dtype)
 
 
-class HSTU(PositionedModel):
-    """The encoder: embedded items through HSTU layers."""
+class HSTU(PositionalModel):
+    """The encoder: item and position embeddings through HSTU layers."""
 
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
         super().__init__(config, training, num_items)
         nn.init.xavier_normal_(self.position.weight)
         self.blocks = nn.ModuleList(
-            HSTULayer(config, self.positions, training["dropout"]) for _ in range(config["blocks"])
+            HSTULayer(config, self.num_positions, training["dropout"]) for _ in range(config["blocks"])
         )
 
-    def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = self.embed(vectors, batch)
+    def states(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+        x = self.embed(embeddings, batch)
         for block in self.blocks:
-            x = block(x, batch, self.compute or x.dtype)
+            x = block(x, batch, self.compute_dtype or x.dtype)
         return x

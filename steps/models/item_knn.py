@@ -1,4 +1,4 @@
-"""Item-kNN: items like those in the window, by the cosine of the sets of users who had them."""
+"""Item-kNN: items similar to those in the window, by the cosine of the sets of users who interacted with them."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ import torch
 from kernels.jagged.naive import row_and_place
 from steps.common.top import top_items
 from steps.data.sequences import Batch, Sequences
-from steps.models.base import CountingModel
+from steps.models.base import CountBasedModel
 
 _ITEMS_AT_ONCE = 1024  # columns of the dense block: 1,024 x 138,493 users are 0.6 GB
 
 
-class ItemKNN(CountingModel):
+class ItemKNN(CountBasedModel):
     """Each item keeps its k nearest (Sarwar et al. 2001); a candidate's score is the sum of similarities to the window.
 
-    Of equally near items those with the smallest ids are kept.
-    similarity(i, j) = users of both / (sqrt(users of i) sqrt(users of j) + shrink).
+    similarity(i, j) = users of both / (sqrt(users of i) sqrt(users of j) + shrink). Of equally similar items those with
+    the smallest ids are kept.
     """
 
     neighbours: torch.Tensor
@@ -30,10 +30,10 @@ class ItemKNN(CountingModel):
         self.register_buffer("neighbours", torch.zeros(num_items + 1, self.k, dtype=torch.int32))
         self.register_buffer("similarity", torch.zeros(num_items + 1, self.k))
 
-    def fit(self, sequences: Sequences, drop: torch.Tensor) -> None:
-        row, place = row_and_place(sequences.offsets, len(sequences.item))
-        kept = place < (sequences.offsets.diff() - drop)[row]
-        pairs = torch.stack([row[kept], sequences.item[kept]]).unique(dim=1)  # a user counts once per item
+    def fit(self, sequences: Sequences, num_held_out: torch.Tensor) -> None:
+        user, position = row_and_place(sequences.offsets, len(sequences.item))
+        kept = position < (sequences.offsets.diff() - num_held_out)[user]
+        pairs = torch.stack([user[kept], sequences.item[kept]]).unique(dim=1)  # a user counts once per item
         shape = (sequences.num_users, self.num_items + 1)
         ones = torch.ones(pairs.shape[1], device=pairs.device)
         by_item = torch.sparse_coo_tensor(pairs.flip(0), ones, shape[::-1], check_invariants=True).coalesce()
@@ -54,8 +54,8 @@ class ItemKNN(CountingModel):
         self.similarity = torch.cat(similarity).contiguous()
 
     def score(self, batch: Batch) -> torch.Tensor:
-        row, _ = row_and_place(batch.offsets, len(batch.item))
+        sequence_id, _ = row_and_place(batch.offsets, len(batch.item))
         scores = torch.zeros(len(batch.user), self.num_items + 1, device=batch.item.device)
-        index = row[:, None] * (self.num_items + 1) + self.neighbours[batch.item]
+        index = sequence_id[:, None] * (self.num_items + 1) + self.neighbours[batch.item]
         scores.view(-1).index_add_(0, index.flatten(), self.similarity[batch.item].flatten())
         return scores

@@ -1,7 +1,7 @@
 """The losses a next-item model can be trained with, each a mean over all tokens.
 
-States (T, d) predict `targets` (T,) among items 1..V, whose vectors are `table` (V + 1, d); row 0 is padding.
-Of a padded batch the tokens that `real` (T,) leaves out, whose targets are 0, do not count.
+States (T, d) predict `targets` (T,) among items 1..V, whose embeddings are `table` (V + 1, d); row 0 is padding.
+In a padded batch `token_mask` (T,) is False for padding, whose targets are 0 and whose losses do not count.
 `config` is the `loss` entry of a row in params/models.yaml. Its `similarity` also says how items are
 ranked: by cosine or by dot product.
 """
@@ -23,39 +23,39 @@ def next_item_loss(
     states: torch.Tensor,
     table: torch.Tensor,
     targets: torch.Tensor,
-    real: torch.Tensor | None = None,
-    pool: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
+    negative_pool: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The configured loss: `sampled-softmax`, `in-batch-softmax`, `softmax`, `bce` or `gbce`.
 
-    pool: (P,), the rows of the table that sampled softmax may draw its negatives from, if not from all.
+    negative_pool: (P,), the rows of the table that sampled softmax draws its negatives from; None: all.
     """
     match config["name"]:
         case "sampled-softmax":
-            negatives = _uniform(len(targets), config["negatives"], table, pool)
-            return mean(sampled_softmax(states, table, targets, negatives, config["temperature"]), real)
+            negatives = _sample_negatives(len(targets), config["negatives"], table, negative_pool)
+            return masked_mean(sampled_softmax(states, table, targets, negatives, config["temperature"]), token_mask)
         case "in-batch-softmax":
-            return in_batch_softmax(states, table, targets, config["negatives"], config["temperature"], real)
+            return in_batch_softmax(states, table, targets, config["negatives"], config["temperature"], token_mask)
         case "softmax":
             logits = scores(config["similarity"], states, table) / config["temperature"]
             logits[:, _PADDING] = -torch.inf
             return F.cross_entropy(logits, targets, ignore_index=_PADDING)
         case "bce":
-            negatives = _uniform(len(targets), config["negatives"], table)
-            return binary_cross_entropy(*_logits(config, states, table, targets, negatives), real=real)
+            negatives = _sample_negatives(len(targets), config["negatives"], table)
+            return binary_cross_entropy(*_logits(config, states, table, targets, negatives), token_mask=token_mask)
         case "gbce":
-            negatives = _uniform(len(targets), config["negatives"], table)
+            negatives = _sample_negatives(len(targets), config["negatives"], table)
             power = gbce_power(config["negatives"], len(table) - 1, config["calibration"])
-            return binary_cross_entropy(*_logits(config, states, table, targets, negatives), power, real)
+            return binary_cross_entropy(*_logits(config, states, table, targets, negatives), power, token_mask)
         case name:
             raise ValueError(f"no loss {name!r}")
 
 
-def mean(losses: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """The mean of losses (T,) over the real tokens."""
-    if real is None:
+def masked_mean(losses: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of losses (T,) over the tokens that are not padding."""
+    if token_mask is None:
         return losses.mean()
-    return torch.where(real, losses, 0.0).sum() / real.sum()
+    return torch.where(token_mask, losses, 0.0).sum() / token_mask.sum()
 
 
 def scores(similarity: str, states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -71,23 +71,24 @@ def in_batch_softmax(
     targets: torch.Tensor,
     negatives: int,
     temperature: float,
-    real: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sampled softmax whose negatives are drawn from the batch's targets, so popular items come more often.
 
-    The logarithm of an item's frequency in the batch, the rate it is drawn at, is subtracted from its logit
+    The logarithm of an item's frequency in the batch, its sampling probability, is subtracted from its logit
     (the logQ correction; arXiv 2306.04039).
     """
-    drawn = targets[_places(targets, negatives, real)]
+    sampled = targets[_sample_indices(targets, negatives, token_mask)]
     # torch.bincount would wait for the device.
-    times = torch.zeros(len(table), dtype=torch.int64, device=targets.device)
-    frequency = times.index_add_(0, targets, torch.ones_like(targets)) / (len(targets) if real is None else real.sum())
+    counts = torch.zeros(len(table), dtype=torch.int64, device=targets.device)
+    num_tokens = len(targets) if token_mask is None else token_mask.sum()
+    frequency = counts.index_add_(0, targets, torch.ones_like(targets)) / num_tokens
     log_frequency = frequency.clamp(min=1 / len(targets)).log()  # items outside the batch are never looked up
-    return mean(sampled_softmax(states, table, targets, drawn, temperature, log_frequency), real)
+    return masked_mean(sampled_softmax(states, table, targets, sampled, temperature, log_frequency), token_mask)
 
 
 def binary_cross_entropy(
-    positive: torch.Tensor, negative: torch.Tensor, power: float = 1.0, real: torch.Tensor | None = None
+    positive: torch.Tensor, negative: torch.Tensor, power: float = 1.0, token_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """-(power log sigmoid(s+) + sum over negatives log(1 - sigmoid(s-))) / (R + 1), from logits (T,) and (T, R).
 
@@ -95,7 +96,7 @@ def binary_cross_entropy(
     with power beta gSASRec's gBCE (arXiv 2308.07192, equation 14).
     """
     terms = -power * F.logsigmoid(positive) - F.logsigmoid(-negative).sum(1)
-    return mean(terms / (negative.shape[1] + 1), real)
+    return masked_mean(terms / (negative.shape[1] + 1), token_mask)
 
 
 def gbce_power(negatives: int, items: int, calibration: float) -> float:
@@ -110,26 +111,28 @@ def gbce_power(negatives: int, items: int, calibration: float) -> float:
     return alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
 
 
-def _uniform(tokens: int, count: int, table: torch.Tensor, pool: torch.Tensor | None = None) -> torch.Tensor:
-    """Negatives (tokens, count), drawn uniformly with replacement from all items, or from those of the pool."""
-    if pool is not None:
-        return pool[torch.randint(0, len(pool), (tokens, count), device=table.device)]
+def _sample_negatives(
+    tokens: int, count: int, table: torch.Tensor, negative_pool: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Negatives (tokens, count), drawn uniformly with replacement from `negative_pool`, or from all items."""
+    if negative_pool is not None:
+        return negative_pool[torch.randint(0, len(negative_pool), (tokens, count), device=table.device)]
     return torch.randint(1, len(table), (tokens, count), device=table.device)
 
 
-def _places(targets: torch.Tensor, count: int, real: torch.Tensor | None) -> torch.Tensor:
-    """Places (T, count) of targets, drawn uniformly with replacement; never of padding, which stands at the end."""
+def _sample_indices(targets: torch.Tensor, count: int, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Indices (T, count) of tokens, drawn uniformly with replacement; never of padding, which is at the end."""
     shape = (len(targets), count)
-    if real is None:
+    if token_mask is None:
         return torch.randint(0, len(targets), shape, device=targets.device)
-    return torch.randint(0, 2**62, shape, device=targets.device) % real.sum()
+    return torch.randint(0, 2**62, shape, device=targets.device) % token_mask.sum()
 
 
 def _logits(
     config: dict[str, Any], states: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of positives (T,) and negatives (T, R); a negative that is the positive gets no weight."""
-    every = scores(config["similarity"], states, table) / config["temperature"]
-    positive = every.gather(1, targets[:, None])[:, 0]
-    negative = every.gather(1, negatives).masked_fill(negatives == targets[:, None], -torch.inf)
+    """Logits of positives (T,) and negatives (T, R); of a negative that equals the positive -inf."""
+    logits = scores(config["similarity"], states, table) / config["temperature"]
+    positive = logits.gather(1, targets[:, None])[:, 0]
+    negative = logits.gather(1, negatives).masked_fill(negatives == targets[:, None], -torch.inf)
     return positive, negative

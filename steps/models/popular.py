@@ -3,10 +3,10 @@
 import torch
 
 from steps.data.sequences import Batch, Sequences
-from steps.models.base import CountingModel
+from steps.models.base import CountBasedModel
 
 
-class MostPopular(CountingModel):
+class MostPopular(CountBasedModel):
     """Scores are training counts."""
 
     count: torch.Tensor
@@ -15,8 +15,8 @@ class MostPopular(CountingModel):
         super().__init__()
         self.register_buffer("count", torch.zeros(num_items + 1))
 
-    def fit(self, sequences: Sequences, drop: torch.Tensor) -> None:
-        self.count = sequences.counts(drop).float()
+    def fit(self, sequences: Sequences, num_held_out: torch.Tensor) -> None:
+        self.count = sequences.counts(num_held_out).float()
 
     def score(self, batch: Batch) -> torch.Tensor:
         return self.count.expand(len(batch.user), -1)

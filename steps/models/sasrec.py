@@ -12,7 +12,7 @@ from torch import nn
 
 from kernels.layer_norm import layer_norm
 from steps.data.sequences import Batch
-from steps.models.base import PositionedModel
+from steps.models.base import PositionalModel
 
 _LAYER_NORM_EPS = 1e-8
 
@@ -32,7 +32,7 @@ class SASRecBlock(nn.Module):
         self.attention_dropout = dropout
         self.dropout = nn.Dropout(dropout)
         for layer in (self.query, self.key, self.value):
-            # Theirs is one (3 d, d) matrix, whose Xavier std is sqrt(2 / (d + 3 d)).
+            # The authors' is one (3 d, d) matrix, whose Xavier std is sqrt(2 / (d + 3 d)).
             nn.init.xavier_normal_(layer.weight, gain=0.5**0.5)
             nn.init.zeros_(layer.bias)
         for layer in (self.output, self.inner, self.outer):
@@ -42,24 +42,24 @@ class SASRecBlock(nn.Module):
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Tokens (T, d) to tokens (T, d)."""
         normed = layer_norm(x, _LAYER_NORM_EPS)
-        x = layer_norm(normed + self._attend(normed, x, batch), _LAYER_NORM_EPS)
+        x = layer_norm(normed + self._attention(normed, x, batch), _LAYER_NORM_EPS)
         return x + self.dropout(self.outer(self.dropout(F.relu(self.inner(x)))))
 
-    def _attend(self, normed: torch.Tensor, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _attention(self, normed: torch.Tensor, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         padded = batch.to_padded(torch.cat([self.query(normed), self.key(x), self.value(x)], dim=-1))
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in padded.chunk(3, dim=-1))
-        attended = F.scaled_dot_product_attention(
+        attention_output = F.scaled_dot_product_attention(
             q,
             k,
             v,
             dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=True,  # padding stands behind every real token, so causality hides it
+            is_causal=True,  # padding is behind every token of a sequence, so the causal mask hides it
         )
-        return self.output(batch.to_jagged(attended.transpose(1, 2).flatten(2)))
+        return self.output(batch.to_jagged(attention_output.transpose(1, 2).flatten(2)))
 
 
-class SASRec(PositionedModel):
-    """The encoder: embedded items through SASRec blocks."""
+class SASRec(PositionalModel):
+    """The encoder: item and position embeddings through SASRec blocks."""
 
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
         super().__init__(config, training, num_items)
@@ -69,9 +69,9 @@ class SASRec(PositionedModel):
             SASRecBlock(self.dim, config["heads"], training["dropout"]) for _ in range(config["blocks"])
         )
 
-    def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = self.embed(vectors, batch)
-        with self.low_precision():
+    def states(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+        x = self.embed(embeddings, batch)
+        with self.autocast():
             for block in self.blocks:
                 x = block(x, batch)
         return x

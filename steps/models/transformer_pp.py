@@ -1,7 +1,7 @@
 """Transformer++: the ablation baseline of the HSTU paper, a decoder with RoPE, SwiGLU and RMSNorm (as in LLaMA).
 
 Per block: x = x + attention(RMSNorm(x)); x = x + W_3 (silu(W_1 n) * W_2 n), n = RMSNorm(x). No biases.
-Rotary embeddings carry position: there are no position vectors. No time enters.
+Rotary embeddings carry the position: there are no learned position embeddings. No time enters.
 """
 
 from typing import Any
@@ -36,22 +36,22 @@ class TransformerPPBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Tokens (T, d) to tokens (T, d)."""
-        x = x + self.dropout(self._attend(self.attention_norm(x), batch))
+        x = x + self.dropout(self._attention(self.attention_norm(x), batch))
         normed = self.feed_forward_norm(x)
         return x + self.dropout(self.outer(F.silu(self.gate(normed)) * self.inner(normed)))
 
-    def _attend(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _attention(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
-        turned = torch.cat([rotate(q, batch.place), rotate(k, batch.place), v], dim=1)
-        padded = batch.to_padded(turned.flatten(1)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)
+        qkv = torch.cat([rotate(q, batch.position), rotate(k, batch.position), v], dim=1)
+        padded = batch.to_padded(qkv.flatten(1)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)
         q, k, v = padded.chunk(3, dim=1)
-        # Padding stands behind every real token, so causality hides it.
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.output(batch.to_jagged(attended.transpose(1, 2).flatten(2)))
+        # Padding is behind every token of a sequence, so the causal mask hides it.
+        attention_output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.output(batch.to_jagged(attention_output.transpose(1, 2).flatten(2)))
 
 
 class TransformerPP(SequenceModel):
-    """The encoder: item vectors x sqrt(d) through Transformer++ blocks and a last RMSNorm."""
+    """The encoder: item embeddings x sqrt(d) through Transformer++ blocks and a last RMSNorm."""
 
     def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
         super().__init__(config, training, num_items)
@@ -61,23 +61,23 @@ class TransformerPP(SequenceModel):
         )
         self.norm = nn.RMSNorm(self.dim)
 
-    def states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = self.input_dropout(vectors * self.dim**0.5)
-        with self.low_precision():
+    def states(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+        x = self.input_dropout(embeddings * self.dim**0.5)
+        with self.autocast():
             for block in self.blocks:
                 x = block(x, batch)
         return self.norm(x)
 
 
-def rotate(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x (T, h, d) at places (T,).
+def rotate(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x (T, h, d) at positions (T,).
 
-    Features a and a + d/2 turn together by place x base^(-2a/d). An odd last feature is left as it is.
-    Angles are at least float32: bfloat16 does not tell place 257 from 256.
+    Features a and a + d/2 turn together by position x base^(-2a/d). An odd last feature is left as it is.
+    Angles are at least float32: bfloat16 cannot tell position 257 from 256.
     """
     half, dtype = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
     frequency = _ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-    angle = place.to(dtype)[:, None, None] * frequency
+    angle = position.to(dtype)[:, None, None] * frequency
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = [first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()]
-    return torch.cat([*turned, rest], dim=-1).to(x.dtype)
+    rotated = [first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()]
+    return torch.cat([*rotated, rest], dim=-1).to(x.dtype)

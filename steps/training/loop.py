@@ -1,8 +1,8 @@
-"""The epochs of a training: what is drawn, watched, selected, kept, and when it ends.
+"""The epochs of a training: their random numbers, validation, the best epoch, states to resume from, and the end.
 
-Every epoch draws its randomness from the seed and the epoch's number, on CUDA every step, so that a training which
-goes on from a state, or beside others on one GPU, ends where it would have ended alone: on CUDA to the bit in
-deterministic mode, otherwise but for the order of additions.
+The random numbers of an epoch follow from the seed and the epoch's number, those of a static step from its own number
+too. A training that is resumed, or shares a GPU with others, therefore ends with the weights of an uninterrupted one
+alone: with the same bytes on CUDA in deterministic mode, otherwise up to the order of additions.
 """
 
 import statistics
@@ -18,25 +18,26 @@ from steps.common.cli import StepError
 from steps.common.progress import progress
 from steps.common.provenance import commit, content_sha256
 from steps.data.sequences import Sequences
-from steps.data.split import hold_out
-from steps.evaluation.metrics import SELECTED_BY
+from steps.data.split import split_sequences
+from steps.evaluation.metrics import SELECTION_METRIC
 from steps.models import SequenceModel, build
 from steps.models.checkpoint import StateError, load_state, read_state
-from steps.training.device import Place
 from steps.training.states import StateWriter
 from steps.training.steps import StaticSteps, bucket_size
-from steps.training.watching import Watch
+from steps.training.stream import RunStream
+from steps.training.validation import Validation
 
-SEEDS_APART = 1_000_003  # so that no (seed, epoch) shares its random numbers with another
-_STEPS_APART = 2**20  # likewise for steps, of which an epoch has fewer
-_COMPILED_FROM = 20_000  # steps, as compiling takes half a minute, which shorter trainings do not win back
+SEED_STRIDE = 1_000_003  # so that no two pairs (seed, epoch) have the same random numbers
+_STEP_STRIDE = 2**20  # likewise for steps, of which an epoch has fewer
+_COMPILE_FROM_STEPS = 20_000  # compiling takes half a minute, which a shorter training does not win back
 
 
 class Training:
     """One run in training. `history` has a dict per finished epoch.
 
-    static: whether steps have static shapes, padded to `bucket`s of tokens; as on CUDA, where they are captured too.
-    compiled: whether torch.compile fuses static steps; on CUDA where a training is long.
+    compute_dtype: the type of the matrix products; None: the weights' own. static: whether steps have static shapes,
+    padded to `bucket`s of tokens; by default on CUDA, where they are captured as CUDA graphs too unless `capture` is
+    false. compiled: whether torch.compile fuses static steps; by default on CUDA in a long training.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Training:
         sequences: Sequences,
         data_sha256: str,
         run: Path,
-        compute: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
         static: bool | None = None,
         capture: bool = True,
         compiled: bool | None = None,
@@ -54,72 +55,75 @@ class Training:
         self.config, self.sequences = config, sequences
         self.device = sequences.item.device
         self.title = title
-        self.holdout = hold_out(sequences, config["protocol"])
-        self.place = Place(self.device)
-        with self.place.entered():
-            drop = self.holdout.train_drop
-            users = sequences.trainable_users(drop)
+        self.split = split_sequences(sequences, config["protocol"])
+        self.stream = RunStream(self.device)
+        with self.stream.active():
+            num_held_out = self.split.num_held_out
+            users = sequences.trainable_users(num_held_out)
             if not len(users):
                 raise StepError("no user has two interactions besides those held out: nothing to train on")
             self._users = users.cpu()
-            every = torch.arange(sequences.num_users, device=self.device)
-            self._lengths = sequences.window_lengths(every, drop, config["training"]["max_len"]).cpu()
-            self._how = compute, static, capture, compiled
+            all_users = torch.arange(sequences.num_users, device=self.device)
+            self._lengths = sequences.window_lengths(all_users, num_held_out, config["training"]["max_len"]).cpu()
+            self._options = compute_dtype, static, capture, compiled
             self._build()
             self._resume(run / "resume" / "state.safetensors", data_sha256)
 
     def _build(self) -> None:
-        """The untrained model, its optimiser, and what trains and watches it."""
-        compute, static, capture, compiled = self._how
-        torch.manual_seed(self.config["seed"] * SEEDS_APART)
+        """Make the untrained model, its optimiser, its static steps and its validation."""
+        compute_dtype, static, capture, compiled = self._options
+        torch.manual_seed(self.config["seed"] * SEED_STRIDE)
         model = build(self.config, self.sequences.num_items).to(self.device)
         if not isinstance(model, SequenceModel):
             raise TypeError(f"{type(model).__name__} is fitted, not trained")
         self.model = model
-        self.model.compute = compute if model.takes_low_precision else None
+        self.model.compute_dtype = compute_dtype if model.supports_low_precision else None
         self.optimizer = model.optimizer()
         on_cuda = self.device.type == "cuda"
         self.static: StaticSteps | None = None
         if on_cuda if static is None else static:
-            capture, compiled = capture and on_cuda, on_cuda and self._gains() if compiled is None else compiled
-            drop = self.holdout.train_drop
-            self.static = StaticSteps(model, self.optimizer, self.sequences, drop, self.place, capture, compiled)
-        self._watch = Watch(model, self.config, self.sequences, self.holdout)
+            capture = capture and on_cuda
+            compiled = on_cuda and self._compiling_pays() if compiled is None else compiled
+            num_held_out = self.split.num_held_out
+            self.static = StaticSteps(
+                model, self.optimizer, self.sequences, num_held_out, self.stream, capture, compiled
+            )
+        self._validation = Validation(model, self.config, self.sequences, self.split)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, torch.Tensor] = {}
 
-    def _gains(self) -> bool:
-        """Whether compiling pays; never in deterministic mode, as what it makes follows the sizes it sees first."""
+    def _compiling_pays(self) -> bool:
+        """Whether compiling pays. Never in deterministic mode: the compiled code depends on the sizes it sees first."""
         if torch.are_deterministic_algorithms_enabled():
             return False
         training = self.config["training"]
         by_event = int(self._lengths.sum()) // training["batch"]
-        steps = self.model.steps(len(self._users), training["batch"]) or by_event
-        return steps * training["epochs"] >= _COMPILED_FROM
+        steps = self.model.num_steps(len(self._users), training["batch"]) or by_event
+        return steps * training["epochs"] >= _COMPILE_FROM_STEPS
 
     def _resume(self, path: Path, data_sha256: str) -> None:
         compiled = self.static and self.static.compiled
-        self._identity = content_sha256([self.config, data_sha256, str(self.model.compute), compiled])
+        self._identity = content_sha256([self.config, data_sha256, str(self.model.compute_dtype), compiled])
         self._states = StateWriter(path, self.device)
         self.commits, self.threads = [commit()], [torch.get_num_threads()]
-        self._begins = ""
+        self._start_message = ""
         try:
             state = read_state(path, self._identity)
             if state is None:
                 return
             self.best = load_state(state, self.model, self.optimizer)
         except StateError as error:
-            self._build()  # again, as it may hold a part of the state
-            self._begins = f"{path} {' '.join(str(error).split())}; training starts at epoch 1"
+            self._build()  # again, as the model may hold a part of the state
+            self._start_message = f"{path} {' '.join(str(error).split())}; training starts at epoch 1"
             return
         self.history = state.progress["history"]
         self.commits = list(dict.fromkeys([*state.progress["commits"], *self.commits]))
         self.threads = list(dict.fromkeys([*state.progress["threads"], *self.threads]))
-        self._begins = f"resuming after epoch {self.done} from {path}"
+        self._start_message = f"resuming after epoch {self.done} from {path}"
 
     @property
     def done(self) -> int:
-        """How many epochs are."""
+        """How many epochs are done."""
         return self.history[-1]["epoch"] if self.history else 0
 
     @property
@@ -134,83 +138,85 @@ class Training:
     def epochs(self) -> Iterator[None]:
         """Train; yields whenever steps are queued, so that other runs can queue theirs.
 
-        The model is watched, and a line of the history written, after every `watch_every` epochs and after the last.
+        After every `eval_every` epochs, and after the last, the model is evaluated and the history gets a line.
         """
-        epochs, every = self.config["training"]["epochs"], self.config["training"].get("watch_every", 1)
-        if self._begins:
-            print(self.title + self._begins, flush=True)
+        epochs, every = self.config["training"]["epochs"], self.config["training"].get("eval_every", 1)
+        if self._start_message:
+            print(self.title + self._start_message, flush=True)
         while not self.finished:
             start = time.perf_counter()
-            taken = 0
+            num_steps = 0
             self._total = self.static.total.zero_() if self.static else torch.zeros((), device=self.device)
             for epoch in range(self.done + 1, min(self.done + every, epochs) + 1):
                 title = f"{self.title}epoch {epoch}/{epochs}"
                 for queued in self._epoch(epoch, title):
-                    taken += queued
+                    num_steps += queued
                     yield
-            loss = float(self._total) / taken  # the one wait for the device
+            loss = float(self._total) / num_steps  # the one wait for the device
             if loss != loss:
                 raise StepError(f"the loss is not a number in {title}: training diverged; lower the learning rate")
             seconds = time.perf_counter() - start
             line = {
                 "epoch": epoch,
                 "train/loss": round(loss, 6),
-                "train/steps": taken,
+                "train/steps": num_steps,
                 "train/seconds": round(seconds, 3),
             }
-            if self.device.type == "cuda":  # of all runs at once, as memory is one
+            if self.device.type == "cuda":  # of all runs that share the device
                 line["train/peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
             with self._uncompiled():
-                line |= self._watch(self.place if self.static and self.static.capture else None)
+                line |= self._validation(self.stream if self.static and self.static.capture else None)
             self.history.append(line)
             print(self.title + summary(line, epochs), flush=True)
             if self.config["protocol"]["report"] == "best" and line == max(self.history, key=_selection):
                 self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
             state: dict[str, Any] = {"identity": self._identity, "history": self.history}
             state |= {"commits": self.commits, "threads": self.threads}
-            self._states.offer(self.model, self.optimizer, self.best, state, self.finished)
+            self._states.save(self.model, self.optimizer, self.best, state, self.finished)
         if self.best:
             self.model.load_state_dict(self.best)
         self._states.finish()
-        self.place.wait()
+        self.stream.wait()
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
-        """Evaluation runs the blocks as they are: compiled they are for training."""
+        """Within it blocks run uncompiled, as an evaluation needs: they are compiled for training."""
         if self.static is None or not self.static.compiled:
             return nullcontext()
         return torch.compiler.set_stance("force_eager")
 
     def _epoch(self, epoch: int, title: str) -> Iterator[int]:
-        """One pass over the users in random order, one window each; yields how many steps were taken, every time some
-        are queued. Adds their losses to the total."""
+        """One pass over the users in random order, one window each. Adds the losses to the total.
+
+        Yields whenever steps are queued: how many.
+        """
         self.model.train()
         training = self.config["training"]
-        max_len, batch_size, drop = training["max_len"], training["batch"], self.holdout.train_drop
-        seed = self.config["seed"] * SEEDS_APART + epoch
+        max_len, batch_size, num_held_out = training["max_len"], training["batch"], self.split.num_held_out
+        seed = self.config["seed"] * SEED_STRIDE + epoch
         torch.manual_seed(seed)
         order = self._users[torch.randperm(len(self._users))]
         if self.static is not None:
             bucket = bucket_size(batch_size, max_len)
             steps = self.model.static_steps(self._lengths, order, max_len, batch_size, bucket)
-            for step, (layout, given) in enumerate(progress(steps, desc=title, unit="step")):
-                self.static(layout, given, seed * _STEPS_APART + step)
-                yield len(self.model.parts(layout, given))
+            for step, (shape, inputs) in enumerate(progress(steps, desc=title, unit="step")):
+                self.static(shape, inputs, seed * _STEP_STRIDE + step)
+                yield len(self.model.micro_steps(shape, inputs))
             return
-        losses = self.model.losses(self.sequences, order.to(self.device), drop, max_len, batch_size)
-        for loss in progress(losses, total=self.model.steps(len(order), batch_size), desc=title, unit="step"):
+        losses = self.model.losses(self.sequences, order.to(self.device), num_held_out, max_len, batch_size)
+        for loss in progress(losses, total=self.model.num_steps(len(order), batch_size), desc=title, unit="step"):
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
             self._total += loss.detach()
             yield 1
 
-    def give_up(self) -> None:
-        """Wait for the state that is being written, whatever becomes of it."""
+    def abandon(self) -> None:
+        """Wait for the state that is being written, and ignore an error of its writing."""
         with suppress(Exception):
             self._states.finish()
 
     def record(self) -> dict[str, Any]:
-        """How the training went: what it took, and how."""
+        """How the training went, for training.json: times, bytes, and how its steps ran."""
         step = statistics.median(line["train/seconds"] / line["train/steps"] for line in self.history)
         return {
             "step_ms": round(1000 * step, 3),
@@ -225,21 +231,21 @@ class Training:
 
 
 def train_together(trainings: list[Training]) -> Iterator[tuple[int, Exception | None]]:
-    """Train all, taking turns at every step; yields the place of each that ends, and why it failed, if it did."""
-    going = {index: training.epochs() for index, training in enumerate(trainings)}
-    while going:
-        for index, steps in list(going.items()):
+    """Train all, in turns of a step; yields the index of each training that ends, and its error if it failed."""
+    running = {index: training.epochs() for index, training in enumerate(trainings)}
+    while running:
+        for index, steps in list(running.items()):
             error: Exception | None = None
-            with trainings[index].place.entered():
+            with trainings[index].stream.active():
                 try:
                     next(steps)
                     continue
                 except StopIteration:
                     pass
-                except Exception as failure:  # of one run, which ends no other
+                except Exception as failure:  # of one run; the others continue
                     error = failure
-                    trainings[index].give_up()
-            del going[index]
+                    trainings[index].abandon()
+            del running[index]
             yield index, error
 
 
@@ -259,4 +265,4 @@ def summary(line: dict[str, Any], epochs: int) -> str:
 
 
 def _selection(line: dict[str, Any]) -> float:
-    return line[f"valid/{SELECTED_BY}"]
+    return line[f"valid/{SELECTION_METRIC}"]

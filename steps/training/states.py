@@ -1,4 +1,4 @@
-"""States of a training, written beside it: the GPU does not wait for a disk."""
+"""States of a training, written by a thread of their own, so that the GPU does not wait for the disk."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,13 +9,13 @@ import torch
 
 from steps.models.checkpoint import State, state_tensors, write_state
 
-#: Of a large model a state takes seconds to write, and an epoch of a small one fractions of a second on a GPU: at
-#: most so much is trained again after a kill.
-_SECONDS_APART = 20.0
+#: On a GPU the least seconds from one state to the next. A large model's state takes seconds to write, and a small
+#: model's epoch less than a second. After a kill, at most so much is trained again.
+_MIN_INTERVAL_S = 20.0
 
 
 class StateWriter:
-    """Writes states to one path, each when the one before is written. On the CPU every state, as epochs are long."""
+    """Writes states to one path, one after the other. On a CPU it writes every state, as epochs are long."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path = path
@@ -25,7 +25,7 @@ class StateWriter:
         self._copies: dict[str, torch.Tensor] = {}
         self._written = time.monotonic()
 
-    def offer(
+    def save(
         self,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -33,11 +33,11 @@ class StateWriter:
         progress: dict[str, Any],
         last: bool,
     ) -> None:
-        """Write this state, unless one was written shortly before and it is not the last."""
-        if self.device.type == "cuda" and not last and time.monotonic() - self._written < _SECONDS_APART:
+        """Write this state, unless it is not the last and another was written shortly before."""
+        if self.device.type == "cuda" and not last and time.monotonic() - self._written < _MIN_INTERVAL_S:
             return
         self.finish()
-        # Queued before the steps that change them. From a GPU the copies go to page-locked memory.
+        # Queued before the next steps change the tensors. From a GPU the copies go to page-locked memory.
         tensors = state_tensors(model, optimizer, best)
         copies = {name: tensor.detach().to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()}
         copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
@@ -47,14 +47,14 @@ class StateWriter:
                 copied.synchronize()
             write_state(self.path, State(copies, progress))
 
-        # Freed by `finish`, in this thread: freeing page-locked memory leaves an event on the run's stream, which must
-        # not be while this thread captures a graph there.
+        # `finish` frees them, in this thread: freeing page-locked memory records an event on the run's stream, which is
+        # not allowed while this thread captures a graph there.
         self._copies = copies
         self._writing = self._thread.submit(write)
         self._written = time.monotonic()
 
     def finish(self) -> None:
-        """Wait for what is being written; raises what its writing raised."""
+        """Wait for the state that is being written; raises the error of its writing, if any."""
         if self._writing is not None:
             self._writing.result()
             self._writing = None

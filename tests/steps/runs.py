@@ -9,14 +9,14 @@ import torch
 from steps.common.files import read_json, sha256, write_json
 from steps.common.provenance import content_sha256
 from steps.data.sequences import load_sequences
-from steps.data.split import hold_out, split_sha256
+from steps.data.split import split_sequences, split_sha256
 
 STRICT = {"name": "strict", "split": "leave-last-out", "report": "best", "candidates": "rated", "exclude": "history"}
 PAPER = {"name": "paper", "split": "leave-last-out", "report": "last", "candidates": "catalogue", "exclude": "window"}
 
 
-def lasting(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A history without what is another every time: seconds and memory."""
+def reproducible(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A history without what differs from run to run: seconds and memory."""
     return [
         {key: value for key, value in line.items() if not key.endswith(("seconds", "peak_bytes"))} for line in history
     ]
@@ -26,18 +26,18 @@ def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int =
     if model == "hstu-softmax":
         model, changes = "hstu", {"attention": "softmax", "alpha": "1/sqrt(dqk)"} | changes
     if model == "hstu-rowwise":
-        model, changes = "hstu", {"items": {"lr": 0.05, "dtype": "float16", "pool": 50}} | changes
+        model, changes = "hstu", {"items": {"lr": 0.05, "dtype": "float16", "negative_pool": 50}} | changes
     settings: dict[str, Any] = {"model": model}
     if model not in ("popular", "markov"):
-        settings |= {"dim": 16, "blocks": 2, "heads": 2, "dqk": 8, "dv": 8, "extra_positions": 11}
+        settings |= {"dim": 16, "blocks": 2, "heads": 2, "dqk": 8, "dv": 8, "output_slots": 11}
         settings |= {
             "attention": "silu",
             "alpha": 1.0,
-            "normaliser": "max_len",
+            "attention_scale": "max_len",
             "bias": {"position": True, "time": "next"},
         }
         settings |= {"loss": {"name": "sampled-softmax", "similarity": "cosine", "temperature": 0.05}}
-        settings |= {"mask_share": 0.2, "samples": 30, "sample_alpha": 0.5, "logq": 1.0, "neighbours": 9, "shrink": 1.0}
+        settings |= {"mask_prob": 0.2, "samples": 30, "sample_alpha": 0.5, "logq": 1.0, "neighbours": 9, "shrink": 1.0}
         settings |= {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0}}
     training = {"max_len": 20, "epochs": epochs, "batch": 16, "negatives": 16, "dropout": 0.2}
     return {"experiment": "t", "dataset": "t", "row": model, "protocol": protocol, "seed": 3, "repeats": "none"} | {
@@ -49,7 +49,7 @@ def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int =
 def planned(settings: dict[str, Any], data: Path) -> dict[str, Any]:
     """The config with the hashes of its split of the processed sequences in `data`."""
     sequences, _ = load_sequences(data, torch.device("cpu"))
-    return settings | {"split": split_sha256(sequences, hold_out(sequences, settings["protocol"]))}
+    return settings | {"split": split_sha256(sequences, split_sequences(sequences, settings["protocol"]))}
 
 
 def seal(run: Path) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from steps.data.sequences import Batch, Sequences
 from steps.models import build
-from steps.models.bert4rec import BERT4Rec, with_next
+from steps.models.bert4rec import BERT4Rec, append_next_item
 from steps.models.gru4rec import GRU4Rec
 from steps.models.item_knn import ItemKNN
 from steps.models.markov import Markov
@@ -26,7 +26,7 @@ def lists_to_sequences(lists: list[list[int]], num_items: int) -> Sequences:
 LISTS = [[1, 2, 3, 2, 3, 5], [2, 3, 1, 4], [4, 1, 2, 5, 5], [3, 2, 1]]
 
 
-# Counting models
+# Count-based models
 
 
 def test_markov_counts_transitions_and_falls_back_on_popularity() -> None:
@@ -147,7 +147,7 @@ def test_bert4rec_equals_a_reference_from_torch_modules() -> None:
         torch.testing.assert_close(found[start:end], x, rtol=0, atol=1e-9)
 
 
-def test_bert4rec_sees_both_ways_but_never_the_item_it_is_asked_for() -> None:
+def test_bert4rec_attends_both_ways_but_never_to_the_target() -> None:
     model, data = bert(), batch([12])
     changed = Batch(**vars(data) | {"item": data.item.clone()})
     changed.item[-1] = changed.item[-1] % ITEMS + 1
@@ -162,24 +162,24 @@ def test_bert4rec_masks_a_fifth_and_at_least_one_item() -> None:
     model = bert()
     torch.manual_seed(0)
     offsets = torch.arange(0, 40_001, 40)
-    masked = model._choose(offsets, 40_000).view(1000, 40)
+    masked = model._sample_mask(offsets, 40_000).view(1000, 40)
     assert bool(masked.any(1).all())
     last_only = masked[:, -1] & (masked.sum(1) == 1)
     assert 0.06 < float(last_only.double().mean()) < 0.13  # one in eleven, and the rare sequence with no other
     assert float(masked[~last_only].double().mean()) == pytest.approx(0.2, abs=0.01)
-    short = model._choose(torch.arange(1001), 1000)
+    short = model._sample_mask(torch.arange(1001), 1000)
     assert bool(short.all())
 
 
 def test_bert4rec_trains_on_the_window_with_its_next_item() -> None:
     data = batch([4, 2])
-    item, offsets = with_next(data)
+    item, offsets = append_next_item(data)
     assert offsets.tolist() == [0, 4, 6]
     expected = sequences([4, 2]).item.tolist()
     assert item.tolist() == expected
     model = bert()
     torch.manual_seed(3)
-    masked = model._choose(offsets, 6)
+    masked = model._sample_mask(offsets, 6)
     torch.manual_seed(3)
     states = model._encode(item, masked, offsets, 4)[masked]
     hidden = model.output.norm(F.gelu(model.output.transform(states)))
@@ -205,12 +205,12 @@ def test_gru4rec_visits_every_event_once_in_parallel_lanes() -> None:
     users = torch.arange(6)
     one = data.batch(users, torch.zeros_like(users), MAX_LEN)
     visited, fresh = [], []
-    for place, state in model._lanes(one, 3):
-        for lane, token in enumerate(place.tolist()):
-            starts_here = token in one.offsets.tolist()
+    for token, state in model._lanes(one, 3):
+        for lane, index in enumerate(token.tolist()):
+            starts_here = index in one.offsets.tolist()
             assert starts_here == (not state[lane].any())
             fresh.append(starts_here)
-        visited += place.tolist()
+        visited += token.tolist()
         state += 1.0
     assert sorted(visited) == list(range(sum(lengths) - 6))
     assert sum(fresh) == 6
@@ -223,23 +223,23 @@ def test_gru4rec_loss_is_the_authors() -> None:
     model = gru().eval()
     data = sequences([6, 8, 5])
     users = torch.arange(3)
-    drop = torch.zeros_like(users)
+    num_held_out = torch.zeros_like(users)
     torch.manual_seed(5)
-    loss = next(iter(model.losses(data, users, drop, MAX_LEN, 3)))
+    loss = next(iter(model.losses(data, users, num_held_out, MAX_LEN, 3)))
     torch.manual_seed(5)
-    one = data.batch(users, drop, MAX_LEN)
-    counts = data.counts(drop).double()
-    drawn = torch.multinomial(counts**0.5, 30, replacement=True)
-    place = one.offsets[:-1]
-    gates = model.items.weight[one.item[place]] @ model.gru.weight_ih_l0.T  # biases are zero, so is the state
+    one = data.batch(users, num_held_out, MAX_LEN)
+    counts = data.counts(num_held_out).double()
+    sampled = torch.multinomial(counts**0.5, 30, replacement=True)
+    token = one.offsets[:-1]
+    gates = model.items.weight[one.item[token]] @ model.gru.weight_ih_l0.T  # biases are zero, so is the state
     reset, update, new = gates.chunk(3, dim=1)
     del reset
     hidden = (1 - update.sigmoid()) * new.tanh()
-    targets = one.next_item[place]
+    targets = one.next_item[token]
     total = 0.0
     for lane in range(3):
         logits = [float(hidden[lane] @ model.items.weight[item]) - math.log(counts[item]) for item in targets]
-        logits += [float(hidden[lane] @ model.items.weight[item]) - 0.5 * math.log(counts[item]) for item in drawn]
+        logits += [float(hidden[lane] @ model.items.weight[item]) - 0.5 * math.log(counts[item]) for item in sampled]
         total += math.log(sum(map(math.exp, logits))) - logits[lane]
     assert float(loss) == pytest.approx(total / 3, abs=1e-9)
 
@@ -253,8 +253,8 @@ def test_gru4rec_carries_state_without_gradients_and_scores_like_a_gru() -> None
     expected = states[data.last] @ model.items.weight.T + model.bias
     torch.testing.assert_close(model.score(data), expected)
     lanes = model._lanes(data, 2)
-    place, state = next(lanes)
-    _, hidden = model._event(data, place, state, torch.ones(ITEMS + 1, dtype=torch.float64))
+    token, state = next(lanes)
+    _, hidden = model._event(data, token, state, torch.ones(ITEMS + 1, dtype=torch.float64))
     assert not hidden.requires_grad
     torch.testing.assert_close(hidden, states[data.offsets[:-1]].detach())
 

@@ -26,7 +26,7 @@ def archive(**members: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def offer(project: Path, content: bytes, checksum: str | None = None) -> Path:
+def publish(project: Path, content: bytes, checksum: str | None = None) -> Path:
     """Make `content` the data set `mine` of the project, found in the folder it returns."""
     mirror = project / "mirror"
     mirror.mkdir()
@@ -51,7 +51,7 @@ def failure(project: Path, mirror: Path) -> str:
 
 
 def test_a_good_archive_is_unpacked_as_published(project: Path) -> None:
-    mirror = offer(project, archive(**{"demo/ratings.dat": b"1::2::3::4\n", "demo/": b""}))
+    mirror = publish(project, archive(**{"demo/ratings.dat": b"1::2::3::4\n", "demo/": b""}))
     step("download", "--dataset", "mine", "--output", "data/raw/mine", cwd=project, HSTU_DATA_MIRROR=str(mirror))
     assert (project / "data/raw/mine/demo/ratings.dat").read_bytes() == b"1::2::3::4\n"
     assert [path.name for path in (project / "data/raw").iterdir()] == ["mine"]
@@ -63,37 +63,37 @@ def test_a_good_archive_is_unpacked_as_published(project: Path) -> None:
 
 
 def test_an_archive_with_a_manifest_of_its_own_is_refused(project: Path) -> None:
-    assert "manifest.json of its own" in failure(project, offer(project, archive(**{"manifest.json": b"{}"})))
+    assert "manifest.json of its own" in failure(project, publish(project, archive(**{"manifest.json": b"{}"})))
 
 
 def test_a_wrong_checksum_names_both(project: Path) -> None:
     content = archive(**{"demo/ratings.dat": b"1::2::3::4\n"})
-    line = failure(project, offer(project, content, "0" * 64))
+    line = failure(project, publish(project, content, "0" * 64))
     assert "0" * 64 in line
     assert hashlib.sha256(content).hexdigest() in line
 
 
 def test_a_truncated_archive_is_refused(project: Path) -> None:
     content = archive(**{"demo/ratings.dat": b"1::2::3::4\n" * 100})
-    mirror = offer(project, content)
+    mirror = publish(project, content)
     (mirror / "mine.zip").write_bytes(content[:-50])
     assert "truncated" in failure(project, mirror)
 
 
 def test_an_archive_published_damaged_is_refused(project: Path) -> None:
     content = archive(**{"demo/ratings.dat": b"1::2::3::4\n" * 100})
-    assert "damaged or not a zip archive" in failure(project, offer(project, content[:-50]))
+    assert "damaged or not a zip archive" in failure(project, publish(project, content[:-50]))
 
 
 def test_a_flipped_byte_inside_a_member_is_refused(project: Path) -> None:
     content = bytearray(archive(**{"a.dat": b"good", "demo/ratings.dat": b"1::2::3::4\n" * 100}))
     content[content.index(b"1::2") + 5] ^= 1
-    assert "damaged" in failure(project, offer(project, bytes(content)))
+    assert "damaged" in failure(project, publish(project, bytes(content)))
 
 
 @pytest.mark.parametrize("name", ["../evil.dat", "/evil.dat", "demo/../../evil.dat", "..\\evil.dat", "C:/evil.dat"])
 def test_a_member_outside_the_folder_is_refused(project: Path, name: str) -> None:
-    line = failure(project, offer(project, archive(**{"demo/ratings.dat": b"x", name: b"evil"})))
+    line = failure(project, publish(project, archive(**{"demo/ratings.dat": b"x", name: b"evil"})))
     assert "outside its folder" in line
     assert not list(project.parent.rglob("evil.dat"))
 
@@ -104,11 +104,11 @@ def test_a_link_is_refused(project: Path) -> None:
         member = zipfile.ZipInfo("demo/ratings.dat")
         member.external_attr = (stat.S_IFLNK | 0o777) << 16
         file.writestr(member, "/etc/passwd")
-    assert "is a link" in failure(project, offer(project, buffer.getvalue()))
+    assert "is a link" in failure(project, publish(project, buffer.getvalue()))
 
 
 def test_no_source_says_what_to_set(project: Path) -> None:
-    offer(project, b"")
+    publish(project, b"")
     line = step("download", "--dataset", "mine", "--output", "data/raw/mine", cwd=project, check=False).stderr
     assert MIRROR_VARIABLE in line
 
@@ -168,7 +168,7 @@ def test_a_broken_download_goes_on_where_it_stopped(server: str, tmp_path: Path)
 
 
 def test_a_mirror_that_breaks_off_wrong_bytes_spoils_no_other(server: str, tmp_path: Path) -> None:
-    """Its partial file is its own: the next source begins at the first byte, and so does it when it is mended."""
+    """Its partial file is its own: the next source begins at the first byte, and so does it once it is corrected."""
     wrong = server.replace("mine.bin", "wrong/mine.bin")
     _Server.breaks_after = 300_000
     with pytest.raises(StepError, match="wrong/mine"):
@@ -211,7 +211,7 @@ def test_mirrors_follow_the_publisher_and_the_environment_comes_last(
 
 def test_the_rest_of_another_data_set_s_download_is_left_alone(project: Path) -> None:
     """Data sets that share a file are fetched at once."""
-    mirror = offer(project, archive(**{"demo/ratings.dat": b"1::2::3::4\n"}))
+    mirror = publish(project, archive(**{"demo/ratings.dat": b"1::2::3::4\n"}))
     other = project / "data/raw/.other.mine.zip.download"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"half")

@@ -9,7 +9,7 @@ import torch
 from steps.common.cli import StepError
 from steps.common.top import top_items
 from steps.data.sequences import Batch, Sequences
-from steps.data.split import Questions, hold_out
+from steps.data.split import HeldOut, split_sequences
 from steps.evaluation.beyond import beyond_accuracy
 from steps.evaluation.metrics import NAMES, Ranks, metrics
 from steps.evaluation.ranks import Rules, rank
@@ -53,13 +53,13 @@ def metrics_by_hand(ranks: list[tuple[int, int]]) -> dict[str, float]:
     """The definitions, as means over every rank that a random order of the ties may give."""
     found = dict.fromkeys(NAMES, 0.0)
     for best, ties in ranks:
-        for place in range(best, best + ties + 1) if best else ():
+        for one in range(best, best + ties + 1) if best else ():
             share = 1 / (ties + 1) / len(ranks)
-            found["mrr"] += share / place
+            found["mrr"] += share / one
             for name in NAMES[:-1]:
-                metric, cut = name.split("@")
-                if place <= int(cut):
-                    found[name] += share * (1.0 if metric == "hr" else 1 / math.log2(place + 1))
+                metric, cutoff = name.split("@")
+                if one <= int(cutoff):
+                    found[name] += share * (1.0 if metric == "hr" else 1 / math.log2(one + 1))
     return found
 
 
@@ -68,19 +68,19 @@ def metrics_by_hand(ranks: list[tuple[int, int]]) -> dict[str, float]:
 @pytest.mark.parametrize("exclude", ["window", "history", "nothing"])
 def test_ranks_equal_brute_force_with_ties(split: str, candidates: str, exclude: str) -> None:
     data, model, max_len = sequences(), Fixed(), 4
-    drop = {"test": 0, "valid": 1}[split]
-    questions = Questions(torch.arange(USERS), torch.full((USERS,), drop))
+    num_after = {"test": 0, "valid": 1}[split]
+    held_out = HeldOut(torch.arange(USERS), torch.full((USERS,), num_after))
     rules = [Rules("catalogue", "window"), Rules(candidates, exclude)]
-    _, ranking = rank(model, data, questions, rules, max_len, batch_size=7, top=3)
+    _, ranking = rank(model, data, held_out, rules, max_len, batch_size=7, top=3)
     found = ranking.ranks
-    pool = range(1, ITEMS + 1) if candidates == "catalogue" else sorted(set(data.item.tolist()))
+    ranked = range(1, ITEMS + 1) if candidates == "catalogue" else sorted(set(data.item.tolist()))
     for user in range(USERS):
         items = data.item[data.offsets[user] : data.offsets[user + 1]].tolist()
         items = items if split == "test" else items[:-1]
         seen = {"window": items[:-1][-max_len:], "history": items[:-1], "nothing": []}[exclude]
-        expected = rank_by_hand(model.table[user], set(seen), items[-1], pool)
+        expected = rank_by_hand(model.table[user], set(seen), items[-1], ranked)
         assert (found.best[user], found.ties[user]) == expected
-        allowed = [item for item in pool if item not in seen]
+        allowed = [item for item in ranked if item not in seen]
         best = sorted(allowed, key=lambda item, user=user: (-float(model.table[user, item]), item))[:3]
         assert ranking.top[user].tolist() == best
     assert found.ties.any()
@@ -94,12 +94,12 @@ class Constant(Model):
 
 class SeenInTheWindow(Model):
     def score(self, batch: Batch) -> torch.Tensor:
-        return torch.zeros(len(batch.user), 501).index_put_((batch.row, batch.item), torch.ones(()))
+        return torch.zeros(len(batch.user), 501).index_put_((batch.sequence_id, batch.item), torch.ones(()))
 
 
 @pytest.mark.parametrize("repeats", ["recommend", "leave-out"])
 @pytest.mark.parametrize("protocol", [STRICT, PAPER, TEMPORAL], ids=lambda protocol: protocol["name"])
-def test_what_knows_nothing_of_the_target_scores_as_chance(repeats: str, protocol: dict[str, Any]) -> None:
+def test_models_that_know_nothing_of_the_target_score_as_chance_does(repeats: str, protocol: dict[str, Any]) -> None:
     """3,000 users draw from 500 items with replacement: one target in twelve has been seen, which tells nothing."""
     random = torch.Generator().manual_seed(6)
     lengths = torch.randint(10, 80, (3000,), generator=random)
@@ -108,12 +108,12 @@ def test_what_knows_nothing_of_the_target_scores_as_chance(repeats: str, protoco
     data = Sequences(offsets, item, torch.randint(0, 10**6, item.shape, generator=random), 500)
     data = Sequences(offsets, item, torch.cat([t.sort().values for t in data.timestamp.split(lengths.tolist())]), 500)
     rules = [Rules.of(config(protocol=protocol) | {"repeats": repeats})]
-    questions = hold_out(data, protocol).questions["test"]
+    held_out = split_sequences(data, protocol).held_out["test"]
     for model in (Constant(), SeenInTheWindow()):
-        found = metrics(rank(model, data, questions, rules, max_len=50, batch_size=256)[0].ranks)
+        found = metrics(rank(model, data, held_out, rules, max_len=50, batch_size=256)[0].ranks)
         # Of some 3,000 users; five deviations. With the seen items but the target left out the rule has 0.1.
         for name, chance in (("hr@10", 10 / 500), ("hr@200", 200 / 460)):
-            assert found[name] < chance + 5 * (chance * (1 - chance) / len(questions.users)) ** 0.5
+            assert found[name] < chance + 5 * (chance * (1 - chance) / len(held_out.users)) ** 0.5
         if repeats == "recommend":
             assert found["hr@10"] == pytest.approx(10 / 500, abs=0 if isinstance(model, Constant) else 0.013)
 
@@ -134,10 +134,10 @@ def test_a_top_list_holds_candidates_alone(top: int) -> None:
     """Item 2 is all that the first user has not seen; the list is longer than what can be recommended."""
     items = torch.tensor([1, *range(3, ITEMS + 1), 2])
     data = Sequences(torch.tensor([0, ITEMS]), items, torch.arange(ITEMS), ITEMS)
-    questions = Questions(torch.tensor([0]), torch.tensor([0]))
-    (ranking,) = rank(Fixed(), data, questions, [Rules("rated", "history")], ITEMS, 8, top=top)
+    held_out = HeldOut(torch.tensor([0]), torch.tensor([0]))
+    (ranking,) = rank(Fixed(), data, held_out, [Rules("rated", "history")], ITEMS, 8, top=top)
     assert ranking.top.tolist() == [[2] + [0] * (top - 1)]
-    found = beyond_accuracy(ranking.top, ranking.ranks, data, questions, torch.tensor([1]))
+    found = beyond_accuracy(ranking.top, ranking.ranks, data, held_out, torch.tensor([1]))
     assert found[f"coverage@{top}"] == pytest.approx(1 / ITEMS, abs=1e-6)
     assert found[f"popularity@{top}"] == 0.0  # it is held out
 
@@ -145,9 +145,9 @@ def test_a_top_list_holds_candidates_alone(top: int) -> None:
 def test_a_score_that_is_not_finite_is_an_error() -> None:
     model = Fixed()
     model.table[3, 5] = math.nan
-    questions = Questions(torch.arange(USERS), torch.zeros(USERS, dtype=torch.int64))
+    held_out = HeldOut(torch.arange(USERS), torch.zeros(USERS, dtype=torch.int64))
     with pytest.raises(StepError, match="not finite"):
-        rank(model, sequences(), questions, [Rules("rated", "history")], 4, 8)
+        rank(model, sequences(), held_out, [Rules("rated", "history")], 4, 8)
 
 
 def test_metrics_equal_their_definitions() -> None:
@@ -174,14 +174,14 @@ def test_beyond_accuracy_equals_its_definitions() -> None:
     offsets = torch.tensor([0, *torch.tensor([len(items) for items in lists]).cumsum(0).tolist()])
     data = Sequences(offsets, torch.tensor([item for items in lists for item in items]), torch.arange(19), 6)
     users = torch.arange(5)
-    questions = Questions(users, torch.zeros_like(users))
+    held_out = HeldOut(users, torch.zeros_like(users))
     top = torch.tensor([[1, 2], [1, 3], [2, 3], [1, 2], [2, 1]])
     ranks = Ranks(torch.tensor([1, 20, 2, 3, 11]), torch.zeros(5, dtype=torch.int64))
-    found = beyond_accuracy(top, ranks, data, questions, torch.ones_like(users))
+    found = beyond_accuracy(top, ranks, data, held_out, torch.ones_like(users))
     counts = {item: sum(items[:-1].count(item) for items in lists) for item in range(1, 7)}
     assert counts == {1: 7, 2: 4, 3: 3, 4: 0, 5: 0, 6: 0}
     assert found["coverage@2"] == pytest.approx(3 / 5)
-    unseen = beyond_accuracy(torch.full_like(top, 6), ranks, data, questions, torch.ones_like(users))
+    unseen = beyond_accuracy(torch.full_like(top, 6), ranks, data, held_out, torch.ones_like(users))
     assert unseen["coverage@2"] == 0.0  # of rated items
     expected = sum(counts[item] for items in top.tolist() for item in items) / 10 / 5
     assert found["popularity@2"] == pytest.approx(expected, abs=1e-6)

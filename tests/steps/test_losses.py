@@ -36,7 +36,7 @@ def test_full_softmax_is_cross_entropy_over_the_items_without_padding(inputs) ->
 def test_sampled_softmax_with_every_item_as_a_negative_is_the_full_one(inputs, monkeypatch) -> None:
     states, table, targets = inputs
     everything = torch.arange(1, V + 1).expand(TOKENS, -1)
-    monkeypatch.setattr(losses, "_uniform", lambda *_: everything)
+    monkeypatch.setattr(losses, "_sample_negatives", lambda *_: everything)
     sampled = config("sampled-softmax", similarity="cosine", temperature=0.1)
     full = config("softmax", similarity="cosine", temperature=0.1)
     expected = losses.next_item_loss(full, states, table, targets)
@@ -61,7 +61,7 @@ def test_in_batch_softmax_with_the_correction_tends_to_the_full_one() -> None:
 def test_bce_and_gbce_equal_their_definitions(inputs, monkeypatch) -> None:
     states, table, targets = inputs
     negatives = torch.tensor([[2, 4, 1], [1, 2, 3], [3, 3, 3], [4, 5, 6], [9, 8, 7], [2, 2, 2]])
-    monkeypatch.setattr(losses, "_uniform", lambda *_: negatives)
+    monkeypatch.setattr(losses, "_sample_negatives", lambda *_: negatives)
     power = 3 / 8 * (0.75 * (1 - 8 / 3) + 8 / 3)
     for name, beta in [("bce", 1.0), ("gbce", power)]:
         total = 0.0

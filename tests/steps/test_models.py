@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from steps.data.sequences import Batch, Sequences
-from steps.models import CountingModel, SequenceModel, build, is_counting, losses
+from steps.models import CountBasedModel, SequenceModel, build, is_count_based, losses
 
 MAX_LEN, ITEMS = 200, 60
 CAUSAL = ["hstu", "hstu-softmax", "sasrec", "transformer++", "gru4rec"]
@@ -24,14 +24,14 @@ def config(model: str, **changes: Any) -> dict[str, Any]:
         "heads": 2,
         "dqk": 3,
         "dv": 5,
-        "extra_positions": 11,
+        "output_slots": 11,
         "attention": "silu",
         "alpha": 1.0,
-        "normaliser": "max_len",
+        "attention_scale": "max_len",
         "bias": {"position": True, "time": "next"},
         "loss": {"name": "sampled-softmax", "similarity": "cosine", "temperature": 0.05},
         "optimizer": {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0},
-        "mask_share": 0.2,
+        "mask_prob": 0.2,
         "samples": 30,
         "sample_alpha": 0.5,
         "logq": 1.0,
@@ -85,7 +85,7 @@ def layer_by_hand(layer: Any, x: torch.Tensor, times: torch.Tensor, next_times: 
     position, time = layer.position_bias.tolist(), layer.time_bias.tolist()
     output = []
     for i in range(n):
-        attended = []
+        attention_output = []
         for head in range(heads):
             total = [0.0] * dv
             for j in range(i + 1):
@@ -97,8 +97,8 @@ def layer_by_hand(layer: Any, x: torch.Tensor, times: torch.Tensor, next_times: 
                 score += position[(len(position) - 1) // 2 + j - i] + time[bucket]
                 for a in range(dv):
                     total[a] += silu(score) / 211 * rows[j][heads * dv + head * dv + a]
-            attended += total
-        gated = [rows[i][a] * value for a, value in enumerate(norm(attended))]
+            attention_output += total
+        gated = [rows[i][a] * value for a, value in enumerate(norm(attention_output))]
         out, bias = layer.output.weight.tolist(), layer.output.bias.tolist()
         output.append(
             [x[i][b].item() + bias[b] + sum(gated[a] * out[b][a] for a in range(len(gated))) for b in range(x.shape[1])]
@@ -111,7 +111,7 @@ def layer_by_hand(layer: Any, x: torch.Tensor, times: torch.Tensor, next_times: 
 def test_hstu_equals_the_equations_by_hand(lengths: list[int], dtype: torch.dtype, tolerance: float) -> None:
     exact, data = make("hstu").requires_grad_(False), batch(lengths)
     model = make("hstu", dtype)
-    assert model.positions == 211
+    assert model.num_positions == 211
     found = model.encode(data)
     for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
         items, n = data.item[start:end], end - start
@@ -148,8 +148,8 @@ def test_sasrec_equals_a_reference_from_torch_modules() -> None:
             attention.out_proj.bias.data = block.output.bias.data
             normed = F.layer_norm(x, (6,), eps=1e-8)
             future = torch.ones(n, n, dtype=torch.bool).triu(1)
-            attended, _ = attention(normed[None], x[None], x[None], attn_mask=future, need_weights=False)
-            x = F.layer_norm(normed + attended[0], (6,), eps=1e-8)
+            attention_output, _ = attention(normed[None], x[None], x[None], attn_mask=future, need_weights=False)
+            x = F.layer_norm(normed + attention_output[0], (6,), eps=1e-8)
             x = x + F.linear(
                 F.relu(F.linear(x, block.inner.weight, block.inner.bias)), block.outer.weight, block.outer.bias
             )
@@ -157,7 +157,7 @@ def test_sasrec_equals_a_reference_from_torch_modules() -> None:
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_the_future_changes_nothing_before_it(name: str) -> None:
+def test_the_future_changes_no_earlier_state(name: str) -> None:
     model, data = make(name), batch([30])
     changed = Batch(**vars(data) | {"item": data.item.clone(), "timestamp": data.timestamp.clone()})
     changed.item[20:] = changed.item[20:] % ITEMS + 1
@@ -173,14 +173,14 @@ def test_a_user_is_encoded_alike_alone_and_in_any_batch(name: str) -> None:
     none = torch.zeros(4, dtype=torch.int64)
     together = data.batch(torch.tensor([1, 3, 0, 2]), none, MAX_LEN)
     states = model.encode(together)
-    for place, user in enumerate([1, 3, 0, 2]):
+    for index, user in enumerate([1, 3, 0, 2]):
         alone = model.encode(data.batch(torch.tensor([user]), none[:1], MAX_LEN))
-        start, end = together.offsets[place : place + 2].tolist()
+        start, end = together.offsets[index : index + 2].tolist()
         torch.testing.assert_close(states[start:end], alone, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("time", "sees_target"), [("next", True), ("self", False), ("none", False)])
-def test_the_time_of_the_target_enters_through_next_alone(time: str, sees_target: bool) -> None:
+def test_only_time_next_uses_the_time_of_the_target(time: str, sees_target: bool) -> None:
     model = make("hstu", bias={"position": True, "time": time})
     data = batch([12])
     later = Batch(**vars(data) | {"next_timestamp": data.next_timestamp.clone()})
@@ -190,7 +190,7 @@ def test_the_time_of_the_target_enters_through_next_alone(time: str, sees_target
     torch.testing.assert_close(model.encode(earlier), model.encode(data))  # only differences of time enter
 
 
-def test_without_biases_no_table_is_trained() -> None:
+def test_without_biases_there_are_no_bias_tables() -> None:
     names = [name for name, _ in make("hstu", bias={"position": False, "time": "none"}).named_parameters()]
     assert not [name for name in names if "bias" in name and "output" not in name]
 
@@ -208,19 +208,21 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("bucket", [None, 8])  # padded, as on a GPU, or not
 @pytest.mark.parametrize("name", ["hstu", "sasrec", "transformer++"])
-def test_a_rowwise_table_has_the_loss_of_the_whole_table_and_learns_its_gradient(
+def test_a_rowwise_table_has_the_loss_and_the_gradient_of_an_ordinary_one(
     name: str, bucket: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rowwise = make(name, torch.float32, items={"lr": 0.05, "dtype": "float32", "pool": 20})
-    whole = make(name, torch.float32)
-    whole.load_state_dict(rowwise.state_dict() | {"items.weight": rowwise.items.weight}, strict=False)
+    rowwise = make(name, torch.float32, items={"lr": 0.05, "dtype": "float32", "negative_pool": 20})
+    ordinary = make(name, torch.float32)
+    ordinary.load_state_dict(rowwise.state_dict() | {"items.weight": rowwise.items.weight}, strict=False)
     assert not any("items" in key for key, _ in rowwise.named_parameters())
-    data, users, drop = sequences([9, 3, 14]), torch.tensor([2, 0, 1]), torch.zeros(3, dtype=torch.int64)
+    data, users, num_held_out = sequences([9, 3, 14]), torch.tensor([2, 0, 1]), torch.zeros(3, dtype=torch.int64)
     if bucket is None:
-        windows = data.batch(users, drop, MAX_LEN)
+        windows = data.batch(users, num_held_out, MAX_LEN)
     else:
-        ((layout, _),) = rowwise.static_steps(data.window_lengths(torch.arange(3), drop, MAX_LEN), users, MAX_LEN, 3, 8)
-        windows = data.padded_batch(users, drop, layout)
+        ((shape, _),) = rowwise.static_steps(
+            data.window_lengths(torch.arange(3), num_held_out, MAX_LEN), users, MAX_LEN, 3, 8
+        )
+        windows = data.padded_batch(users, num_held_out, shape)
     torch.manual_seed(5)
     pool = torch.randint(1, ITEMS + 1, (20,))
     negatives = pool[torch.randint(0, 20, (len(windows.item), 7))]
@@ -228,13 +230,13 @@ def test_a_rowwise_table_has_the_loss_of_the_whole_table_and_learns_its_gradient
     torch.manual_seed(5)
     found = rowwise.loss(windows)
     found.backward()
-    monkeypatch.setattr(losses, "_uniform", lambda *_: negatives)
-    expected = whole.loss(windows)
+    monkeypatch.setattr(losses, "_sample_negatives", lambda *_: negatives)
+    expected = ordinary.loss(windows)
     expected.backward()
     torch.testing.assert_close(found, expected)
     for key, parameter in rowwise.named_parameters():
-        torch.testing.assert_close(parameter.grad, dict(whole.named_parameters())[key].grad, rtol=1e-3, atol=1e-4)
-    gradient = whole.items.weight.grad[1:]
+        torch.testing.assert_close(parameter.grad, dict(ordinary.named_parameters())[key].grad, rtol=1e-3, atol=1e-4)
+    gradient = ordinary.items.weight.grad[1:]
     rate = 0.05 / (gradient.square().mean(1).sqrt() + 1e-8)
     torch.testing.assert_close(rowwise.items.weight[1:], before[1:] - rate[:, None] * gradient, rtol=1e-3, atol=1e-4)
     assert torch.equal(rowwise.items.weight[0], before[0])
@@ -249,9 +251,9 @@ def test_scores_are_cosines_of_the_last_state() -> None:
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, "bert4rec", "popular", "markov", "item-knn"])
-def test_a_config_tells_whether_its_model_counts(name: str) -> None:
+def test_a_config_tells_whether_its_model_is_count_based(name: str) -> None:
     settings = config(name, neighbours=9, shrink=1.0)
-    assert is_counting(settings) == isinstance(build(settings, ITEMS), CountingModel)
+    assert is_count_based(settings) == isinstance(build(settings, ITEMS), CountBasedModel)
 
 
 def test_most_popular_ranks_by_training_counts() -> None:

@@ -1,4 +1,4 @@
-"""The check of the evaluation finds the leak that it is there for."""
+"""The check of the evaluation detects a leak."""
 
 from typing import Any
 
@@ -12,28 +12,30 @@ from tests.steps.runs import STRICT
 
 
 @pytest.mark.parametrize("repeats", ["recommend", "leave-out"])
-def test_the_evaluation_gives_models_that_know_nothing_what_chance_gives(repeats: str) -> None:
+def test_models_that_know_nothing_score_as_chance_does(repeats: str) -> None:
     assert all(row["fits"] for row in null_models.judge(null_models.generated(), STRICT, repeats))
 
 
-def test_a_target_that_alone_of_the_seen_items_is_ranked_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule of many evaluations: all seen items are left out of the ranking but for the target."""
-    ask = Ranker.ask
+def test_the_check_detects_that_the_target_is_the_only_seen_item_in_the_ranking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rule of many evaluations: all seen items except the target are excluded from the ranking."""
+    rank = Ranker.rank
 
     def leaking(ranker: Ranker, model: Any) -> Any:
-        finite, (ranking,) = ask(ranker, model)
+        finite, (ranking,) = rank(ranker, model)
         if isinstance(model, null_models.SeenInTheWindow):
             ranks = Ranks(ranking.ranks.best.clamp(min=1), ranking.ranks.ties)
             ranking = Ranking(ranks, ranking.top)
         return finite, [ranking]
 
-    monkeypatch.setattr(Ranker, "ask", leaking)
+    monkeypatch.setattr(Ranker, "rank", leaking)
     rows = {row["metric"]: row for row in null_models.judge(null_models.generated(), STRICT, "leave-out")}
     assert not rows["hr@10"]["fits"]
     assert rows["hr@10"]["seen in the window"] > 3 * rows["hr@10"]["random"]
 
 
-def test_every_generated_target_is_drawn_without_regard_to_the_history() -> None:
+def test_generated_targets_do_not_depend_on_the_history() -> None:
     data = null_models.generated()
     last = data.offsets[1:] - 1
     repeated = [

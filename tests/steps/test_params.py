@@ -216,7 +216,7 @@ def test_a_small_number_is_a_number_however_it_is_written(project: Path, word: s
     [
         # The error is of the branch that the entry's own model selects.
         ("models", "alpha: 1.0 ", "alpha: 1e-3x ", r"key hstu[a-z-]*\.alpha: '1e-3x' is not"),
-        ("models", "mask_share: 0.2", "mask_share: '0.2'", r"key bert4rec\.mask_share: '0\.2' is not of type 'number'"),
+        ("models", "mask_prob: 0.2", "mask_prob: '0.2'", r"key bert4rec\.mask_prob: '0\.2' is not of type 'number'"),
         ("models", "samples: 2048", "samples: 2e3", r"key gru4rec\.samples: 2000\.0 is not of type 'integer'"),
         ("models", "shrink: 10.0", "shrink: .inf", r"key item-knn\.shrink: inf is not of type 'number'"),
         ("models", "shrink: 10.0", "shrink: .nan", r"key item-knn\.shrink: nan is not of type 'number'"),
@@ -238,7 +238,7 @@ def test_a_small_number_is_a_number_however_it_is_written(project: Path, word: s
         ("models", "hstu-time:", "hstu/time:", r"'hstu/time' is no name"),
         ("models", "hstu-time:", '"hstu\\n":', r"'hstu.n' is no name"),
         ("models", "hstu-time:", "7:", r"7 is no name"),
-        ("models", "hstu-time:", "hstu-position:", r"line \d+: key hstu-position stands twice"),
+        ("models", "hstu-time:", "hstu-position:", r"line \d+: key hstu-position occurs twice"),
         ("protocols", "temporal: ", "Temporal: ", r"'Temporal' is no name"),
         ("protocols", "test_share: 0.1", "test_share: .nan", r"key temporal\.test_share: nan"),
         ("datasets", "ml-1m:", "ml_1m:", r"'ml_1m' is no name"),

@@ -16,8 +16,8 @@ from steps.common import yaml_files
 from steps.data.build import build_sequences, describe, split_sha256
 from steps.data.readers import read_table
 from steps.data.sequences import Sequences
-from steps.data.split import hold_out
-from steps.data.split import split_sha256 as held_out_sha256
+from steps.data.split import split_sequences
+from steps.data.split import split_sha256 as torch_split_sha256
 from steps.preprocess import write_sequences
 from steps.validate import read_valid
 from tests.conftest import ROOT
@@ -32,7 +32,7 @@ def table(rows: list[tuple[int, int, int]]) -> pl.DataFrame:
 ITEMS = pl.DataFrame({"item": [50, 7, 30, 9, 11], "title": ["e", "a", "d", "b", "c"]})
 
 
-def test_rows_are_ordered_by_time_then_by_place_in_the_file() -> None:
+def test_rows_are_ordered_by_time_then_by_their_order_in_the_file() -> None:
     rows = [(2, 50, 5), (1, 7, 9), (2, 7, 5), (1, 30, 3), (2, 30, 1), (2, 9, 5)]
     tensors, users, items = build_sequences(table(rows), ITEMS)
     assert items.rows() == [(1, 7, "a"), (2, 9, "b"), (3, 11, "c"), (4, 30, "d"), (5, 50, "e")]
@@ -59,7 +59,7 @@ def test_order_of_rows_matters_only_inside_a_tie() -> None:
 
 
 @pytest.mark.parametrize("ties", ["item-id", "shuffled"])
-def test_other_tie_rules_reorder_ties_alone_and_repeat_themselves(ties: str) -> None:
+def test_other_tie_rules_reorder_only_ties_and_are_deterministic(ties: str) -> None:
     rows = [(user, item, item % 3) for user in range(30) for item in (50, 9, 11, 30, 7)]
     stable, other, again = (build_sequences(table(rows), ITEMS, rule)[0] for rule in ("file-order", ties, ties))
     assert other["item"].tolist() == again["item"].tolist() != stable["item"].tolist()
@@ -122,13 +122,13 @@ def test_the_split_is_hashed_by_the_rows_that_a_protocol_holds_out(
         expected[name] = hashlib.sha256(columns).hexdigest()
     assert split_sha256(tensors, protocol) == expected
     data = Sequences(*(torch.tensor(tensors[name]).long() for name in ("offsets", "item", "timestamp")), 5)
-    assert held_out_sha256(data, hold_out(data, protocol)) == expected
+    assert torch_split_sha256(data, split_sequences(data, protocol)) == expected
 
 
 @pytest.mark.parametrize("report", ["best", "last"])
 @pytest.mark.parametrize("split", ["leave-last-out", "temporal"])
 @pytest.mark.parametrize("seed", range(5))
-def test_both_ways_to_the_split_agree(seed: int, split: str, report: str) -> None:
+def test_both_implementations_of_the_split_agree(seed: int, split: str, report: str) -> None:
     random = np.random.default_rng(seed)
     rows = [
         (user, int(random.choice([7, 9, 11, 30, 50])), int(random.integers(0, 40)))
@@ -138,7 +138,7 @@ def test_both_ways_to_the_split_agree(seed: int, split: str, report: str) -> Non
     tensors, _, _ = build_sequences(table(rows), ITEMS)
     protocol = {"split": split, "report": report, "test_share": 0.2, "valid_share": 0.15}
     data = Sequences(*(torch.tensor(tensors[name]).long() for name in ("offsets", "item", "timestamp")), 5)
-    assert split_sha256(tensors, protocol) == held_out_sha256(data, hold_out(data, protocol))
+    assert split_sha256(tensors, protocol) == torch_split_sha256(data, split_sequences(data, protocol))
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -175,14 +175,14 @@ def test_latin_1_titles_are_read(tmp_path: Path) -> None:
     assert malformed == []
 
 
-def test_short_lines_are_found_wherever_they_stand(tmp_path: Path) -> None:
-    layout = {"path": "a.dat", "separator": "::", "header": False, "columns": ["user", "item", "timestamp"]}
+def test_lines_with_a_wrong_number_of_fields_are_found(tmp_path: Path) -> None:
+    settings = {"path": "a.dat", "separator": "::", "header": False, "columns": ["user", "item", "timestamp"]}
     for lines, expected in [(["1::2", "1::2::3"], [1]), (["1::2::3", "1::2::3::4", "1::2"], [2, 3]), (["1::2::3"], [])]:
         (tmp_path / "a.dat").write_text("\n".join(lines))
-        assert read_table(tmp_path, layout)[1] == expected
+        assert read_table(tmp_path, settings)[1] == expected
 
 
-def test_reading_what_is_not_there_says_so(tmp_path: Path) -> None:
-    layout = {"path": "a.dat", "separator": "::", "header": False, "columns": ["user", "item", "timestamp"]}
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    settings = {"path": "a.dat", "separator": "::", "header": False, "columns": ["user", "item", "timestamp"]}
     with pytest.raises(Exception, match=r"a\.dat does not exist"):
-        read_table(tmp_path, layout)
+        read_table(tmp_path, settings)

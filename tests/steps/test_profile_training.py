@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steps.profile_training import by_part, full_sequences, least, longest, merged, part_of
+from steps.profile_training import by_part, full_sequences, longest, merged, minimum_work, part_of
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_floor_of_one_layer_by_hand() -> None:
         "model": {"heads": 2, "dqk": 3, "dv": 5, "dim": 7, "blocks": 1},
         "training": {"batch": 4, "max_len": 10, "negatives": 6},
     }
-    found = least(config, items=8)
+    found = minimum_work(config, items=8)
     # 40 tokens; uvqk has 2 (2 x 3 + 2 x 5) = 32 columns, attention's result 10; scores of 4 x 10 x 10 / 2 = 200 pairs.
     products = 3 * 2 * 40 * 7 * (32 + 10)
     attention = 3.5 * 2 * 2 * (3 + 5) * 200

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import read_json, write_json, write_text
-from steps.evaluation.metrics import HR_CUTS, NDCG_CUTS
+from steps.evaluation.metrics import HR_CUTOFFS, NDCG_CUTOFFS
 from steps.reporting.records import LARGEST_RANK, RANKS, RUNS, read_records, write_records
 from steps.track import _REPORTS
 from tests.conftest import run as run_command
@@ -149,7 +149,7 @@ def test_records_hold_the_ranks_up_to_the_largest_that_counts(project: Path, ml_
     assert kept.best.tolist() == [*range(1, LARGEST_RANK + 1), *[LARGEST_RANK + 1] * (1000 - LARGEST_RANK)]
     assert kept.ties.tolist() == [*ties.tolist()[:LARGEST_RANK], *[0] * (1000 - LARGEST_RANK)]
     assert {name: (path / name).read_text() for name in found.texts} == found.texts
-    assert max(*HR_CUTS, *NDCG_CUTS) <= LARGEST_RANK
+    assert max(*HR_CUTOFFS, *NDCG_CUTOFFS) <= LARGEST_RANK
 
 
 def test_recording_again_replaces_runs_and_leaves_out_those_that_are_no_more(

@@ -20,12 +20,12 @@ def make(lengths: list[int]) -> tuple[Sequences, list[list[int]]]:
 
 @given(st.lists(st.integers(4, 12), min_size=1, max_size=6), st.integers(0, 2), st.integers(1, 6), st.randoms())
 @settings(max_examples=60, deadline=None)
-def test_windows_are_slices(lengths: list[int], drop: int, max_len: int, random) -> None:
+def test_windows_are_slices(lengths: list[int], dropped: int, max_len: int, random) -> None:
     sequences, lists = make(lengths)
     users = random.sample(range(len(lengths)), len(lengths))
-    drops = torch.full((len(users),), drop)
-    batch = sequences.batch(torch.tensor(users), drops, max_len)
-    windows = [lists[user][: len(lists[user]) - drop][-max_len - 1 :] for user in users]
+    num_dropped = torch.full((len(users),), dropped)
+    batch = sequences.batch(torch.tensor(users), num_dropped, max_len)
+    windows = [lists[user][: len(lists[user]) - dropped][-max_len - 1 :] for user in users]
     assert batch.item.tolist() == [item for window in windows for item in window[:-1]]
     assert batch.next_item.tolist() == [item for window in windows for item in window[1:]]
     assert batch.timestamp.tolist() == [10 * item for window in windows for item in window[:-1]]
@@ -33,12 +33,12 @@ def test_windows_are_slices(lengths: list[int], drop: int, max_len: int, random)
     assert batch.offsets.diff().tolist() == [len(window) - 1 for window in windows]
     assert batch.max_len == max(len(window) for window in windows) - 1
     assert batch.next_item[batch.last].tolist() == [window[-1] for window in windows]
-    row, item = sequences.histories(torch.tensor(users), drops)
-    histories = [(place, one) for place, user in enumerate(users) for one in lists[user][: len(lists[user]) - drop - 1]]
-    assert list(zip(row.tolist(), item.tolist(), strict=True)) == histories
+    index, item = sequences.histories(torch.tensor(users), num_dropped)
+    histories = [(i, one) for i, user in enumerate(users) for one in lists[user][: len(lists[user]) - dropped - 1]]
+    assert list(zip(index.tolist(), item.tolist(), strict=True)) == histories
 
 
-def test_counts_leave_out_the_dropped_rows() -> None:
+def test_counts_leave_out_the_dropped_interactions() -> None:
     sequences = Sequences(torch.tensor([0, 3, 5]), torch.tensor([1, 2, 3, 2, 1]), torch.arange(5), 4)
     assert sequences.counts(torch.tensor([0, 0])).tolist() == [0, 2, 2, 1, 0]
     assert sequences.counts(torch.tensor([1, 1])).tolist() == [0, 1, 2, 0, 0]

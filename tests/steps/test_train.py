@@ -1,4 +1,4 @@
-"""Training: it learns, survives a kill, repeats itself bit for bit, and runs on a bare machine."""
+"""Training: it learns, resumes after a kill, is deterministic, and runs on a machine with few libraries."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from steps.models import build
 from steps.models.checkpoint import State, load_weights, read_state, save_weights, write_state
 from steps.training.loop import Training, reported_epoch
 from tests.conftest import ROOT, write_processed
-from tests.steps.runs import PAPER, config, lasting, planned
+from tests.steps.runs import PAPER, config, planned, reproducible
 
 
 def command(name: str, run: Path, data: Path, *more: str) -> list[str]:
@@ -48,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("model", ["hstu", "sasrec", "gru4rec"])
-def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(model: str, data: Path, tmp_path: Path) -> None:
+def test_a_killed_training_ends_with_the_bytes_of_an_uninterrupted_one(model: str, data: Path, tmp_path: Path) -> None:
     settings = config(model, epochs=12)
     whole, killed = make_run(tmp_path / "whole", settings, data), make_run(tmp_path / "killed", settings, data)
     finish(whole, data)
@@ -64,7 +64,7 @@ def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(model: str, da
             break
     process.send_signal(signal.SIGKILL)
     process.wait()
-    # Nothing that looks finished, but a state to go on from.
+    # Nothing that looks finished, but a state to resume from.
     assert sorted(path.name for path in killed.iterdir()) == ["config.json", "resume"]
     again = subprocess.run(
         command("train", killed, data, "--deterministic", "--device", "cpu"),
@@ -76,13 +76,13 @@ def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(model: str, da
     assert "resuming after epoch" in again.stdout
     assert "epoch 1/12" not in again.stdout
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    kept = [lasting(read_jsonl(run / "history.jsonl")) for run in (whole, killed)]
+    kept = [reproducible(read_jsonl(run / "history.jsonl")) for run in (whole, killed)]
     assert kept[0] == kept[1]
     assert len(kept[0]) == 12
     assert not (killed / "resume").exists()
 
 
-def test_a_state_of_another_config_is_not_gone_on_from(data: Path, tmp_path: Path) -> None:
+def test_a_state_of_another_config_is_not_resumed(data: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", config(epochs=300), data)
     train = command("train", run, data, "--device", "cpu")
     process = subprocess.Popen(train, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -98,9 +98,7 @@ def test_a_state_of_another_config_is_not_gone_on_from(data: Path, tmp_path: Pat
     assert len(read_jsonl(run / "history.jsonl")) == 2
 
 
-def test_a_training_that_went_on_names_every_commit(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_training_names_every_commit(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", config(epochs=4), data)
     found, digest = load_sequences(data, torch.device("cpu"))
     monkeypatch.setenv("HSTU_COMMIT", "a" * 40 + "-dirty")
@@ -112,14 +110,12 @@ def test_a_training_that_went_on_names_every_commit(
     begun._states.finish()
     for name in ("b", "c"):
         monkeypatch.setenv("HSTU_COMMIT", name * 40)
-        went_on = Training(config(epochs=4), found, digest, run)
-        assert went_on.done == 2
-    assert went_on.record()["commit"] == "a" * 40 + "-dirty+" + "c" * 40  # b's took no step
+        resumed = Training(config(epochs=4), found, digest, run)
+        assert resumed.done == 2
+    assert resumed.record()["commit"] == "a" * 40 + "-dirty+" + "c" * 40  # b's took no step
 
 
-def test_results_of_an_earlier_training_stay_until_new_ones_are_there_and_are_not_taken_for_them(
-    data: Path, tmp_path: Path
-) -> None:
+def test_earlier_results_stay_until_new_ones_are_written_and_are_not_taken_for_them(data: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", config(epochs=1), data)
     finish(run, data)
     subprocess.run(command("evaluate", run, data), check=True, cwd=ROOT)
@@ -172,7 +168,7 @@ def test_a_device_that_is_not_there_is_one_clear_line(data: Path, tmp_path: Path
 
 
 def states(run: Path, settings: dict[str, Any], data: Path) -> tuple[Training, Path]:
-    """A training broken off after its second epoch, and the state that it left."""
+    """A training that was interrupted after its second epoch, and the state that it left."""
     found, digest = load_sequences(data, torch.device("cpu"))
     begun = Training(planned(settings, data), found, digest, run)
     steps = begun.epochs()
@@ -186,27 +182,27 @@ def states(run: Path, settings: dict[str, Any], data: Path) -> tuple[Training, P
 @pytest.mark.parametrize(
     "damage", ["bit of a tensor", "bit of the history", "bit of the header", "cut", "text", "empty"]
 )
-def test_a_damaged_state_is_named_and_the_training_starts_anew(damage: str, data: Path, tmp_path: Path) -> None:
+def test_a_damaged_state_is_named_and_the_training_starts_again(damage: str, data: Path, tmp_path: Path) -> None:
     settings = config(epochs=3)
     whole = make_run(tmp_path / "whole", settings, data)
     finish(whole, data)
     run = make_run(tmp_path / "run", settings, data)
     _, state = states(run, settings, data)
     content = bytearray(state.read_bytes())
-    place = {
+    offsets = {
         "bit of a tensor": len(content) - 40,
         "bit of the history": content.index(b"hr@10") + 11,
         "bit of the header": 3,
     }
-    if damage in place:
-        content[place[damage]] ^= 1
+    if damage in offsets:
+        content[offsets[damage]] ^= 1
     state.write_bytes({"cut": content[:-9], "text": b"half of a file", "empty": b""}.get(damage, bytes(content)))
     done = finish(run, data)
     assert f"{state} is damaged" in done
     assert done.count("training starts at epoch 1") == 1
     assert "epoch 1/3" in done
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert lasting(read_jsonl(run / "history.jsonl")) == lasting(read_jsonl(whole / "history.jsonl"))
+    assert reproducible(read_jsonl(run / "history.jsonl")) == reproducible(read_jsonl(whole / "history.jsonl"))
 
 
 def test_a_state_that_does_not_fit_leaves_nothing_in_the_model(data: Path, tmp_path: Path) -> None:
@@ -224,8 +220,8 @@ def test_a_state_that_does_not_fit_leaves_nothing_in_the_model(data: Path, tmp_p
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_a_training_names_its_threads_and_those_it_went_on_with(data: Path, tmp_path: Path) -> None:
-    """On a CPU the sums in layer norm's gradients follow them."""
+def test_a_training_names_its_threads_and_those_it_resumed_with(data: Path, tmp_path: Path) -> None:
+    """On a CPU the sums in layer norm's gradients depend on them."""
     settings = config(epochs=3)
     run = make_run(tmp_path / "run", settings, data)
     begun, _ = states(run, settings, data)
@@ -294,7 +290,7 @@ def test_train_and_evaluate_need_torch_numpy_and_safetensors_alone(model: str, d
     assert (run / "metrics.json").is_file()
 
 
-def test_one_seed_one_model_and_another_seed_another(data: Path, tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_weights_and_other_seeds_others(data: Path, tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / name, config(epochs=1) | {"seed": seed}, data)
         for name, seed in [("a", 3), ("b", 3), ("c", 4)]
@@ -402,12 +398,12 @@ def entries(content: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 def changed(content: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
     """A copy without the entry, or with another value that is given as a list of one."""
     copy = json.loads(json.dumps(content))
-    place = copy
+    entry = copy
     for key in path[:-1]:
-        place = place[key]
-    del place[path[-1]]
+        entry = entry[key]
+    del entry[path[-1]]
     if value:
-        place[path[-1]] = value[0]
+        entry[path[-1]] = value[0]
     return copy
 
 
@@ -425,7 +421,7 @@ def test_a_missing_or_wrong_entry_of_a_config_is_named(row: str, tmp_path: Path)
         {"label"} | ({"dqk", "dv"} if kind != "hstu" else set()) | ({"blocks", "heads"} if kind == "gru4rec" else set())
     )
     texts = {("experiment",), ("dataset",), ("row",), ("protocol", "name")}
-    optional = {"patience", "watch_every", "items"}
+    optional = {"patience", "eval_every", "items"}
     for path in entries(settings):
         if path[0] == "model" and path[-1] in unread:
             continue
@@ -464,7 +460,7 @@ def test_nothing_is_deleted_or_trained_before_every_run_is_checked(wrong: str, d
     assert contents(good) == results
 
 
-def test_a_run_that_fails_ends_no_other_of_the_command(data: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
     """Of one item gBCE has no sampling rate: an error that is not of our own kind, in the middle of a training."""
     one_item = write_processed(tmp_path / "data", [5, 6, 5], 80)
     tensors = load_file(one_item / "sequences.safetensors")
@@ -486,9 +482,7 @@ def test_a_run_that_fails_ends_no_other_of_the_command(data: Path, tmp_path: Pat
     assert all((run / "training.json").is_file() for run in others)
 
 
-def test_a_run_that_cannot_be_evaluated_ends_no_other_of_the_command(
-    evaluated: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_cannot_be_evaluated_does_not_stop_the_others(evaluated: Path, data: Path, tmp_path: Path) -> None:
     run, bad = shutil.copytree(evaluated, tmp_path / "run"), make_run(tmp_path / "bad", config(), data)
     (run / "metrics.json").unlink()
     line = fails("evaluate", bad, data, "--run", str(run))

@@ -1,4 +1,4 @@
-"""The training engine: static shapes change no number, and runs end alike alone, together, unbroken and resumed."""
+"""The training loop: static shapes change no result, and a run ends alike alone, with others, and resumed."""
 
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from steps.common.files import read_json, write_json
 from steps.data.sequences import Sequences, load_sequences
+from steps.data.split import HeldOut
 from steps.evaluation.metrics import Ranks, metric_values
 from steps.evaluation.ranks import Ranker, Rules, rank
 from steps.models import SequenceModel, losses
@@ -20,9 +21,9 @@ from steps.models.gru4rec import GRU4Rec
 from steps.training import states
 from steps.training.loop import Training, train_together
 from steps.training.steps import bucket_size
-from steps.training.watching import Watch
+from steps.training.validation import Validation
 from tests.conftest import ROOT, write_processed
-from tests.steps.runs import PAPER, config, lasting, planned
+from tests.steps.runs import PAPER, config, planned, reproducible
 from tests.steps.test_models import MAX_LEN, make, sequences
 
 LOSSES = {
@@ -38,9 +39,11 @@ MODELS = ["hstu", "hstu-softmax", "sasrec", "transformer++", "bert4rec"]
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the first tokens of any batch see the same negatives."""
     torch.manual_seed(9)
-    drawn = torch.randint(1, 50, (5000, 7))
-    monkeypatch.setattr(losses, "_uniform", lambda tokens, count, *_: drawn[:tokens, :count])
-    monkeypatch.setattr(losses, "_places", lambda targets, count, real: drawn[: len(targets), :count] % 40)
+    sampled = torch.randint(1, 50, (5000, 7))
+    monkeypatch.setattr(losses, "_sample_negatives", lambda tokens, count, *_: sampled[:tokens, :count])
+    monkeypatch.setattr(
+        losses, "_sample_indices", lambda targets, count, token_mask: sampled[: len(targets), :count] % 40
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,17 +56,20 @@ def test_padding_changes_neither_loss_nor_gradients(
     same_draws(monkeypatch)
     model = make(name, loss={"name": loss} | LOSSES[loss])
     data = sequences([9, 3, 40, 220, 2])
-    users, drop = torch.tensor([3, 0, 4, 2, 1]), torch.zeros(5, dtype=torch.int64)
+    users, num_held_out = torch.tensor([3, 0, 4, 2, 1]), torch.zeros(5, dtype=torch.int64)
     if name == "bert4rec":  # the same items masked, whatever lies behind them
         monkeypatch.setattr(
-            model, "_choose", lambda offsets, total: (torch.arange(total) % 5 == 0) | (torch.arange(total) == 3)
+            model, "_sample_mask", lambda offsets, total: (torch.arange(total) % 5 == 0) | (torch.arange(total) == 3)
         )
     found = []
-    lengths = data.window_lengths(torch.arange(5), drop, MAX_LEN)
-    ((layout, given),) = model.static_steps(lengths, users, MAX_LEN, 5, bucket)
-    assert layout.tokens % bucket == 0
-    assert 0 <= layout.tokens - int(lengths.sum()) < bucket
-    for value in (model.loss(data.batch(users, drop, MAX_LEN)), model.static_loss(data, drop, layout, given)):
+    lengths = data.window_lengths(torch.arange(5), num_held_out, MAX_LEN)
+    ((shape, inputs),) = model.static_steps(lengths, users, MAX_LEN, 5, bucket)
+    assert shape.num_tokens % bucket == 0
+    assert 0 <= shape.num_tokens - int(lengths.sum()) < bucket
+    for value in (
+        model.loss(data.batch(users, num_held_out, MAX_LEN)),
+        model.static_loss(data, num_held_out, shape, inputs),
+    ):
         model.zero_grad()
         value.backward()
         found.append([value.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
@@ -72,16 +78,16 @@ def test_padding_changes_neither_loss_nor_gradients(
 
 
 @pytest.mark.parametrize("bucket", [1, 10, 25])
-def test_padding_lies_in_rows_of_its_own(bucket: int) -> None:
+def test_padding_has_sequences_of_its_own(bucket: int) -> None:
     data, users = sequences([9, 3, 14]), torch.tensor([2, 0])
-    drop = torch.ones(3, dtype=torch.int64)
+    num_held_out = torch.ones(3, dtype=torch.int64)
     model = make("sasrec")
-    ((layout, _),) = model.static_steps(data.window_lengths(torch.arange(3), drop, 10), users, 10, 2, bucket)
-    whole, padded = data.batch(users, drop[users], 10), data.padded_batch(users, drop[users], layout)
+    ((shape, _),) = model.static_steps(data.window_lengths(torch.arange(3), num_held_out, 10), users, 10, 2, bucket)
+    whole, padded = data.batch(users, num_held_out[users], 10), data.padded_batch(users, num_held_out[users], shape)
     tokens = len(whole.item)
-    assert len(padded.item) == layout.tokens == int(padded.offsets[-1])
-    assert padded.real is not None
-    assert padded.real.tolist() == [True] * tokens + [False] * (layout.tokens - tokens)
+    assert len(padded.item) == shape.num_tokens == int(padded.offsets[-1])
+    assert padded.token_mask is not None
+    assert padded.token_mask.tolist() == [True] * tokens + [False] * (shape.num_tokens - tokens)
     for name in ("item", "timestamp", "next_item", "next_timestamp"):
         assert torch.equal(getattr(padded, name)[:tokens], getattr(whole, name))
         assert not getattr(padded, name)[tokens:].any()
@@ -99,17 +105,17 @@ def test_gru4rec_has_the_same_events_in_static_shape(monkeypatch: pytest.MonkeyP
     model = make("gru4rec")
     assert isinstance(model, GRU4Rec)
     data, order = sequences([9, 3, 14, 5, 5, 7, 2]), torch.tensor([6, 2, 0, 1, 5, 4, 3])
-    drop = torch.zeros(7, dtype=torch.int64)
-    drawn = data.item[:30].clone()
-    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: drawn)
-    monkeypatch.setattr(torch, "searchsorted", lambda *_, **__: drawn)
-    groups = model.static_steps(data.window_lengths(torch.arange(7), drop, 10), order, 10, 3, 1)
-    steps = [(layout, part) for layout, group in groups for part in model.parts(layout, group)]
-    eager = list(model.losses(data, order, drop, 10, 3))
+    num_held_out = torch.zeros(7, dtype=torch.int64)
+    sampled = data.item[:30].clone()
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: sampled)
+    monkeypatch.setattr(torch, "searchsorted", lambda *_, **__: sampled)
+    groups = model.static_steps(data.window_lengths(torch.arange(7), num_held_out, 10), order, 10, 3, 1)
+    steps = [(shape, part) for shape, group in groups for part in model.micro_steps(shape, group)]
+    eager = list(model.losses(data, order, num_held_out, 10, 3))
     assert len(eager) == len(steps)
-    for value, (layout, given) in zip(eager, steps, strict=True):
+    for value, (shape, inputs) in zip(eager, steps, strict=True):
         found = []
-        for one in (value, model.static_loss(data, drop, layout, given)):
+        for one in (value, model.static_loss(data, num_held_out, shape, inputs)):
             model.zero_grad()
             one.backward()
             found.append([one.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
@@ -119,16 +125,19 @@ def test_gru4rec_has_the_same_events_in_static_shape(monkeypatch: pytest.MonkeyP
 
 def test_gru4rec_draws_by_popularity() -> None:
     model = make("gru4rec", samples=40_000)
-    data, drop = sequences([200] * 5), torch.zeros(5, dtype=torch.int64)
-    layout, group = model.static_steps(data.window_lengths(torch.arange(5), drop, 10), torch.arange(5), 10, 5, 1)[0]
-    given = model.parts(layout, group)[0]
+    data, num_held_out = sequences([200] * 5), torch.zeros(5, dtype=torch.int64)
+    shape, group = model.static_steps(
+        data.window_lengths(torch.arange(5), num_held_out, 10), torch.arange(5), 10, 5, 1
+    )[0]
+    inputs = model.micro_steps(shape, group)[0]
     seen: list[torch.Tensor] = []
     logits = model._logits
-    model._logits = lambda hidden, targets, drawn, counts: (seen.append(drawn), logits(hidden, targets, drawn, counts))[
-        1
-    ]
-    model.static_loss(data, drop, layout, given)
-    expected = data.counts(drop).double() ** 0.5
+    model._logits = lambda hidden, targets, sampled, counts: (
+        seen.append(sampled),
+        logits(hidden, targets, sampled, counts),
+    )[1]
+    model.static_loss(data, num_held_out, shape, inputs)
+    expected = data.counts(num_held_out).double() ** 0.5
     share = torch.bincount(seen[0], minlength=len(expected)) / 40_000
     torch.testing.assert_close(share.double(), expected / expected.sum(), rtol=0, atol=0.004)
 
@@ -155,10 +164,10 @@ def test_low_precision_is_near_full_and_states_stay_float32(name: str) -> None:
     model, data = make(name, torch.float32), sequences([9, 30])
     batch = data.batch(torch.arange(2), torch.zeros(2, dtype=torch.int64), MAX_LEN)
     full = model.encode(batch)
-    model.compute = torch.bfloat16
+    model.compute_dtype = torch.bfloat16
     low = model.encode(batch)
     assert low.dtype == torch.float32
-    assert torch.equal(full, low) != model.takes_low_precision
+    assert torch.equal(full, low) != model.supports_low_precision
     assert torch.nn.functional.cosine_similarity(full, low).mean() > 0.99
     model.train().loss(batch).backward()
     assert all(parameter.grad is None or parameter.grad.dtype == torch.float32 for parameter in model.parameters())
@@ -176,36 +185,41 @@ def training(data: Path, run: Path, device: str = "cpu", static: bool = True, **
 
 
 def compare_compiled(
-    model: SequenceModel, data: Sequences, drop: torch.Tensor, layout: Any, given: torch.Tensor, tolerance: float
+    model: SequenceModel,
+    data: Sequences,
+    num_held_out: torch.Tensor,
+    shape: Any,
+    inputs: torch.Tensor,
+    tolerance: float,
 ) -> None:
     """Loss and gradients of the compiled blocks and of the eager ones; tolerance: a share of the largest gradient.
 
-    Some, as of SASRec's key biases, are nothing but rounding.
+    Some gradients, as those of SASRec's key biases, are only rounding errors.
     """
     model.compile_blocks()
-    for part in model.parts(layout, given)[:3]:
+    for micro_step in model.micro_steps(shape, inputs)[:3]:
         found = []
         for stance in ("default", "force_eager"):
             model.zero_grad()
             torch.manual_seed(1)
             with model.frozen(), torch.compiler.set_stance(stance):
-                loss = model.static_loss(data, drop, layout, part)
+                loss = model.static_loss(data, num_held_out, shape, micro_step)
                 loss.backward()
             found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-        model.static_loss(data, drop, layout, part)  # after which lanes go on
+        model.static_loss(data, num_held_out, shape, micro_step)  # so that lanes have a state
         largest = max(float(eager.abs().max()) for eager in found[1])
         for ours, eager in zip(*found, strict=True):
             torch.testing.assert_close(ours, eager, rtol=0, atol=tolerance * largest)
 
 
 def same(first: Training, second: Training) -> None:
-    assert lasting(first.history) == lasting(second.history)
+    assert reproducible(first.history) == reproducible(second.history)
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
 
 def train(*runs: Training) -> dict[int, Exception]:
-    """Train all to their end; returns those that failed, by their place."""
+    """Train all to their end; returns the errors of those that failed, by index."""
     return {index: error for index, error in train_together(list(runs)) if error}
 
 
@@ -229,7 +243,7 @@ def test_a_rowwise_table_keeps_two_bytes_a_float_and_four_a_row(data: Path, tmp_
     assert kept == [pytest.approx(12, abs=0.01), 2 + 4 / 16]
 
 
-def test_a_run_that_fails_stops_no_other(data: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
     diverges = config(epochs=2, optimizer={"lr": 1e30, "betas": [0.9, 0.98], "weight_decay": 0.0})
     runs = [training(data, tmp_path / "a", settings=diverges), training(data, tmp_path / "b")]
     assert list(train(*runs)) == [0]
@@ -242,13 +256,13 @@ def test_a_run_that_ends_need_not_wait_for_the_others(data: Path, tmp_path: Path
     assert runs[0].done < 4
 
 
-def goes_on_to_the_same_end(data: Path, folder: Path, device: str, settings: dict[str, Any], static: bool) -> None:
+def resumes_to_the_same_end(data: Path, folder: Path, device: str, settings: dict[str, Any], static: bool) -> None:
     whole = training(data, folder / "whole", device, static, settings=settings)
     train(whole)
     broken = training(data, folder / "broken", device, static, settings=settings)
     steps = broken.epochs()
     while len(broken.history) < 2:
-        with broken.place.entered():
+        with broken.stream.active():
             next(steps)
     broken._states.finish()
     resumed = training(data, folder / "broken", device, static, settings=settings)
@@ -260,8 +274,8 @@ def goes_on_to_the_same_end(data: Path, folder: Path, device: str, settings: dic
 
 
 @pytest.mark.parametrize(("name", "static"), [("hstu", False), ("hstu", True), ("hstu-rowwise", True)])
-def test_a_state_goes_on_to_the_same_end(name: str, static: bool, data: Path, tmp_path: Path) -> None:
-    goes_on_to_the_same_end(data, tmp_path, "cpu", config(name, epochs=3), static)
+def test_a_resumed_training_ends_as_an_uninterrupted_one(name: str, static: bool, data: Path, tmp_path: Path) -> None:
+    resumes_to_the_same_end(data, tmp_path, "cpu", config(name, epochs=3), static)
 
 
 def test_a_finished_state_still_says_how_long_a_step_took(data: Path, tmp_path: Path) -> None:
@@ -293,11 +307,11 @@ def test_a_run_of_the_fixed_schedule_has_no_patience(data: Path, tmp_path: Path)
     assert len(one.history) == 6
 
 
-def test_watching_less_often_changes_nothing_but_the_history(data: Path, tmp_path: Path) -> None:
+def test_evaluating_less_often_changes_only_the_history(data: Path, tmp_path: Path) -> None:
     settings = config(epochs=7)
     settings["protocol"] = settings["protocol"] | {"report": "last"}
     often = training(data, tmp_path / "often", settings=settings)
-    fewer = settings | {"training": settings["training"] | {"watch_every": 3}}
+    fewer = settings | {"training": settings["training"] | {"eval_every": 3}}
     seldom = training(data, tmp_path / "seldom", settings=fewer)
     train(often, seldom)
     assert [line["epoch"] for line in seldom.history] == [3, 6, 7]
@@ -323,7 +337,9 @@ def deterministic() -> Iterator[None]:
 def test_captured_steps_are_eager_steps(name: str, data: Path, tmp_path: Path) -> None:
     settings = config(name, epochs=2)
     runs = [
-        training(data, tmp_path / str(capture), "cuda", settings=settings, capture=capture, compute=torch.bfloat16)
+        training(
+            data, tmp_path / str(capture), "cuda", settings=settings, capture=capture, compute_dtype=torch.bfloat16
+        )
         for capture in (True, False)
     ]
     for run in runs:
@@ -349,17 +365,17 @@ def test_captured_runs_together_end_as_alone(name: str, data: Path, tmp_path: Pa
 @pytest.mark.gpu
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("name", ["hstu", "sasrec", "gru4rec", "bert4rec", "hstu-rowwise"])
-def test_a_captured_state_goes_on_to_the_same_end(
+def test_a_resumed_captured_training_ends_as_an_uninterrupted_one(
     name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(states, "_SECONDS_APART", 0.0)
-    goes_on_to_the_same_end(data, tmp_path, "cuda", config(name, epochs=3), static=True)
+    monkeypatch.setattr(states, "_MIN_INTERVAL_S", 0.0)
+    resumes_to_the_same_end(data, tmp_path, "cuda", config(name, epochs=3), static=True)
 
 
-def watched(run: Training) -> dict[str, Any]:
-    """What a watch that never saw a graph says of the run's model."""
-    with run.place.entered():
-        return Watch(run.model, run.config, run.sequences, run.holdout)()
+def validated(run: Training) -> dict[str, Any]:
+    """The metrics of the run's model, from a new validation without a graph."""
+    with run.stream.active():
+        return Validation(run.model, run.config, run.sequences, run.split)()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -367,21 +383,21 @@ def watched(run: Training) -> dict[str, Any]:
 def test_the_last_line_of_a_history_is_what_the_model_scores(
     name: str, device: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On CUDA its evaluation is a graph of an earlier epoch's."""
+    """On CUDA the evaluation is a graph that was captured after an earlier epoch."""
     settings = config(name, epochs=5) | {"protocol": PAPER}
     run = training(data, tmp_path / "run", device, settings=settings)
     train(run)
     assert run.history[1]["test/mrr"] != run.history[4]["test/mrr"]
-    for key, value in watched(run).items():
+    for key, value in validated(run).items():
         if "seconds" not in key:
             assert run.history[-1][key] == pytest.approx(value, abs=2e-6), key
     assert "without a CUDA graph" not in capsys.readouterr().out
-    assert (run._watch._replay is not None) == (device == "cuda")
+    assert (run._validation._replay is not None) == (device == "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("deterministic")
-def test_a_run_goes_on_as_before_where_no_graph_holds_its_evaluation(
+def test_a_run_continues_where_no_graph_can_hold_its_evaluation(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = training(data, tmp_path / "whole", "cuda")
@@ -391,7 +407,7 @@ def test_a_run_goes_on_as_before_where_no_graph_holds_its_evaluation(
         assert int(ranks.best.min()) >= 1
         return metric_values(ranks)
 
-    monkeypatch.setattr("steps.training.watching.metric_values", waits)
+    monkeypatch.setattr("steps.training.validation.metric_values", waits)
     broken = training(data, tmp_path / "broken", "cuda")
     train(broken)
     assert capsys.readouterr().out.count("without a CUDA graph") == 1
@@ -401,14 +417,14 @@ def test_a_run_goes_on_as_before_where_no_graph_holds_its_evaluation(
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*MODELS, "gru4rec"])
 def test_compiled_blocks_are_eager_blocks(name: str) -> None:
-    model, given = make(name, torch.float32).cuda(), sequences([9, 3, 14, 5, 5, 7, 2])
-    data = Sequences(given.offsets.cuda(), given.item.cuda(), given.timestamp.cuda(), given.num_items)
-    drop = torch.zeros(7, dtype=torch.int64)
-    lengths = given.window_lengths(torch.arange(7), drop, MAX_LEN)
-    layout, users = model.static_steps(lengths, torch.arange(7), MAX_LEN, 7, 8)[0]
+    model, on_cpu = make(name, torch.float32).cuda(), sequences([9, 3, 14, 5, 5, 7, 2])
+    data = Sequences(on_cpu.offsets.cuda(), on_cpu.item.cuda(), on_cpu.timestamp.cuda(), on_cpu.num_items)
+    num_held_out = torch.zeros(7, dtype=torch.int64)
+    lengths = on_cpu.window_lengths(torch.arange(7), num_held_out, MAX_LEN)
+    shape, users = model.static_steps(lengths, torch.arange(7), MAX_LEN, 7, 8)[0]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compare_compiled(model, data, drop.cuda(), layout, users, 1e-3)
+    compare_compiled(model, data, num_held_out.cuda(), shape, users, 1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
@@ -451,34 +467,34 @@ def test_torch_compile_takes_the_blocks_once_for_all_sizes(name: str, monkeypatc
     monkeypatch.setattr(torch, "compile", lambda *model, **options: real(*model, **options | fixed))
     torch._dynamo.reset()
     model, data = make(name).train(), sequences([9, 3, 14, 5, 5, 7, 2])
-    drop = torch.zeros(7, dtype=torch.int64)
-    lengths = data.window_lengths(torch.arange(7), drop, MAX_LEN)
+    num_held_out = torch.zeros(7, dtype=torch.int64)
+    lengths = data.window_lengths(torch.arange(7), num_held_out, MAX_LEN)
     counts = []
     for order in (torch.tensor([6, 2, 0]), torch.tensor([1, 5, 4]), torch.tensor([0, 1, 3])):
-        ((layout, given), *_) = model.static_steps(lengths, order, MAX_LEN, 3, 8)
-        compare_compiled(model, data, drop, layout, given, 1e-9)
+        ((shape, inputs), *_) = model.static_steps(lengths, order, MAX_LEN, 3, 8)
+        compare_compiled(model, data, num_held_out, shape, inputs, 1e-9)
         counts.append(graphs.frame_count)
     assert 1 <= counts[0] <= (5 if name == "bert4rec" else 3)  # its output is two graphs besides the blocks' three
     assert counts == counts[:1] * 3  # other sizes add none
 
 
 @pytest.mark.gpu
-def test_asking_waits_for_no_device_and_ranks_as_the_cpu(data: Path, tmp_path: Path) -> None:
+def test_ranking_does_not_wait_for_the_device_and_agrees_with_the_cpu(data: Path, tmp_path: Path) -> None:
     one = training(data, tmp_path / "run", "cuda")
-    questions = one.holdout.questions["valid"]
+    held_out = one.split.held_out["valid"]
     rules = [Rules("rated", "history"), Rules("catalogue", "window")]
-    ranker = Ranker(one.sequences, questions, rules, 20, 16)
-    ranker.ask(one.model)  # kernels are compiled
+    ranker = Ranker(one.sequences, held_out, rules, 20, 16)
+    ranker.rank(one.model)  # kernels are compiled
     torch.cuda.set_sync_debug_mode("error")
     try:
-        finite, whole = ranker.ask(one.model)
+        finite, whole = ranker.rank(one.model)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert finite
     small = rank(
         one.model.cpu(),
         load_sequences(data, torch.device("cpu"))[0],
-        type(questions)(questions.users.cpu(), questions.drop.cpu()),
+        HeldOut(held_out.users.cpu(), held_out.num_after.cpu()),
         rules,
         20,
         16,
@@ -491,8 +507,8 @@ def test_asking_waits_for_no_device_and_ranks_as_the_cpu(data: Path, tmp_path: P
 @pytest.mark.parametrize("name", ["bert4rec", "sasrec"])
 def test_attention_in_low_precision_is_fused_and_not_cudnns(name: str, data: Path, tmp_path: Path) -> None:
     settings = config(name, dim=50, heads=1)
-    run = training(data, tmp_path / "run", "cuda", settings=settings, compute=torch.bfloat16, capture=False)
-    with run.place.entered():
+    run = training(data, tmp_path / "run", "cuda", settings=settings, compute_dtype=torch.bfloat16, capture=False)
+    with run.stream.active():
         users = torch.arange(5, device="cuda")
         batch = run.sequences.batch(users, torch.zeros_like(users), 20)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

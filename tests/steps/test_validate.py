@@ -137,7 +137,7 @@ def test_preprocess_refuses_tables_that_validate_did_not_write(project: Path, na
 
 
 def test_an_item_that_stands_twice_is_refused(project: Path) -> None:
-    assert "stands twice" in validate(project, rows(1), MOVIES + "3::Again::Drama\n")
+    assert "occurs twice" in validate(project, rows(1), MOVIES + "3::Again::Drama\n")
 
 
 def change(project: Path, **changes: Any) -> None:
@@ -165,7 +165,7 @@ def test_ids_are_texts_where_a_late_one_is_no_number(project: Path) -> None:
     """As ISBNs are, of which one in eleven ends in X."""
     isbns = [f"{1000 + number}" for number in range(119)] + ["000100039X"]
     movies = "".join(f"{isbn}::Book::Drama\n" for isbn in isbns)
-    assert validate(project, [f"1::{isbn}::5::{place}" for place, isbn in enumerate(isbns)], movies) == ""
+    assert validate(project, [f"1::{isbn}::5::{time}" for time, isbn in enumerate(isbns)], movies) == ""
     frame = pl.read_parquet(project / "data/valid/demo/interactions.parquet")
     assert (frame.schema["user"], frame.schema["item"]) == (pl.Int64, pl.String)
     assert frame["item"].to_list() == isbns
@@ -174,7 +174,7 @@ def test_ids_are_texts_where_a_late_one_is_no_number(project: Path) -> None:
 def test_leading_zeros_tell_ids_apart(project: Path) -> None:
     movies = [str(movie) for movie in range(1, 20)] + ["007", "0007"]
     catalogue = "".join(f"{movie}::Movie::Drama\n" for movie in movies)
-    assert validate(project, [f"1::{movie}::5::{place}" for place, movie in enumerate(movies)], catalogue) == ""
+    assert validate(project, [f"1::{movie}::5::{time}" for time, movie in enumerate(movies)], catalogue) == ""
     assert pl.read_parquet(project / "data/valid/demo/interactions.parquet")["item"].n_unique() == 21
 
 

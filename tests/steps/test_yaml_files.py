@@ -49,7 +49,7 @@ def test_a_word_is_what_yaml_1_2_says(text: str, value: Any) -> None:
     [("a: 1\nb: 2\na: 3\n", 3, "a"), ("- {x: 1, x: 1}\n", 1, "x"), ("p: &p {a: 1}\nq:\n  <<: *p\n  <<: *p\n", 4, "<<")],
 )
 def test_a_key_that_stands_twice_is_an_error(text: str, line: int, key: str) -> None:
-    with pytest.raises(StepError, match=f"^params/x.yaml, line {line}: key {key} stands twice$"):
+    with pytest.raises(StepError, match=f"^params/x.yaml, line {line}: key {key} occurs twice$"):
         yaml_files.parse(text, "params/x.yaml")
 
 

@@ -1,4 +1,4 @@
-"""Where a run computes: its own CUDA stream and random numbers, so that several runs share a GPU without a trace."""
+"""A CUDA stream and a random generator for each run, so that runs that share a GPU do not change each other."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,26 +9,28 @@ import torch
 T = TypeVar("T")
 
 
-class Place:
-    """A device as one run sees it. On the CPU, where runs follow one another, nothing is set apart."""
+class RunStream:
+    """The CUDA stream and the random generator of one run. On a CPU, where runs follow one another, it does nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
             self.stream.wait_stream(torch.cuda.current_stream(device))  # which loads the data
-            self._random = torch.Generator(device)
+            self._generator = torch.Generator(device)
             self._failed: list[torch.cuda.CUDAGraph] = []
 
-    def capture(self, work: Callable[[], T], pool: Any = None, draws: bool = True) -> tuple[torch.cuda.CUDAGraph, T]:
-        """`work` as a graph, and the tensors it returned, which every replay fills anew.
+    def capture(
+        self, work: Callable[[], T], pool: Any = None, uses_random: bool = True
+    ) -> tuple[torch.cuda.CUDAGraph, T]:
+        """Capture `work` as a CUDA graph. Returns the graph, and the result of `work`: tensors that a replay rewrites.
 
-        pool: of memory that graphs share which never run at once. draws: whether `work` takes random numbers.
-        Raises RuntimeError for work that no graph can hold. Lost then are the pool, where `work` draws also graphs
-        captured before, and, in torch 2.11, the returning of cached memory to the device.
+        pool: the memory pool of graphs that never run at the same time. uses_random: whether `work` draws random
+        numbers. Raises RuntimeError if a CUDA graph cannot hold `work`. The pool cannot be used then, nor, if `work`
+        draws random numbers, the graphs captured before; and torch 2.11 no longer returns cached memory to the device.
         """
         graph, default = torch.cuda.CUDAGraph(), _default_generator(self.device)
-        if not draws:  # so that the generator of graphs that do is not lost where this capture fails
+        if not uses_random:  # so that a capture that fails does not break the generator of the other graphs
             default.graphsafe_set_state(torch.Generator(self.device))
         try:
             # The thread that writes states may use the device meanwhile.
@@ -36,26 +38,26 @@ class Place:
                 return graph, work()
         except RuntimeError:
             self._failed.append(graph)  # kept, as torch 2.11 takes a new graph at the same address for this one
-            if draws:  # a generator whose capture failed may believe that it is still captured
-                self._random = torch.Generator(self.device)
+            if uses_random:  # torch may still take the generator of a failed capture for one in capture
+                self._generator = torch.Generator(self.device)
             raise
         finally:
-            default.graphsafe_set_state(self._random)
+            default.graphsafe_set_state(self._generator)
 
     def wait(self) -> None:
-        """Wait for all that the run has queued, so that other streams may read it."""
+        """Wait until all work of the run is done, so that other streams may read its results."""
         if self.device.type == "cuda":
             self.stream.synchronize()
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Work is queued on the run's stream and draws from the run's generator. Not to be held across a `yield`."""
+    def active(self) -> Iterator[None]:
+        """Within it work is queued on the run's stream and uses its generator. Never `yield` within it."""
         if self.device.type != "cuda":
             yield
             return
         generator = _default_generator(self.device)
         before = generator.graphsafe_get_state()
-        generator.graphsafe_set_state(self._random)
+        generator.graphsafe_set_state(self._generator)
         try:
             with torch.cuda.stream(self.stream):
                 yield
