@@ -23,7 +23,7 @@ from steps.data.sequences import load_sequences
 from steps.models import build
 from steps.models.checkpoint import State, load_weights, read_state, save_weights, write_state
 from steps.training.loop import Training, reported_epoch
-from tests.conftest import ROOT, write_processed
+from tests.conftest import ROOT, step, write_processed
 from tests.steps.runs import PAPER, config, planned, reproducible
 
 
@@ -38,8 +38,7 @@ def make_run(folder: Path, settings: dict[str, Any], data: Path) -> Path:
 
 def finish(run: Path, data: Path, *more: str) -> str:
     """Train a run; returns what it printed."""
-    deterministic = command("train", run, data, "--deterministic", "--device", "cpu", *more)
-    return subprocess.run(deterministic, check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    return step("train", "--run", run, "--data", data, "--deterministic", "--device", "cpu", *more, cwd=ROOT).stdout
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +65,7 @@ def test_a_killed_training_ends_with_the_bytes_of_an_uninterrupted_one(model: st
     process.wait()
     # Nothing that looks finished, but a state to resume from.
     assert sorted(path.name for path in killed.iterdir()) == ["config.json", "resume"]
-    again = subprocess.run(
-        command("train", killed, data, "--deterministic", "--device", "cpu"),
-        check=True,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    again = step("train", "--run", killed, "--data", data, "--deterministic", "--device", "cpu", cwd=ROOT)
     assert "resuming after epoch" in again.stdout
     assert "epoch 1/12" not in again.stdout
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -118,7 +111,7 @@ def test_a_resumed_training_names_every_commit(data: Path, tmp_path: Path, monke
 def test_earlier_results_stay_until_new_ones_are_written_and_are_not_taken_for_them(data: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", config(epochs=1), data)
     finish(run, data)
-    subprocess.run(command("evaluate", run, data), check=True, cwd=ROOT)
+    step("evaluate", "--run", run, "--data", data, cwd=ROOT)
     results = contents(run)
     assert "metrics.json" in results
     diverges = config(epochs=2, optimizer={"lr": 1e18, "betas": [0.9, 0.98], "weight_decay": 0.0})
@@ -139,7 +132,7 @@ def contents(run: Path) -> dict[str, bytes]:
 
 def fails(name: str, run: Path, data: Path, *more: str) -> str:
     """The one line on stderr of a step that fails."""
-    found = subprocess.run(command(name, run, data, *more), check=False, cwd=ROOT, capture_output=True, text=True)
+    found = step(name, "--run", run, "--data", data, *more, check=False, cwd=ROOT)
     assert found.returncode == 1, found.stdout
     assert len(found.stderr.splitlines()) == 1, found.stderr
     assert "--debug" not in found.stderr, found.stderr
@@ -150,7 +143,7 @@ def test_a_model_is_not_evaluated_on_other_data(data: Path, tmp_path: Path) -> N
     run = make_run(tmp_path / "run", config("popular", epochs=1), data)
     finish(run, data)
     other = write_processed(tmp_path / "other", [9 + user % 17 for user in range(150)], 80, seed=1)
-    evaluated = subprocess.run(command("evaluate", run, other), cwd=ROOT, capture_output=True, text=True, check=False)
+    evaluated = step("evaluate", "--run", run, "--data", other, check=False, cwd=ROOT)
     assert evaluated.returncode == 1
     assert "other sequences" in evaluated.stderr
     assert not (run / "metrics.json").exists()
@@ -160,9 +153,7 @@ def test_a_device_that_is_not_there_is_one_clear_line(data: Path, tmp_path: Path
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     run = make_run(tmp_path / "run", config(epochs=1), data)
-    failed = subprocess.run(
-        command("train", run, data, "--device", "cuda"), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    failed = step("train", "--run", run, "--data", data, "--device", "cuda", check=False, cwd=ROOT)
     assert (failed.returncode, len(failed.stderr.splitlines())) == (1, 1)
     assert "no CUDA device" in failed.stderr
 
@@ -304,7 +295,7 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_others(data: Path, tmp_p
 
 def test_divergence_is_one_line_and_leaves_no_weights(data: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", config(optimizer={"lr": 1e30, "betas": [0.9, 0.98], "weight_decay": 0.0}), data)
-    result = subprocess.run(command("train", run, data), check=False, cwd=ROOT, capture_output=True, text=True)
+    result = step("train", "--run", run, "--data", data, check=False, cwd=ROOT)
     assert result.returncode == 1
     assert "training diverged; lower the learning rate" in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -315,7 +306,7 @@ def test_weights_of_another_model_are_refused(data: Path, tmp_path: Path) -> Non
     run = make_run(tmp_path / "run", config(epochs=1), data)
     finish(run, data)
     make_run(run, config("sasrec", epochs=1), data)
-    result = subprocess.run(command("evaluate", run, data), check=False, cwd=ROOT, capture_output=True, text=True)
+    result = step("evaluate", "--run", run, "--data", data, check=False, cwd=ROOT)
     assert result.returncode == 1
     assert "config.json is not the config that" in result.stderr
     assert not (run / "metrics.json").exists()
@@ -332,10 +323,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "preprocess": ["--dataset", "demo", "--valid", folder / "valid", "--output", folder / "processed"],
     }
     for name, values in arguments.items():
-        environment = {"HSTU_DATA_MIRROR": str(folder / "mirror"), "PATH": "/usr/bin:/bin"}
-        subprocess.run(
-            [sys.executable, "-m", f"steps.{name}", *map(str, values)], check=True, cwd=ROOT, env=environment
-        )
+        step(name, *values, cwd=ROOT, HSTU_DATA_MIRROR=str(folder / "mirror"))
     return folder / "processed"
 
 
@@ -472,9 +460,7 @@ def test_a_run_that_fails_does_not_stop_the_others(data: Path, tmp_path: Path) -
     bad = make_run(tmp_path / "bad", config("sasrec", PAPER, epochs=1, loss=loss), one_item)
     others = [make_run(tmp_path / name, config(name, PAPER, epochs=1), one_item) for name in ("sasrec", "popular")]
     runs = [str(run) for run in others]
-    found = subprocess.run(
-        command("train", bad, one_item, "--run", *runs), check=False, cwd=ROOT, capture_output=True, text=True
-    )
+    found = step("train", "--run", bad, "--data", one_item, "--run", *runs, check=False, cwd=ROOT)
     assert found.returncode == 1
     assert len(found.stderr.splitlines()) == 1, found.stderr
     assert f"1 of 3 runs failed: {bad}: " in found.stderr
@@ -494,7 +480,7 @@ def test_a_run_that_cannot_be_evaluated_does_not_stop_the_others(evaluated: Path
 def evaluated(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("evaluated") / "run", config(epochs=1), data)
     finish(run, data)
-    subprocess.run(command("evaluate", run, data), check=True, cwd=ROOT)
+    step("evaluate", "--run", run, "--data", data, cwd=ROOT)
     return run
 
 
