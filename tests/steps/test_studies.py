@@ -182,6 +182,17 @@ def small(study: str, data: Path) -> dict[str, Any]:
     return plan
 
 
+def test_a_bare_gpu_machine_can_measure() -> None:
+    """All but preprocessing, whose measurement is of libraries that are not there."""
+    code = """
+import sys
+for name in ("yaml", "jsonschema", "polars", "pandera", "pyarrow", "matplotlib", "tabulate"):
+    sys.modules[name] = None  # an import of it fails
+import steps.study, steps.studies.kernels, steps.studies.null_models, steps.studies.training_speed
+"""
+    run("python", "-c", code, cwd=ROOT)
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_small_run_of_every_study_becomes_a_report(study: str, tmp_path: Path) -> None:
     write_json(tmp_path / "settings.json", small(study, tmp_path / "data"))
