@@ -51,10 +51,12 @@ environment.yml: constraints.txt  ## write conda's pins again from constraints.t
 dvc: $(INSTALLED)  ## write the list of runs that workflow/dvc.yaml goes through, after a change of params/
 	python -m workflow.generate
 
-tables: $(INSTALLED)  ## rebuild the tables of every committed record, and the pages that show them
+tables: $(INSTALLED)  ## rebuild the tables of every committed record, the studies', and the pages that show them
 	for e in $(patsubst reports/%/records,%,$(wildcard reports/*/records)); do \
 		python -m steps.tabulate --experiment $$e --runs reports/$$e/records --output reports/$$e && \
 		python -m steps.compare --experiment $$e --runs reports/$$e/records --output reports/$$e || exit 1; done
+	for s in $(patsubst reports/studies/%/rows.json,%,$(wildcard reports/studies/*/rows.json)); do \
+		python -m steps.report_study --study $$s --output reports/studies/$$s || exit 1; done
 	python -m steps.docs
 
 clean:  ## remove what runs made; data stays

@@ -1,4 +1,5 @@
-"""The full reproduction: `snakemake --cores 2` makes the demo, `snakemake --cores 2 ml-1m` an experiment by name."""
+"""The full reproduction: `snakemake --cores 2` makes the demo, `snakemake --cores 2 ml-1m` an experiment or a
+study by name."""
 
 from snakemake.utils import min_version
 
@@ -10,6 +11,7 @@ include: "workflow/rules/common.smk"
 
 wildcard_constraints:
     experiment=any_of(EXPERIMENTS),
+    study=any_of(STUDIES),
     dataset=any_of(DATASETS),
     model="[^/]+",
     protocol="[^/]+",
@@ -19,6 +21,7 @@ wildcard_constraints:
 include: "workflow/rules/data.smk"
 include: "workflow/rules/runs.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/studies.smk"
 
 
 for experiment in EXPERIMENTS:
@@ -30,6 +33,15 @@ for experiment in EXPERIMENTS:
         input:
             f"reports/{experiment}/mlflow.json",
             f"reports/{experiment}/table.md",
+
+
+for study in STUDIES:
+
+    rule:
+        name:
+            study
+        input:
+            f"reports/studies/{study}/table.md",
 
 
 workflow._prepare_dag = prepared(workflow._prepare_dag)

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from steps.common import params, yaml_files
+from steps.common.studies import PLUMBING
 from steps.docs import PAGES
 from steps.reporting.records import read_records, write_records
 from tests.conftest import ROOT, copy_project, run, step
 from workflow import generate
 
+STUDIES = params.studies(ROOT / "params")
 ROOMS = {"kernels": {"kernels"}, "steps": {"kernels", "steps"}}
 CUDA_ONLY = {"fbgemm-gpu", "nvidia-ml-py", "snakemake-executor-plugin-slurm", "snakemake-executor-plugin-slurm-jobstep"}
 
@@ -55,9 +57,9 @@ def test_arrows_between_rooms_point_one_way(room: str) -> None:
 
 
 def test_steps_talk_through_files_alone() -> None:
-    """No step imports another, but for the benchmark, which times what others do."""
+    """No step imports another; the study of preprocessing, which times what two of them do, is none."""
     names = {path.stem for path in (ROOT / "steps").glob("*.py")} - {"__init__"}
-    for name in names - {"benchmark"}:
+    for name in names:
         text = (ROOT / "steps" / f"{name}.py").read_text()
         imported = set(re.findall(r"^from steps\.(\w+) import", text, re.MULTILINE)) & names
         assert imported == set(), f"steps/{name}.py imports {imported}"
@@ -110,7 +112,7 @@ def snakemake_jobs(project: Path, *targets: str) -> dict[str, dict]:
         command = re.search(r"^(?:Shell command: |\s*)(python -m steps\..*?)(?: 2>&1 \| tee .*)?$", block, re.M)
         if "output" in fields:
             assert command, block
-            outputs = sorted(fields["output"])
+            outputs = sorted(name.removesuffix(" (update)") for name in fields["output"])
             jobs[outputs[0]] = {"rule": rule, "input": set(fields["input"]), "output": outputs, "command": command[1]}
     return jobs
 
@@ -124,7 +126,8 @@ repo = Repo()
 stages = [stage for file in sys.argv[1:] for stage in repo.stage.load_all(file)]
 def local(path): return str(__import__("os").path.relpath(path.fs_path))
 print(json.dumps([{"rule": stage.name, "command": stage.cmd, "output": sorted(map(local, stage.outs)),
-    "input": [local(dep) for dep in stage.deps if type(dep).__name__ == "Dependency"]} for stage in stages]))
+    "input": [local(dep) for dep in stage.deps
+              if type(dep).__name__ == "Dependency" or dep.def_path.startswith("data/")]} for stage in stages]))
 """
     return json.loads(run("python", "-c", code, *files, cwd=project).stdout)
 
@@ -171,7 +174,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     project = copy_project(tmp_path_factory.mktemp("graphs"))
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
     add_local_experiment(project)
-    targets = [*params.experiments(project / "params"), "null_models"]
+    targets = [*params.experiments(project / "params"), *STUDIES]
     stages = dvc_stages(project, ["workflow/dvc.yaml", "workflow/local/dvc.yaml"])
     return Graphs(project, snakemake_jobs(project, *targets), stages)
 
@@ -203,10 +206,6 @@ def test_both_orchestrators_have_the_same_graph(graphs: Graphs) -> None:
             )
 
 
-#: Code that every step has, and that changes how it runs, not what it makes.
-PLUMBING = {"cli", "files", "progress", "provenance", "yaml_files", "locks", "config"}
-
-
 def imported(path: Path, seen: set[Path]) -> set[Path]:
     """The project's Python files that a file imports, itself included, packages and plumbing not."""
     if path in seen or (path.parent.name == "common" and path.stem in PLUMBING):
@@ -224,10 +223,14 @@ def imported(path: Path, seen: set[Path]) -> set[Path]:
 
 
 @pytest.mark.parametrize(
-    "name", ["download", "validate", "preprocess", "plan", "train", "evaluate", "compare", "track"]
+    "name",
+    [
+        *("download", "validate", "preprocess", "plan", "train", "evaluate", "compare", "track"),
+        *("plan_study", "study", "report_study"),
+    ],
 )
 def test_what_a_step_imports_is_a_dependency_of_it(graphs: Graphs, name: str) -> None:
-    listed = next(stage for stage in graphs.stages if re.split("[-@]", stage["rule"])[0] == name)["input"]
+    listed = next(stage for stage in graphs.stages if stage["rule"].split("@")[0].replace("-", "_") == name)["input"]
     wanted = {str(path.relative_to(ROOT)) for path in imported(ROOT / f"steps/{name}.py", set())}
     if name in {"download", "validate", "preprocess"}:
         wanted.discard("steps/common/params.py")  # they depend on the values that they read

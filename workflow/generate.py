@@ -1,4 +1,4 @@
-"""Write the list of data sets, experiments and runs that workflow/dvc.yaml goes through.
+"""Write the list of data sets, experiments, runs and studies that workflow/dvc.yaml goes through.
 
 `workflow/runs.yaml` has those of params/. Those of params/local/ get `workflow/local/runs.yaml`, and
 `workflow/local/dvc.yaml` beside it with the same stages. `make dvc` runs this; DVC's stage `check` compares.
@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from steps.common import params, yaml_files
+from steps.common import params, studies, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ROOT / "workflow/local"
 _TABLES = ("datasets", "models", "protocols")
+_DATA = 2  # data sets that DVC's stage `study` has room for
 _HEAD = "# Written by `make dvc` from {folder}.\n"
 #: The `foreach` of each kind of data stages, and the keys of params/datasets.yaml that they depend on.
 _KEYS = {
@@ -52,6 +53,14 @@ def lists(local: bool) -> dict[str, dict[str, Any]]:
                 keys = ("experiment", "dataset", "model", "protocol", "seed")
                 item = {key: getattr(run, key) for key in keys}
                 _add(made["runs"], "-".join(map(str, item.values())), item)
+    if not local:
+        made["studies"] = {}
+        for name in params.studies(root):
+            study, found = params.load(f"studies/{name}", root), studies.manifests(name, root)
+            if len(found) > _DATA:
+                raise StepError(f"params/studies/{name}.yaml, key measure.data: DVC has room for {_DATA} data sets")
+            data = [*found, *[f"runs/studies/{name}/settings.json"] * (_DATA - len(found))]
+            _add(made["studies"], name, {"name": name, "module": study["module"], "data": data})
     return made
 
 

@@ -6,7 +6,7 @@ from ..common import fits_triton, reverse_mode_only, tf32_allowed
 from . import naive
 
 # The fused kernels take a third to a half of torch's time at d = 50 and 64, and 1.5 to 1.9 times it at d = 256, where
-# cuBLAS's products win back what the layer norm and SiLU cost in passes of their own (H200, reports/kernels).
+# cuBLAS's products win back what the layer norm and SiLU cost in passes of their own (H200, reports/studies/kernels).
 _WIDEST = 64
 
 

@@ -1,1 +1,1 @@
-"""Scripts for a GPU: choose launch parameters (`tune`), time the kernels (`benchmark`). torch and Triton alone."""
+"""For a GPU: `tune` chooses launch parameters, `benchmark` has functions that time kernels. torch and Triton alone."""

@@ -1,17 +1,15 @@
-"""Time the kernels on the GPU at hand, beside what one would use without them, and write the figures as data.
+"""Time the kernels on a device, beside what one would use without them.
 
-    HSTU_COMMIT=$(git rev-parse --short HEAD) python -m kernels.tools.benchmark --output reports/kernels
-
-Medians of device time with cold caches. Bytes are the fewest that must pass through device memory, inputs once and
-outputs once. `python -m steps.kernel_report` makes tables and a roofline of them.
+Each operation has a function that measures one case of it: sizes and types as keywords, a row per implementation and
+pass. Medians of device time with cold caches. Bytes are the fewest that must pass through device memory, inputs once
+and outputs once. Shapes to measure, and what becomes of the rows, are others' business. On a CPU, where torch does the
+work or Triton's interpreter, the times say nothing of the kernels.
 """
 
-import argparse
 import functools
-import json
-import os
+import statistics
+import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,18 +29,23 @@ from ..sampled_softmax import triton_op as softmax_op
 from .cases import attention_flops, attention_inputs, lengths_of
 
 Row = dict[str, Any]
-#: (tokens a row, rows) of the long shapes, and (heads, head dimension) of MovieLens'.
-LONG = ((1024, 64), (2048, 32), (4096, 16), (8192, 8))
-MOVIELENS = ((2, 25), (8, 32))
+_ON_CPU = 3  # calls, of which the median counts
 
 
-def milliseconds(function: Callable[[], Any], captured: bool = True) -> float:
+def milliseconds(function: Callable[[], Any], device: str, captured: bool = True) -> float:
     """Median device time of a call with cold caches: of replays of a CUDA graph, so that launches cost nothing, or,
-    where it cannot be captured, of the call itself.
+    where it cannot be captured, of the call itself. On a CPU the median time of a few calls.
 
     `do_bench` clears the L2 cache between calls, which also keeps them apart: in unbroken replays of long kernels the
     GPU lowers its clock.
     """
+    if device == "cpu":
+        times = []
+        for _ in range(_ON_CPU):
+            start = time.perf_counter()
+            function()
+            times.append(1000 * (time.perf_counter() - start))
+        return statistics.median(times)
     if captured:
         for _ in range(3):
             function()
@@ -54,8 +57,10 @@ def milliseconds(function: Callable[[], Any], captured: bool = True) -> float:
     return float(triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median"))
 
 
-def peak_of(function: Callable[[], Any]) -> int:
-    """Bytes allocated at the peak of a call, beyond what was there before."""
+def peak_of(function: Callable[[], Any], device: str) -> int | None:
+    """Bytes allocated at the peak of a call, beyond what was there before; None on a CPU, which does not say."""
+    if device == "cpu":
+        return None
     function()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -72,11 +77,18 @@ def gradients(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> 
     return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
 
 
-def attention_rows(n: int, batch: int, heads: int, dim: int, bias: str, ragged: bool = False) -> list[Row]:
-    """Ours, forward and backward; the deterministic backward; with ragged rows also the sum and dense torch."""
+def attention_rows(
+    device: str, n: int, batch: int, heads: int, dim: int, bias: str, lengths: str, dtype: str
+) -> list[Row]:
+    """Ours, forward and backward, and the deterministic backward. Beside them, of ragged rows: both passes in one, and
+    dense torch; of full rows without bias: FlashAttention-2, on CUDA.
+
+    `lengths` is full, every row of n tokens, or ragged, as MovieLens' are.
+    """
     torch.manual_seed(0)
-    lengths = lengths_of(batch, n, ragged, "cuda")
-    inputs = attention_inputs(lengths, heads, dim, dim, torch.bfloat16, bias)
+    ragged = lengths == "ragged"
+    sizes = lengths_of(batch, n, ragged, device)
+    inputs = attention_inputs(sizes, heads, dim, dim, getattr(torch, dtype), bias)
     arguments = list(inputs.values())
     output, *saved = attention(*arguments)
     grad = torch.randn_like(output)
@@ -87,24 +99,24 @@ def attention_rows(n: int, batch: int, heads: int, dim: int, bias: str, ragged: 
     def backward(deterministic: bool) -> Any:
         return attention_backward(grad, output, *saved, *arguments, deterministic)
 
-    flops = attention_flops(lengths, heads, dim, dim)
+    timed = functools.partial(milliseconds, device=device)
+    flops = attention_flops(sizes, heads, dim, dim)
     size = output.numel() * output.element_size()
     shape = {
-        "dtype": "bfloat16", "batch": batch, "heads": heads, "n": n, "dqk": dim, "dv": dim,
-        "lengths": "ragged" if ragged else "full", "bias": bias,
+        "dtype": dtype, "batch": batch, "heads": heads, "n": n, "dqk": dim, "dv": dim, "lengths": lengths, "bias": bias,
     }  # fmt: skip
 
     def row(implementation: str, which: str, ms: float, flop: float, tensors: int, peak: int | None) -> Row:
-        rate = flop / ms * 1e-9
-        return {
-            "implementation": implementation, "pass": which, **shape, "ms": ms, "tflops": rate, "flops": flop,
-            "bytes": tensors * size, "peak_bytes": peak,
-        }  # fmt: skip
+        measured = {"ms": ms, "flops": flop, "bytes": tensors * size, "peak_bytes": peak}
+        return {"implementation": implementation, "pass": which, **shape, **measured}
+
+    def peak(function: Callable[[], Any]) -> int | None:
+        return peak_of(function, device)
 
     rows = [
-        row("ours", "fwd", milliseconds(forward), flops[0], 4, peak_of(forward)),
-        row("ours", "bwd", milliseconds(lambda: backward(False)), flops[1], 7, peak_of(lambda: backward(False))),
-        row("ours, deterministic", "bwd", milliseconds(lambda: backward(True)), flops[1], 7, None),
+        row("ours", "fwd", timed(forward), flops[0], 4, peak(forward)),
+        row("ours", "bwd", timed(lambda: backward(False)), flops[1], 7, peak(lambda: backward(False))),
+        row("ours, deterministic", "bwd", timed(lambda: backward(True)), flops[1], 7, None),
     ]
     if ragged:
         names: list[str] = [name for name in ("q", "k", "v", "position_bias", "time_bias") if inputs[name] is not None]
@@ -115,25 +127,22 @@ def attention_rows(n: int, batch: int, heads: int, dim: int, bias: str, ragged: 
 
         both = gradients(dense, *(inputs[name] for name in names))
         flop = sum(flops)
-        rows.append(row("dense torch", "fwd+bwd", milliseconds(both, captured=False), flop, 11, peak_of(both)))
+        rows.append(row("dense torch", "fwd+bwd", timed(both, captured=False), flop, 11, peak(both)))
 
         def ours() -> Any:
             return forward(), backward(False)
 
-        rows.append(row("ours", "fwd+bwd", milliseconds(ours), flop, 11, peak_of(ours)))
+        rows.append(row("ours", "fwd+bwd", timed(ours), flop, 11, peak(ours)))
+    elif bias == "none" and device != "cpu":
+        rows += _flash_rows(n, batch, heads, dim, shape)
     return rows
 
 
-def flash_rows(n: int, batch: int, heads: int, dim: int) -> list[Row]:
+def _flash_rows(n: int, batch: int, heads: int, dim: int, shape: Row) -> list[Row]:
     """FlashAttention-2 through torch's scaled_dot_product_attention: causal, rows of one length."""
-    q, k, v = (
-        torch.randn(batch, heads, n, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
-    )
+    dtype = getattr(torch, shape["dtype"])
+    q, k, v = (torch.randn(batch, heads, n, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     forward, backward = attention_flops(torch.full((batch,), n), heads, dim, dim)
-    shape = {
-        "dtype": "bfloat16", "batch": batch, "heads": heads, "n": n, "dqk": dim, "dv": dim, "lengths": "full",
-        "bias": "none", "peak_bytes": None,
-    }  # fmt: skip
     size = q.numel() * q.element_size()
     rows = []
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
@@ -144,20 +153,21 @@ def flash_rows(n: int, batch: int, heads: int, dim: int) -> list[Row]:
             ("fwd", forward, 4, lambda: attend(q, k, v)),
             ("bwd", backward, 7, lambda: torch.autograd.grad(output, (q, k, v), grad, retain_graph=True)),
         ):
-            ms = milliseconds(function, captured=False)
+            ms = milliseconds(function, "cuda", captured=False)
             rows.append(
-                {"implementation": "FlashAttention-2 (sdpa)", "pass": which, **shape, "ms": ms}
-                | {"tflops": flop / ms * 1e-9, "flops": flop, "bytes": tensors * size}
+                {"implementation": "FlashAttention-2 (sdpa)", "pass": which, **shape}
+                | {"ms": ms, "flops": flop, "bytes": tensors * size, "peak_bytes": None}
             )
     return rows
 
 
-def softmax_rows(dim: int, dtype: torch.dtype, items: int, tokens: int = 16_000, negatives: int = 128) -> list[Row]:
-    states = torch.randn(tokens, dim, device="cuda", dtype=dtype)
-    table = torch.randn(items, dim, device="cuda", dtype=dtype)
-    positives = torch.randint(1, items, (tokens,), device="cuda")
-    drawn = torch.randint(1, items, (tokens, negatives), device="cuda")
-    shape = {"dtype": str(dtype)[6:], "tokens": tokens, "negatives": negatives, "items": items, "dim": dim}
+def softmax_rows(device: str, dim: int, dtype: str, items: int, tokens: int, negatives: int) -> list[Row]:
+    """The loss over `negatives` drawn for each token; against all items where a product with them is no waste."""
+    states = torch.randn(tokens, dim, device=device, dtype=getattr(torch, dtype))
+    table = torch.randn(items, dim, device=device, dtype=getattr(torch, dtype))
+    positives = torch.randint(1, items, (tokens,), device=device)
+    drawn = torch.randint(1, items, (tokens, negatives), device=device)
+    shape = {"dtype": dtype, "tokens": tokens, "negatives": negatives, "items": items, "dim": dim}
     size = states.element_size()
     least = 2 * (tokens + items) * dim * size + 8 * tokens * (negatives + 1)
     flop = 6.0 * tokens * (negatives + 1) * dim
@@ -174,26 +184,25 @@ def softmax_rows(dim: int, dtype: torch.dtype, items: int, tokens: int = 16_000,
             return module.sampled_softmax(x, vectors, positives, drawn, 0.05, None)
 
         both = gradients(loss, states, table)
-        ms = milliseconds(both)
         rows.append(
-            {"implementation": name, "pass": "fwd+bwd", **shape, "ms": ms, "tflops": flop / ms * 1e-9, "flops": flop}
-            | {"bytes": least, "peak_bytes": peak_of(both)}
+            {"implementation": name, "pass": "fwd+bwd", **shape, "ms": milliseconds(both, device), "flops": flop}
+            | {"bytes": least, "peak_bytes": peak_of(both, device)}
         )
     return rows
 
 
-def elementwise_rows(tokens: int, dim: int, dtype: torch.dtype) -> list[Row]:
+def norm_gate_rows(device: str, tokens: int, dim: int, dtype: str) -> list[Row]:
     """norm_gate with dropout 0.2 against torch's layer_norm, product and dropout."""
-    u, attended = torch.randn(2, tokens, dim, device="cuda", dtype=dtype)
+    u, attended = torch.randn(2, tokens, dim, device=device, dtype=getattr(torch, dtype))
     return _against_torch(
         lambda a, b: norm_gate(a, b, 0.2, True), lambda a, b: norm_gate_naive.norm_gate(a, b, 0.2, True), u, attended
     )
 
 
-def layer_norm_rows(tokens: int, dim: int, dtype: torch.dtype) -> list[Row]:
+def layer_norm_rows(device: str, tokens: int, dim: int, dtype: str) -> list[Row]:
     """Affine layer norm against torch's."""
-    x = torch.randn(tokens, dim, device="cuda", dtype=dtype)
-    weight, bias = torch.randn(2, dim, device="cuda", dtype=dtype)
+    x = torch.randn(tokens, dim, device=device, dtype=getattr(torch, dtype))
+    weight, bias = torch.randn(2, dim, device=device, dtype=getattr(torch, dtype))
     return _against_torch(
         lambda *tensors: layer_norm(tensors[0], 1e-6, *tensors[1:]),
         lambda *tensors: layer_norm_naive.layer_norm(tensors[0], 1e-6, *tensors[1:]),
@@ -204,7 +213,7 @@ def layer_norm_rows(tokens: int, dim: int, dtype: torch.dtype) -> list[Row]:
 def _against_torch(ours: Callable[..., Any], theirs: Callable[..., Any], *inputs: torch.Tensor) -> list[Row]:
     """Rows of an operation without products; bytes: every (T, D) input read twice, every gradient and the output's
     written or read once."""
-    (tokens, dim), dtype = inputs[0].shape, inputs[0].dtype
+    (tokens, dim), dtype, device = inputs[0].shape, inputs[0].dtype, inputs[0].device.type
     size = inputs[0].numel() * inputs[0].element_size()
     large = sum(tensor.ndim == 2 for tensor in inputs)
     rows = []
@@ -212,81 +221,44 @@ def _against_torch(ours: Callable[..., Any], theirs: Callable[..., Any], *inputs
         both = gradients(function, *inputs)
         rows.append(
             {"implementation": name, "pass": "fwd+bwd", "dtype": str(dtype)[6:], "tokens": tokens, "dim": dim}
-            | {"ms": milliseconds(both), "tflops": None, "flops": None, "bytes": (3 * large + 2) * size}
-            | {"peak_bytes": peak_of(both)}
+            | {"ms": milliseconds(both, device), "flops": None, "bytes": (3 * large + 2) * size}
+            | {"peak_bytes": peak_of(both, device)}
         )
     return rows
 
 
-def projection_rows(tokens: int, dim: int, columns: int, dtype: torch.dtype) -> list[Row]:
+def projection_rows(device: str, tokens: int, dim: int, columns: int, dtype: str) -> list[Row]:
     """silu(layer_norm(x) W), fused, against torch."""
-    x = torch.randn(tokens, dim, device="cuda", dtype=dtype)
-    weight = torch.randn(dim, columns, device="cuda", dtype=dtype) * dim**-0.5
+    x = torch.randn(tokens, dim, device=device, dtype=getattr(torch, dtype))
+    weight = torch.randn(dim, columns, device=device, dtype=getattr(torch, dtype)) * dim**-0.5
     flop = 6.0 * tokens * dim * columns
     least = (3 * x.numel() + 2 * tokens * columns + 2 * weight.numel()) * x.element_size()
     rows = []
     for name, function in (("ours", projection_op.projection), ("torch", projection_naive.projection)):
         both = gradients(function, x, weight)
-        ms = milliseconds(both)
         rows.append(
-            {"implementation": name, "pass": "fwd+bwd", "dtype": str(dtype)[6:], "tokens": tokens, "dim": dim}
-            | {"columns": columns, "ms": ms, "tflops": flop / ms * 1e-9, "flops": flop, "bytes": least}
-            | {"peak_bytes": peak_of(both)}
+            {"implementation": name, "pass": "fwd+bwd", "dtype": dtype, "tokens": tokens, "dim": dim}
+            | {"columns": columns, "ms": milliseconds(both, device), "flops": flop, "bytes": least}
+            | {"peak_bytes": peak_of(both, device)}
         )
     return rows
 
 
-OPERATIONS = ["ceilings", "sampled_softmax", "norm_gate", "layer_norm", "projection", "hstu_attention"]
+#: What measures a case of each operation: f(device, **sizes) -> rows with `ms`, `flops`, `bytes` and `peak_bytes`.
+OPERATIONS: dict[str, Callable[..., list[Row]]] = {
+    "sampled_softmax": softmax_rows,
+    "norm_gate": norm_gate_rows,
+    "layer_norm": layer_norm_rows,
+    "projection": projection_rows,
+    "hstu_attention": attention_rows,
+}
 
 
-def ceilings() -> Row:
-    """What this GPU reaches: a device-to-device copy of 4 GB, bytes read and written, and a bf16 product of 8,192."""
-    source = torch.randn(1 << 30, device="cuda")
+def ceilings(device: str, copied: int, product: int) -> tuple[float, float]:
+    """What the device reaches: bytes a second, read and written, of a copy of so many bytes; and operations a second of
+    a bfloat16 product of `product` x `product` matrices."""
+    source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
-    copy = 2 * source.numel() * 4 / (milliseconds(lambda: target.copy_(source)) * 1e-3)
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = 2 * 8192**3 / (milliseconds(lambda: a @ b) * 1e-3)
-    return {"copy_bytes_per_second": copy, "matmul_flops_per_second": product}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for one json an operation")
-    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
-    args = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = True
-    args.output.mkdir(parents=True, exist_ok=True)
-    origin = {"device": torch.cuda.get_device_name(), "commit": os.environ.get("HSTU_COMMIT", "unknown")}
-
-    def write(name: str, rows: list[Row] | Row) -> None:
-        marked = rows | origin if isinstance(rows, dict) else [row | origin for row in rows]
-        args.output.joinpath(f"{name}.json").write_text(json.dumps(marked, indent=1) + "\n")
-        print(f"{name}: written", flush=True)
-
-    if "ceilings" in args.operations:
-        write("ceilings", ceilings())
-        torch.cuda.empty_cache()
-    small = ((50, torch.float32), (256, torch.bfloat16))
-    if "sampled_softmax" in args.operations:
-        catalogues = (3_884, 27_279)
-        write(
-            "sampled_softmax", [row for dim, dtype in small for v in catalogues for row in softmax_rows(dim, dtype, v)]
-        )
-    widths = ((50, torch.float32), (50, torch.bfloat16), (64, torch.bfloat16), (256, torch.bfloat16))
-    if "norm_gate" in args.operations:
-        write("norm_gate", [row for dim, dtype in widths for row in elementwise_rows(21_000, dim, dtype)])
-    if "layer_norm" in args.operations:
-        write("layer_norm", [row for dim, dtype in widths for row in layer_norm_rows(21_000, dim, dtype)])
-    if "projection" in args.operations:
-        write("projection", [row for dim, dtype in widths for row in projection_rows(21_000, dim, 4 * dim, dtype)])
-    if "hstu_attention" in args.operations:
-        rows = [row for heads, dim in MOVIELENS for bias in ("none", "both")
-                for row in attention_rows(211, 128, heads, dim, bias, ragged=True)]  # fmt: skip
-        for dim, biases in ((64, ("none", "both", "position", "time")), (128, ("none", "both"))):
-            rows += [row for n, batch in LONG for bias in biases for row in attention_rows(n, batch, 4, dim, bias)]
-            rows += [row for n, batch in LONG for row in flash_rows(n, batch, 4, dim)]
-            write("hstu_attention", rows)
-
-
-if __name__ == "__main__":
-    main()
+    copy = 2 * source.numel() * 4 / (milliseconds(lambda: target.copy_(source), device) * 1e-3)
+    a, b = torch.randn(2, product, product, device=device, dtype=torch.bfloat16)
+    return copy, 2 * product**3 / (milliseconds(lambda: a @ b, device) * 1e-3)

@@ -32,10 +32,9 @@ _TABLES = ("datasets", "models", "protocols")
 #: What data sets, models, protocols and experiments may be called: names become folders, and parts of rules' names.
 _NAME = re.compile(r"[a-z0-9][a-z0-9+-]*")
 _NAMED = "is no name: lower-case letters, digits, '+' and '-' make one, a letter or digit first"
-#: Names of rules and folders beside the experiments' own.
-_RESERVED = {"all", "datasets", "kernels", LOCAL, "speed", "studies"} | {
-    path.stem for path in Path(__file__).parents[1].glob("*.py")
-}
+_STEPS = Path(__file__).parents[1]
+#: Names of rules and folders beside those of experiments and studies.
+_RESERVED = {"all", "datasets", LOCAL, "studies"} | {path.stem for path in _STEPS.glob("*.py")}
 #: What tables show of a protocol, beside its rules.
 _SHOWN_OF_PROTOCOLS = ("note", "published")
 #: What variants of a data set have in common.
@@ -64,11 +63,13 @@ def load(name: str, root: Path = ROOT) -> Any:
     """`params/<name>.yaml`, checked against its schema (`paper` has none: it is data, not settings). Not to be changed.
 
     Of datasets, models and protocols it has the entries of params/local/ too. `experiments/<name>` is an experiment, of
-    either folder, whose data sets, models and protocols are known to exist. Raises StepError naming the file and the
-    key if it does not fit.
+    either folder, whose data sets, models and protocols are known to exist; `studies/<name>` is a study, likewise.
+    Raises StepError naming the file and the key if it does not fit.
     """
     if name in _TABLES:
         return {key: value for key, (_, value) in _table(name, root).items()}
+    if name.startswith("studies/"):
+        return _study(name.removeprefix("studies/"), root)
     if name.startswith("experiments/"):
         return _experiment(name.removeprefix("experiments/"), root)
     path = root / f"{name}.yaml"
@@ -83,6 +84,11 @@ def entry(name: str, key: str, root: Path = ROOT) -> Any:
 def experiments(root: Path = ROOT) -> list[str]:
     """The names of all experiments, params/local/'s too, sorted. Raises StepError naming a file with a wrong name."""
     return sorted(_experiment_files(root))
+
+
+def studies(root: Path = ROOT) -> list[str]:
+    """The names of all studies, sorted. Raises StepError naming a file with a wrong name."""
+    return sorted(_named_files("study", [root / "studies"]))
 
 
 def experiment_path(experiment: str, root: Path = ROOT) -> Path:
@@ -114,6 +120,11 @@ def valid_of(dataset: str, root: Path = ROOT) -> str:
                 f"{file}, key {dataset}.{key}: a variant of {base} shares its files, and so has the same {key}"
             )
     return base
+
+
+def protocol_rules(protocol: str, root: Path = ROOT) -> dict[str, Any]:
+    """The rules of a protocol, without what tables show beside them."""
+    return {key: value for key, value in entry("protocols", protocol, root).items() if key not in _SHOWN_OF_PROTOCOLS}
 
 
 def label(model: str, root: Path = ROOT) -> str:
@@ -177,7 +188,7 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
             "experiment": run.experiment,
             "dataset": run.dataset,
             "row": run.model,
-            "protocol": entry("protocols", run.protocol, root),
+            "protocol": protocol_rules(run.protocol, root),
             "seed": run.seed,
             "repeats": data.get("repeats", "none"),
             "model": model,
@@ -197,8 +208,7 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
     model = config["model"]
     if model["model"] in _SPLIT_BY_HEADS and model["dim"] % model["heads"]:
         raise StepError(f"{where}: {model['heads']} heads do not divide dim {model['dim']}, as model {row} needs")
-    rules = {key: value for key, value in config["protocol"].items() if key not in _SHOWN_OF_PROTOCOLS}
-    config["protocol"] = {"name": run.protocol, **rules}
+    config["protocol"] = {"name": run.protocol, **config["protocol"]}
     return config
 
 
@@ -278,17 +288,27 @@ def _inherit(path: str, content: dict[str, Any], key: str, others: dict[str, tup
 
 def _experiment_files(root: Path) -> dict[str, Path]:
     """The file of every experiment by its name, which is checked."""
+    files = _named_files("experiment", [root / "experiments", root / LOCAL / "experiments"])
+    both = sorted(files.keys() & _named_files("study", [root / "studies"]).keys())
+    if both:
+        raise StepError(f"{files[both[0]]}: a study is called {both[0]!r}; rename the file")
+    return files
+
+
+def _named_files(kind: str, folders: list[Path]) -> dict[str, Path]:
+    """The YAML files of the folders by name; StepError says which cannot be called so."""
     files: dict[str, Path] = {}
-    for folder in (root / "experiments", root / LOCAL / "experiments"):
+    for folder in folders:
         for path in sorted(folder.glob("*.yaml")):
             if path.name.startswith("."):  # an editor's
                 continue
             if not _NAME.fullmatch(path.stem):
                 raise StepError(f"{path}: {path.stem!r} {_NAMED}; rename the file")
+            article = "an" if kind == "experiment" else "a"
             if path.stem in _RESERVED:
-                raise StepError(f"{path}: an experiment cannot be called {path.stem!r}, as a step or folder is")
+                raise StepError(f"{path}: {article} {kind} cannot be called {path.stem!r}, as a step or folder is")
             if path.stem in files:
-                raise StepError(f"{path}: {files[path.stem]} is an experiment of this name; rename the file")
+                raise StepError(f"{path}: {files[path.stem]} is {article} {kind} of this name; rename the file")
             files[path.stem] = path
     return files
 
@@ -297,13 +317,41 @@ def _experiment(name: str, root: Path) -> Any:
     path = experiment_path(name, root)
     content = _parse(str(path), _text(path), _schema("experiment", root))
     for table in _TABLES:
-        known = _table(table, root)
-        for index, key in enumerate(content[table]):
-            if key not in known:
-                raise StepError(
-                    f"{path}, key {table}.{index}: {root / table}.yaml has no entry {key!r}; it has {', '.join(known)}"
-                )
+        _known(path, table, table, content[table], root)
     return content
+
+
+def _study(name: str, root: Path) -> Any:
+    known = _named_files("study", [root / "studies"])
+    if name not in known:
+        raise StepError(f"no study {name!r}; there are {', '.join(sorted(known))}")
+    path = known[name]
+    content = _parse(str(path), _text(path), _schema("study", root))
+    module, measured = content["module"], content["measure"]
+    for file in (f"studies/{module}.py", f"studies/{module}_report.py"):
+        if not (_STEPS / file).is_file():
+            raise StepError(f"{path}, key module: steps/{file} does not exist; it would measure or report the study")
+    _check(str(path), measured, _schema(f"studies/{module}", root), "measure")
+    for kind, names in measured.get("data", {}).items():
+        _known(path, f"measure.data.{kind}", "datasets", names, root)
+    _known(path, "measure.protocols", "protocols", measured.get("protocols", []), root)
+    for index, group in enumerate(measured.get("runs", [])):
+        key = f"measure.runs.{index}"
+        experiment_path(group["experiment"], root)
+        _known(path, f"{key}.models", "models", group["models"], root)
+        for table in ("dataset", "protocol"):
+            _known(path, f"{key}.{table}", f"{table}s", [group[table]], root)
+    return content
+
+
+def _known(path: Path, where: str, table: str, names: list[str], root: Path) -> None:
+    """Raise StepError if one of the names, which stand in a file at a key, is no entry of the table."""
+    known = _table(table, root)
+    for place, name in enumerate(names):
+        if name not in known:
+            raise StepError(
+                f"{path}, key {where}.{place}: {root / table}.yaml has no entry {name!r}; it has {', '.join(known)}"
+            )
 
 
 def _text(path: Path) -> str:
@@ -325,11 +373,12 @@ def _parse(path: str, text: str, schema: str | None) -> Any:
     return content
 
 
-def _check(path: str, content: Any, schema: str | None) -> None:
-    """Raise StepError, with file and key, if the content of `path` does not fit its schema."""
+def _check(path: str, content: Any, schema: str | None, below: str = "") -> None:
+    """Raise StepError, with file and key, if the content of `path`, below a key of it, does not fit its schema."""
     problem = _problem(content, schema)
     if problem:
-        raise StepError(f"{path}, key {'.'.join(problem[0]) or '(top level)'}: {problem[1]}")
+        key = ".".join([below, *problem[0]] if below else problem[0])
+        raise StepError(f"{path}, key {key or '(top level)'}: {problem[1]}")
 
 
 def _problem(content: Any, schema: str | None) -> tuple[list[str], str] | None:

@@ -1,25 +1,28 @@
-"""The check of the evaluation detects a leak."""
+"""The check of the evaluation finds the leak that it is there for."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from steps import null_models
+from steps.common import studies
 from steps.evaluation.metrics import Ranks
 from steps.evaluation.ranks import Ranker, Ranking
+from steps.studies import null_models
+from tests.conftest import ROOT
 from tests.steps.runs import STRICT
+
+SETTINGS = studies.plan("null-models", ROOT / "params")["settings"]
+SIZES = {name: SETTINGS["generated"][name] for name in ("users", "items", "shortest", "longest")}
 
 
 @pytest.mark.parametrize("repeats", ["recommend", "leave-out"])
-def test_models_that_know_nothing_score_as_chance_does(repeats: str) -> None:
-    assert all(row["fits"] for row in null_models.judge(null_models.generated(), STRICT, repeats))
+def test_the_evaluation_gives_models_that_know_nothing_what_chance_gives(repeats: str) -> None:
+    assert all(row["fits"] for row in null_models.judge(null_models.generated(**SIZES), STRICT, repeats, SETTINGS))
 
 
-def test_the_check_detects_that_the_target_is_the_only_seen_item_in_the_ranking(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A rule of many evaluations: all seen items except the target are excluded from the ranking."""
+def test_a_target_that_alone_of_the_seen_items_is_ranked_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of many evaluations: all seen items are left out of the ranking but for the target."""
     rank = Ranker.rank
 
     def leaking(ranker: Ranker, model: Any) -> Any:
@@ -30,13 +33,14 @@ def test_the_check_detects_that_the_target_is_the_only_seen_item_in_the_ranking(
         return finite, [ranking]
 
     monkeypatch.setattr(Ranker, "rank", leaking)
-    rows = {row["metric"]: row for row in null_models.judge(null_models.generated(), STRICT, "leave-out")}
+    judged = null_models.judge(null_models.generated(**SIZES), STRICT, "leave-out", SETTINGS)
+    rows = {row["ranking"]: row for row in judged}
     assert not rows["hr@10"]["fits"]
     assert rows["hr@10"]["seen in the window"] > 3 * rows["hr@10"]["random"]
 
 
-def test_generated_targets_do_not_depend_on_the_history() -> None:
-    data = null_models.generated()
+def test_every_generated_target_is_drawn_without_regard_to_the_history() -> None:
+    data = null_models.generated(**SIZES)
     last = data.offsets[1:] - 1
     repeated = [
         bool((data.item[start:end] == data.item[end]).any())

@@ -9,7 +9,7 @@ from contextlib import closing
 from functools import cache
 from pathlib import Path
 
-from steps.common import params
+from steps.common import params, studies
 from steps.common.cli import StepError
 from steps.common.files import read_json, sha256
 from steps.common.threads import cpu_threads
@@ -20,10 +20,13 @@ localrules:
     tabulate,
     compare,
     track,
+    plan_study,
+    report_study,
 
 
 try:
     EXPERIMENTS = params.experiments()
+    STUDIES = params.studies()
     DATASETS = params.load("datasets")
 except StepError as error:
     sys.exit(f"snakemake: {error}")
@@ -92,6 +95,14 @@ def threads_of_run(wildcards):
     return cpu_threads(resolved(wildcards), ALL_CORES)
 
 
+plan_of = cache(studies.plan)
+
+
+def settings_of(wildcards):
+    """The study's settings, and the hash of the code that measures it: `plan_study` runs again when these change."""
+    return plan_of(wildcards.study)
+
+
 def shown(wildcards):
     """What tables show besides results, in their order: titles and labels."""
     content = params.load(f"experiments/{wildcards.experiment}")
@@ -146,8 +157,8 @@ def check_targets(targets):
         if workflow.is_rule(target) or os.path.isfile(path) or any(made.is_producer(path) for made in workflow.rules):
             continue
         sys.exit(
-            f"snakemake: {target} is no experiment, step or file that can be made. Experiments: {', '.join(EXPERIMENTS)}. "
-            f"Data sets: {', '.join(DATASETS)}."
+            f"snakemake: {target} is no experiment, study, step or file that can be made. "
+            f"Experiments: {', '.join(EXPERIMENTS)}. Studies: {', '.join(STUDIES)}. Data sets: {', '.join(DATASETS)}."
         )
 
 
@@ -155,12 +166,12 @@ LOCKS = []
 
 
 def refuse_to_share(dag):
-    """Hold each experiment and data set that has jobs to do; refuse those that another Snakemake holds.
+    """Hold each experiment, study and data set that has jobs to do; refuse those that another Snakemake holds.
 
     The kernel drops these locks when the process ends, however it ends. Jobs do not inherit them.
     """
     wildcards = [job.wildcards for job in dag.needrun_jobs()]
-    names = {given.get("experiment") or given.get("dataset") for given in wildcards} - {None}
+    names = {given.get("experiment") or given.get("study") or given.get("dataset") for given in wildcards} - {None}
     for name in sorted(names):
         LOCKS.append(Path(".snakemake", f"{name}.lock").open("a"))
         try:

@@ -76,21 +76,3 @@ rule track:
     shell:
         "python -m steps.track --experiment {wildcards.experiment:q} --runs runs/{wildcards.experiment:q}"
         " --reports reports/{wildcards.experiment:q} --output {output:q} 2>&1 | tee {log:q}"
-
-
-rule null_models:
-    input:
-        "steps/null_models.py",
-        "steps/common/params.py",
-        MODEL_CODE,
-        "params/protocols.yaml",
-        "data/processed/ml-1m/manifest.json",
-    output:
-        "reports/null-models/null-models.json",
-        "reports/null-models/null-models.md",
-    log:
-        "logs/null_models.log",
-    conda:
-        "../../environment.yml"
-    shell:
-        "python -m steps.null_models --data data/processed/ml-1m --output reports/null-models 2>&1 | tee {log:q}"

@@ -1,0 +1,1 @@
+"""Studies: what is measured beside experiments. `<name>.py` measures, `<name>_report.py` makes its table and figure."""

@@ -1,0 +1,65 @@
+"""Measure a study on the device at hand: a row per number, by `steps/studies/<module>.py`.
+
+Reads the `settings.json` that plan_study resolved. A study is measured on the kind of device that it names, and refused
+elsewhere. Writes this machine's rows alone; report_study puts them beside those of other devices. Needs what the module
+needs: torch, triton, numpy and safetensors, for all but preprocessing.
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steps.common.cli import StepError, run_step
+from steps.common.device import device_name
+from steps.common.files import read_json
+from steps.common.provenance import commit, versions
+from steps.studies.rows import Row, write_rows
+
+
+def chosen(cases: list[dict[str, Any]], only: list[str]) -> list[dict[str, Any]]:
+    """The cases that have every KEY=VALUE. Raises StepError if there are none."""
+    wanted = dict(pair.partition("=")[::2] for pair in only)
+    found = [case for case in cases if all(str(case.get(key)) == value for key, value in wanted.items())]
+    if not found:
+        raise StepError(f"--only {' '.join(only)}: no case is so; the first is {_words(cases[0])}")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--settings", required=True, type=Path, help="settings.json, which plan_study writes")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that raw/ and processed/ are in")
+    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="measure these cases alone")
+    parser.add_argument("--output", required=True, type=Path, help="rows.json to write")
+
+
+def main(args: argparse.Namespace) -> None:
+    plan = read_json(args.settings, remedy="run plan_study")
+    device = torch.device(plan["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StepError(
+            f"study {plan['study']} is measured on a CUDA device, and there is none here; "
+            "`make tables` makes its report of the rows that are committed"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
+    module = importlib.import_module(f"steps.studies.{plan['module']}")
+    # Of a CPU no threads: a module whose figures depend on their number has it as an axis.
+    name = device_name(device) if device.type == "cuda" else "CPU"
+    origin = {"device": name, "commit": commit(), "versions": versions()}
+    rows: list[Row] = []
+    cases = chosen(module.cases(plan), args.only)
+    for number, case in enumerate(cases, start=1):
+        rows += [one | origin for one in module.measure(case, plan, args.data)]
+        print(f"{number}/{len(cases)}  {_words(case)}", flush=True)
+    write_rows(args.output, plan["study"], rows)
+    print(f"study {plan['study']}: {len(rows)} rows on {name}")
+
+
+def _words(case: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in case.items() if not isinstance(value, dict))
+
+
+if __name__ == "__main__":
+    run_step("study", __doc__, add_arguments, main)

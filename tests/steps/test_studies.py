@@ -1,0 +1,290 @@
+"""Studies: their parameters, their rows, a small run of each through the step, and reports that rest on rows alone."""
+
+import importlib
+import json
+import math
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steps.common import params, studies, yaml_files
+from steps.common.cli import StepError
+from steps.common.files import read_json, write_json
+from steps.studies.rows import FIELDS, Row, cases, merged, read_rows, row, write_rows
+from tests.conftest import ROOT, run, step, write_processed
+
+STUDIES = params.studies(ROOT / "params")
+MACHINE = {"device": "H200", "commit": "a" * 40}
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    versions = {"torch": "2.13.0"}
+    rows = [
+        row({"dim": 50, "captured": True}, "step", 1.5, "ms") | MACHINE,
+        row({"dim": 50, "captured": True}, "peak", 2**40, "B") | MACHINE,
+        row({"data": "x"}, "hr@10", 0.25, "fraction", low=0.0, high=0.5, data_sha256="b" * 64) | MACHINE,
+        row({"data": "x"}, "total", 3.0, "s", repetition=2) | MACHINE | {"versions": versions},
+    ]
+    write_rows(tmp_path / "rows.json", "speed", rows)
+    assert read_rows(tmp_path / "rows.json", "speed") == rows
+    first, second, third = cases(rows)
+    assert (first["step"], first["peak"], first["dim"]) == (1.5, 2**40, 50)
+    assert (second["hr@10/low"], second["hr@10/high"]) == (0.0, 0.5)
+    assert (third["repetition"], third["versions"]) == (2, versions)
+
+
+def test_measuring_again_replaces_the_same_case_of_the_same_device_alone() -> None:
+    def measured(ms: float, dim: int = 50, device: str = "H200", metric: str = "step") -> Row:
+        return row({"dim": dim}, metric, ms, "ms") | {"device": device, "commit": "c"}
+
+    old = [measured(1.0), measured(0.5, metric="part: loss"), measured(2.0, dim=256), measured(9.0, device="CPU")]
+    new = [measured(0.7), measured(4.0, device="H100")]
+    assert merged(old, new) == [measured(0.7), *old[2:], measured(4.0, device="H100")]
+    assert merged([], old) == old
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda content: content.update(study="other"), "rows of study 'other', not of 'speed'"),
+        (lambda content: content.update(cases=[]), "holds no rows"),
+        (lambda content: content["cases"].append(content["cases"][0]), "case 2 measures 'step' as case 1 does"),
+        (lambda content: content["cases"][0].update(origin=7), "case 1 does not fit"),
+        (lambda content: content["cases"][0].update(case={"unit": 1}), "an axis is called like a field"),
+        (lambda content: content["cases"][0].update(measured=[["step", "fast", "ms"]]), "case 1 does not fit"),
+        (lambda content: content["cases"][0].update(measured=[["step", True, "ms"]]), "True is no number"),
+        (lambda content: content["origins"][0].update(device=None), "device and commit are texts"),
+    ],
+)
+def test_a_file_of_rows_that_does_not_fit_is_named(tmp_path: Path, edit: Any, said: str) -> None:
+    path = tmp_path / "rows.json"
+    write_rows(path, "speed", [row({"dim": 50}, "step", 1.5, "ms") | MACHINE])
+    content = read_json(path)
+    edit(content)
+    write_json(path, content)
+    with pytest.raises(StepError, match=f"{re.escape(str(path))}.*{re.escape(said)}"):
+        read_rows(path, "speed")
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_study_is_planned_and_has_cases(study: str) -> None:
+    plan = studies.plan(study, ROOT / "params")
+    assert json.loads(json.dumps(plan)) == plan
+    module = importlib.import_module(f"steps.studies.{plan['module']}")
+    found = [json.dumps(case, sort_keys=True) for case in module.cases(plan)]
+    assert len(found) == len(set(found)) > 0
+
+
+def test_the_code_of_a_study_is_what_its_figures_rest_on() -> None:
+    def files(module: str) -> set[str]:
+        return {str(path.relative_to(ROOT)) for path in studies.code_of(module)}
+
+    assert {"kernels/tools/benchmark.py", "kernels/common.py", "kernels/configurations.json"} < files("kernels")
+    assert "kernels/hstu_attention/triton_op.py" in files("kernels")  # by relative imports
+    assert not any(file.startswith("steps/data") for file in files("kernels"))
+    assert {"steps/training/loop.py", "steps/data/sequences.py"} < files("training_speed")
+    assert "steps/validate.py" in files("preprocessing")
+    assert not any(file.endswith("_report.py") for study in ("kernels", "null_models") for file in files(study))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"module": "nothing"}, "key module: steps/studies/nothing.py does not exist"),
+        ({"titel": "x"}, "'titel' was unexpected"),
+        ({"measure": {"device": "tpu"}}, r"key measure.device: 'tpu' is not one of"),
+        ({"measure": {"protocols": ["strictly"]}}, r"key measure.protocols.0: .*no entry 'strictly'; it has strict"),
+        ({"measure": {"data": {"processed": ["ml-2m"]}}}, r"key measure.data.processed.0: .*no entry 'ml-2m'"),
+        ({"measure": {"settings": {}}}, r"key measure.settings: 'max_len' is a required property"),
+    ],
+)
+def test_a_wrong_study_is_named_with_its_key(project: Path, change: dict[str, Any], said: str) -> None:
+    path = project / "params/studies/null-models.yaml"
+    content = yaml_files.read(path)
+    nested = {key: content[key] | value for key, value in change.items() if isinstance(value, dict)}
+    path.write_text(yaml_files.dump(content | change | nested))
+    with pytest.raises(StepError, match=f"null-models.yaml.*{said}"):
+        studies.plan("null-models", project / "params")
+
+
+def test_a_run_of_a_study_that_does_not_resolve_is_named(project: Path) -> None:
+    path = project / "params/studies/training-speed.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("model.dqk: 32", "model.qk: 32"))
+    with pytest.raises(StepError, match=r"key measure.runs.2.set: model hstu-large has no parameter 'model.qk'"):
+        studies.plan("training-speed", project / "params")
+    path.write_text(text.replace("[hstu, hstu-large]", "[hstu, hstv]"))
+    with pytest.raises(StepError, match=r"key measure.runs.3.models.1: .*no entry 'hstv'"):
+        studies.plan("training-speed", project / "params")
+
+
+def test_studies_and_experiments_share_their_names(project: Path) -> None:
+    shutil.copyfile(project / "params/experiments/demo.yaml", project / "params/experiments/kernels.yaml")
+    with pytest.raises(StepError, match="a study is called 'kernels'; rename the file"):
+        params.experiments(project / "params")
+    shutil.copyfile(project / "params/studies/kernels.yaml", project / "params/studies/train.yaml")
+    with pytest.raises(StepError, match="a study cannot be called 'train', as a step or folder is"):
+        params.studies(project / "params")
+    with pytest.raises(StepError, match="no study 'kernel'; there are kernels, null-models"):
+        params.load("studies/kernel", ROOT / "params")
+
+
+def test_where_the_wanted_device_is_not_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    write_json(tmp_path / "settings.json", studies.plan("kernels", ROOT / "params"))
+    refused = step(
+        "study", "--settings", tmp_path / "settings.json", "--output", tmp_path / "rows.json", cwd=tmp_path, check=False
+    )
+    assert refused.returncode == 1
+    assert "kernels is measured on a CUDA device, and there is none here; `make tables`" in refused.stderr
+    assert not (tmp_path / "rows.json").exists()
+
+
+def small(study: str, data: Path) -> dict[str, Any]:
+    """The plan of a study, on a CPU in seconds; its data are put below `data`."""
+    plan = studies.plan(study, ROOT / "params") | {"device": "cpu"}
+    settings = plan["settings"]
+    if study == "kernels":
+        settings["ceilings"] = {"copied": 4096, "product": 16}
+        sizes = {"dtype": "float32", "tokens": 8, "dim": 8}
+        attention = {"n": 8, "batch": 2, "heads": 1, "dim": 8, "bias": ["none", "both"], "dtype": "float32"}
+        settings["operations"] = {
+            "layer_norm": [sizes | {"dim": [8, 16]}],
+            "norm_gate": [sizes],
+            "projection": [sizes | {"columns": 16}],
+            "sampled_softmax": [sizes | {"items": 20, "negatives": 4}],
+            "hstu_attention": [attention | {"lengths": "ragged"}],
+        }
+    if study == "training-speed":
+        settings |= {"steps": 2, "ceilings": {"copied": 4096, "product": 16}}
+        write_processed(data / "processed/ml-1m", [9] * 12, 30)
+        plan["runs"] = [plan["runs"][0], plan["runs"][-1]]
+        plan["runs"][0] |= {"items": 40, "configs": [plan["runs"][0]["configs"][3]]}
+        plan["runs"][1]["configs"] = plan["runs"][1]["configs"][:1]
+        for config in (group["configs"][0] for group in plan["runs"]):
+            config["training"] |= {"max_len": 8, "batch": 4, "negatives": 4, "epochs": 2}
+            config["model"] |= {"dim": 8, "blocks": 1, "dqk": 8, "dv": 8}
+    if study == "null-models":
+        write_processed(data / "processed/ml-1m", [30] * 40, 300)
+        settings |= {"seeds": 2, "generated": settings["generated"] | {"users": 60}}
+    if study == "preprocessing":
+        settings["repetitions"] = 2
+        plan["data"]["raw"]["ml-1m"]["checks"] = {"min_user_interactions": 1}
+        (data / "raw/ml-1m/ml-1m").mkdir(parents=True)
+        (data / "raw/ml-1m/ml-1m/ratings.dat").write_text("".join(f"{n % 3}::{n}::5::{n}\n" for n in range(1, 30)))
+        (data / "raw/ml-1m/ml-1m/movies.dat").write_text("".join(f"{n}::Film::Drama\n" for n in range(1, 30)))
+        write_json(data / "raw/ml-1m/manifest.json", {"files": {}})
+    return plan
+
+
+def test_a_bare_gpu_machine_can_measure() -> None:
+    """All but preprocessing, whose measurement is of libraries that are not there."""
+    code = """
+import sys
+for name in ("yaml", "jsonschema", "polars", "pandera", "pyarrow", "matplotlib", "tabulate"):
+    sys.modules[name] = None  # an import of it fails
+import steps.study, steps.studies.kernels, steps.studies.null_models, steps.studies.training_speed
+"""
+    run("python", "-c", code, cwd=ROOT)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_small_run_of_every_study_becomes_a_report(study: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "settings.json", small(study, tmp_path / "data"))
+    rows, report = tmp_path / "rows.json", tmp_path / "report"
+    arguments = ("--settings", "settings.json", "--output", str(rows))
+    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    # In a process of its own, as Triton's interpreter is chosen when Triton is imported.
+    run("python", "-m", "steps.study", *arguments, cwd=tmp_path, **paths)
+    measured = read_rows(rows, study)
+    assert {one["device"] for one in measured} == {"CPU"}
+    assert all(set(one) & {"versions", "commit"} == {"versions", "commit"} for one in measured)
+    assert any("data_sha256" in one for one in measured) == (study != "kernels")
+    for _ in range(2):  # the second time changes nothing
+        step("report_study", "--study", study, "--rows", rows, "--output", report, cwd=ROOT)
+        assert read_rows(report / "rows.json", study) == measured
+    made = {path.name: path.read_bytes() for path in report.iterdir()}
+    assert set(made) == {"rows.json", "table.md", "table.csv", "figure.svg", "figure.png"}
+    step("report_study", "--study", study, "--output", report, cwd=ROOT)
+    assert {path.name: path.read_bytes() for path in report.iterdir()} == made
+    # Rows of another machine stay as they are, and have places of their own in the report.
+    kept = ROOT / f"reports/studies/{study}"
+    shutil.copyfile(kept / "rows.json", report / "rows.json")
+    said = step("report_study", "--study", study, "--rows", rows, "--output", report, cwd=ROOT).stdout
+    before, after = read_rows(kept / "rows.json", study), read_rows(report / "rows.json", study)
+    assert [one for one in before if one not in after] == []
+    assert (", beside those of NVIDIA" in said) == (before[0]["device"] != "CPU")
+
+
+def test_some_cases_are_measured_alone(tmp_path: Path) -> None:
+    write_json(tmp_path / "settings.json", small("kernels", tmp_path))
+    arguments = ["--settings", "settings.json", "--output", "rows.json", "--only"]
+    step("study", *arguments, "operation=layer_norm", "dim=16", cwd=tmp_path)
+    assert {(one["operation"], one["dim"]) for one in read_rows(tmp_path / "rows.json", "kernels")} == {
+        ("layer_norm", 16)
+    }
+    refused = step("study", *arguments, "operation=layer", cwd=tmp_path, check=False)
+    assert "no case is so; the first is operation roofs, copied 4096" in refused.stderr
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_committed_reports_are_those_of_the_committed_rows(study: str, tmp_path: Path) -> None:
+    kept = ROOT / "reports/studies" / study
+    step("report_study", "--study", study, "--rows", kept / "rows.json", "--output", tmp_path, cwd=ROOT)
+    for name in ("rows.json", "table.md", "table.csv"):
+        assert (tmp_path / name).read_text() == (kept / name).read_text(), f"run `make tables`: {kept / name}"
+    assert {path.name for path in kept.iterdir()} == {path.name for path in tmp_path.iterdir()}
+
+
+def texts_and_numbers(rows: list[Row], study: dict[str, Any]) -> tuple[list[str], set[str]]:
+    """What a report may show that is not measured: axes and origins of rows, and the study's own settings."""
+    found: list[Any] = [value for one in rows for key, value in one.items() if key not in FIELDS[:3]]
+    found += [one["commit"][:9] for one in rows]
+    queue: list[Any] = [study.get("published", {}), study["measure"]["settings"], *found]
+    texts, numbers = {study["title"], "1 MB = 10^6 bytes", "1.00x", "100.0%", "figure.svg"}, {"0"}
+    while queue:
+        value = queue.pop()
+        if isinstance(value, dict):
+            queue += [*value, *value.values()]
+        elif isinstance(value, list):
+            queue += value
+        elif isinstance(value, str):
+            texts |= {value, value.upper()}
+        else:
+            numbers.add(f"{value:g}" if isinstance(value, float) else str(value))
+    return sorted(texts, key=len, reverse=True), numbers
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_number_of_a_report_comes_from_its_rows(study: str) -> None:
+    """Other values make every number another one, but for those that name the cases."""
+    rows = read_rows(ROOT / "reports/studies" / study / "rows.json", study)
+    content = params.load(f"studies/{study}", ROOT / "params")
+    report = importlib.import_module(f"steps.studies.{content['module']}_report").report
+    texts, numbers = texts_and_numbers(rows, content)
+
+    def parts(values: list[Row]) -> list[str]:
+        lines = report(values, content)[0].splitlines()
+        return [part.strip() for line in lines for part in (line.split("|") if line.startswith("|") else [line])]
+
+    def changed(seed: int) -> list[Row]:
+        factor = random.Random(seed)
+        found = []
+        for one in rows:
+            scale = math.exp(factor.uniform(-3, 3))
+            found.append(one | {key: one[key] * scale for key in ("value", "low", "high") if key in one})
+        return found
+
+    others = [parts(changed(seed)) for seed in range(4)]
+    for index, part in enumerate(parts(rows)):
+        if all(part == other[index] for other in others):
+            rest = part
+            for text in texts:
+                rest = rest.replace(text, "")
+            left = {f"{float(number):g}" for number in re.findall(r"\d+(?:\.\d+)?", rest.replace(",", ""))}
+            assert left <= {f"{float(number):g}" for number in numbers - {"True", "False"}}, part

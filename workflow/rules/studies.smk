@@ -1,0 +1,68 @@
+# Studies: what is measured beside experiments, and its reports.
+
+
+rule plan_study:
+    input:
+        "steps/plan_study.py",
+        "steps/common/params.py",
+        "steps/common/dotted.py",
+        "steps/common/config.py",
+        "steps/common/studies.py",
+    output:
+        "runs/studies/{study}/settings.json",
+    log:
+        "logs/plan_study/{study}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        settings=settings_of,
+    shell:
+        "python -m steps.plan_study --study {wildcards.study:q} --output {output:q} 2>&1 | tee {log:q}"
+
+
+rule study:
+    input:
+        "steps/study.py",
+        "steps/common/device.py",
+        "steps/common/threads.py",
+        "steps/studies/rows.py",
+        "runs/studies/{study}/settings.json",
+        lambda wildcards: studies.manifests(wildcards.study),
+    output:
+        "runs/studies/{study}/rows.json",
+    log:
+        "logs/study/{study}.log",
+    conda:
+        "../../environment.yml"
+    threads: ALL_CORES
+    resources:
+        gpu=lambda wildcards: int(settings_of(wildcards)["device"] == "cuda"),
+    shell:
+        "python -m steps.study --settings runs/studies/{wildcards.study:q}/settings.json"
+        " --output {output:q} 2>&1 | tee {log:q}"
+
+
+rule report_study:
+    input:
+        "steps/report_study.py",
+        "steps/common/params.py",
+        "steps/common/dotted.py",
+        "steps/reporting/figures.py",
+        "steps/studies/rows.py",
+        lambda wildcards: f"steps/studies/{settings_of(wildcards)['module']}_report.py",
+        "runs/studies/{study}/rows.json",
+    output:
+        report("reports/studies/{study}/figure.svg", caption="../report/study.rst", category="{study}"),
+        update("reports/studies/{study}/rows.json"),
+        "reports/studies/{study}/table.md",
+        "reports/studies/{study}/table.csv",
+        "reports/studies/{study}/figure.png",
+    log:
+        "logs/report_study/{study}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        shown=lambda wildcards: params.load(f"studies/{wildcards.study}"),
+    shell:
+        "python -m steps.report_study --study {wildcards.study:q} --rows runs/studies/{wildcards.study:q}/rows.json"
+        " --output reports/studies/{wildcards.study:q} 2>&1 | tee {log:q}"
