@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from kernels.jagged import offsets_from_lengths, to_padded
-from kernels.jagged.naive import row_and_place
+from kernels.jagged.naive import sequence_and_position
 from steps.common.files import read_json, reading
 from steps.common.provenance import require_files
 
@@ -103,7 +103,7 @@ class Sequences:
         lengths = self.window_lengths(users, drop, max_len)
         offsets = offsets_from_lengths(lengths)
         size = size or Size(int(offsets[-1]), int(lengths.max()))
-        row, place = row_and_place(offsets, size.tokens)
+        row, place = sequence_and_position(offsets, size.tokens)
         index = (self.offsets[users + 1] - drop - lengths - 1)[row] + place
         return Batch(
             item=self.item[index],
@@ -124,7 +124,7 @@ class Sequences:
         total = offsets[-1]
         spare = torch.arange(1, layout.rows - layout.users + 1, device=offsets.device)
         offsets = torch.cat([offsets, (total + spare * layout.max_len).clamp(max=layout.tokens)])
-        row, place = row_and_place(offsets, layout.tokens)
+        row, place = sequence_and_position(offsets, layout.tokens)
         real = torch.arange(layout.tokens, device=offsets.device) < total
         first = torch.nn.functional.pad(self.offsets[users + 1] - drop - lengths - 1, (0, len(spare)))
         index = torch.where(real, first[row] + place, 0)
@@ -151,12 +151,12 @@ class Sequences:
         start = self.offsets[users]
         lengths = self.offsets[users + 1] - drop - 1 - start
         offsets = offsets_from_lengths(lengths)
-        row, place = row_and_place(offsets, int(offsets[-1]) if total is None else total)
+        row, place = sequence_and_position(offsets, int(offsets[-1]) if total is None else total)
         return row, self.item[start[row] + place]
 
     def counts(self, drop: torch.Tensor) -> torch.Tensor:
         """How often each item stands in the sequences without their last `drop` (U,) rows: (num_items + 1,) int64."""
-        row, place = row_and_place(self.offsets, len(self.item))
+        row, place = sequence_and_position(self.offsets, len(self.item))
         kept = place < (self.offsets.diff() - drop)[row]
         return torch.bincount(self.item[kept], minlength=self.num_items + 1)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kernels.jagged.naive import row_and_place
+from kernels.jagged.naive import sequence_and_position
 from steps.common.cli import StepError
 from steps.data.sequences import Sequences
 
@@ -60,7 +60,7 @@ def split_sha256(sequences: Sequences, holdout: Holdout) -> dict[str, str]:
 
     Of (user, item, timestamp) as little-endian int64 columns.
     """
-    user, place = row_and_place(sequences.offsets, len(sequences.item))
+    user, place = sequence_and_position(sequences.offsets, len(sequences.item))
     rows = {"train": torch.nonzero(place < (sequences.offsets.diff() - holdout.train_drop)[user])[:, 0]}
     for split, questions in holdout.questions.items():
         rows[split] = sequences.offsets[questions.users + 1] - 1 - questions.drop
@@ -110,7 +110,7 @@ def _temporal(sequences: Sequences, test_share: float, valid_share: float) -> Ho
 
 def _rows_from(sequences: Sequences, time: torch.Tensor) -> torch.Tensor:
     """How many rows of each user are at `time` or later: (U,)."""
-    row, _ = row_and_place(sequences.offsets, len(sequences.item))
+    row, _ = sequence_and_position(sequences.offsets, len(sequences.item))
     return torch.bincount(row[sequences.timestamp >= time], minlength=sequences.num_users)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import jagged
-from kernels.jagged.naive import row_and_place
+from kernels.jagged.naive import sequence_and_position
 from kernels.layer_norm import layer_norm
 from steps.data.sequences import Batch
 from steps.models.base import SequenceModel, look_up
@@ -143,7 +143,7 @@ class BERT4Rec(SequenceModel):
 
     def _choose(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
         """Which items (T,) to mask: at least one of every sequence."""
-        row, place = row_and_place(offsets, total)
+        row, place = sequence_and_position(offsets, total)
         last = place == (offsets.diff() - 1)[row]
         last_only = torch.rand(len(offsets) - 1, device=offsets.device) < _SHARE_LAST_ONLY
         drawn = (torch.rand(total, device=offsets.device) < self.mask_share) & ~last_only[row]
@@ -162,7 +162,7 @@ class BERT4Rec(SequenceModel):
         return self._states(torch.where(masked[:, None], self.mask, look_up(self.items, item)), offsets, max_len)
 
     def _states(self, vectors: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
-        row, place = row_and_place(offsets, len(vectors))
+        row, place = sequence_and_position(offsets, len(vectors))
         x = self.input_dropout(self.input_norm(vectors + look_up(self.position, place)))
         with self.low_precision():
             for block in self.blocks:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.jagged import offsets_from_lengths
-from kernels.jagged.naive import row_and_place
+from kernels.jagged.naive import sequence_and_position
 from steps.data.sequences import Batch, Sequences
 from steps.models.adagrad import Adagrad
 from steps.models.base import SequenceModel, look_up
@@ -114,7 +114,7 @@ class GRU4Rec(SequenceModel):
             taken.append((event, lane))
             heapq.heapreplace(free, (event + length, lane))
         event, lane = torch.tensor(taken).T
-        row, place = row_and_place(offsets_from_lengths(lengths), int(lengths.sum()))
+        row, place = sequence_and_position(offsets_from_lengths(lengths), int(lengths.sum()))
         table = torch.zeros(max(free)[0], 3, lanes, dtype=torch.int64)
         table[:, 0] = -1
         table[event[row] + place, :, lane[row]] = torch.stack([order[row], place, lengths[row]], dim=1)

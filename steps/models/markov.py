@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.jagged.naive import row_and_place
+from kernels.jagged.naive import sequence_and_position
 from steps.data.sequences import Batch, Sequences
 from steps.models.base import CountingModel
 
@@ -28,7 +28,7 @@ class Markov(CountingModel):
         self.register_buffer("popularity", torch.zeros(num_items + 1))
 
     def fit(self, sequences: Sequences, drop: torch.Tensor) -> None:
-        row, place = row_and_place(sequences.offsets, len(sequences.item))
+        row, place = sequence_and_position(sequences.offsets, len(sequences.item))
         kept = place < (sequences.offsets.diff() - drop - 1)[row]  # rows that a trained-on row of the user follows
         index = torch.nonzero(kept)[:, 0]
         pair = sequences.item[index] * (self.num_items + 1) + sequences.item[index + 1]
@@ -44,7 +44,7 @@ class Markov(CountingModel):
         last = batch.item[batch.last]
         lengths = self.start[last + 1] - self.start[last]
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        row, place = row_and_place(offsets, int(offsets[-1]))
+        row, place = sequence_and_position(offsets, int(offsets[-1]))
         found = self.start[last][row] + place
         scores = self.popularity.expand(len(last), -1).clone()
         scores[row, self.followers[found].long()] += self.times[found]

@@ -280,8 +280,8 @@ def test_cached_attention_equals_targets_behind_the_history(
     case = Case(lengths=(70, 3, 34), targets=(6, 3, 33), bias=bias, window=window, softmax=softmax, normaliser=None)
     inputs = case.inputs(dtype)
     output = run("triton", case, inputs, dtype)[0]
-    row, place = naive.jagged.naive.row_and_place(inputs["offsets"], len(inputs["q"]))
-    new = place >= (inputs["offsets"].diff() - inputs["num_targets"])[row]
+    sequence_id, position = naive.jagged.naive.sequence_and_position(inputs["offsets"], len(inputs["q"]))
+    new = position >= (inputs["offsets"].diff() - inputs["num_targets"])[sequence_id]
 
     def part(name: str, which: torch.Tensor) -> torch.Tensor:
         return inputs[name].to(dtype)[which]
