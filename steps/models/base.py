@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.rowwise_table import RowwiseTable, distinct
+from kernels.rowwise_table import RowwiseTable, unique
 from steps.data.sequences import Batch, Layout, Sequences
 from steps.models.losses import next_item_loss, scores
 
@@ -108,7 +108,7 @@ class SequenceModel(Model):
         if isinstance(self.items, nn.Embedding):
             return next_item_loss(self.loss_config, self.encode(batch), self.items.weight, batch.next_item, batch.real)
         pool = torch.randint(1, self.num_items + 1, (self.pool,), device=batch.item.device)
-        rows, place = distinct(torch.cat([batch.item, batch.next_item, pool]))
+        rows, place = unique(torch.cat([batch.item, batch.next_item, pool]))
         vectors = self.items(rows)
         item, next_item, pool = place.split([len(batch.item), len(batch.next_item), len(pool)])
         states = self.states(vectors.index_select(0, item), batch)
