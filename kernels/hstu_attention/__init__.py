@@ -74,10 +74,10 @@ def hstu_attention(
         num_targets,
     )  # fmt: skip
     if _fits(q, k, v):
-        from . import triton_op
+        from . import op
 
         reverse_mode_only("hstu_attention", q, k, v, position_bias, time_bias)
-        return triton_op.attention(
+        return op.attention(
             q, k, v, offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time, key_time,
             max_attn_len, contextual_seq_len, num_targets, False,
         )[0]  # fmt: skip
@@ -114,10 +114,10 @@ def softmax_attention(
         num_targets,
     )  # fmt: skip
     if _fits(q, k, v):
-        from . import triton_op
+        from . import op
 
         reverse_mode_only("softmax_attention", q, k, v, position_bias, time_bias)
-        return triton_op.attention(
+        return op.attention(
             q, k, v, offsets, max_len, alpha, None, position_bias, time_bias, query_time, key_time,
             max_attn_len, contextual_seq_len, num_targets, True,
         )[0]  # fmt: skip
@@ -181,9 +181,10 @@ def cached_attention(
         from . import cached
 
         reverse_mode_only("cached_attention", q, k, v, cached_k, cached_v, position_bias, time_bias)
+        times = [query_time, key_time, cached_time] if time_bias is not None else []
         return cached.cached_attention(
             q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha, normaliser, softmax,
-            position_bias, time_bias, query_time, key_time, cached_time, max_attn_len,
+            position_bias, time_bias, times, max_attn_len,
         )  # fmt: skip
     return naive.cached_attention(
         q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha=alpha,

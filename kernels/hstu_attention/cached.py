@@ -2,7 +2,8 @@
 # A kernel's arguments have no Python types.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,129 +11,133 @@ import triton.language as tl
 
 from ..common import configuration, tf32_allowed
 from ..tensor_cores import operand
-from .tiles import buckets, exp_of, load_rows, silu
-from .triton_op import (
-    _block,
-    _bucket_edges,
-    _contiguous,
-    _rows,
-    check_sizes,
-    shape_class,
-    value_block,
-)
+from .activations import exp_of, silu
+from .arguments import Flags, Shape, Strides, Tokens
+from .bias_tiles import exact_bucket
+from .inputs import block_of, bucket_edges, check_sizes, float_table, shape_class, token_rows, value_block
+from .tiles import load_tile
 
 _LOWEST = tl.constexpr(-1e30)
 
 
+class Cache(NamedTuple):
+    """The stored keys and values, (T', h, dqk) and (T', h, dv), and their offsets (B + 1,)."""
+
+    k: Any
+    v: Any
+    offsets: Any
+
+
+class CacheStrides(NamedTuple):
+    """Elements from a stored token to the next, and from a head to the next."""
+
+    k_token: int
+    k_head: int
+    v_token: int
+    v_head: int
+
+
+class Tables(NamedTuple):
+    """Pointers of the bias tables and times; None for what a call does not need."""
+
+    position: Any
+    time: Any
+    edges: Any
+    query_time: Any
+    key_time: Any
+    cached_time: Any
+
+
 @triton.jit(do_not_specialize=["num_tiles", "position_zero", "window"])
 def cached_kernel(
-    q, k, v, output, offsets, cached_k, cached_v, cached_offsets,
-    position_bias, time_bias, bucket_edges, query_time, key_time, cached_time,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ct, stride_ch, stride_wt, stride_wh,
-    alpha, normaliser, num_tiles, heads, position_zero, window,
-    DQK: tl.constexpr, DV: tl.constexpr, BLOCK_DQK: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POSITION: tl.constexpr, TIME: tl.constexpr, WINDOW: tl.constexpr,
-    BY_LENGTH: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, ASSEMBLY: tl.constexpr,
+    q, k, v, output, offsets, cache, tables, strides, cache_strides, alpha, attention_scale, heads, num_tiles,
+    position_zero, window, SHAPE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of new queries of the longest row x heads, rows). Every query stands behind the stored keys, sees
-    those within the window, and itself."""
+    """Grid (tiles of new queries of the longest sequence x heads, sequences). Every query stands behind the stored
+    keys, sees those within the window, and itself."""
+    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
+    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
+    BLOCK_DQK: tl.constexpr = SHAPE.BLOCK_DQK
+    BLOCK_DV: tl.constexpr = SHAPE.BLOCK_DV
+    PRECISION: tl.constexpr = FLAGS.PRECISION
     head = tl.program_id(0) // num_tiles
-    row = tl.program_id(1)
-    start = tl.load(offsets + row)
-    end = tl.load(offsets + row + 1)
-    stored = tl.load(cached_offsets + row)
-    history = (tl.load(cached_offsets + row + 1) - stored).to(tl.int32)
+    sequence_id = tl.program_id(1)
+    start = tl.load(offsets + sequence_id)
+    end = tl.load(offsets + sequence_id + 1)
+    stored = tl.load(cache.offsets + sequence_id)
+    history = (tl.load(cache.offsets + sequence_id + 1) - stored).to(tl.int32)
     first = start + tl.program_id(0) % num_tiles * BLOCK_M
     if first >= end:
         return
+    Q = Tokens(q, strides.q_token, strides.q_head, head)
+    OWN_K = Tokens(k, strides.k_token, strides.k_head, head)
+    OWN_V = Tokens(v, strides.v_token, strides.v_head, head)
+    K = Tokens(cache.k, cache_strides.k_token, cache_strides.k_head, head)
+    V = Tokens(cache.v, cache_strides.v_token, cache_strides.v_head, head)
     i = first + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(q, first, end, head, stride_qt, stride_qh, BLOCK_M, DQK, BLOCK_DQK, False, False, PRECISION)
+    q_tile = load_tile(Q, first, end, BLOCK_M, SHAPE.DQK, BLOCK_DQK, False, FLAGS)
     times = i.to(tl.int64)[:, None]
-    if TIME:
-        times = tl.load(query_time + i, mask=i < end, other=0)[:, None]
+    if FLAGS.TIME:
+        times = tl.load(tables.query_time + i, mask=i < end, other=0)[:, None]
 
     # Itself.
-    own_k = load_rows(k, first, end, head, stride_kt, stride_kh, BLOCK_M, DQK, BLOCK_DQK, False, False, PRECISION)
-    own_v = load_rows(v, first, end, head, stride_vt, stride_vh, BLOCK_M, DV, BLOCK_DV, False, False, PRECISION)
+    own_k = load_tile(OWN_K, first, end, BLOCK_M, SHAPE.DQK, BLOCK_DQK, False, FLAGS)
+    own_v = load_tile(OWN_V, first, end, BLOCK_M, SHAPE.DV, BLOCK_DV, False, FLAGS)
     own_x = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1)[:, None] * alpha
-    if POSITION:
-        own_x += tl.load(position_bias + position_zero)
-    if TIME:
-        own_times = tl.load(key_time + i, mask=i < end, other=0)[:, None]
-        own_x += tl.load(time_bias + buckets(times, own_times, bucket_edges, ASSEMBLY))
-    top = own_x
-    if SOFTMAX:
-        mass = tl.full([BLOCK_M, 1], 1.0, tl.float32)
-        total = own_v.to(tl.float32)
+    if FLAGS.POSITION:
+        own_x += tl.load(tables.position + position_zero)
+    if FLAGS.TIME:
+        own_times = tl.load(tables.key_time + i, mask=i < end, other=0)[:, None]
+        own_x += tl.load(tables.time + exact_bucket(times - own_times, tables.edges, FLAGS.INLINE_ASM))
+    m_i = own_x
+    if FLAGS.SOFTMAX:
+        l_i = tl.full([BLOCK_M, 1], 1.0, tl.float32)
+        acc = own_v.to(tl.float32)
     else:
-        mass = tl.zeros([BLOCK_M, 1], tl.float32)
-        total = operand(silu(own_x, FAST), own_v.dtype, PRECISION).to(tl.float32) * own_v.to(tl.float32)
+        l_i = tl.zeros([BLOCK_M, 1], tl.float32)
+        own_weights = operand(silu(own_x, FLAGS.APPROXIMATE_TANH), own_v.dtype, PRECISION)
+        acc = own_weights.to(tl.float32) * own_v.to(tl.float32)
 
     begin = 0
-    if WINDOW:
+    if FLAGS.WINDOW:
         begin = tl.maximum(history - window, 0) // BLOCK_N * BLOCK_N
     for key in range(begin, history, BLOCK_N):
         j = key + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(
-            cached_k,
-            stored + key,
-            stored + history,
-            head,
-            stride_ct,
-            stride_ch,
-            BLOCK_N,
-            DQK,
-            BLOCK_DQK,
-            False,
-            False,
-            PRECISION,
-        )
-        v_tile = load_rows(
-            cached_v,
-            stored + key,
-            stored + history,
-            head,
-            stride_wt,
-            stride_wh,
-            BLOCK_N,
-            DV,
-            BLOCK_DV,
-            False,
-            False,
-            PRECISION,
-        )
+        k_tile = load_tile(K, stored + key, stored + history, BLOCK_N, SHAPE.DQK, BLOCK_DQK, False, FLAGS)
+        v_tile = load_tile(V, stored + key, stored + history, BLOCK_N, SHAPE.DV, BLOCK_DV, False, FLAGS)
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * alpha
-        if POSITION:
-            entries = position_bias + (j - history + position_zero)
-            x += tl.load(entries, mask=j < history, other=0.0)[None, :]
-        if TIME:
-            key_times = tl.load(cached_time + stored + j, mask=j < history, other=0)[None, :]
-            x += tl.load(time_bias + buckets(times, key_times, bucket_edges, ASSEMBLY))
+        if FLAGS.POSITION:
+            pointers = tables.position + (j - history + position_zero)
+            x += tl.load(pointers, mask=j < history, other=0.0)[None, :]
+        if FLAGS.TIME:
+            key_times = tl.load(tables.cached_time + stored + j, mask=j < history, other=0)[None, :]
+            x += tl.load(tables.time + exact_bucket(times - key_times, tables.edges, FLAGS.INLINE_ASM))
         seen = j < history
-        if WINDOW:
+        if FLAGS.WINDOW:
             seen = seen & (history - j <= window)
-        if SOFTMAX:
+        if FLAGS.SOFTMAX:
             x = tl.where(seen[None, :], x, _LOWEST)
-            highest = tl.maximum(top, tl.max(x, 1)[:, None])
-            weights = exp_of(x - highest)
-            shrink = exp_of(top - highest)
-            mass = mass * shrink + tl.sum(weights, 1)[:, None]
-            total = total * shrink
-            top = highest
+            m_new = tl.maximum(m_i, tl.max(x, 1)[:, None])
+            weights = exp_of(x - m_new)
+            shrink = exp_of(m_i - m_new)
+            l_i = l_i * shrink + tl.sum(weights, 1)[:, None]
+            acc = acc * shrink
+            m_i = m_new
         else:
-            weights = tl.where(seen[None, :], silu(x, FAST), 0.0)
-        total = tl.dot(operand(weights, v_tile.dtype, PRECISION), v_tile, total, input_precision=PRECISION)
-    if SOFTMAX:
-        total = total / mass
+            weights = tl.where(seen[None, :], silu(x, FLAGS.APPROXIMATE_TANH), 0.0)
+        weights = operand(weights, v_tile.dtype, PRECISION)
+        acc = tl.dot(weights, v_tile, acc, input_precision=PRECISION)
+    if FLAGS.SOFTMAX:
+        acc = acc / l_i
     else:
-        if BY_LENGTH:
-            normaliser = (history + 1).to(tl.float32)
-        total = total / normaliser
+        if FLAGS.BY_LENGTH:
+            attention_scale = (history + 1).to(tl.float32)
+        acc = acc / attention_scale
     columns = tl.arange(0, BLOCK_DV)
     tl.store(
-        output + i.to(tl.int64)[:, None] * (heads * DV) + head * DV + columns[None, :],
-        total.to(output.dtype.element_ty),
-        mask=(i < end)[:, None] & (columns < DV)[None, :],
+        output + i.to(tl.int64)[:, None] * (heads * SHAPE.DV) + head * SHAPE.DV + columns[None, :],
+        acc.to(output.dtype.element_ty),
+        mask=(i < end)[:, None] & (columns < SHAPE.DV)[None, :],
     )
 
 
@@ -152,63 +157,59 @@ def cached_attention(
     softmax: bool,
     position_bias: torch.Tensor | None,
     time_bias: torch.Tensor | None,
-    query_time: torch.Tensor | None,
-    key_time: torch.Tensor | None,
-    cached_time: torch.Tensor | None,
+    times: Sequence[torch.Tensor],
     max_attn_len: int,
 ) -> torch.Tensor:
-    """Output (T, h, dv) of the new tokens."""
+    """Output (T, h, dv) of the new tokens. `times`, with a time bias: query_time, key_time and cached_time."""
     check_sizes(q, v, offsets, max(max_len, max_cached_len))
     tokens, heads, dqk = q.shape
     dv = v.shape[2]
     output = v.new_empty(tokens, heads, dv)
     if not tokens or not max_len:
         return output
+    q, k, v, cached_k, cached_v = (token_rows(tensor) for tensor in (q, k, v, cached_k, cached_v))
     name = shape_class(q, v, max_cached_len, position_bias is not None or time_bias is not None)
     config = configuration("hstu_attention.forward", name, q.device)
-    block_m = min(config["block_m"], 64)
+    block_m, block_n = min(config["block_m"], 64), min(config["block_n"], 64)
     tiles = triton.cdiv(max_len, block_m)
-    rows = {"q": _rows(q), "k": _rows(k), "v": _rows(v), "c": _rows(cached_k), "w": _rows(cached_v)}
-    strides: dict[str, Any] = {}
-    for letter, tensor in rows.items():
-        strides |= {f"stride_{letter}t": tensor.stride(0), f"stride_{letter}h": tensor.stride(1)}
+    tables = Tables(float_table(position_bias), None, None, None, None, None)
+    if time_bias is not None:
+        edges = bucket_edges(q.device)
+        tables = Tables(tables.position, float_table(time_bias), edges, *(time.contiguous() for time in times))
+    rows, cache_rows = (q, k, v, output), (cached_k, cached_v)
     with torch.cuda.device_of(q):
         cached_kernel[(tiles * heads, len(offsets) - 1)](
-            rows["q"],
-            rows["k"],
-            rows["v"],
+            q,
+            k,
+            v,
             output,
             offsets.contiguous(),
-            rows["c"],
-            rows["w"],
-            cached_offsets.contiguous(),
-            position_bias=None if position_bias is None else position_bias.float().contiguous(),
-            time_bias=None if time_bias is None else time_bias.float().contiguous(),
-            bucket_edges=None if time_bias is None else _bucket_edges(q.device),
-            query_time=_contiguous(query_time) if time_bias is not None else None,
-            key_time=_contiguous(key_time) if time_bias is not None else None,
-            cached_time=_contiguous(cached_time) if time_bias is not None else None,
-            **strides,
+            Cache(cached_k, cached_v, cached_offsets.contiguous()),
+            tables,
+            Strides(*(stride for tensor in rows for stride in tensor.stride()[:2])),
+            CacheStrides(*(stride for tensor in cache_rows for stride in tensor.stride()[:2])),
             alpha=alpha,
-            normaliser=1.0 if normaliser is None else normaliser,
-            num_tiles=tiles,
+            attention_scale=1.0 if normaliser is None else normaliser,
             heads=heads,
+            num_tiles=tiles,
             position_zero=(len(position_bias) - 1) // 2 if position_bias is not None else 0,
             window=max_attn_len,
-            DQK=dqk,
-            DV=dv,
-            BLOCK_DQK=_block(dqk),
-            BLOCK_DV=value_block(dqk, dv),
-            BLOCK_M=block_m,
-            BLOCK_N=min(config["block_n"], 64),
-            POSITION=position_bias is not None,
-            TIME=time_bias is not None,
-            WINDOW=max_attn_len > 0,
-            BY_LENGTH=normaliser is None,
-            SOFTMAX=softmax,
-            PRECISION="tf32" if q.is_cuda and tf32_allowed() else "ieee",
-            FAST=q.is_cuda and q.dtype == torch.bfloat16,
-            ASSEMBLY=q.is_cuda,
+            SHAPE=Shape(dqk, dv, block_of(dqk), value_block(dqk, dv), block_m, block_n),
+            FLAGS=Flags(
+                POSITION=position_bias is not None,
+                TIME=time_bias is not None,
+                TARGETS=False,
+                WINDOW=max_attn_len > 0,
+                PREFIX=False,
+                GENERAL=False,
+                BY_LENGTH=normaliser is None,
+                SOFTMAX=softmax,
+                DESCRIPTOR=False,
+                PRECISION="tf32" if q.is_cuda and tf32_allowed() else "ieee",
+                APPROXIMATE_TANH=q.is_cuda and q.dtype == torch.bfloat16,
+                MMA_LAYOUT=False,
+                INLINE_ASM=q.is_cuda,
+            ),
             num_warps=config["num_warps"],
             num_stages=2,
         )

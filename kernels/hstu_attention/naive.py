@@ -1,4 +1,8 @@
-"""HSTU attention, its softmax ablation and cached attention in plain torch, padded to (B, h, N, N)."""
+"""HSTU attention, its softmax ablation and cached attention in plain torch, padded to (B, h, N, N).
+
+Shapes: B sequences of up to N tokens, T in all, of h heads. q and k are (T, h, dqk), v is (T, h, dv), times are (T,),
+all jagged by offsets (B + 1,); the tables p (2P - 1,) and w (129,); num_targets (B,).
+"""
 
 import functools
 import math
@@ -9,7 +13,7 @@ import torch.nn.functional as F
 
 from .. import jagged
 
-#: Rows of the time bias table: buckets 0..128.
+#: Entries of the time bias table: buckets 0..128.
 TIME_BUCKETS = 129
 _BUCKET_WIDTH = 0.301
 _BUCKET_STARTS = [min(math.ceil(math.exp(_BUCKET_WIDTH * k)), 2**63 - 1) for k in range(1, TIME_BUCKETS)]
@@ -33,10 +37,10 @@ def hstu_attention(
     num_targets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     scores = _scores(q, k, offsets, max_len, num_targets, alpha, position_bias, time_bias, query_time, key_time)
-    seen = visible(offsets, max_len, max_attn_len, contextual_seq_len, num_targets)
-    weights = F.silu(scores).masked_fill(~seen[:, None], 0.0)
+    seen = visible(offsets, max_len, max_attn_len, contextual_seq_len, num_targets)  # (B or 1, N, N)
+    weights = F.silu(scores).masked_fill(~seen[:, None], 0.0)  # (B, h, N, N)
     n = own_length(offsets, num_targets)[:, None, None, None] if normaliser is None else normaliser
-    return _weighted_values(weights / n, v, offsets, max_len)
+    return _weighted_values(weights / n, v, offsets, max_len)  # (T, h, dv)
 
 
 def softmax_attention(
@@ -56,9 +60,9 @@ def softmax_attention(
     num_targets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     scores = _scores(q, k, offsets, max_len, num_targets, alpha, position_bias, time_bias, query_time, key_time)
-    seen = visible(offsets, max_len, max_attn_len, contextual_seq_len, num_targets)
-    weights = torch.softmax(scores.masked_fill(~seen[:, None], -torch.inf), dim=-1)
-    return _weighted_values(weights, v, offsets, max_len)
+    seen = visible(offsets, max_len, max_attn_len, contextual_seq_len, num_targets)  # (B or 1, N, N)
+    weights = torch.softmax(scores.masked_fill(~seen[:, None], -torch.inf), dim=-1)  # (B, h, N, N)
+    return _weighted_values(weights, v, offsets, max_len)  # (T, h, dv)
 
 
 def cached_attention(
@@ -82,14 +86,15 @@ def cached_attention(
     cached_time: torch.Tensor | None = None,
     max_attn_len: int = 0,
 ) -> torch.Tensor:
-    lengths, cached_lengths = offsets.diff(), cached_offsets.diff()
+    """The new tokens as targets behind their sequence's T' stored ones, cached_k (T', h, dqk), cached_v (T', h, dv)."""
+    lengths, cached_lengths = offsets.diff(), cached_offsets.diff()  # (B,)
     joined_offsets = jagged.offsets_from_lengths(lengths + cached_lengths)
     total = len(q) + len(cached_k)
-    row, place = jagged.naive.row_and_place(joined_offsets, total)
-    is_new = place >= cached_lengths[row]
+    sequence_id, position = jagged.naive.sequence_and_position(joined_offsets, total)  # (T + T',)
+    is_new = position >= cached_lengths[sequence_id]
 
     def join(cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Each row's cached tokens, then its new ones."""
+        """Each sequence's cached tokens, then its new ones: (T + T', ...)."""
         tokens = new.new_empty(total, *new.shape[1:])
         tokens[~is_new], tokens[is_new] = cached, new
         return tokens
@@ -114,7 +119,7 @@ def cached_attention(
         max_attn_len=max_attn_len,
         num_targets=lengths,
     )
-    return output[is_new]
+    return output[is_new]  # (T, h, dv)
 
 
 def time_bucket(seconds: torch.Tensor) -> torch.Tensor:
@@ -145,26 +150,27 @@ _kept_bucket_starts = functools.cache(_new_bucket_starts)
 def visible(
     offsets: torch.Tensor, max_len: int, max_attn_len: int, contextual_seq_len: int, num_targets: torch.Tensor | None
 ) -> torch.Tensor:
-    """Whether token i of a row sees its token j: rows i, columns j. `hstu_attention` states the rules.
+    """Whether token i of a sequence sees its token j: rows i, columns j. `hstu_attention` states the rules.
 
-    (B, N, N) where rows differ, which they do with targets and with a prefix; else (1, N, N).
+    (B, N, N) where sequences differ, which they do with targets and with a prefix; else (1, N, N).
     """
-    place = torch.arange(max_len, device=offsets.device)
-    i, j = place[:, None], place[None, :]
+    position = torch.arange(max_len, device=offsets.device)
+    i, j = position[:, None], position[None, :]  # (N, 1), (1, N)
     seen = (j <= i)[None]
     if num_targets is not None:
-        history = _history(offsets, num_targets)[:, None, None]
+        history = _history(offsets, num_targets)[:, None, None]  # (B, 1, 1)
         seen = seen & ((j < history) | (i == j))
         i, j = torch.minimum(i, history), torch.minimum(j, history)
     if max_attn_len:
         seen = seen & (i - j <= max_attn_len)
     if contextual_seq_len:
-        seen = seen | (place < _history(offsets, num_targets).clamp(max=contextual_seq_len)[:, None])[:, None, :]
+        in_prefix = position < _history(offsets, num_targets).clamp(max=contextual_seq_len)[:, None]  # (B, N)
+        seen = seen | in_prefix[:, None, :]
     return seen
 
 
 def own_length(offsets: torch.Tensor, num_targets: torch.Tensor | None) -> torch.Tensor:
-    """(B,) tokens of a row, its targets counted as one, at least 1: what `normaliser` None divides by."""
+    """(B,) tokens of a sequence, its targets counted as one, at least 1: what `normaliser` None divides by."""
     lengths = offsets.diff()
     if num_targets is not None:
         lengths = lengths - (num_targets - 1).clamp(min=0)
@@ -172,7 +178,7 @@ def own_length(offsets: torch.Tensor, num_targets: torch.Tensor | None) -> torch
 
 
 def _history(offsets: torch.Tensor, num_targets: torch.Tensor | None) -> torch.Tensor:
-    """(B,) tokens of a row before its targets."""
+    """(B,) tokens of a sequence before its targets."""
     return offsets.diff() if num_targets is None else (offsets.diff() - num_targets).clamp(min=0)
 
 
@@ -191,10 +197,10 @@ def _scores(
     """alpha q_i . k_j + b_ij, padded: (B, h, N, N)."""
     scores = alpha * _to_heads(q, offsets, max_len) @ _to_heads(k, offsets, max_len).transpose(-1, -2)
     if position_bias is not None:
-        place = torch.arange(max_len, device=q.device)[None]
+        position = torch.arange(max_len, device=q.device)[None]  # (1, N)
         if num_targets is not None:
-            place = torch.minimum(place, _history(offsets, num_targets)[:, None])
-        scores = scores + _position_term(position_bias, place)[:, None]
+            position = torch.minimum(position, _history(offsets, num_targets)[:, None])  # (B, N)
+        scores = scores + _position_term(position_bias, position)[:, None]
     if time_bias is not None:
         if query_time is None or key_time is None:
             raise ValueError("time_bias needs query_time and key_time")
@@ -205,7 +211,7 @@ def _scores(
 def _weighted_values(weights: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
     """(B, h, N, N) weights times v, back to jagged (T, h, dv)."""
     heads, dv = v.shape[1:]
-    values = _to_heads(v, offsets, max_len)
+    values = _to_heads(v, offsets, max_len)  # (B, h, N, dv)
     output = (weights.to(values.dtype) @ values).transpose(1, 2).reshape(len(values), max_len, heads * dv)
     return jagged.to_jagged(output, offsets).view(-1, heads, dv)
 
@@ -213,14 +219,14 @@ def _weighted_values(weights: torch.Tensor, v: torch.Tensor, offsets: torch.Tens
 def _to_heads(tensor: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
     """(T, h, d) jagged to (B, h, N, d) padded."""
     heads, dim = tensor.shape[1:]
-    padded = jagged.to_padded(tensor.reshape(-1, heads * dim), offsets, max_len)
+    padded = jagged.to_padded(tensor.reshape(-1, heads * dim), offsets, max_len)  # (B, N, h d)
     return padded.view(len(offsets) - 1, max_len, heads, dim).transpose(1, 2)
 
 
-def _position_term(table: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """p[place_j - place_i] as (B, N, N) for places (B, N); B is 1 where all rows have the same."""
+def _position_term(table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """p[position_j - position_i] as (B, N, N) for positions (B, N); B is 1 where all sequences have the same."""
     zero = (len(table) - 1) // 2
-    return _Lookup.apply(table, place[:, None, :] - place[:, :, None] + zero)
+    return _Lookup.apply(table, position[:, None, :] - position[:, :, None] + zero)
 
 
 def _time_term(

@@ -1,6 +1,6 @@
-"""Jagged tensors: rows of different lengths, stored one after the other.
+"""Jagged tensors: sequences of different lengths, stored one after the other.
 
-A jagged tensor is `values` (T, ...) with `offsets` (B + 1,) int64: row b is values[offsets[b]:offsets[b + 1]].
+A jagged tensor is `values` (T, ...) with `offsets` (B + 1,) int64: sequence b is values[offsets[b]:offsets[b + 1]].
 fbgemm_gpu does the work where it is installed and takes the type; the torch twin in `naive` elsewhere.
 """
 
@@ -10,17 +10,17 @@ from . import fbgemm, naive
 
 
 def offsets_from_lengths(lengths: torch.Tensor) -> torch.Tensor:
-    """Offsets (B + 1,) of rows of the given lengths (B,) int64: zero, then their running sum."""
+    """Offsets (B + 1,) of sequences of the given lengths (B,) int64: zero, then their running sum."""
     return (fbgemm if fbgemm.fits(lengths) else naive).offsets_from_lengths(lengths)
 
 
 def to_padded(
     values: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Values (T, D) to a padded tensor (B, max_len, D), zeros behind each row; differentiable.
+    """Values (T, D) to a padded tensor (B, max_len, D), zeros behind each sequence; differentiable.
 
-    No row may be longer than `max_len`: what is beyond it would be lost. index (T,) int64: each value's row x max_len +
-    its place there, for those who have it at hand; torch, unlike fbgemm, would have to find it.
+    No sequence may be longer than `max_len`: what is beyond it would be lost. index (T,) int64: each value's sequence
+    x max_len + its position there, for those who have it at hand; torch, unlike fbgemm, would have to find it.
     """
     if fbgemm.fits(values):
         return fbgemm.to_padded(values, offsets, max_len)
@@ -33,8 +33,8 @@ def to_jagged(padded: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 
 def select_rows(values: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The given rows (B',) int64 of a jagged tensor (T, D), in that order: (values (T', D), offsets (B' + 1,)).
+    """The sequences `rows` (B',) int64 of a jagged tensor (T, D), in that order: (values (T', D), offsets (B' + 1,)).
 
-    Differentiable in the values; a row may be given more than once.
+    Differentiable in the values; one may be given more than once.
     """
     return (fbgemm if fbgemm.fits(values) else naive).select_rows(values, offsets, rows)

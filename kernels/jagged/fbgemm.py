@@ -133,5 +133,5 @@ class _SelectRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: None) -> tuple[torch.Tensor, None, None]:
         offsets, rows, selected = ctx.saved_tensors
-        place = naive.places(offsets, rows, selected, len(gradient))
-        return gradient.new_zeros(ctx.total, gradient.shape[1]).index_add(0, place, gradient), None, None
+        index = naive.selected_index(offsets, rows, selected, len(gradient))
+        return gradient.new_zeros(ctx.total, gradient.shape[1]).index_add(0, index, gradient), None, None

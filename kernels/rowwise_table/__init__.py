@@ -12,7 +12,7 @@ from torch import nn
 
 from . import fbgemm, naive
 
-__all__ = ["RowwiseTable", "distinct"]
+__all__ = ["RowwiseTable", "unique"]
 
 EPS = 1e-8
 
@@ -66,20 +66,20 @@ class RowwiseTable(nn.Module):
         return fused
 
 
-def distinct(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distinct values of `index` (n,) in order; and each entry's place (n,) among them.
+def unique(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unique values of `index` (n,) in order; and the inverse (n,), each entry's position among them.
 
     On CUDA zeros stand behind them to (n,), a size that is known beforehand: the host need not wait for the device.
     """
     if not index.is_cuda:
         return torch.unique(index, return_inverse=True)
-    return _padded_distinct(index)
+    return _padded_unique(index)
 
 
-def _padded_distinct(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded_unique(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ordered, order = index.sort(stable=True)
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[1:] = ordered[1:] != ordered[:-1]
-    place = new.cumsum(0) - 1
-    values = torch.zeros_like(index).index_put((place,), ordered)
-    return values, torch.empty_like(index).index_put((order,), place)
+    position = new.cumsum(0) - 1
+    values = torch.zeros_like(index).index_put((position,), ordered)
+    return values, torch.empty_like(index).index_put((order,), position)

@@ -31,13 +31,13 @@ def take_over(
             SplitTableBatchedEmbeddingBagsCodegen,
         )
 
-        place = (
+        device = (
             (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
             if weight.is_cuda
             else (EmbeddingLocation.HOST, ComputeDevice.CPU)
         )
         table = SplitTableBatchedEmbeddingBagsCodegen(
-            [(*weight.shape, *place)],
+            [(*weight.shape, *device)],
             optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             learning_rate=lr,
             eps=eps,
@@ -63,5 +63,5 @@ def set_rate(table: Any, lr: float) -> None:
 
 
 def look_up(table: Any, rows: torch.Tensor) -> torch.Tensor:
-    """Vectors (n, d) float32 of distinct rows (n,), whose gradient updates the table."""
+    """Vectors (n, d) float32 of unique rows (n,), whose gradient updates the table."""
     return table(rows, torch.arange(len(rows) + 1, device=rows.device))

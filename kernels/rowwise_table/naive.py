@@ -8,7 +8,7 @@ _DROPPED = 13  # bits of float32's mantissa that float16 has not
 
 
 def look_up(weight: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, lr: float, eps: float) -> torch.Tensor:
-    """Vectors (n, d) float32 of distinct rows (n,), whose gradient updates `weight` (V, d) and `sums` (V,) in place."""
+    """Vectors (n, d) float32 of unique rows (n,), whose gradient updates `weight` (V, d) and `sums` (V,) in place."""
     return _LookUp.apply(sums.new_zeros((), requires_grad=True), weight, sums, rows, lr, eps)
 
 
@@ -37,7 +37,7 @@ class _LookUp(torch.autograd.Function):
 def update(
     weight: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor, lr: float, eps: float
 ) -> None:
-    """One step of rowwise Adagrad (Duchi et al. 2011, with one sum a row) on distinct rows."""
+    """One step of rowwise Adagrad (Duchi et al. 2011, with one sum a row) on unique rows."""
     if not gradient.numel():  # no rows, or no columns to take a mean of
         return
     sums.index_add_(0, rows, gradient.square().mean(1))

@@ -16,7 +16,8 @@ import torch
 import triton.testing
 
 from ..hstu_attention import naive
-from ..hstu_attention.triton_op import attention, attention_backward
+from ..hstu_attention.op import attention
+from ..hstu_attention.op import gradients as attention_gradients
 from ..layer_norm import layer_norm
 from ..layer_norm import naive as layer_norm_naive
 from ..norm_gate import naive as norm_gate_naive
@@ -90,14 +91,15 @@ def attention_rows(
     sizes = lengths_of(batch, n, ragged, device)
     inputs = attention_inputs(sizes, heads, dim, dim, getattr(torch, dtype), bias)
     arguments = list(inputs.values())
-    output, *saved = attention(*arguments)
+    outputs = attention(*arguments)
+    output = outputs[0]
     grad = torch.randn_like(output)
 
     def forward() -> Any:
         return attention(*arguments)
 
     def backward(deterministic: bool) -> Any:
-        return attention_backward(grad, output, *saved, *arguments, deterministic)
+        return attention_gradients(grad, outputs, arguments, deterministic)
 
     timed = functools.partial(milliseconds, device=device)
     flops = attention_flops(sizes, heads, dim, dim)

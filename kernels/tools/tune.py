@@ -14,17 +14,19 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.testing
 
 from ..common import TABLE, write_table
-from ..hstu_attention.triton_op import _Launch, shape_class
+from ..hstu_attention import launch
+from ..hstu_attention.inputs import Inputs, shape_class
+from ..hstu_attention.prepare import BiasTables
 from .cases import attention_inputs, lengths_of
 
-KERNELS = ("forward", "key_gradient", "query_gradient", "bias_gradient")
+KERNELS = ("forward", "bwd_dkdv", "bwd_dq", "bias_gradient")
 NAMES = ("block_m", "block_n", "num_warps", "num_stages", "descriptor", "maxnreg", "add_dq")
 Config = dict[str, int]
 
@@ -36,13 +38,13 @@ def candidates(kernel: str, dim: int, length: str, biased: bool) -> Iterator[Con
             sizes = [(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2)]
         case "forward":
             sizes = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)]
-        case "key_gradient" if dim <= 64:
+        case "bwd_dkdv" if dim <= 64:
             sizes = [(128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 32, 4, 2), (64, 32, 4, 2)]
-        case "key_gradient":
+        case "bwd_dkdv":
             sizes = [(64, 64, 8, 2), (32, 64, 4, 2), (64, 128, 8, 2), (32, 32, 4, 2), (32, 64, 8, 2)]
-        case "query_gradient" if dim <= 64:
+        case "bwd_dq" if dim <= 64:
             sizes = [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
-        case "query_gradient":
+        case "bwd_dq":
             sizes = [(64, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
         case _:
             sizes = [(64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
@@ -55,60 +57,68 @@ def candidates(kernel: str, dim: int, length: str, biased: bool) -> Iterator[Con
         for limit in limits:
             config = {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages, "descriptor": descriptor}
             config |= {"maxnreg": limit} if limit else {}
-            if kernel == "key_gradient":
+            if kernel == "bwd_dkdv":
                 yield config | {"add_dq": 1}
                 yield config | {"add_dq": 0}
             else:
                 yield config
 
 
-def make_launch(dim: int, dtype: torch.dtype, length: str, biased: bool, small: bool) -> _Launch:
-    """A launch of the class's representative shape: MovieLens' for short rows, 16 rows of 2,048 for long ones."""
+class Call(NamedTuple):
+    """A call of the class's representative shape."""
+
+    inputs: Inputs
+    bias: BiasTables
+    gradient: launch.Gradient
+
+
+def make_call(dim: int, dtype: torch.dtype, length: str, biased: bool, small: bool) -> Call:
+    """MovieLens' shape for short sequences, 16 of 2,048 tokens for long ones."""
     torch.manual_seed(0)
-    rows, longest = (128, 211) if length == "short" else (16, 2048)
-    lengths = lengths_of(2 if small else rows, longest, length == "short" and not small, "cuda")
+    batch, longest = (128, 211) if length == "short" else (16, 2048)
+    lengths = lengths_of(2 if small else batch, longest, length == "short" and not small, "cuda")
     heads = max(1, min(8, 256 // dim))
-    launch = _Launch(**attention_inputs(lengths, heads, dim, dim, dtype, "both" if biased else "none"))
-    launch.grad = torch.randn_like(launch.v)  # type: ignore[attr-defined]
-    return launch
+    inputs = Inputs(**attention_inputs(lengths, heads, dim, dim, dtype, "both" if biased else "none"))
+    grad = torch.randn_like(inputs.v)
+    return Call(inputs, BiasTables(inputs), launch.Gradient(grad, grad.new_empty(0, dtype=torch.float32), None))
 
 
-def run(launch: _Launch, kernel: str, config: Config) -> None:
+def run(call: Call, kernel: str, config: Config) -> None:
     """Launch one kernel as the operation would."""
-    grad = launch.grad  # type: ignore[attr-defined]
-    log_mass = grad.new_empty(0, dtype=torch.float32)
+    inputs, bias, gradient = call
     match kernel:
         case "forward":
-            launch.forward(config)
-        case "key_gradient":
-            dq = torch.zeros(launch.q.shape, device="cuda") if config["add_dq"] else None
-            launch.key_gradient(config, grad, log_mass, None, dq)
+            launch.forward(inputs, bias, config)
+        case "bwd_dkdv":
+            dq = torch.zeros(inputs.q.shape, device="cuda") if config["add_dq"] else None
+            launch.backward_kv(inputs, bias, config, gradient, dq)
             if dq is not None:
-                dq.to(launch.q.dtype)
-        case "query_gradient":
-            launch.query_gradient(config, grad, log_mass, None)
+                dq.to(inputs.q.dtype)
+        case "bwd_dq":
+            launch.backward_q(inputs, bias, config, gradient)
         case "bias_gradient":
-            launch.bias_gradient(config, False, grad, log_mass, None, None, None)
+            launch.backward_bias(inputs, bias, config, gradient, None, deterministic=False)
 
 
 def compiles(job: tuple[str, int, torch.dtype, str, bool, Config]) -> str:
     """Compile a candidate into Triton's cache; the reason where it does not work."""
     kernel, dim, dtype, length, biased, config = job
-    launch = make_launch(dim, dtype, length, biased, small=True)
+    call = make_call(dim, dtype, length, biased, small=True)
     try:
-        run(launch, kernel, config)
+        run(call, kernel, config)
         torch.cuda.synchronize()
     except Exception as error:  # whatever the compiler says, the candidate is out
         return f"{type(error).__name__}: {str(error)[:120]}"
     return ""
 
 
-def measure(job: tuple[str, int, torch.dtype, str, bool, Config], launch: _Launch) -> dict[str, Any]:
+def measure(job: tuple[str, int, torch.dtype, str, bool, Config], call: Call) -> dict[str, Any]:
     """A row of the log: the candidate, its class and its time."""
     kernel, dim, dtype, length, biased, config = job
-    milliseconds = triton.testing.do_bench_cudagraph(lambda: run(launch, kernel, config), rep=6)
+    milliseconds = triton.testing.do_bench_cudagraph(lambda: run(call, kernel, config), rep=6)
     row = {"kernel": kernel, "dim": dim, "dtype": str(dtype), "length": length, "biased": biased}
-    return row | config | {"class": shape_class(launch.q, launch.v, launch.max_len, launch.biased), "ms": milliseconds}
+    inputs = call.inputs
+    return row | config | {"class": shape_class(inputs.q, inputs.v, inputs.max_len, inputs.biased), "ms": milliseconds}
 
 
 def best(log: list[dict[str, Any]]) -> dict[str, dict[str, Config]]:
@@ -123,8 +133,8 @@ def best(log: list[dict[str, Any]]) -> dict[str, dict[str, Config]]:
 
         for kernel in {row["kernel"] for row in rows}:
             row = fastest(kernel)
-            if kernel == "key_gradient":  # adding dq on the way has to beat a pass without it and the kernel for dq
-                alone = fastest(kernel, 0)["ms"] + fastest("query_gradient")["ms"]
+            if kernel == "bwd_dkdv":  # adding dq on the way has to beat a pass without it and the kernel for dq
+                alone = fastest(kernel, 0)["ms"] + fastest("bwd_dq")["ms"]
                 row = fastest(kernel, int(fastest(kernel, 1)["ms"] <= alone))
             chosen.setdefault(f"hstu_attention.{kernel}", {})[name] = {key: row[key] for key in NAMES if key in row}
     return chosen
@@ -152,15 +162,15 @@ def main() -> None:
                 for config in candidates(kernel, dim, length, biased)
             ]
             reasons = list(pool.map(compiles, jobs))
-            launches: dict[tuple[Any, ...], _Launch] = {}
+            calls: dict[tuple[Any, ...], Call] = {}
             for job, reason in zip(jobs, reasons, strict=True):
                 if reason:
                     print("left out:", job, reason, flush=True)
                     continue
-                if job[1:5] not in launches:
-                    launches.clear()
-                    launches[job[1:5]] = make_launch(*job[1:5], small=False)
-                log.append(measure(job, launches[job[1:5]]))
+                if job[1:5] not in calls:
+                    calls.clear()
+                    calls[job[1:5]] = make_call(*job[1:5], small=False)
+                log.append(measure(job, calls[job[1:5]]))
             # After every dimension, so that an interrupted run leaves what it has.
             args.log.write_text(json.dumps(log))
             write_table(args.table, capability, best(log))

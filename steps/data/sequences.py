@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from kernels.jagged import offsets_from_lengths, to_padded
-from kernels.jagged.naive import row_and_place
+from kernels.jagged.naive import sequence_and_position
 from steps.common.files import read_json, reading
 from steps.common.provenance import require_files
 
@@ -106,7 +106,7 @@ class Sequences:
         lengths = self.window_lengths(users, num_dropped, max_len)
         offsets = offsets_from_lengths(lengths)
         size = size or Size(int(offsets[-1]), int(lengths.max()))
-        sequence_id, position = row_and_place(offsets, size.num_tokens)
+        sequence_id, position = sequence_and_position(offsets, size.num_tokens)
         index = (self.offsets[users + 1] - num_dropped - lengths - 1)[sequence_id] + position
         return Batch(
             item=self.item[index],
@@ -127,7 +127,7 @@ class Sequences:
         total = offsets[-1]
         padding = torch.arange(1, shape.num_sequences - shape.num_users + 1, device=offsets.device)
         offsets = torch.cat([offsets, (total + padding * shape.max_len).clamp(max=shape.num_tokens)])
-        sequence_id, position = row_and_place(offsets, shape.num_tokens)
+        sequence_id, position = sequence_and_position(offsets, shape.num_tokens)
         token_mask = torch.arange(shape.num_tokens, device=offsets.device) < total
         first = torch.nn.functional.pad(self.offsets[users + 1] - num_dropped - lengths - 1, (0, len(padding)))
         index = torch.where(token_mask, first[sequence_id] + position, 0)
@@ -154,13 +154,13 @@ class Sequences:
         start = self.offsets[users]
         lengths = self.offsets[users + 1] - num_after - 1 - start
         offsets = offsets_from_lengths(lengths)
-        index, position = row_and_place(offsets, int(offsets[-1]) if total is None else total)
+        index, position = sequence_and_position(offsets, int(offsets[-1]) if total is None else total)
         return index, self.item[start[index] + position]
 
     def counts(self, num_dropped: torch.Tensor) -> torch.Tensor:
         """How often each item occurs when each user's last `num_dropped` (U,) interactions are left out:
         (num_items + 1,) int64."""
-        user, position = row_and_place(self.offsets, len(self.item))
+        user, position = sequence_and_position(self.offsets, len(self.item))
         kept = position < (self.offsets.diff() - num_dropped)[user]
         return torch.bincount(self.item[kept], minlength=self.num_items + 1)
 

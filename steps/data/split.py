@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kernels.jagged.naive import row_and_place
+from kernels.jagged.naive import sequence_and_position
 from steps.common.cli import StepError
 from steps.data.sequences import Sequences
 
@@ -69,7 +69,7 @@ def split_sha256(sequences: Sequences, split: Split) -> dict[str, str]:
     computes the same hashes from the protocol with code of its own, on purpose: a wrong split in one of the two shows
     as hashes that differ. What is changed here has to be changed there.
     """
-    user, position = row_and_place(sequences.offsets, len(sequences.item))
+    user, position = sequence_and_position(sequences.offsets, len(sequences.item))
     parts = {"train": torch.nonzero(position < (sequences.offsets.diff() - split.num_held_out)[user])[:, 0]}
     for name, held_out in split.held_out.items():
         parts[name] = sequences.offsets[held_out.users + 1] - 1 - held_out.num_after
@@ -119,7 +119,7 @@ def _temporal(sequences: Sequences, test_share: float, valid_share: float) -> Sp
 
 def _num_since(sequences: Sequences, time: torch.Tensor) -> torch.Tensor:
     """How many interactions each user has at `time` or later: (U,)."""
-    user, _ = row_and_place(sequences.offsets, len(sequences.item))
+    user, _ = sequence_and_position(sequences.offsets, len(sequences.item))
     return torch.bincount(user[sequences.timestamp >= time], minlength=sequences.num_users)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.rowwise_table import RowwiseTable, distinct
+from kernels.rowwise_table import RowwiseTable, unique
 from steps.data.sequences import Batch, Sequences, StaticShape
 from steps.models.losses import next_item_loss, scores
 
@@ -111,7 +111,7 @@ class SequenceModel(Model):
             states, table = self.encode(batch), self.items.weight
             return next_item_loss(self.loss_config, states, table, batch.next_item, batch.token_mask)
         pool = torch.randint(1, self.num_items + 1, (self.negative_pool,), device=batch.item.device)
-        unique_items, inverse = distinct(torch.cat([batch.item, batch.next_item, pool]))
+        unique_items, inverse = unique(torch.cat([batch.item, batch.next_item, pool]))
         table = self.items(unique_items)
         item, next_item, pool = inverse.split([len(batch.item), len(batch.next_item), len(pool)])
         states = self.states(table.index_select(0, item), batch)

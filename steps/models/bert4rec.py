@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import jagged
-from kernels.jagged.naive import row_and_place
+from kernels.jagged.naive import sequence_and_position
 from kernels.layer_norm import layer_norm
 from steps.data.sequences import Batch
 from steps.models.base import SequenceModel, embedding_lookup
@@ -146,7 +146,7 @@ class BERT4Rec(SequenceModel):
 
     def _sample_mask(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
         """The mask (T,) bool of items to predict: at least one of every sequence."""
-        sequence_id, position = row_and_place(offsets, total)
+        sequence_id, position = sequence_and_position(offsets, total)
         last = position == (offsets.diff() - 1)[sequence_id]
         last_only = torch.rand(len(offsets) - 1, device=offsets.device) < _LAST_ONLY_PROB
         drawn = (torch.rand(total, device=offsets.device) < self.mask_prob) & ~last_only[sequence_id]
@@ -167,7 +167,7 @@ class BERT4Rec(SequenceModel):
         return self._states(embeddings, offsets, max_len)
 
     def _states(self, embeddings: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
-        sequence_id, position = row_and_place(offsets, len(embeddings))
+        sequence_id, position = sequence_and_position(offsets, len(embeddings))
         x = self.input_dropout(self.input_norm(embeddings + embedding_lookup(self.position, position)))
         with self.autocast():
             for block in self.blocks:

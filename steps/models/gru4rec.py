@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.jagged import offsets_from_lengths
-from kernels.jagged.naive import row_and_place
+from kernels.jagged.naive import sequence_and_position
 from steps.data.sequences import Batch, Sequences
 from steps.models.adagrad import Adagrad
 from steps.models.base import SequenceModel, embedding_lookup
@@ -113,7 +113,7 @@ class GRU4Rec(SequenceModel):
             starts.append((event, lane))
             heapq.heapreplace(free, (event + length, lane))
         event, lane = torch.tensor(starts).T
-        window, position = row_and_place(offsets_from_lengths(lengths), int(lengths.sum()))
+        window, position = sequence_and_position(offsets_from_lengths(lengths), int(lengths.sum()))
         events = torch.zeros(max(free)[0], 3, num_lanes, dtype=torch.int64)
         events[:, 0] = -1
         inputs = torch.stack([order[window], position, lengths[window]], dim=1)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kernels.jagged.naive import row_and_place
+from kernels.jagged.naive import sequence_and_position
 from steps.common.top import top_items
 from steps.data.sequences import Batch, Sequences
 from steps.models.base import CountBasedModel
@@ -31,7 +31,7 @@ class ItemKNN(CountBasedModel):
         self.register_buffer("similarity", torch.zeros(num_items + 1, self.k))
 
     def fit(self, sequences: Sequences, num_held_out: torch.Tensor) -> None:
-        user, position = row_and_place(sequences.offsets, len(sequences.item))
+        user, position = sequence_and_position(sequences.offsets, len(sequences.item))
         kept = position < (sequences.offsets.diff() - num_held_out)[user]
         pairs = torch.stack([user[kept], sequences.item[kept]]).unique(dim=1)  # a user counts once per item
         shape = (sequences.num_users, self.num_items + 1)
@@ -54,7 +54,7 @@ class ItemKNN(CountBasedModel):
         self.similarity = torch.cat(similarity).contiguous()
 
     def score(self, batch: Batch) -> torch.Tensor:
-        sequence_id, _ = row_and_place(batch.offsets, len(batch.item))
+        sequence_id, _ = sequence_and_position(batch.offsets, len(batch.item))
         scores = torch.zeros(len(batch.user), self.num_items + 1, device=batch.item.device)
         index = sequence_id[:, None] * (self.num_items + 1) + self.neighbours[batch.item]
         scores.view(-1).index_add_(0, index.flatten(), self.similarity[batch.item].flatten())

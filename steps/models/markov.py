@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.jagged.naive import row_and_place
+from kernels.jagged.naive import sequence_and_position
 from steps.data.sequences import Batch, Sequences
 from steps.models.base import CountBasedModel
 
@@ -28,7 +28,7 @@ class Markov(CountBasedModel):
         self.register_buffer("popularity", torch.zeros(num_items + 1))
 
     def fit(self, sequences: Sequences, num_held_out: torch.Tensor) -> None:
-        user, position = row_and_place(sequences.offsets, len(sequences.item))
+        user, position = sequence_and_position(sequences.offsets, len(sequences.item))
         kept = (
             position < (sequences.offsets.diff() - num_held_out - 1)[user]
         )  # those that the user's next trained-on one follows
@@ -46,7 +46,7 @@ class Markov(CountBasedModel):
         last = batch.item[batch.last]
         lengths = self.start[last + 1] - self.start[last]
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        user, position = row_and_place(offsets, int(offsets[-1]))
+        user, position = sequence_and_position(offsets, int(offsets[-1]))
         index = self.start[last][user] + position
         scores = self.popularity.expand(len(last), -1).clone()
         scores[user, self.followers[index].long()] += self.times[index]

@@ -32,7 +32,7 @@ PARTS = {
         "flash_fwd",
         "fmha_cutlassF",
     ],
-    "attention, backward": ["key_gradient", "query_gradient", "flash_bwd", "fmha_cutlassB"],
+    "attention, backward": ["bwd_dkdv", "bwd_dq", "flash_bwd", "fmha_cutlassB"],
     "attention, bias gradients": ["bias_gradient", "band_gradient", "diagonal_sum"],
     "projection": ["projection_"],
     "norms and gate": ["norm_gate_", "layer_norm", "LayerNorm", "GammaBeta"],

@@ -27,8 +27,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kernels import common
-from kernels.hstu_attention import cached
-from kernels.hstu_attention import triton_op as hstu_attention
+from kernels.hstu_attention import cached, mma_layout
+from kernels.hstu_attention import launch as attention_launch
+from kernels.hstu_attention import op as hstu_attention
 from kernels.layer_norm import triton_op as layer_norm
 from kernels.norm_gate import triton_op as norm_gate
 from kernels.projection import triton_op as projection
@@ -134,6 +135,7 @@ def pretend(capability: int) -> None:
     version = divmod(capability, 10)
     common._capability = lambda *_: f"sm_{capability}"
     torch.cuda.get_device_capability = lambda *_: version
+    attention_launch.has_mma_layout = lambda _: capability == 90
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
@@ -167,9 +169,8 @@ def _attention(
             targets = torch.ones_like(lengths)
             inputs |= {"max_attn_len": 64, "contextual_seq_len": 8, "num_targets": targets, "normaliser": None}
         inputs = _on_gpu(inputs)
-        output, *saved = hstu_attention.attention(**inputs)
-        grad = torch.empty_like(output)
-        hstu_attention.attention_backward(grad, output, *saved, *inputs.values(), deterministic)
+        outputs = hstu_attention.attention(**inputs)
+        hstu_attention.gradients(torch.empty_like(outputs[0]), outputs, list(inputs.values()), deterministic)
 
     return Case(call, lengths)
 
@@ -179,13 +180,19 @@ def _cached_attention(
 ) -> Case:
     def call(lengths: torch.Tensor) -> None:
         stored, new = (attention_inputs(n, heads, dim, dim, dtype, "both") for n in (lengths, lengths // 8 + 1))
-        names = ("q", "k", "v", "offsets", "max_len", "alpha", "normaliser", "time_bias", "query_time", "key_time")
+        names = ("q", "k", "v", "offsets", "max_len", "alpha", "normaliser", "time_bias")
         inputs = {name: new[name] for name in names} | {"softmax": softmax, "max_attn_len": 64}
         inputs |= {f"cached_{name}": stored[name] for name in ("k", "v", "offsets")}
-        inputs |= {"cached_time": stored["key_time"], "position_bias": stored["position_bias"]}
-        cached.cached_attention(**_on_gpu(inputs), max_cached_len=stored["max_len"])
+        inputs |= {"position_bias": stored["position_bias"], "max_cached_len": stored["max_len"]}
+        times = [time.as_subclass(OnGPU) for time in (new["query_time"], new["key_time"], stored["key_time"])]
+        cached.cached_attention(**_on_gpu(inputs), times=times)
 
     return Case(call, lengths)
+
+
+def _mma_layout(dtype: torch.dtype, rows: int, columns: int, warps: int, rows_are_queries: bool) -> Case:
+    tile = mma_layout.Tile(torch.device("cpu"), dtype, rows, columns, warps, rows_are_queries)
+    return Case(lambda _: mma_layout.wrong_elements(tile, inline_asm=True), _SHORT)
 
 
 def _on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -250,6 +257,9 @@ CASES = {
     "cached attention d 64": _cached_attention(_BF16, 4, 64, _LONG),
     "cached attention d 25, short, softmax": _cached_attention(_BF16, 2, 25, _SHORT, softmax=True),
     "cached attention d 256": _cached_attention(_BF16, 2, 256, _LONG),
+    "layout of tensor cores": _mma_layout(_BF16, 64, 64, 4, True),
+    "layout of tensor cores, keys": _mma_layout(_FP16, 64, 32, 4, False),
+    "layout of tensor cores, fp32": _mma_layout(_FP32, 32, 32, 2, True),
     "sampled softmax d 50, fp32": _sampled_softmax(_FP32, 50, True),
     "sampled softmax d 256": _sampled_softmax(_BF16, 256, False),
     "norm gate D 50, fp32": _norm_gate(_FP32, 50, 0.2),

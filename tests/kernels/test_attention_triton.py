@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.hstu_attention import naive
 
-triton_op = pytest.importorskip("kernels.hstu_attention.triton_op", exc_type=ImportError)
+op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 cached = pytest.importorskip("kernels.hstu_attention.cached", exc_type=ImportError)
+launch = pytest.importorskip("kernels.hstu_attention.launch", exc_type=ImportError)
+mma_layout = pytest.importorskip("kernels.hstu_attention.mma_layout", exc_type=ImportError)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
@@ -112,7 +114,7 @@ def run(version: str, case: Case, inputs: dict[str, Any], dtype: torch.dtype) ->
     for name in wanted:
         arguments[name] = arguments[name].to(dtype).requires_grad_()
     if version == "triton":
-        output, *_ = triton_op.attention(**arguments, softmax=case.softmax)
+        output, *_ = op.attention(**arguments, softmax=case.softmax)
     else:
         normaliser = arguments.pop("normaliser")
         rule = {} if case.softmax else {"normaliser": normaliser}
@@ -248,12 +250,11 @@ def test_added_query_gradients_equal_the_separate_kernels() -> None:
     grad = inputs.pop("grad").float()
     for name in ("q", "k", "v", "position_bias", "time_bias"):
         inputs[name] = inputs[name].float()
-    launch = triton_op._Launch(**inputs, softmax=False)
-    log_mass = grad.new_empty(0)
-    config = launch.configuration("key_gradient")
+    call = op.Inputs(**inputs, softmax=False)
+    bias, gradient = op.BiasTables(call), op.Gradient(grad, grad.new_empty(0), None)
     added = torch.zeros_like(inputs["q"])
-    launch.key_gradient(config, grad, log_mass, None, added)
-    alone = launch.query_gradient(launch.configuration("query_gradient"), grad, log_mass, None)
+    op.backward_kv(call, bias, call.configuration("bwd_dkdv"), gradient, added)
+    alone = op.backward_q(call, bias, call.configuration("bwd_dq"), gradient)
     torch.testing.assert_close(added, alone, rtol=1e-2 if ON_GPU else 1e-5, atol=1e-3 if ON_GPU else 1e-6)
 
 
@@ -262,11 +263,11 @@ def test_added_query_gradients_equal_the_separate_kernels() -> None:
 def test_bias_gradients_do_not_depend_on_the_tiles(
     case: Case, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def configuration(launch: Any, kernel: str, original: Any = triton_op._Launch.configuration) -> dict[str, int]:
-        config = original(launch, kernel)
+    def configuration(call: Any, kernel: str, original: Any = op.Inputs.configuration) -> dict[str, int]:
+        config = original(call, kernel)
         return config | ({"block_m": tile[0], "block_n": tile[1]} if kernel == "bias_gradient" else {})
 
-    monkeypatch.setattr(triton_op._Launch, "configuration", configuration)
+    monkeypatch.setattr(op.Inputs, "configuration", configuration)
     check(case, torch.float32)
 
 
@@ -280,15 +281,21 @@ def test_cached_attention_equals_targets_behind_the_history(
     case = Case(lengths=(70, 3, 34), targets=(6, 3, 33), bias=bias, window=window, softmax=softmax, normaliser=None)
     inputs = case.inputs(dtype)
     output = run("triton", case, inputs, dtype)[0]
-    row, place = naive.jagged.naive.row_and_place(inputs["offsets"], len(inputs["q"]))
-    new = place >= (inputs["offsets"].diff() - inputs["num_targets"])[row]
+    sequence_id, position = naive.jagged.naive.sequence_and_position(inputs["offsets"], len(inputs["q"]))
+    new = position >= (inputs["offsets"].diff() - inputs["num_targets"])[sequence_id]
 
     def part(name: str, which: torch.Tensor) -> torch.Tensor:
         return inputs[name].to(dtype)[which]
 
     cached_lengths = inputs["offsets"].diff() - inputs["num_targets"]
     tables = {name: None if inputs[name] is None else inputs[name].to(dtype) for name in ("position_bias", "time_bias")}
-    for version in (cached.cached_attention, naive.cached_attention):
+    times = {
+        "query_time": inputs["query_time"][new],
+        "key_time": inputs["key_time"][new],
+        "cached_time": inputs["key_time"][~new],
+    }
+    in_a_list = {"times": list(times.values())}
+    for version, of_times in ((cached.cached_attention, in_a_list), (naive.cached_attention, times)):
         arguments = {
             "q": part("q", new),
             "k": part("k", new),
@@ -303,9 +310,7 @@ def test_cached_attention_equals_targets_behind_the_history(
             "normaliser": None,
             "softmax": softmax,
             **tables,
-            "query_time": inputs["query_time"][new],
-            "key_time": inputs["key_time"][new],
-            "cached_time": inputs["key_time"][~new],
+            **of_times,
             "max_attn_len": window,
         }
         tolerance = {torch.float32: 3e-3 if ON_GPU else 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
@@ -338,7 +343,7 @@ def test_a_cache_may_be_strided() -> None:
     def attend(form: Any) -> torch.Tensor:
         return cached.cached_attention(
             q, k, v, form(offsets), cached_k, cached_v, form(cached_offsets), 3, 15, 0.3, None, False,
-            *map(form, (*tables, *times)), 0,
+            *map(form, tables), list(map(form, times)), 0,
         )  # fmt: skip
 
     assert torch.equal(attend(strided), attend(torch.clone))
@@ -348,28 +353,77 @@ def test_heads_far_apart_are_copied() -> None:
     def far(stride: int) -> torch.Tensor:
         return torch.empty_strided((2, 3, 4), (4, stride, 1), device="meta")
 
-    assert triton_op._rows(far(2**30 - 1)).stride(1) == 2**30 - 1
-    assert triton_op._rows(far(2**30)).is_contiguous()
+    assert op.token_rows(far(2**30 - 1)).stride(1) == 2**30 - 1
+    assert op.token_rows(far(2**30)).is_contiguous()
 
 
 def test_more_rows_than_a_launch_takes_are_refused() -> None:
     nothing = torch.zeros(0, 1, 16, device=DEVICE)
     offsets = torch.zeros(65_537, dtype=torch.int64, device=DEVICE)
     others = (1.0, 1.0, None, None, None, None, 0, 0, None, False)
-    assert len(triton_op.attention(nothing, nothing, nothing, offsets[1:], 0, *others)[0]) == 0
+    assert len(op.attention(nothing, nothing, nothing, offsets[1:], 0, *others)[0]) == 0
     with pytest.raises(ValueError, match="at most 65535 rows"):
-        triton_op.attention(nothing, nothing, nothing, offsets, 0, *others)
+        op.attention(nothing, nothing, nothing, offsets, 0, *others)
     with pytest.raises(ValueError, match="at most 65535 rows"):
         cached.cached_attention(
             nothing, nothing, nothing, offsets, nothing, nothing, offsets, 0, 0, 1.0, 1.0, False,
-            None, None, None, None, None, 0,
+            None, None, [], 0,
         )  # fmt: skip
 
 
 def test_a_normaliser_of_zero_is_no_one() -> None:
     inputs = Case(lengths=(1,), bias="none", normaliser=0.0).inputs(torch.float32)
     del inputs["grad"]
-    assert triton_op._Launch(**inputs, softmax=False).common["normaliser"] == 0.0
+    call = op.Inputs(**inputs, softmax=False)
+    arguments = launch._arguments(call, op.BiasTables(call), call.configuration("forward"), True, output=call.v)
+    assert arguments["attention_scale"] == 0.0
+    assert not arguments["FLAGS"].BY_LENGTH
+
+
+@pytest.mark.parametrize("rows_are_queries", [True, False])
+@pytest.mark.parametrize("columns", [32, 64])
+def test_diagonals_of_the_spread_table_are_the_biases(columns: int, rows_are_queries: bool) -> None:
+    """Read as the assembly is to read them, without it."""
+    tile = mma_layout.Tile(torch.device(DEVICE), torch.float32, 32, columns, 2, rows_are_queries)
+    assert mma_layout.wrong_elements(tile, inline_asm=False) == 0
+
+
+def test_a_layout_is_tried_once_and_done_without_where_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def wrong_elements(tile: Any, inline_asm: bool) -> int:
+        tried.append(tile)
+        return tile.rows - 64
+
+    monkeypatch.setattr(mma_layout, "wrong_elements", wrong_elements)
+    monkeypatch.setattr(mma_layout, "_tried", {})
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    good, bad = (mma_layout.Tile(torch.device(DEVICE), torch.float16, rows, 64, 4, True) for rows in (64, 128))
+    with pytest.warns(UserWarning, match="not tried before a CUDA graph was captured"):
+        assert not mma_layout.has_mma_layout(good)
+    capturing = False
+    assert mma_layout.has_mma_layout(good)
+    with pytest.warns(UserWarning, match="128 x 64 tiles.* 64 elements are elsewhere"):
+        assert not mma_layout.has_mma_layout(bad)
+    assert mma_layout.has_mma_layout(good)
+    assert not mma_layout.has_mma_layout(bad)
+    assert tried == [good, bad]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows_are_queries", [True, False])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_layout_of_hoppers_tensor_cores(dtype: torch.dtype, rows_are_queries: bool) -> None:
+    """It is there in the tiles that the configuration table has; where there are too few rows a trial sees that."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
+    device = torch.device("cuda", torch.cuda.current_device())
+    for rows, columns, warps in ((64, 64, 4), (64, 32, 4), (128, 64, 4), (128, 64, 8), (32, 32, 2)):
+        tile = mma_layout.Tile(device, dtype, rows, columns, warps, rows_are_queries)
+        assert mma_layout.wrong_elements(tile, inline_asm=True) == 0, tile
+    other = mma_layout.Tile(device, dtype, 32, 64, 4, rows_are_queries)
+    assert mma_layout.wrong_elements(other, inline_asm=True) > 0
 
 
 def test_buckets_equal_the_exact_ones() -> None:
@@ -389,7 +443,7 @@ def test_buckets_equal_the_exact_ones() -> None:
     # Every row is one token that sees itself: with V = 1 its output is silu(w[bucket]).
     table = torch.arange(naive.TIME_BUCKETS, dtype=torch.float32, device=DEVICE)
     for sign in (1, -1):
-        output, *_ = triton_op.attention(
+        output, *_ = op.attention(
             zeros, zeros, zeros + 1, torch.arange(len(seconds) + 1, device=DEVICE), 1, 1.0, 1.0, None, table,
             sign * seconds.to(DEVICE), torch.zeros_like(seconds).to(DEVICE), 0, 0, None, False,
         )  # fmt: skip

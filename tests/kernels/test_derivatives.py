@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from kernels import hstu_attention as attention
 from kernels import layer_norm, norm_gate, projection, sampled_softmax
 
-pytest.importorskip("kernels.hstu_attention.triton_op", exc_type=ImportError)
+pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS, DIM = 6, 16

@@ -179,16 +179,16 @@ def test_rows_of_like_length_are_not_grouped(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_fits_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each argument under its own name: the operation takes them by place."""
-    triton_op = pytest.importorskip("kernels.hstu_attention.triton_op", exc_type=ImportError)
+    op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
     q, k, v, offsets, position, time, query_time, key_time = inputs([5, 0, 7])
     given = {
         "q": q, "k": k, "v": v, "offsets": offsets, "max_len": 7, "alpha": 0.5, "position_bias": position,
         "time_bias": time, "query_time": query_time, "key_time": key_time, "max_attn_len": 3, "contextual_seq_len": 2,
         "num_targets": torch.tensor([1, 0, 2]),
     }  # fmt: skip
-    names = list(inspect.signature(triton_op.attention._init_fn).parameters)
+    names = list(inspect.signature(op.attention._init_fn).parameters)
     monkeypatch.setattr("kernels.hstu_attention.fits_triton", lambda *_: True)
-    monkeypatch.setattr(triton_op, "attention", lambda *found: (dict(zip(names, found, strict=True)),))
+    monkeypatch.setattr(op, "attention", lambda *found: (dict(zip(names, found, strict=True)),))
     assert hstu_attention(**given, normaliser=9.0) == given | {"normaliser": 9.0, "softmax": False}
     assert softmax_attention(**given) == given | {"normaliser": None, "softmax": True}
 
@@ -210,7 +210,9 @@ def test_what_fits_goes_to_triton_with_a_cache(monkeypatch: pytest.MonkeyPatch) 
     names = list(inspect.signature(cached.cached_attention._init_fn).parameters)
     monkeypatch.setattr("kernels.hstu_attention.fits_triton", lambda *_: True)
     monkeypatch.setattr(cached, "cached_attention", lambda *found: dict(zip(names, found, strict=True)))
-    assert cached_attention(**given) == given
+    found = cached_attention(**given)
+    times = [given.pop(name) for name in ("query_time", "key_time", "cached_time")]
+    assert found == given | {"times": times}
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -290,7 +292,7 @@ def test_bucket_edges_do_not_stay_fake() -> None:
 
 @pytest.mark.parametrize("fullgraph_of", [hstu_attention, softmax_attention])
 def test_checks_are_traced_without_graph_breaks(fullgraph_of, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("kernels.hstu_attention.triton_op", exc_type=ImportError)
+    pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
     monkeypatch.setattr("kernels.hstu_attention.fits_triton", lambda *_: True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compiled = torch.compile(fullgraph_of, fullgraph=True, backend="eager", dynamic=True)

@@ -41,9 +41,9 @@ def test_padded_rows_hold_their_values_and_zeros_behind(lengths: list[int], dim:
 @settings(max_examples=50, deadline=None)
 def test_padding_with_a_given_index_is_padding_in_values_and_gradients(lengths: list[int], dim: int) -> None:
     offsets = naive.offsets_from_lengths(torch.tensor(lengths))
-    row, place = naive.row_and_place(offsets, sum(lengths))
+    sequence_id, position = naive.sequence_and_position(offsets, sum(lengths))
     results = []
-    for index in (None, row * 7 + place):
+    for index in (None, sequence_id * 7 + position):
         values = torch.arange(float(sum(lengths) * dim)).view(-1, dim).requires_grad_()
         padded = naive.to_padded(values, offsets, 7, index)
         torch.manual_seed(0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from interpreted import descriptor_additions
 
-triton_op = pytest.importorskip("kernels.hstu_attention.triton_op", exc_type=ImportError)
+op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 cached = pytest.importorskip("kernels.hstu_attention.cached", exc_type=ImportError)
 layer_norm = pytest.importorskip("kernels.layer_norm.triton_op", exc_type=ImportError)
 norm_gate = pytest.importorskip("kernels.norm_gate.triton_op", exc_type=ImportError)
@@ -54,7 +54,7 @@ def attention(inputs: dict[str, Any]) -> list[torch.Tensor]:
     inputs = dict(inputs)
     grad = inputs.pop("grad")
     leaves = [inputs[name].detach().requires_grad_() for name in ("q", "k", "v")]
-    output, *_ = triton_op.attention(*leaves, **{name: inputs[name] for name in list(inputs)[3:]})
+    output, *_ = op.attention(*leaves, **{name: inputs[name] for name in list(inputs)[3:]})
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
 
@@ -78,9 +78,9 @@ def check(kind: str, lengths: list[int], bad: int, dtype: torch.dtype) -> None:
 @pytest.fixture(params=[0, 1], ids=["pointers", "descriptors"])
 def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """How tiles are loaded, whatever the table prefers."""
-    original = triton_op._Launch.configuration
+    original = op.Inputs.configuration
     monkeypatch.setattr(
-        triton_op._Launch, "configuration", lambda *given: original(*given) | {"descriptor": request.param, "add_dq": 1}
+        op.Inputs, "configuration", lambda *given: original(*given) | {"descriptor": request.param, "add_dq": 1}
     )
     return request.param
 
@@ -115,7 +115,7 @@ def test_in_cached_attention(softmax: bool) -> None:
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:
         return cached.cached_attention(
-            q, k, v, offsets, *stored, cached_offsets, 4, 23, 0.3, None, softmax, None, None, None, None, None, 0
+            q, k, v, offsets, *stored, cached_offsets, 4, 23, 0.3, None, softmax, None, None, [], 0
         )
 
     found, expected = attend(*bad), attend(*clean)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.rowwise_table import EPS, RowwiseTable, _padded_distinct, distinct, fbgemm, naive
+from kernels.rowwise_table import EPS, RowwiseTable, _padded_unique, fbgemm, naive, unique
 
 ROWS, DIM, LR = 40, 8, 0.05
 Find = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -99,8 +99,8 @@ def test_nothing_is_a_size_like_others(rows: int, dim: int, make: Callable[[torc
     torch.testing.assert_close(table.weight.clone(), weights.contiguous())
 
 
-@pytest.mark.parametrize("find", [distinct, _padded_distinct])
-def test_no_entries_have_no_distinct_values(find: Find) -> None:
+@pytest.mark.parametrize("find", [unique, _padded_unique])
+def test_no_entries_have_no_unique_values(find: Find) -> None:
     for found in find(torch.tensor([], dtype=torch.int64)):
         assert found.shape == (0,)
         assert found.dtype == torch.int64
@@ -128,13 +128,13 @@ def test_a_changed_rate_counts_from_the_next_lookup(make: Callable[[torch.dtype]
 
 
 @pytest.mark.parametrize(
-    ("find", "expected"), [(distinct, [0, 3, 5, 9]), (_padded_distinct, [0, 3, 5, 9, 0, 0, 0])], ids=["cpu", "padded"]
+    ("find", "expected"), [(unique, [0, 3, 5, 9]), (_padded_unique, [0, 3, 5, 9, 0, 0, 0])], ids=["cpu", "padded"]
 )
-def test_distinct_values_and_the_place_of_each_entry(find: Find, expected: list[int]) -> None:
+def test_unique_values_and_their_inverse(find: Find, expected: list[int]) -> None:
     index = torch.tensor([5, 0, 5, 3, 9, 3, 3])
-    values, place = find(index)
+    values, inverse = find(index)
     assert values.tolist() == expected
-    assert torch.equal(values[place], index)
+    assert torch.equal(values[inverse], index)
 
 
 def test_rounding_goes_to_a_neighbour_and_is_right_on_average() -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from interpreted import as_program, sparse
 
-triton_op = pytest.importorskip("kernels.hstu_attention.triton_op", exc_type=ImportError)
+op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
+inputs = pytest.importorskip("kernels.hstu_attention.inputs", exc_type=ImportError)
+prepare = pytest.importorskip("kernels.hstu_attention.prepare", exc_type=ImportError)
 layer_norm = pytest.importorskip("kernels.layer_norm.triton_op", exc_type=ImportError)
 norm_gate = pytest.importorskip("kernels.norm_gate.triton_op", exc_type=ImportError)
 projection = pytest.importorskip("kernels.projection.triton_op", exc_type=ImportError)
@@ -39,7 +41,7 @@ def test_band_programs_of_many_rows() -> None:
     gradient, buckets = torch.zeros(1025, 256), torch.zeros(1025, 256, dtype=torch.uint8)
     gradient[1024, 128], buckets[1024, 128] = 2.5, 7
     with as_program((128, ROWS - 1), grid):
-        triton_op.band_gradient_kernel[(1,)](gradient, buckets, sums, offsets, copies, BLOCK=8, DETERMINISTIC=True)
+        prepare.band_gradient_kernel[(1,)](gradient, buckets, sums, offsets, copies, BLOCK=8, DETERMINISTIC=True)
     assert sums[-1, 7] == 2.5
     assert sums[-1].sum() == 2.5
 
@@ -56,21 +58,21 @@ def test_bucket_tables_of_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
 
     def gradients() -> tuple[torch.Tensor, ...]:
-        launch = triton_op._Launch(*arguments)
-        config = launch.configuration("key_gradient") | {"block_m": 64, "block_n": 64}
-        return launch.key_gradient(config, grad, grad.new_empty(0), None, None)[:2]
+        call = op.Inputs(*arguments)
+        config = call.configuration("bwd_dkdv") | {"block_m": 64, "block_n": 64}
+        gradient = op.Gradient(grad, grad.new_empty(0), None)
+        return op.backward_kv(call, op.BiasTables(call), config, gradient, None)[:2]
 
     expected = gradients()
-    original = triton_op._Launch.tile_buckets
+    original = prepare.BiasTables.tile_buckets
 
-    def wide(launch: Any, block_m: int, block_n: int) -> dict[str, Any]:
-        found = original(launch, block_m, block_n)
-        table = found["tiles_buckets"]
-        spread = sparse(len(table), width, dtype=torch.int32)
-        spread[:, : table.shape[1]] = table
-        return found | {"tiles_buckets": spread, "tiles_width": width}
+    def wide(tables: Any, block_m: int, block_n: int) -> Any:
+        since, tiles = original(tables, block_m, block_n)
+        spread = sparse(len(tiles), width, dtype=torch.int32)
+        spread[:, : tiles.shape[1]] = tiles
+        return prepare.TileBuckets(since, spread)
 
-    monkeypatch.setattr(triton_op._Launch, "tile_buckets", wide)
+    monkeypatch.setattr(prepare.BiasTables, "tile_buckets", wide)
     assert all(map(torch.equal, gradients(), expected))
 
 
@@ -142,9 +144,9 @@ def test_what_is_counted_in_32_bits_is_refused_beyond() -> None:
     offsets = torch.zeros(2, dtype=torch.int64)
     for q, longest in ((empty(1, 2**27, 16), 1), (empty(1, 1, 16), 2**31 - 1), (empty(1, 2**15, 16), 2**20)):
         with pytest.raises(ValueError, match="counts in 32 bits"):
-            triton_op.check_sizes(q, q, offsets, longest)
-    triton_op.check_sizes(empty(1, 2**10, 256), empty(1, 2**10, 256), offsets, 2**20)
-    assert not triton_op._describable(torch.empty((), device="meta").expand(2**31, 1, 16))
+            inputs.check_sizes(q, q, offsets, longest)
+    inputs.check_sizes(empty(1, 2**10, 256), empty(1, 2**10, 256), offsets, 2**20)
+    assert not inputs.describable(torch.empty((), device="meta").expand(2**31, 1, 16))
     scalars, draws = empty(1).expand(2**20), empty(1).expand(2**20, 2**11)
     with pytest.raises(ValueError, match="32 bits"):
         sampled_softmax._table_gradient._init_fn(
@@ -168,9 +170,7 @@ def test_deterministic_time_gradients_of_many_rows() -> None:
     for deterministic, rows in ((True, offsets), (False, offsets[-2:])):
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         try:
-            output, *_ = triton_op.attention(
-                q, k, v, rows, tokens, 0.25, 1.0, None, table, times, times, 0, 0, None, False
-            )
+            output, *_ = op.attention(q, k, v, rows, tokens, 0.25, 1.0, None, table, times, times, 0, 0, None, False)
             found.append(torch.autograd.grad(output, table, grad)[0])
         finally:
             torch.use_deterministic_algorithms(False)

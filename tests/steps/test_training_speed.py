@@ -15,7 +15,7 @@ from steps.studies.training_speed import by_part, full_sequences, least, longest
         ("layer_norm_forward_kernel", "norms and gate"),
         ("softmax_forward_kernel", "loss"),
         ("bias_gradient_kernel", "attention, bias gradients"),
-        ("key_gradient_kernel", "attention, backward"),
+        ("bwd_dkdv_kernel", "attention, backward"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32", "matrix products"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", "element-wise and other"),
     ],
@@ -25,7 +25,7 @@ def test_kernels_find_their_part(kernel: str, part: str) -> None:
 
 
 def test_parts_are_the_sums_of_their_kernels() -> None:
-    kernels = {"key_gradient_kernel": 2.0, "query_gradient_kernel": 1.0, "add": 4.0}
+    kernels = {"bwd_dkdv_kernel": 2.0, "bwd_dq_kernel": 1.0, "add": 4.0}
     assert list(by_part(kernels).items()) == [("element-wise and other", 4.0), ("attention, backward", 3.0)]
 
 

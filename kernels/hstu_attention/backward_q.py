@@ -1,0 +1,134 @@
+"""Backward kernel of queries alone."""
+# A kernel's arguments have no Python types.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..tensor_cores import operand
+from .activations import weights_and_derivatives
+from .arguments import Bias, Buckets, Side, Tokens
+from .bias_tiles import add_time_steps, first_near_key, tile_bias, times_since, unpack_tile
+from .tiles import key_tile, key_tiles, load_tile, one_over_n, sequence_of, store_tile, visible
+
+
+class Queries(NamedTuple):
+    """The tile that a program keeps: q, the output's gradient; softmax's denominators and deltas (queries,)."""
+
+    q: Any
+    do: Any
+    side: Any
+    lse: Any
+    delta: Any
+
+
+@triton.jit
+def _add_keys(dq, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, MASK, CUT):
+    """One tile of keys from position `key`: adds its share to dq. MASK and CUT as in the forward kernel's."""
+    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
+    PRECISION: tl.constexpr = FLAGS.PRECISION
+    end = sequence.start + sequence.n
+    k_tile = load_tile(K, sequence.start + key, end, BLOCK_N, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
+    v_tile = load_tile(V, sequence.start + key, end, BLOCK_N, SHAPE.DV, SHAPE.BLOCK_DV, CUT, FLAGS)
+    j = key + tl.arange(0, BLOCK_N)
+    i = kept.side.position
+    keys = Side(j, bias.tables.key_time, bias.key_since)
+    x = tile_bias(
+        bias, sequence, kept.side, keys, buckets.w_first, SHAPE.BLOCK_M, BLOCK_N, FLAGS, MASK == "band",
+        FLAGS.MMA_LAYOUT, True,
+    )  # fmt: skip
+    x = tl.dot(kept.q, tl.trans(k_tile), input_precision=PRECISION) * alpha + x
+    if FLAGS.TIME and MASK == "none":
+        if buckets.last > buckets.first:
+            x = add_time_steps(x, bias.tables, sequence, kept.side, keys, buckets, True)
+    dp = tl.dot(kept.do, tl.trans(v_tile), input_precision=PRECISION)
+    seen = visible(i[:, None], j[None, :], sequence, FLAGS) & (j < sequence.n)[None, :]
+    _, dact = weights_and_derivatives(x, seen, kept.lse[:, None], MASK == "compare", FLAGS)
+    if FLAGS.SOFTMAX:
+        dp -= kept.delta[:, None]
+    ds = dp * dact * scale if kept.q.dtype == tl.float16 else dp * dact
+    return tl.dot(operand(ds, k_tile.dtype, PRECISION), k_tile, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "tiles_width", "total_tokens", "window", "prefix", "position_zero"])
+def bwd_dq_kernel(
+    q, k, v, do, dq, lse, delta, sequences, tables, strides, alpha, attention_scale, heads,
+    num_tiles, tiles_width, total_tokens, position_zero, window, prefix, SHAPE: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries, in one fixed order of additions; recomputes scores: 7 products in all instead of 5.
+    The grid and the walk over keys are the forward kernel's."""
+    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
+    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
+    BLOCK_DQK: tl.constexpr = SHAPE.BLOCK_DQK
+    EDGE: tl.constexpr = "band" if FLAGS.TIME else "compare"
+    head = tl.program_id(0) // num_tiles
+    tile = num_tiles - 1 - tl.program_id(0) % num_tiles
+    sequence = sequence_of(sequences, tl.program_id(1), window, prefix, FLAGS)
+    start, n = sequence.start, sequence.n
+    first = tile * BLOCK_M
+    if first >= n:
+        return
+    scale = one_over_n(attention_scale, sequence, FLAGS)
+    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
+    Q = Tokens(q, strides.q_token, strides.q_head, head)
+    K = Tokens(k, strides.k_token, strides.k_head, head)
+    V = Tokens(v, strides.v_token, strides.v_head, head)
+    DO = Tokens(do, strides.o_token, strides.o_head, head)
+    i = first + tl.arange(0, BLOCK_M)
+    q_tile = load_tile(Q, start + first, start + n, BLOCK_M, SHAPE.DQK, BLOCK_DQK, False, FLAGS)
+    do_tile = load_tile(DO, start + first, start + n, BLOCK_M, SHAPE.DV, SHAPE.BLOCK_DV, False, FLAGS)
+    lse_tile = tl.zeros([BLOCK_M], tl.float32)
+    delta_tile = tl.zeros([BLOCK_M], tl.float32)
+    if FLAGS.SOFTMAX:
+        lse_tile = tl.load(lse + head.to(tl.int64) * total_tokens + start + i, mask=i < n, other=0.0)
+        delta_tile = tl.load(delta + head.to(tl.int64) * total_tokens + start + i, mask=i < n, other=0.0)
+    queries = Side(i, tables.query_time, times_since(tables.since, i, sequence, FLAGS))
+    kept = Queries(q_tile, do_tile, queries, lse_tile, delta_tile)
+    buckets = Buckets(0, 0, True, 0.0)
+    dq_tile = tl.zeros([BLOCK_M, BLOCK_DQK], tl.float32)
+
+    end = tl.minimum(first + BLOCK_M, n)
+    if FLAGS.GENERAL:
+        count, cut_off, begin, past = key_tiles(first, end, sequence, BLOCK_N, FLAGS)
+        for index in range(count):
+            key = key_tile(index, first, cut_off, begin, past, BLOCK_N)
+            dq_tile = _add_keys(
+                dq_tile, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "compare", True
+            )
+    else:
+        whole = end
+        if FLAGS.DESCRIPTOR:  # the sequence's last tile of keys, where it is not full, is CUT, after the others
+            whole = tl.minimum(end, n // BLOCK_N * BLOCK_N)
+        if FLAGS.TIME:
+            # Buckets of the next tile are looked up while the current one's products run. Near the diagonal the band
+            # brings bias and mask.
+            edge = tl.maximum(first_near_key(first), 0)
+            tiles = tables.tiles + (start // BLOCK_M + tl.program_id(1) + tile) * tiles_width
+            buckets = unpack_tile(tl.load(tiles), tables.time)
+            for key in range(0, edge, BLOCK_N):
+                following = tl.load(tiles + key // BLOCK_N + 1)
+                dq_tile = _add_keys(
+                    dq_tile, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "none", False
+                )
+                buckets = unpack_tile(following, tables.time)
+        else:
+            edge = first // BLOCK_N * BLOCK_N
+            for key in range(0, edge, BLOCK_N):
+                dq_tile = _add_keys(
+                    dq_tile, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "none", False
+                )
+        for key in range(edge, whole, BLOCK_N):
+            dq_tile = _add_keys(
+                dq_tile, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, EDGE, False
+            )
+        if FLAGS.DESCRIPTOR:
+            if whole < end:
+                dq_tile = _add_keys(
+                    dq_tile, kept, whole, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, EDGE, True
+                )
+
+    dq_tile *= alpha if q_tile.dtype == tl.float16 else alpha * scale
+    DQ = Tokens(dq, heads * SHAPE.DQK, SHAPE.DQK, head)
+    store_tile(DQ, dq_tile, first, sequence, BLOCK_M, SHAPE.DQK, BLOCK_DQK)

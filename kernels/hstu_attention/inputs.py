@@ -1,0 +1,194 @@
+"""The arguments of one call, as the kernels take them, and what their launches derive from these."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..common import configuration, tf32_allowed
+from .arguments import Flags, Sequences, Shape
+from .naive import bucket_starts
+
+#: Sequences no longer than this are of the "short" shape class.
+SHORT = 256
+#: CUDA's limit of a launch's second dimension.
+MOST_SEQUENCES = 65535
+
+
+@dataclass
+class Inputs:
+    """As `kernels.hstu_attention.hstu_attention` takes them; bias tables in float32, contiguous where kernels need it.
+
+    Raises:
+        ValueError: more sequences, heads or tokens a sequence than the kernels count.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    offsets: torch.Tensor
+    max_len: int
+    alpha: float
+    normaliser: float | None
+    position_bias: torch.Tensor | None
+    time_bias: torch.Tensor | None
+    query_time: torch.Tensor | None
+    key_time: torch.Tensor | None
+    max_attn_len: int
+    contextual_seq_len: int
+    num_targets: torch.Tensor | None
+    softmax: bool
+
+    def __post_init__(self) -> None:
+        check_sizes(self.q, self.v, self.offsets, self.max_len)
+        self.q, self.k, self.v = token_rows(self.q), token_rows(self.k), token_rows(self.v)
+        self.offsets, self.num_targets = self.offsets.contiguous(), contiguous(self.num_targets)
+        self.position_bias, self.time_bias = float_table(self.position_bias), float_table(self.time_bias)
+        self.query_time = contiguous(self.query_time) if self.timed else None
+        self.key_time = contiguous(self.key_time) if self.timed else None
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def timed(self) -> bool:
+        return self.time_bias is not None
+
+    @property
+    def biased(self) -> bool:
+        return self.position_bias is not None or self.time_bias is not None
+
+    @property
+    def causal(self) -> bool:
+        """Whether the causal mask is the only one."""
+        return not (self.num_targets is not None or self.max_attn_len or self.contextual_seq_len)
+
+    @property
+    def position_zero(self) -> int:
+        """Index of p[0]."""
+        return 0 if self.position_bias is None else (len(self.position_bias) - 1) // 2
+
+    @property
+    def precision(self) -> str:
+        """Of float32 products, as torch's setting says."""
+        return "tf32" if self.q.is_cuda and tf32_allowed() else "ieee"
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(self.offsets, self.num_targets)
+
+    def configuration(self, kernel: str) -> dict[str, int]:
+        """A kernel's launch parameters."""
+        name = shape_class(self.q, self.v, self.max_len, self.biased)
+        return dict(configuration(f"hstu_attention.{kernel}", name, self.q.device))
+
+    def multiplied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The float32 values that the kernels multiply in its place: rounded to TF32, where they do that."""
+        values = tensor.float()
+        if tensor.dtype == torch.float32 and self.precision == "tf32":
+            values = ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+        return values
+
+    def shape(self, config: Mapping[str, int]) -> Shape:
+        dqk, dv = self.q.shape[2], self.v.shape[2]
+        return Shape(dqk, dv, block_of(dqk), value_block(dqk, dv), config["block_m"], config["block_n"])
+
+    def flags(self, descriptor: bool, mma_layout: bool) -> Flags:
+        return Flags(
+            POSITION=self.position_bias is not None,
+            TIME=self.timed,
+            TARGETS=self.num_targets is not None,
+            WINDOW=self.max_attn_len > 0,
+            PREFIX=self.contextual_seq_len > 0,
+            GENERAL=not self.causal,
+            BY_LENGTH=self.normaliser is None and not self.softmax,
+            SOFTMAX=self.softmax,
+            DESCRIPTOR=descriptor,
+            PRECISION=self.precision,
+            APPROXIMATE_TANH=self.q.is_cuda and self.q.dtype == torch.bfloat16,
+            MMA_LAYOUT=mma_layout,
+            INLINE_ASM=self.q.is_cuda,
+        )
+
+
+def check_sizes(q: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, longest: int) -> None:
+    """Raises ValueError where there are more sequences than a launch's second dimension may have; where a token's
+    heads, or a sequence's tiles of all heads, or its positions, are more than 32 bits count."""
+    if len(offsets) - 1 > MOST_SEQUENCES:
+        raise ValueError(f"attention in Triton takes at most {MOST_SEQUENCES} rows, not {len(offsets) - 1}")
+    heads, widest = q.shape[1], max(q.shape[2], v.shape[2])
+    if heads * widest >= 2**31 or longest >= 2**31 - 256 or heads * triton.cdiv(longest, 16) >= 2**31:
+        raise ValueError(f"attention in Triton counts in 32 bits: {heads} heads of {widest}, {longest} tokens a row")
+
+
+def shape_class(q: torch.Tensor, v: torch.Tensor, max_len: int, biased: bool) -> str:
+    """What the configuration table distinguishes: the padded head dimension, type width, length, bias."""
+    dim = max(block_of(q.shape[2]), block_of(v.shape[2]))
+    words = [f"d{dim}", "short" if max_len <= SHORT else "long", "bias" if biased else "plain"]
+    return "-".join([*words, "fp32"] if q.dtype == torch.float32 else words)
+
+
+def block_of(dim: int) -> int:
+    """The width of a tile for `dim` columns: a power of two, and at least what a matrix product takes."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def value_block(dqk: int, dv: int) -> int:
+    """The width of a tile of V.
+
+    ptxas 12.8 miscompiles products with a tile of V that is not full, 16 or 32 wide and narrower than Q's (it reads a
+    uniform register that it never set; tests/kernels/ahead_of_time.py looks for that): such a tile is made wider.
+    """
+    block = block_of(dv)
+    return block if dv == block else max(block, min(64, block_of(dqk)))
+
+
+def token_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Tokens (T, h, d) whose vectors are contiguous, and whose heads are no further apart than 32 bits hold."""
+    near = (tensor.shape[1] - 1) * tensor.stride(1) < 2**31
+    return tensor if tensor.stride(2) == 1 and near else tensor.contiguous()
+
+
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def float_table(table: torch.Tensor | None) -> torch.Tensor | None:
+    return None if table is None else table.float().contiguous()
+
+
+def describable(tensor: torch.Tensor) -> bool:
+    """Whether the tensor copy engine can read a head's tokens: a power of two wide, less than 2^31 rows on 16 bytes."""
+    heads, dim = tensor.shape[1:]
+    size = tensor.element_size()
+    return (
+        dim == block_of(dim)
+        and len(tensor) < 2**31
+        and tensor.stride(2) == 1
+        and (tensor.stride(1) == dim or heads == 1)
+        and tensor.stride(0) * size % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
+def describe(tensor: torch.Tensor, block: int) -> TensorDescriptor:
+    """A descriptor of (T, h, d) that loads `block` tokens of one head."""
+    tokens, heads, dim = tensor.shape
+    return TensorDescriptor(tensor, [tokens, heads * dim], [tensor.stride(0), 1], [block, dim])
+
+
+@functools.cache
+def bucket_edges(device: torch.device) -> torch.Tensor:
+    """The least second of every time bucket, then the largest number: it is compared with, and added to no time."""
+    starts = bucket_starts(device)
+    return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), torch.iinfo(torch.int64).max)])
+
+
+@functools.cache
+def small_edges(device: torch.device) -> torch.Tensor:
+    """As `bucket_edges`, cut at the largest int32."""
+    return bucket_edges(device).clamp(max=torch.iinfo(torch.int32).max).int()

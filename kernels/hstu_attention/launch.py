@@ -1,0 +1,236 @@
+"""Launches of the kernels: forward, keys' and values' gradients, queries' gradients, gradients of the bias tables."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from ..common import tf32_allowed
+from .arguments import Strides
+from .backward_bias import Sums, bias_gradient_kernel, diagonal_sum_kernel
+from .backward_kv import bwd_dkdv_kernel
+from .backward_q import bwd_dq_kernel
+from .forward import forward_kernel
+from .inputs import Inputs, describable, describe, small_edges
+from .mma_layout import Tile, has_mma_layout
+from .prepare import BAND_TILE, BiasTables, band_gradient_kernel
+
+Config = Mapping[str, int]
+_TIME_SLOTS = 256  # buckets 0..128, padded to a power of two
+_BIAS_PROGRAMS = 4096
+_TIME_COPIES = 64  # of the bucket sums, so that few programs add to one place at a time
+
+
+class Gradient(NamedTuple):
+    """What arrives in the backward pass."""
+
+    grad: torch.Tensor  # (T, h, dv), of the output
+    lse: torch.Tensor  # (h, T) float32, the logarithm of softmax's denominators; empty for silu
+    delta: torch.Tensor | None  # (h, T) float32, grad . output; None for silu
+
+
+def forward(inputs: Inputs, bias: BiasTables, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and, for softmax, lse."""
+    tokens, heads, _ = inputs.q.shape
+    output = inputs.v.new_empty(inputs.v.shape)
+    lse = inputs.q.new_empty((heads, tokens) if inputs.softmax else (0,), dtype=torch.float32)
+    tiles = triton.cdiv(inputs.max_len, config["block_m"])
+    if tokens and tiles:
+        forward_kernel[(tiles * heads, inputs.num_sequences)](
+            lse=lse,
+            num_tiles=tiles,
+            **_arguments(inputs, bias, config, _mma_layout(inputs, config, True), output=output),
+            **_options(inputs, config),
+        )
+    return output, lse
+
+
+def backward_kv(
+    inputs: Inputs, bias: BiasTables, config: Config, gradient: Gradient, dq: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """dk, dv; adds to the float32 `dq` if given; and, for a position bias with targets, the targets' sums."""
+    heads, tokens = inputs.q.shape[1], len(inputs.q)
+    dk, dv = torch.empty_like(inputs.k, memory_format=torch.contiguous_format), inputs.v.new_empty(inputs.v.shape)
+    target_sums = None
+    if inputs.num_targets is not None and inputs.position_bias is not None:
+        target_sums = gradient.lse.new_empty(2, heads, tokens)
+    tiles = triton.cdiv(inputs.max_len, config["block_n"])
+    arguments = _arguments(inputs, bias, config, _mma_layout(inputs, config, False), grad=gradient.grad)
+    bwd_dkdv_kernel[(tiles * heads, inputs.num_sequences)](
+        dq=describe(dq, config["block_m"]) if dq is not None and arguments["FLAGS"].DESCRIPTOR else dq,
+        dk=dk,
+        dv=dv,
+        target_sums=target_sums,
+        lse=gradient.lse,
+        delta=gradient.delta,
+        heads=heads,
+        num_tiles=tiles,
+        ADD_DQ=dq is not None,
+        **arguments,
+        **_options(inputs, config),
+    )
+    return dk, dv, target_sums
+
+
+def backward_q(inputs: Inputs, bias: BiasTables, config: Config, gradient: Gradient) -> torch.Tensor:
+    """dq."""
+    dq = inputs.q.new_empty(inputs.q.shape)
+    heads, tiles = inputs.q.shape[1], triton.cdiv(inputs.max_len, config["block_m"])
+    arguments = _arguments(inputs, bias, config, _mma_layout(inputs, config, True), grad=gradient.grad)
+    bwd_dq_kernel[(tiles * heads, inputs.num_sequences)](
+        dq=dq,
+        lse=gradient.lse,
+        delta=gradient.delta,
+        heads=heads,
+        num_tiles=tiles,
+        **arguments,
+        **_options(inputs, config),
+    )
+    return dq
+
+
+def backward_bias(
+    inputs: Inputs,
+    bias: BiasTables,
+    config: Config,
+    gradient: Gradient,
+    target_sums: torch.Tensor | None,
+    deterministic: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the two tables, float32; None for a table that is not there."""
+    block_m, block_n = config["block_m"], config["block_n"]
+    ratio = block_m // block_n
+    # In multiples of block_n: a tile's last keys are up to ratio - 1 beyond its first query, prefix keys more.
+    lowest = -max(ratio, triton.cdiv(min(inputs.contextual_seq_len, inputs.max_len), block_n)) + 1
+    distances = (triton.cdiv(inputs.max_len, block_m) - 1) * ratio - lowest + 1
+    # Programs of the nearest distances have the most tiles and buckets: sequences first, then tiles are dealt out.
+    sequence_splits = max(1, min(inputs.num_sequences, _BIAS_PROGRAMS // distances))
+    tile_splits = min(max(1, _BIAS_PROGRAMS // (distances * sequence_splits)), distances)
+    programs = distances * sequence_splits * tile_splits
+    band_grid = (triton.cdiv(inputs.max_len, BAND_TILE), inputs.num_sequences)
+
+    new, band = gradient.lse, bias.handed.band
+    sums, near_sums, all_time_sums = Sums(None, None, None), None, None
+    if inputs.position_bias is not None:
+        copies = sequence_splits * tile_splits if deterministic else 1
+        sums = sums._replace(position=new.new_zeros(distances, copies, block_m, block_n))
+    if inputs.timed:
+        copies = programs if deterministic else _TIME_COPIES
+        near_copies = 0 if not band.numel() else band_grid[0] * band_grid[1] if deterministic else copies
+        all_time_sums = new.new_zeros(copies + near_copies, _TIME_SLOTS)
+        time_sums, near_sums = all_time_sums.split([copies, near_copies])
+        sums = sums._replace(time=time_sums, band=new.new_empty(band.shape) if band.numel() else None)
+
+    # An entry sums score gradients of a whole batch, among which errors of operands rounded to TF32 do not cancel:
+    # float32 is multiplied as it is, not by tensor cores. Softmax's do cancel within a query, but with its delta alone,
+    # which comes of products like the forward pass's (six times the error otherwise, in a window of two).
+    exact = inputs.q.dtype == torch.float32 and not inputs.softmax
+    mma_layout = not exact and _mma_layout(inputs, config, True)
+    arguments = _arguments(inputs, bias, config, mma_layout, grad=gradient.grad)
+    if exact:
+        arguments["FLAGS"] = arguments["FLAGS"]._replace(PRECISION="ieee")
+    bias_gradient_kernel[(programs,)](
+        sums=sums,
+        lse=gradient.lse,
+        delta=gradient.delta,
+        small_edges=small_edges(inputs.q.device) if inputs.timed else None,
+        heads=inputs.q.shape[1],
+        num_sequences=inputs.num_sequences,
+        sequence_splits=sequence_splits,
+        tile_splits=tile_splits,
+        copies=1 if sums.time is None else len(sums.time),
+        lowest=lowest,
+        DETERMINISTIC=deterministic,
+        **arguments,
+        **_options(inputs, config) | {"maxnreg": config.get("maxnreg")},
+    )
+    dp = dw = None
+    if inputs.position_bias is not None:
+        dp = torch.zeros_like(inputs.position_bias)
+        diagonal_sum_kernel[(distances + ratio,)](
+            sums.position.sum(1) if deterministic else sums.position, dp, distances, lowest, inputs.position_zero,
+            BLOCK_M=block_m, BLOCK_N=block_n,
+        )  # fmt: skip
+        if target_sums is not None and inputs.num_targets is not None:
+            _add_target_gradient(dp, inputs, inputs.num_targets, target_sums)
+    if inputs.time_bias is not None and all_time_sums is not None and near_sums is not None:
+        if sums.band is not None:
+            band_gradient_kernel[band_grid](
+                sums.band, bias.handed.near_buckets, near_sums, inputs.offsets, len(near_sums),
+                BLOCK=BAND_TILE, DETERMINISTIC=deterministic,
+            )  # fmt: skip
+        dw = all_time_sums.sum(0)[: len(inputs.time_bias)]
+    return dp, dw
+
+
+def _add_target_gradient(
+    dp: torch.Tensor, inputs: Inputs, num_targets: torch.Tensor, target_sums: torch.Tensor
+) -> None:
+    """Adds what targets do: to dp[j - history] for every key j of the history, and to dp[0] for themselves."""
+    lengths = inputs.offsets.diff()
+    sequence_id = torch.repeat_interleave(lengths, output_size=len(inputs.q))
+    position = torch.arange(len(inputs.q), device=lengths.device) - inputs.offsets[sequence_id]
+    history = (lengths - num_targets).clamp(min=0)[sequence_id]
+    index = (torch.minimum(position, history) - history + inputs.position_zero).clamp(min=0)
+    values = target_sums[0].sum(0) + target_sums[1].sum(0)
+    dp += torch.zeros_like(dp).index_put_((index,), values, accumulate=True)
+
+
+def _arguments(
+    inputs: Inputs,
+    bias: BiasTables,
+    config: Config,
+    mma_layout: bool,
+    output: torch.Tensor | None = None,
+    grad: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """What the kernels share. Tokens are tensors or, where the table says so and all can be, descriptors, but for the
+    output, which is written through a pointer."""
+    read = {"q": (inputs.q, config["block_m"]), "k": (inputs.k, config["block_n"]), "v": (inputs.v, config["block_n"])}
+    if grad is not None:
+        read["do"] = (grad, config["block_m"])
+    descriptor = bool(config["descriptor"]) and all(describable(tensor) for tensor, _ in read.values())
+    arguments: dict[str, Any] = {
+        name: describe(tensor, block) if descriptor else tensor for name, (tensor, block) in read.items()
+    }
+    if output is not None:
+        arguments["output"] = output
+    rows = (inputs.q, inputs.k, inputs.v, output if grad is None else grad)
+    tables, tiles_width = bias.tables(config["block_m"], config["block_n"])
+    return arguments | {
+        "sequences": inputs.sequences,
+        "tables": tables,
+        "strides": Strides(*(stride for tensor in rows if tensor is not None for stride in tensor.stride()[:2])),
+        "alpha": inputs.alpha,
+        "attention_scale": 1.0 if inputs.normaliser is None else inputs.normaliser,
+        "tiles_width": tiles_width,
+        "total_tokens": len(inputs.q),
+        "position_zero": inputs.position_zero,
+        "window": inputs.max_attn_len,
+        "prefix": inputs.contextual_seq_len,
+        "SHAPE": inputs.shape(config),
+        "FLAGS": inputs.flags(descriptor, mma_layout),
+    }
+
+
+def _mma_layout(inputs: Inputs, config: Config, rows_are_queries: bool) -> bool:
+    """Whether the score tiles of a kernel come in the layout of Hopper's tensor cores, one warp above the other: not
+    from float32 products that are not TF32, and not where a tile has less than 16 rows a warp."""
+    q = inputs.q
+    if not q.is_cuda:
+        return True
+    rows, columns = config["block_m"], config["block_n"]
+    if not rows_are_queries:
+        rows, columns = columns, rows
+    tensor_cores = q.dtype != torch.float32 or tf32_allowed()
+    hopper = torch.cuda.get_device_capability(q.device)[0] == 9
+    if not (hopper and tensor_cores and rows >= 16 * config["num_warps"]):
+        return False
+    return has_mma_layout(Tile(q.device, q.dtype, rows, columns, config["num_warps"], rows_are_queries))
+
+
+def _options(inputs: Inputs, config: Config) -> dict[str, int | None]:
+    # The limit is chosen for the causal mask; with others, which need more registers, it would spill.
+    limit = config.get("maxnreg") if inputs.causal else None
+    return {"num_warps": config["num_warps"], "num_stages": config["num_stages"], "maxnreg": limit}
