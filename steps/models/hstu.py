@@ -58,7 +58,7 @@ class HSTULayer(nn.Module):
             attended = softmax_attention(*heads, batch.offsets, batch.max_len, alpha=self.alpha, **bias)
         else:
             attended = hstu_attention(
-                *heads, batch.offsets, batch.max_len, alpha=self.alpha, normaliser=self.normaliser, **bias
+                *heads, batch.offsets, batch.max_len, alpha=self.alpha, attention_scale=self.normaliser, **bias
             )
         gated = norm_gate(u, attended.flatten(1), self.dropout, self.training)
         return x + F.linear(gated, self.output.weight.to(compute), self.output.bias.to(compute)).to(x.dtype)
