@@ -2,8 +2,8 @@
 attention for scoring candidates.
 
 On CUDA, float32, float16 and bfloat16 go through Triton kernels that never hold an N x N matrix; elsewhere through
-the torch version in `naive`, on a CPU in groups of rows of like length. Gradients are the same to the bit from run to
-run where `torch.use_deterministic_algorithms(True)` is set.
+the torch version in `naive`, on a CPU in groups of sequences of like length. Gradients are the same to the bit from run
+to run where `torch.use_deterministic_algorithms(True)` is set.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def hstu_attention(
     max_len: int,
     *,
     alpha: float = 1.0,
-    normaliser: float | None = None,
+    attention_scale: float | None = None,
     position_bias: torch.Tensor | None = None,
     time_bias: torch.Tensor | None = None,
     query_time: torch.Tensor | None = None,
@@ -43,29 +43,29 @@ def hstu_attention(
 
     Token i sees itself and the tokens before it; with `max_attn_len`, of these the last so many; with
     `contextual_seq_len`, besides, the whole prefix of that length, which prefix tokens see too. With `num_targets`, a
-    row's last tokens are candidates: each sees the history before them and itself, and counts as standing right
-    behind the history, so that its output is what a row of its own would give it.
+    sequence's last tokens are candidates: each sees the history before them and itself, and counts as standing right
+    behind the history, so that its output is what a sequence of its own would give it.
 
     Args:
-        q, k: (T, h, dqk), jagged over rows; float32, float16 or bfloat16.
+        q, k: (T, h, dqk), jagged over sequences; float32, float16 or bfloat16.
         v: (T, h, dv).
         offsets: (B + 1,) int64; must start at 0 and end at T, which is not checked: that would wait for the device.
-        max_len: an upper bound of the row lengths; no row may be longer, which is not checked either.
+        max_len: an upper bound of the lengths; no sequence may be longer, which is not checked either.
         alpha: factor on q . k.
-        normaliser: N; None divides by each row's own length, its targets counted as one.
+        attention_scale: N, which divides; None stands for each sequence's own length, its targets counted as one.
         position_bias: p, (2P - 1,) with P >= max_len: adds p[j - i], index 0 at P - 1.
         time_bias: w, (129,): adds w[time_bucket(query_time_i - key_time_j)].
         query_time, key_time: (T,) int64, seconds; needed with `time_bias`.
         max_attn_len: 0 for no window.
         contextual_seq_len: length of the prefix.
-        num_targets: (B,) int64; as many as the row has tokens, where they are more.
+        num_targets: (B,) int64; as many as the sequence has tokens, where they are more.
 
     Returns:
         (T, h, dv). Differentiable in q, k, v and both tables.
 
     Raises:
         ValueError: a time bias without times, shapes other than these, a negative `max_attn_len` or
-            `contextual_seq_len`; where Triton runs, more than 65,535 rows.
+            `contextual_seq_len`; where Triton runs, more than 65,535 sequences.
         NotImplementedError, RuntimeError: a forward-mode, or a second derivative, where Triton runs.
     """
     _check_times(time_bias, query_time, key_time)
@@ -78,11 +78,11 @@ def hstu_attention(
 
         reverse_mode_only("hstu_attention", q, k, v, position_bias, time_bias)
         return op.attention(
-            q, k, v, offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time, key_time,
+            q, k, v, offsets, max_len, alpha, attention_scale, position_bias, time_bias, query_time, key_time,
             max_attn_len, contextual_seq_len, num_targets, False,
         )[0]  # fmt: skip
     return _in_torch(
-        naive.hstu_attention, q, k, v, offsets, max_len, alpha=alpha, normaliser=normaliser,
+        naive.hstu_attention, q, k, v, offsets, max_len, alpha=alpha, attention_scale=attention_scale,
         position_bias=position_bias, time_bias=time_bias, query_time=query_time, key_time=key_time,
         max_attn_len=max_attn_len, contextual_seq_len=contextual_seq_len, num_targets=num_targets,
     )  # fmt: skip
@@ -140,7 +140,7 @@ def cached_attention(
     max_cached_len: int,
     *,
     alpha: float = 1.0,
-    normaliser: float | None = None,
+    attention_scale: float | None = None,
     softmax: bool = False,
     position_bias: torch.Tensor | None = None,
     time_bias: torch.Tensor | None = None,
@@ -152,20 +152,21 @@ def cached_attention(
     """Attention of candidates over a stored history: what `hstu_attention` gives them as targets behind it.
 
     Args:
-        q, k, v: (T, h, dqk) and (T, h, dv) of the candidates, jagged over rows by `offsets` (B + 1,).
+        q, k, v: (T, h, dqk) and (T, h, dv) of the candidates, jagged over sequences by `offsets` (B + 1,).
         cached_k, cached_v: of the histories' tokens, jagged by `cached_offsets` (B + 1,).
         max_len, max_cached_len: upper bounds of both lengths. As in `hstu_attention`, that they are is not checked, nor
             that the offsets start at 0 and end at the number of tokens.
         softmax: softmax over the keys instead of silu(.)/N.
         cached_time: (T',) int64, the stored keys' times; `query_time` and `key_time` are the candidates'.
-        alpha, normaliser, position_bias, time_bias, max_attn_len: as in `hstu_attention`; P >= the longest history + 1.
+        alpha, attention_scale, position_bias, time_bias, max_attn_len: as in `hstu_attention`; P >= the longest history
+            + 1.
 
     Returns:
         (T, h, dv). Not differentiable where Triton runs: this is inference.
 
     Raises:
         ValueError: a time bias without times, shapes other than these, a negative `max_attn_len`; where Triton runs,
-            more than 65,535 rows.
+            more than 65,535 sequences.
     """
     _check_times(time_bias, query_time, key_time, cached_time)
     _check(
@@ -183,12 +184,12 @@ def cached_attention(
         reverse_mode_only("cached_attention", q, k, v, cached_k, cached_v, position_bias, time_bias)
         times = [query_time, key_time, cached_time] if time_bias is not None else []
         return cached.cached_attention(
-            q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha, normaliser, softmax,
-            position_bias, time_bias, times, max_attn_len,
+            q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha, attention_scale,
+            softmax, position_bias, time_bias, times, max_attn_len,
         )  # fmt: skip
     return naive.cached_attention(
         q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha=alpha,
-        normaliser=normaliser, softmax=softmax, position_bias=position_bias, time_bias=time_bias,
+        attention_scale=attention_scale, softmax=softmax, position_bias=position_bias, time_bias=time_bias,
         query_time=query_time, key_time=key_time, cached_time=cached_time, max_attn_len=max_attn_len,
     )  # fmt: skip
 
@@ -233,7 +234,7 @@ def _check(
 ) -> None:
     """ValueError for what shapes and Python numbers show to be wrong: a look at values would wait for the device.
 
-    `longest`: places that a position bias must tell apart.
+    `longest`: positions that a position bias must tell apart.
     """
     if q.ndim != 3 or k.shape != q.shape or v.ndim != 3 or v.shape[:2] != q.shape[:2]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (q, k, v))

@@ -32,7 +32,7 @@ class Inputs:
     offsets: torch.Tensor
     max_len: int
     alpha: float
-    normaliser: float | None
+    attention_scale: float | None
     position_bias: torch.Tensor | None
     time_bias: torch.Tensor | None
     query_time: torch.Tensor | None
@@ -105,7 +105,7 @@ class Inputs:
             WINDOW=self.max_attn_len > 0,
             PREFIX=self.contextual_seq_len > 0,
             GENERAL=not self.causal,
-            BY_LENGTH=self.normaliser is None and not self.softmax,
+            BY_LENGTH=self.attention_scale is None and not self.softmax,
             SOFTMAX=self.softmax,
             DESCRIPTOR=descriptor,
             PRECISION=self.precision,
@@ -119,10 +119,12 @@ def check_sizes(q: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, longest
     """Raises ValueError where there are more sequences than a launch's second dimension may have; where a token's
     heads, or a sequence's tiles of all heads, or its positions, are more than 32 bits count."""
     if len(offsets) - 1 > MOST_SEQUENCES:
-        raise ValueError(f"attention in Triton takes at most {MOST_SEQUENCES} rows, not {len(offsets) - 1}")
+        raise ValueError(f"attention in Triton takes at most {MOST_SEQUENCES} sequences, not {len(offsets) - 1}")
     heads, widest = q.shape[1], max(q.shape[2], v.shape[2])
     if heads * widest >= 2**31 or longest >= 2**31 - 256 or heads * triton.cdiv(longest, 16) >= 2**31:
-        raise ValueError(f"attention in Triton counts in 32 bits: {heads} heads of {widest}, {longest} tokens a row")
+        raise ValueError(
+            f"attention in Triton counts in 32 bits: {heads} heads of {widest}, {longest} tokens a sequence"
+        )
 
 
 def shape_class(q: torch.Tensor, v: torch.Tensor, max_len: int, biased: bool) -> str:

@@ -203,7 +203,7 @@ def _arguments(
         "tables": tables,
         "strides": Strides(*(stride for tensor in rows if tensor is not None for stride in tensor.stride()[:2])),
         "alpha": inputs.alpha,
-        "attention_scale": 1.0 if inputs.normaliser is None else inputs.normaliser,
+        "attention_scale": 1.0 if inputs.attention_scale is None else inputs.attention_scale,
         "tiles_width": tiles_width,
         "total_tokens": len(inputs.q),
         "position_zero": inputs.position_zero,

@@ -27,7 +27,7 @@ def hstu_attention(
     max_len: int,
     *,
     alpha: float = 1.0,
-    normaliser: float | None = None,
+    attention_scale: float | None = None,
     position_bias: torch.Tensor | None = None,
     time_bias: torch.Tensor | None = None,
     query_time: torch.Tensor | None = None,
@@ -39,7 +39,7 @@ def hstu_attention(
     scores = _scores(q, k, offsets, max_len, num_targets, alpha, position_bias, time_bias, query_time, key_time)
     seen = visible(offsets, max_len, max_attn_len, contextual_seq_len, num_targets)  # (B or 1, N, N)
     weights = F.silu(scores).masked_fill(~seen[:, None], 0.0)  # (B, h, N, N)
-    n = own_length(offsets, num_targets)[:, None, None, None] if normaliser is None else normaliser
+    n = own_length(offsets, num_targets)[:, None, None, None] if attention_scale is None else attention_scale
     return _weighted_values(weights / n, v, offsets, max_len)  # (T, h, dv)
 
 
@@ -77,7 +77,7 @@ def cached_attention(
     max_cached_len: int,
     *,
     alpha: float = 1.0,
-    normaliser: float | None = None,
+    attention_scale: float | None = None,
     softmax: bool = False,
     position_bias: torch.Tensor | None = None,
     time_bias: torch.Tensor | None = None,
@@ -104,7 +104,7 @@ def cached_attention(
         if query_time is None or key_time is None or cached_time is None:
             raise ValueError("time_bias needs query_time, key_time and cached_time")
         times = {"query_time": join(cached_time, query_time), "key_time": join(cached_time, key_time)}
-    attend = softmax_attention if softmax else functools.partial(hstu_attention, normaliser=normaliser)
+    attend = softmax_attention if softmax else functools.partial(hstu_attention, attention_scale=attention_scale)
     joined_q = join(q.new_zeros(len(cached_k), *q.shape[1:]), q)
     output = attend(
         joined_q,
@@ -170,7 +170,7 @@ def visible(
 
 
 def own_length(offsets: torch.Tensor, num_targets: torch.Tensor | None) -> torch.Tensor:
-    """(B,) tokens of a sequence, its targets counted as one, at least 1: what `normaliser` None divides by."""
+    """(B,) tokens of a sequence, its targets counted as one, at least 1: what `attention_scale` None divides by."""
     lengths = offsets.diff()
     if num_targets is not None:
         lengths = lengths - (num_targets - 1).clamp(min=0)

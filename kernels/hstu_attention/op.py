@@ -19,7 +19,7 @@ def attention(
     offsets: torch.Tensor,
     max_len: int,
     alpha: float,
-    normaliser: float | None,
+    attention_scale: float | None,
     position_bias: torch.Tensor | None,
     time_bias: torch.Tensor | None,
     query_time: torch.Tensor | None,
@@ -33,7 +33,7 @@ def attention(
     `Handed`'s tensors; empty where they do not apply."""
     with torch.cuda.device_of(q):
         inputs = Inputs(
-            q, k, v, offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time, key_time,
+            q, k, v, offsets, max_len, alpha, attention_scale, position_bias, time_bias, query_time, key_time,
             max_attn_len, contextual_seq_len, num_targets, softmax,
         )  # fmt: skip
         bias = BiasTables(inputs)
@@ -48,7 +48,7 @@ def _(
     offsets: torch.Tensor,
     max_len: int,
     alpha: float,
-    normaliser: float | None,
+    attention_scale: float | None,
     position_bias: torch.Tensor | None,
     time_bias: torch.Tensor | None,
     query_time: torch.Tensor | None,
@@ -77,7 +77,7 @@ def attention_backward(
     given: Sequence[bool],
     max_len: int,
     alpha: float,
-    normaliser: float | None,
+    attention_scale: float | None,
     max_attn_len: int,
     contextual_seq_len: int,
     softmax: bool,
@@ -99,7 +99,7 @@ def attention_backward(
             tables = [lse.new_empty(0) if t is None else torch.zeros_like(t) for t in (position_bias, time_bias)]
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), tables[0], tables[1]
         inputs = Inputs(
-            q, k, v, offsets, max_len, alpha, normaliser, position_bias, time_bias, query_time, key_time,
+            q, k, v, offsets, max_len, alpha, attention_scale, position_bias, time_bias, query_time, key_time,
             max_attn_len, contextual_seq_len, num_targets, softmax,
         )  # fmt: skip
         bias = BiasTables(inputs, Handed(*handed))
@@ -145,12 +145,12 @@ def gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`attention_backward` of what `attention` returned and took, in its order."""
     q, k, v, offsets, *numbers, softmax = arguments
-    max_len, alpha, normaliser, *optional, max_attn_len, contextual_seq_len, num_targets = numbers
+    max_len, alpha, attention_scale, *optional, max_attn_len, contextual_seq_len, num_targets = numbers
     optional.append(num_targets)
     tensors = [q, k, v, offsets, *(tensor for tensor in optional if tensor is not None)]
     given = [tensor is not None for tensor in optional]
     return attention_backward(
-        grad, list(outputs), tensors, given, max_len, alpha, normaliser, max_attn_len, contextual_seq_len, softmax,
+        grad, list(outputs), tensors, given, max_len, alpha, attention_scale, max_attn_len, contextual_seq_len, softmax,
         deterministic,
     )  # fmt: skip
 

@@ -65,9 +65,9 @@ def layer_norm_backward_kernel(
     xhat, rstd = normalise(x, columns < D, D, EPS)
     if AFFINE:
         across = tl.arange(0, COLUMNS)
-        place = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * D + across
-        tl.store(place, tl.sum(gradient * xhat, 0), mask=across < D)
-        tl.store(place + D, tl.sum(gradient, 0), mask=across < D)
+        sums = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * D + across
+        tl.store(sums, tl.sum(gradient * xhat, 0), mask=across < D)
+        tl.store(sums + D, tl.sum(gradient, 0), mask=across < D)
         gradient *= tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     tl.store(dx_ptr + start + at, normalise_backward(gradient, xhat, rstd, D), mask=inside)
 

@@ -34,7 +34,7 @@ def attention_inputs(
         "offsets": offsets,
         "max_len": longest,
         "alpha": dqk**-0.5,
-        "normaliser": float(longest),
+        "attention_scale": float(longest),
         "position_bias": 0.02 * torch.randn(2 * longest - 1, device=device) if bias in ("position", "both") else None,
         "time_bias": 0.02 * torch.randn(129, device=device) if bias in ("time", "both") else None,
         "query_time": time[1:] if bias in ("time", "both") else None,

@@ -58,7 +58,7 @@ class HSTULayer(nn.Module):
             attention_output = softmax_attention(*heads, batch.offsets, batch.max_len, alpha=self.alpha, **bias)
         else:
             attention_output = hstu_attention(
-                *heads, batch.offsets, batch.max_len, alpha=self.alpha, normaliser=self.attention_scale, **bias
+                *heads, batch.offsets, batch.max_len, alpha=self.alpha, attention_scale=self.attention_scale, **bias
             )
         gated = norm_gate(u, attention_output.flatten(1), self.dropout, self.training)
         return x + F.linear(gated, self.output.weight.to(compute_dtype), self.output.bias.to(compute_dtype)).to(x.dtype)

@@ -167,7 +167,7 @@ def _attention(
         inputs = attention_inputs(lengths, heads, dim, dv or dim, dtype, bias) | {"softmax": softmax}
         if masks:
             targets = torch.ones_like(lengths)
-            inputs |= {"max_attn_len": 64, "contextual_seq_len": 8, "num_targets": targets, "normaliser": None}
+            inputs |= {"max_attn_len": 64, "contextual_seq_len": 8, "num_targets": targets, "attention_scale": None}
         inputs = _on_gpu(inputs)
         outputs = hstu_attention.attention(**inputs)
         hstu_attention.gradients(torch.empty_like(outputs[0]), outputs, list(inputs.values()), deterministic)
@@ -180,7 +180,7 @@ def _cached_attention(
 ) -> Case:
     def call(lengths: torch.Tensor) -> None:
         stored, new = (attention_inputs(n, heads, dim, dim, dtype, "both") for n in (lengths, lengths // 8 + 1))
-        names = ("q", "k", "v", "offsets", "max_len", "alpha", "normaliser", "time_bias")
+        names = ("q", "k", "v", "offsets", "max_len", "alpha", "attention_scale", "time_bias")
         inputs = {name: new[name] for name in names} | {"softmax": softmax, "max_attn_len": 64}
         inputs |= {f"cached_{name}": stored[name] for name in ("k", "v", "offsets")}
         inputs |= {"position_bias": stored["position_bias"], "max_cached_len": stored["max_len"]}

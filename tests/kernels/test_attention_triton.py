@@ -43,7 +43,7 @@ class Case:
     bias: str = "both"
     times: str = "sorted"
     softmax: bool = False
-    normaliser: float | None = 64.0
+    attention_scale: float | None = 64.0
     window: int = 0
     prefix: int = 0
     targets: tuple[int, ...] | None = None
@@ -67,7 +67,7 @@ class Case:
             "offsets": torch.tensor([0, *torch.tensor(self.lengths).cumsum(0).tolist()]).to(DEVICE),
             "max_len": longest,
             "alpha": self.dqk**-0.5,
-            "normaliser": self.normaliser,
+            "attention_scale": self.attention_scale,
             "query_time": query_time.to(DEVICE),
             "key_time": key_time.to(DEVICE),
             "max_attn_len": self.window,
@@ -116,8 +116,8 @@ def run(version: str, case: Case, inputs: dict[str, Any], dtype: torch.dtype) ->
     if version == "triton":
         output, *_ = op.attention(**arguments, softmax=case.softmax)
     else:
-        normaliser = arguments.pop("normaliser")
-        rule = {} if case.softmax else {"normaliser": normaliser}
+        attention_scale = arguments.pop("attention_scale")
+        rule = {} if case.softmax else {"attention_scale": attention_scale}
         output = (naive.softmax_attention if case.softmax else naive.hstu_attention)(**arguments, **rule)
     return [output.detach(), *torch.autograd.grad(output, [arguments[name] for name in wanted], grad)]
 
@@ -150,12 +150,12 @@ CASES = {
     "times reversed": Case(times="reversed"),
     "times at random": Case(times="random"),
     "times beyond 32 bits": Case(times="far"),
-    "own length": Case(normaliser=None),
+    "own length": Case(attention_scale=None),
     "window": Case(window=17),
     "prefix": Case(prefix=9),
     "window and prefix": Case(window=17, prefix=9),
     "targets": Case(targets=(13, 0, 1, 9)),
-    "all targets": Case(lengths=(33, 5), targets=(33, 5), normaliser=None),
+    "all targets": Case(lengths=(33, 5), targets=(33, 5), attention_scale=None),
     "targets, window, prefix": Case(targets=(13, 0, 1, 9), window=17, prefix=9),
     "softmax": Case(softmax=True),
     "softmax, targets, window, prefix": Case(softmax=True, targets=(13, 0, 1, 9), window=17, prefix=9),
@@ -168,7 +168,7 @@ CASES = {
     "far, times decades apart": Case(lengths=(300,), heads=1, dqk=8, dv=8, times="decades apart"),
     "unknown times": Case(times="unknown"),
     "unknown times, prefix": Case(times="unknown", prefix=9),
-    "more targets than tokens": Case(targets=(50, 3, 1, 9), window=17, prefix=9, normaliser=None),
+    "more targets than tokens": Case(targets=(50, 3, 1, 9), window=17, prefix=9, attention_scale=None),
     "ML-1M's heads": Case(lengths=(45, 3), heads=2, dqk=25, dv=25),
 }
 
@@ -196,7 +196,7 @@ def cases(draw: st.DrawFn, softmax: bool, bias: str) -> Case:
         bias=bias,
         times=draw(st.sampled_from(times)),
         softmax=softmax,
-        normaliser=draw(st.sampled_from([None, 211.0])),
+        attention_scale=draw(st.sampled_from([None, 211.0])),
         window=draw(st.sampled_from([0, 1, 30])),
         prefix=draw(st.sampled_from([0, 1, 20])),
         targets=targets,
@@ -278,7 +278,9 @@ def test_bias_gradients_do_not_depend_on_the_tiles(
 def test_cached_attention_equals_targets_behind_the_history(
     dtype: torch.dtype, bias: str, window: int, softmax: bool
 ) -> None:
-    case = Case(lengths=(70, 3, 34), targets=(6, 3, 33), bias=bias, window=window, softmax=softmax, normaliser=None)
+    case = Case(
+        lengths=(70, 3, 34), targets=(6, 3, 33), bias=bias, window=window, softmax=softmax, attention_scale=None
+    )
     inputs = case.inputs(dtype)
     output = run("triton", case, inputs, dtype)[0]
     sequence_id, position = naive.jagged.naive.sequence_and_position(inputs["offsets"], len(inputs["q"]))
@@ -307,7 +309,7 @@ def test_cached_attention_equals_targets_behind_the_history(
             "max_len": 33,
             "max_cached_len": 64,
             "alpha": inputs["alpha"],
-            "normaliser": None,
+            "attention_scale": None,
             "softmax": softmax,
             **tables,
             **of_times,
@@ -357,22 +359,22 @@ def test_heads_far_apart_are_copied() -> None:
     assert op.token_rows(far(2**30)).is_contiguous()
 
 
-def test_more_rows_than_a_launch_takes_are_refused() -> None:
+def test_more_sequences_than_a_launch_takes_are_refused() -> None:
     nothing = torch.zeros(0, 1, 16, device=DEVICE)
     offsets = torch.zeros(65_537, dtype=torch.int64, device=DEVICE)
     others = (1.0, 1.0, None, None, None, None, 0, 0, None, False)
     assert len(op.attention(nothing, nothing, nothing, offsets[1:], 0, *others)[0]) == 0
-    with pytest.raises(ValueError, match="at most 65535 rows"):
+    with pytest.raises(ValueError, match="at most 65535 sequences"):
         op.attention(nothing, nothing, nothing, offsets, 0, *others)
-    with pytest.raises(ValueError, match="at most 65535 rows"):
+    with pytest.raises(ValueError, match="at most 65535 sequences"):
         cached.cached_attention(
             nothing, nothing, nothing, offsets, nothing, nothing, offsets, 0, 0, 1.0, 1.0, False,
             None, None, [], 0,
         )  # fmt: skip
 
 
-def test_a_normaliser_of_zero_is_no_one() -> None:
-    inputs = Case(lengths=(1,), bias="none", normaliser=0.0).inputs(torch.float32)
+def test_an_attention_scale_of_zero_is_one() -> None:
+    inputs = Case(lengths=(1,), bias="none", attention_scale=0.0).inputs(torch.float32)
     del inputs["grad"]
     call = op.Inputs(**inputs, softmax=False)
     arguments = launch._arguments(call, op.BiasTables(call), call.configuration("forward"), True, output=call.v)

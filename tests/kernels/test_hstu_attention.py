@@ -22,11 +22,11 @@ def bucket_by_hand(seconds: int) -> int:
     return min(max(math.floor(math.log(max(1, abs(seconds))) / 0.301), 0), 128)
 
 
-def attention_by_hand(q, k, v, offsets, alpha, normaliser, position, time, query_time, key_time):
+def attention_by_hand(q, k, v, offsets, alpha, attention_scale, position, time, query_time, key_time):
     """O_i = sum_j silu(alpha q_i.k_j + p[j - i] + w[bucket(tq_i - tk_j)]) / N v_j, one number at a time."""
     output = torch.zeros_like(v)
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        n = normaliser or end - start
+        n = attention_scale or end - start
         for head in range(v.shape[1]):
             for i in range(start, end):
                 for j in range(start, i + 1):
@@ -55,14 +55,14 @@ def inputs(lengths: list[int], heads: int = 2, dqk: int = 3, dv: int = 4):
 
 
 @pytest.mark.parametrize("lengths", [[1], [5, 0, 1, 7], [2, 2, 2]])
-@pytest.mark.parametrize("normaliser", [211.0, None])
+@pytest.mark.parametrize("attention_scale", [211.0, None])
 @pytest.mark.parametrize("biases", ["none", "position", "time", "both"])
-def test_values_equal_the_equations(lengths: list[int], normaliser: float | None, biases: str) -> None:
+def test_values_equal_the_equations(lengths: list[int], attention_scale: float | None, biases: str) -> None:
     q, k, v, offsets, position, time, query_time, key_time = inputs(lengths)
     position = position if biases in ("position", "both") else None
     time = time if biases in ("time", "both") else None
-    expected = attention_by_hand(q, k, v, offsets, 0.7, normaliser, position, time, query_time, key_time)
-    options = {"alpha": 0.7, "normaliser": normaliser, "query_time": query_time, "key_time": key_time}
+    expected = attention_by_hand(q, k, v, offsets, 0.7, attention_scale, position, time, query_time, key_time)
+    options = {"alpha": 0.7, "attention_scale": attention_scale, "query_time": query_time, "key_time": key_time}
     output = hstu_attention(q, k, v, offsets, max(lengths), position_bias=position, time_bias=time, **options)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     # A wider padding changes nothing.
@@ -93,7 +93,7 @@ def test_gradients_equal_finite_differences() -> None:
 
     def attention(q, k, v, position, time):
         options = {"position_bias": position, "time_bias": time, "query_time": query_time, "key_time": key_time}
-        return hstu_attention(q, k, v, offsets, 4, normaliser=5.0, **options)
+        return hstu_attention(q, k, v, offsets, 4, attention_scale=5.0, **options)
 
     assert torch.autograd.gradcheck(attention, tensors)
 
@@ -139,7 +139,7 @@ def test_rows_grouped_by_length_give_the_same(name: str, masks: bool) -> None:
     lengths = [30, 3, 1, 0, 17, 8, 29, 4, 2]
     *tensors, offsets, position, time, query_time, key_time = inputs(lengths)
     options = {"position_bias": position, "time_bias": time, "query_time": query_time, "key_time": key_time}
-    options |= {"normaliser": None} if name == "hstu_attention" else {}
+    options |= {"attention_scale": None} if name == "hstu_attention" else {}
     if masks:
         options |= {"max_attn_len": 5, "contextual_seq_len": 2}
         options |= {"num_targets": torch.tensor([4, 0, 1, 0, 17, 2, 0, 1, 1])}
@@ -189,8 +189,8 @@ def test_what_fits_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     names = list(inspect.signature(op.attention._init_fn).parameters)
     monkeypatch.setattr("kernels.hstu_attention.fits_triton", lambda *_: True)
     monkeypatch.setattr(op, "attention", lambda *found: (dict(zip(names, found, strict=True)),))
-    assert hstu_attention(**given, normaliser=9.0) == given | {"normaliser": 9.0, "softmax": False}
-    assert softmax_attention(**given) == given | {"normaliser": None, "softmax": True}
+    assert hstu_attention(**given, attention_scale=9.0) == given | {"attention_scale": 9.0, "softmax": False}
+    assert softmax_attention(**given) == given | {"attention_scale": None, "softmax": True}
 
 
 def cached_inputs() -> dict[str, object]:
@@ -198,7 +198,7 @@ def cached_inputs() -> dict[str, object]:
     _, cached_k, cached_v, cached_offsets, *_, cached_time = inputs([6, 4, 1])
     return {
         "q": q, "k": k, "v": v, "offsets": offsets, "cached_k": cached_k, "cached_v": cached_v,
-        "cached_offsets": cached_offsets, "max_len": 3, "max_cached_len": 6, "alpha": 0.5, "normaliser": 9.0,
+        "cached_offsets": cached_offsets, "max_len": 3, "max_cached_len": 6, "alpha": 0.5, "attention_scale": 9.0,
         "softmax": False, "position_bias": position, "time_bias": time, "query_time": query_time,
         "key_time": key_time, "cached_time": cached_time, "max_attn_len": 4,
     }  # fmt: skip
@@ -221,7 +221,7 @@ def test_cached_attention_on_a_cpu_is_the_torch_version(softmax: bool) -> None:
     expected = naive.cached_attention(**given)
     assert torch.equal(cached_attention(**given), expected)
     # And each of its arguments counts.
-    for name in ("alpha", "max_attn_len", *(() if softmax else ("normaliser",))):
+    for name in ("alpha", "max_attn_len", *(() if softmax else ("attention_scale",))):
         assert not torch.equal(cached_attention(**given | {name: 1}), expected), name
 
 

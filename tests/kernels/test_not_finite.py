@@ -39,7 +39,7 @@ def attention_inputs(
     return {
         "q": q, "k": k, "v": v, "grad": grad,
         "offsets": torch.tensor([0, *torch.tensor(lengths).cumsum(0)], device=DEVICE), "max_len": longest,
-        "alpha": DIM**-0.5, "normaliser": 50.0,
+        "alpha": DIM**-0.5, "attention_scale": 50.0,
         "position_bias": torch.randn(2 * longest - 1).to(DEVICE, dtype) if position else None,
         "time_bias": torch.randn(129).to(DEVICE, dtype) if times else None,
         "query_time": time[1:] if times else None, "key_time": time[:-1] if times else None,
