@@ -318,7 +318,7 @@ def test_local_entries_are_read_beside_the_project_s_own(project: Path) -> None:
         "ties": "item-id",
     }
     config = params.resolve(params.Run("mine", "mine", "hstu-wide", "own", 0), root)
-    assert config["protocol"] == {"name": "own"} | params.entry("protocols", "strict", root) | {"exclude": "window"}
+    assert config["protocol"] == {"name": "own"} | params.protocol_rules("strict", root) | {"exclude": "window"}
     assert params.label("hstu-wide", root) == "Wide"
     write_local(project, "models", {})  # a file whose entries are all gone
     assert "hstu" in params.load("models", root)
