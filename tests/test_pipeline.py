@@ -53,8 +53,8 @@ def keep(project: Path, models: str, protocols: str = "[strict, paper]") -> None
     """Reduce the demo to these rows, and the experiments to the demo, so that a graph is made in little time."""
     edit(project / "params/experiments/demo.yaml", "[most-popular, sasrec, hstu]", models)
     edit(project / "params/experiments/demo.yaml", "[strict, paper]", protocols)
-    for path in (project / "params/experiments").iterdir():
-        if path.stem != "demo":
+    for path in [*(project / "params/experiments").iterdir(), *(project / "params/studies").iterdir()]:
+        if path.stem != "demo":  # studies too, as they name experiments
             path.unlink()
     run("python", "-m", "workflow.generate", cwd=project)
 

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import numpy as np
+
 from steps.common.params import Run
 from steps.reporting.parity import curve_table, independent_table, parity_table
-from steps.reporting.records import Record
+from steps.reporting.records import Record, TestRanks
 
 PAPER: dict[str, Any] = {
     "public_datasets": {"d": {"hstu": {"hr@10": 0.3, "ndcg@10": 0.2}, "sasrec": {"hr@10": 0.1, "ndcg@10": 0.1}}},
@@ -37,7 +39,14 @@ def record(
         "test": {"hr@10": last, "ndcg@10": 0.5 * last},
         "test_best": {"hr@10": best, "ndcg@10": 0.5 * best, "epoch": 2},
     }
-    return Record(Run("e", "d", model, protocol, seed), {}, history, metrics)
+    return Record(
+        Run("e", "d", model, protocol, seed),
+        {},
+        history,
+        metrics,
+        {},
+        lambda: TestRanks(*[np.zeros(0, dtype=np.int64)] * 3),
+    )
 
 
 def test_best_stands_beside_published_and_last_beside_the_rerun_s_last() -> None:
