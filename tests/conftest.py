@@ -60,16 +60,14 @@ def step(
     printed, failed = io.StringIO(), io.StringIO()
     before, code = os.getcwd(), 0
     settings = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), _matmul.allow_tf32
-    environment = {name: value for name, value in os.environ.items() if name != "HSTU_DATA_MIRROR"} | variables
     with (
         pytest.MonkeyPatch.context() as patch,
         redirect_stdout(printed),
         redirect_stderr(failed),
         warnings.catch_warnings(),
     ):
-        for variable in os.environ.keys() - environment.keys():
-            patch.delenv(variable)
-        for variable, value in environment.items():
+        patch.delenv("HSTU_DATA_MIRROR", raising=False)
+        for variable, value in variables.items():
             patch.setenv(variable, value)
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
         os.chdir(cwd)

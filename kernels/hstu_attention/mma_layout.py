@@ -65,8 +65,11 @@ _tried: dict[Tile, bool] = {}
 
 
 def has_mma_layout(tile: Tile) -> bool:
-    """Whether such tiles have Hopper's layout: tried at their first use, by one small launch that is waited for. That
-    cannot be while a CUDA graph is captured: what was not tried before counts as no there."""
+    """Whether such tiles have Hopper's layout.
+
+    They are tried at their first use, by one small launch that the host waits for. While a CUDA graph is captured the
+    host cannot wait: a tile that was not tried before is then read entry by entry.
+    """
     if tile not in _tried:
         if torch.cuda.is_current_stream_capturing():
             _warn(tile, "not tried before a CUDA graph was captured")

@@ -25,9 +25,8 @@ def locked(path: Path) -> Iterator[bool]:
         yield file is not None
     finally:
         if file is not None:
-            lock.unlink(
-                missing_ok=True
-            )  # while it is held: a waiting process sees that it is gone, and makes a new one
+            # While it is held: a waiting process sees that it is gone, and makes a new one.
+            lock.unlink(missing_ok=True)
             file.close()
 
 
