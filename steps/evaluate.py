@@ -24,8 +24,8 @@ from steps.data.split import require_split, split_sequences
 from steps.evaluation.beyond import beyond_accuracy
 from steps.evaluation.metrics import SELECTION_METRIC, metrics
 from steps.evaluation.ranks import Rules, exclusions, rank
-from steps.models import SequenceModel, build
-from steps.models.checkpoint import load_weights
+from steps.models.weights import load_weights
+from steps.tasks import Task, build
 
 #: The number of recommendations per user that coverage and popularity are computed on.
 TOP = 10
@@ -77,9 +77,9 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
         model = build(config, sequences.num_items).to(device)
     computed = "float32"
     load_weights(model, run / "model.safetensors")
-    if isinstance(model, SequenceModel):
+    if isinstance(model, Task):
         as_trained = "bf16" if trained.get("precision") == "bf16" else "tf32"
-        computed, model.compute_dtype = pick_precision(precision or as_trained, device)
+        computed, model.encoder.compute_dtype = pick_precision(precision or as_trained, device)
 
     own = Rules.of(config)
     variants = [Rules(candidates, exclude) for exclude in exclusions(config, _EXCLUDE) for candidates in _CANDIDATES]

@@ -31,8 +31,10 @@ from steps.common.locks import locked
 from steps.common.provenance import commit, content_sha256, versions
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import require_split, split_sequences
-from steps.models import CountBasedModel, build, is_count_based
-from steps.models.checkpoint import save_weights
+from steps.evaluation.retrieval import RetrievalEvaluation
+from steps.models import CountBasedModel, is_count_based
+from steps.models.weights import save_weights
+from steps.tasks import build
 from steps.training.loop import Training, reported_epoch, train_together
 from steps.training.validation import Validation
 
@@ -107,7 +109,9 @@ class Fitting:
         start = time.perf_counter()
         self.model.fit(self.sequences, self.split.num_held_out)
         seconds = round(time.perf_counter() - start, 3)
-        validation = Validation(self.model, self.config, self.sequences, self.split)
+        part = self.split.eval_part
+        evaluation = RetrievalEvaluation(self.config, self.sequences, self.split.held_out[part])
+        validation = Validation(self.model, evaluation, part)
         return {"epoch": 1, "train/seconds": seconds, **validation()}
 
 
@@ -159,7 +163,7 @@ def _train(
                 if failure is not None:
                     raise failure
                 how = training.record() | {"runs_at_once": len(runs)}
-                if training.model.compute_dtype is not compute_dtype:
+                if training.model.encoder.compute_dtype is not compute_dtype:
                     how["precision"] = "tf32"
                 _write(run, training, training.history, about | how)
                 written.append(run)

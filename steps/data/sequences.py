@@ -54,6 +54,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Events:
+    """One event of each of several windows that are read in parallel lanes.
+
+    item, next_item: (lanes,) int64, 0 where a lane has no window. is_first: (lanes,) bool, whether the window begins.
+    batch_size: what the sum of losses is divided by.
+    """
+
+    item: torch.Tensor
+    next_item: torch.Tensor
+    is_first: torch.Tensor
+    batch_size: int
+
+
+@dataclass(frozen=True)
 class StaticShape:
     """The shape of a padded batch, known before its users. Tokens and sequences are counted with padding."""
 

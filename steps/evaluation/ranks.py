@@ -2,21 +2,31 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from steps.common.cli import StepError
 from steps.common.top import top_items
-from steps.data.sequences import Sequences, Size
+from steps.data.sequences import Batch, Sequences, Size
 from steps.data.split import HeldOut
 from steps.evaluation.metrics import Ranks
-from steps.models import Model
 
 #: The largest batch on a GPU, in users and in scores; so many scores take 1 GB in float32.
 _USERS_AT_ONCE = 1024
 _SCORES_AT_ONCE = 2**28
+
+
+class Scorer(Protocol):
+    """What is evaluated: a module that scores every item for the last position of each window."""
+
+    def eval(self) -> Any:
+        """Leave training mode."""
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        """Scores (B, num_items + 1); column 0 means nothing."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class Ranker:
         self._batches = list(zip(users, num_after, sizes, strict=True))
 
     @torch.inference_mode()
-    def rank(self, model: Model) -> tuple[torch.Tensor, list[Ranking]]:
+    def rank(self, model: Scorer) -> tuple[torch.Tensor, list[Ranking]]:
         """Whether every score was finite, (), and the ranking under each of the rules, from the same scores.
 
         A target that is among the excluded seen items is excluded too, and is a miss: otherwise it would be the only
@@ -117,7 +127,7 @@ def _best(ranked: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def rank(
-    model: Model,
+    model: Scorer,
     sequences: Sequences,
     held_out: HeldOut,
     rules: Sequence[Rules],

@@ -1,45 +1,54 @@
-"""The models that the tables compare: one file a model, with the interface of `base`."""
+"""The models that the tables compare, one file each: encoders with a typed config, and models that count."""
 
 from typing import Any
 
-from steps.common.config import COUNT_BASED
-from steps.models.base import CountBasedModel, Model, SequenceModel
-from steps.models.bert4rec import BERT4Rec
-from steps.models.gru4rec import GRU4Rec
-from steps.models.hstu import HSTU
-from steps.models.item_knn import ItemKNN
+from steps.common.config import COUNT_BASED, TrainingConfig
+from steps.common.typed import EntryError, read
+from steps.models.base import CountBasedModel, Encoder, Model
+from steps.models.bert4rec import BERT4Rec, BERT4RecConfig
+from steps.models.gru4rec import GRU4Rec, GRU4RecConfig
+from steps.models.hstu import HSTU, HSTUConfig
+from steps.models.item_knn import ItemKNN, ItemKNNConfig
 from steps.models.markov import Markov
 from steps.models.popular import MostPopular
-from steps.models.sasrec import SASRec
-from steps.models.transformer_pp import TransformerPP
+from steps.models.sasrec import SASRec, SASRecConfig
+from steps.models.transformer_pp import TransformerPP, TransformerPPConfig
 
-__all__ = ["CountBasedModel", "Model", "SequenceModel", "build", "is_count_based"]
+__all__ = ["ENCODERS", "CountBasedModel", "Encoder", "Model", "build_count_based", "build_encoder", "is_count_based"]
+
+#: By the `model` of a row in params/models.yaml: the encoder, and the entries that it reads.
+ENCODERS: dict[str, tuple[type[Any], type[Any]]] = {
+    "sasrec": (SASRec, SASRecConfig),
+    "hstu": (HSTU, HSTUConfig),
+    "transformer++": (TransformerPP, TransformerPPConfig),
+    "bert4rec": (BERT4Rec, BERT4RecConfig),
+    "gru4rec": (GRU4Rec, GRU4RecConfig),
+}
 
 
 def is_count_based(config: dict[str, Any]) -> bool:
-    """Whether `build` makes a `CountBasedModel` of a run's config.json."""
-    return config["model"]["model"] in COUNT_BASED
+    """Whether a run's config.json describes a `CountBasedModel`."""
+    return config["model"].get("model") in COUNT_BASED
 
 
-def build(config: dict[str, Any], num_items: int) -> CountBasedModel | SequenceModel:
-    """The untrained model that a run's config.json describes, for items 1..num_items."""
-    settings = config["model"]
+def build_count_based(settings: dict[str, Any], num_items: int) -> CountBasedModel:
+    """The model that the `model` entry of a run's config.json describes, before it has counted anything."""
     match settings["model"]:
         case "popular":
             return MostPopular(num_items)
         case "markov":
             return Markov(num_items)
         case "item-knn":
-            return ItemKNN(settings, num_items)
-        case "sasrec":
-            return SASRec(settings, config["training"], num_items)
-        case "hstu":
-            return HSTU(settings, config["training"], num_items)
-        case "transformer++":
-            return TransformerPP(settings, config["training"], num_items)
-        case "bert4rec":
-            return BERT4Rec(settings, config["training"], num_items)
-        case "gru4rec":
-            return GRU4Rec(settings, config["training"], num_items)
+            return ItemKNN(read(ItemKNNConfig, settings, "model.", others=True), num_items)
         case name:
-            raise ValueError(f"no model {name!r}")
+            raise ValueError(f"no model {name!r} that counts")
+
+
+def build_encoder(settings: dict[str, Any], training: TrainingConfig) -> Encoder:
+    """The untrained encoder that the `model` entry of a run's config.json describes."""
+    name = settings.get("model")
+    if name not in ENCODERS:
+        raise EntryError(f"key model.model: {name!r} is not one of {', '.join([*COUNT_BASED, *ENCODERS])}")
+    kind, config = ENCODERS[name]
+    encoder: Encoder = kind(read(config, settings, "model.", others=True), training.max_len, training.dropout)
+    return encoder

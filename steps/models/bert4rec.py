@@ -1,13 +1,10 @@
-"""BERT4Rec (arXiv 1904.06690): a bidirectional Transformer trained by filling in masked items.
+"""BERT4Rec (arXiv 1904.06690): a bidirectional Transformer. `steps.tasks.masked_items` trains it.
 
-Post-norm blocks with GELU and width 4 d; the output is softmax(E LN(GELU(W h)) + bias) over all items.
-Training masks each item of the window with probability `mask_prob`. For one sequence in eleven it masks the last item
-alone, since the authors make ten copies of each sequence with random masks and one of this kind. At test the mask
-token follows the history.
+Post-norm blocks with GELU and width 4 d.
 """
 
 import functools
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +13,18 @@ from torch import nn
 from kernels import jagged
 from kernels.jagged.naive import sequence_and_position
 from kernels.layer_norm import layer_norm
+from steps.common.typed import Count
 from steps.data.sequences import Batch
-from steps.models.base import SequenceModel, embedding_lookup
+from steps.models.base import Encoder, embedding_lookup
 
-_LAST_ONLY_PROB = 1 / 11
+
+@dataclass(frozen=True)
+class BERT4RecConfig:
+    """The sizes of the encoder."""
+
+    dim: Count
+    blocks: Count
+    heads: Count
 
 
 class LayerNorm(nn.LayerNorm):
@@ -72,104 +77,27 @@ class BERTBlock(nn.Module):
         return attention_output.transpose(1, 2).flatten(0, 1).index_select(0, index)
 
 
-class Output(nn.Module):
-    """softmax(E LN(GELU(W h)) + bias) over all items, of states (M, d)."""
+class BERT4Rec(Encoder):
+    """Position embeddings, which are added to the items', and BERT blocks."""
 
-    def __init__(self, dim: int, num_items: int) -> None:
+    def __init__(self, config: BERT4RecConfig, max_len: int, dropout: float) -> None:
         super().__init__()
-        self.transform = nn.Linear(dim, dim)
-        self.norm = LayerNorm(dim)
-        self.bias = nn.Parameter(torch.zeros(num_items + 1))
+        self.position = nn.Embedding(max_len + 1, config.dim)
+        self.input_norm = LayerNorm(config.dim)
+        self.input_dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(BERTBlock(config.dim, config.heads, dropout) for _ in range(config.blocks))
 
-    def logits(self, states: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        """(M, V + 1), given the item embeddings (V + 1, d), of which row 0 is padding."""
-        bias = self.bias.index_fill(0, torch.zeros(1, dtype=torch.int64, device=states.device), -1e9)
-        return F.linear(self.norm(F.gelu(self.transform(states))), items, bias)
-
-    def forward(self, states: torch.Tensor, items: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean cross-entropy of the targets (M,) that are not 0."""
-        return F.cross_entropy(self.logits(states, items), targets, ignore_index=0)
-
-
-class BERT4Rec(SequenceModel):
-    """Item and position embeddings, BERT blocks, and the output layer tied to the item embeddings."""
-
-    def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
-        super().__init__(config, training, num_items)
-        self.mask_prob: float = config["mask_prob"]
-        self.mask = nn.Parameter(torch.empty(self.dim))
-        self.position = nn.Embedding(training["max_len"] + 1, self.dim)
-        self.input_norm = LayerNorm(self.dim)
-        self.input_dropout = nn.Dropout(training["dropout"])
-        self.blocks = nn.ModuleList(
-            BERTBlock(self.dim, config["heads"], training["dropout"]) for _ in range(config["blocks"])
-        )
-        self.output = Output(self.dim, num_items)
-        for name, parameter in self.named_parameters():
-            if name == "mask" or (name.endswith("weight") and parameter.dim() > 1):
-                nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-
-    @property
-    def compiled_modules(self) -> list[nn.Module]:
-        return [*self.blocks, self.output]
-
-    def compile_blocks(self) -> None:
+    def before_compiling(self) -> None:
         _compile_without_attention()
-        super().compile_blocks()
 
-    def states(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Without any mask."""
-        return self._states(embeddings, batch.offsets, batch.max_len)
+    def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.states(embeddings, batch.offsets, batch.max_len)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """Full cross-entropy of the masked items, over windows of the history and its next item."""
-        item, offsets = append_next_item(batch)
-        masked = self._sample_mask(offsets, len(item))
-        states = self._encode(item, masked, offsets, batch.max_len + 1)
-        if batch.token_mask is None:
-            return self.output(states[masked], self.items.weight, item[masked])
-        count = masked.cumsum(0)
-        number = torch.arange(1, self._max_masked(len(item), len(offsets) - 1) + 1, device=item.device)
-        index = torch.searchsorted(count, number).clamp(max=len(item) - 1)  # of the first, second, ... masked item
-        targets = item[index] * (number <= count[-1])  # 0 behind the masked ones, and for masked padding
-        return self.output(states.index_select(0, index), self.items.weight, targets)
-
-    def score(self, batch: Batch) -> torch.Tensor:
-        item, offsets = append_next_item(batch)
-        last = offsets[1:] - 1
-        masked = torch.zeros_like(item, dtype=torch.bool).index_fill(
-            0, last, True
-        )  # hides the next item from the model
-        return self.output.logits(self._encode(item, masked, offsets, batch.max_len + 1)[last], self.items.weight)
-
-    def _sample_mask(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
-        """The mask (T,) bool of items to predict: at least one of every sequence."""
-        sequence_id, position = sequence_and_position(offsets, total)
-        last = position == (offsets.diff() - 1)[sequence_id]
-        last_only = torch.rand(len(offsets) - 1, device=offsets.device) < _LAST_ONLY_PROB
-        drawn = (torch.rand(total, device=offsets.device) < self.mask_prob) & ~last_only[sequence_id]
-        none_drawn = torch.zeros(len(offsets) - 1, device=offsets.device).index_add_(0, sequence_id, drawn.float()) == 0
-        return drawn | (last & none_drawn[sequence_id])
-
-    def _max_masked(self, total: int, num_sequences: int) -> int:
-        """An upper bound, known beforehand, of how many of `total` items are masked.
-
-        It is the expectation plus six standard deviations, plus one item per sequence. If it were exceeded, the loss of
-        that step would lack a few of its terms.
-        """
-        expected = total * self.mask_prob
-        return min(total, num_sequences + int(expected + 6 * (expected * (1 - self.mask_prob)) ** 0.5) + 1)
-
-    def _encode(self, item: torch.Tensor, masked: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
-        embeddings = torch.where(masked[:, None], self.mask, embedding_lookup(self.items, item))
-        return self._states(embeddings, offsets, max_len)
-
-    def _states(self, embeddings: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
+    def states(self, embeddings: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
+        """The hidden states (T, d) of jagged sequences (S + 1 offsets) of at most `max_len` tokens."""
         sequence_id, position = sequence_and_position(offsets, len(embeddings))
         x = self.input_dropout(self.input_norm(embeddings + embedding_lookup(self.position, position)))
-        with self.autocast():
+        with self.autocast(x.device):
             for block in self.blocks:
                 x = block(x, offsets, max_len, sequence_id * max_len + position)
         return x
@@ -179,16 +107,3 @@ class BERT4Rec(SequenceModel):
 def _compile_without_attention() -> None:
     # torch 2.11 fails at the mask where sizes are dynamic. Not a decorator, since its import takes a second.
     BERTBlock.attention = torch.compiler.disable(BERTBlock.attention)  # type: ignore[method-assign]
-
-
-def append_next_item(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The windows, each with the next item appended: items (T + S,), offsets (S + 1,).
-
-    Padding sequences get one more token of padding.
-    """
-    num_sequences = len(batch.offsets) - 1
-    offsets = batch.offsets + torch.arange(num_sequences + 1, device=batch.offsets.device)
-    item = batch.item.new_zeros(len(batch.item) + num_sequences)
-    item[offsets[batch.sequence_id] + batch.position] = batch.item
-    item[offsets[1 : len(batch.user) + 1] - 1] = batch.next_item[batch.last]
-    return item, offsets

@@ -1,6 +1,7 @@
 """HSTU (arXiv 2402.17152, equations 1 to 3), as the public experiments run it."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,23 +10,47 @@ from torch import nn
 from kernels.hstu_attention import TIME_BUCKETS, hstu_attention, softmax_attention
 from kernels.norm_gate import norm_gate
 from kernels.projection import projection
+from steps.common.typed import Count, Whole, number_or
 from steps.data.sequences import Batch
-from steps.models.base import PositionalModel
+from steps.models.base import PositionalEncoder
+
+
+@dataclass(frozen=True)
+class BiasConfig:
+    """Which biases the scores have. time: from which time the key's is subtracted, the next item's or the token's."""
+
+    position: bool
+    time: Literal["next", "self", "none"]
+
+
+@dataclass(frozen=True)
+class HSTUConfig:
+    """The sizes of the encoder, and its choices. alpha: the factor on q.k. attention_scale: N in silu(.) / N."""
+
+    dim: Count
+    blocks: Count
+    heads: Count
+    dqk: Count
+    dv: Count
+    output_slots: Whole
+    attention: Literal["silu", "softmax"]
+    alpha: Annotated[float | str, number_or("1/dqk", "1/sqrt(dqk)")]
+    attention_scale: Literal["max_len", "true_len"]
+    bias: BiasConfig
 
 
 class HSTULayer(nn.Module):
     """One block: y = x + W_o dropout(U * LN(attention(Q, K, V))), with U, V, Q, K = split(silu(LN(x) W_uvqk))."""
 
-    def __init__(self, config: dict[str, Any], num_positions: int, dropout: float) -> None:
+    def __init__(self, config: HSTUConfig, num_positions: int, dropout: float) -> None:
         super().__init__()
-        self.heads: int = config["heads"]
-        self.dqk: int = config["dqk"]
-        self.dv: int = config["dv"]
-        self.alpha = {"1/dqk": 1 / self.dqk, "1/sqrt(dqk)": self.dqk**-0.5}.get(config["alpha"]) or config["alpha"]
-        self.softmax: bool = config["attention"] == "softmax"
-        self.attention_scale = float(num_positions) if config["attention_scale"] == "max_len" else None
-        self.time: str = config["bias"]["time"]
-        dim, inner = config["dim"], self.heads * self.dv
+        self.heads, self.dqk, self.dv = config.heads, config.dqk, config.dv
+        named = {"1/dqk": 1 / self.dqk, "1/sqrt(dqk)": self.dqk**-0.5}
+        self.alpha = named[config.alpha] if isinstance(config.alpha, str) else config.alpha
+        self.softmax = config.attention == "softmax"
+        self.attention_scale = float(num_positions) if config.attention_scale == "max_len" else None
+        self.time = config.bias.time
+        dim, inner = config.dim, self.heads * self.dv
         self.uvqk = nn.Parameter(torch.empty(dim, self.heads * 2 * (self.dv + self.dqk)))
         self.output = nn.Linear(inner, dim)
         self.dropout = dropout
@@ -33,7 +58,7 @@ class HSTULayer(nn.Module):
         nn.init.xavier_uniform_(self.output.weight)
         self.position_bias: nn.Parameter | None = None
         self.time_bias: nn.Parameter | None = None
-        if config["bias"]["position"]:
+        if config.bias.position:
             self.position_bias = nn.Parameter(torch.empty(2 * num_positions - 1).normal_(std=0.02))
         if self.time != "none":
             self.time_bias = nn.Parameter(torch.empty(TIME_BUCKETS).normal_(std=0.02))
@@ -64,17 +89,15 @@ class HSTULayer(nn.Module):
         return x + F.linear(gated, self.output.weight.to(compute_dtype), self.output.bias.to(compute_dtype)).to(x.dtype)
 
 
-class HSTU(PositionalModel):
-    """The encoder: item and position embeddings through HSTU layers."""
+class HSTU(PositionalEncoder):
+    """Item and position embeddings through HSTU layers."""
 
-    def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
-        super().__init__(config, training, num_items)
+    def __init__(self, config: HSTUConfig, max_len: int, dropout: float) -> None:
+        super().__init__(config.dim, max_len, config.output_slots, dropout)
         nn.init.xavier_normal_(self.position.weight)
-        self.blocks = nn.ModuleList(
-            HSTULayer(config, self.num_positions, training["dropout"]) for _ in range(config["blocks"])
-        )
+        self.blocks = nn.ModuleList(HSTULayer(config, self.num_positions, dropout) for _ in range(config.blocks))
 
-    def states(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
         x = self.embed(embeddings, batch)
         for block in self.blocks:
             x = block(x, batch, self.compute_dtype or x.dtype)

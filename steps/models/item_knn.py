@@ -1,15 +1,24 @@
 """Item-kNN: items similar to those in the window, by the cosine of the sets of users who interacted with them."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from kernels.jagged.naive import sequence_and_position
 from steps.common.top import top_items
+from steps.common.typed import Count, NotNegative
 from steps.data.sequences import Batch, Sequences
 from steps.models.base import CountBasedModel
 
 _ITEMS_AT_ONCE = 1024  # columns of the dense block: 1,024 x 138,493 users are 0.6 GB
+
+
+@dataclass(frozen=True)
+class ItemKNNConfig:
+    """How many neighbours an item keeps, and what is added to the denominator of their similarity."""
+
+    neighbours: Count
+    shrink: NotNegative
 
 
 class ItemKNN(CountBasedModel):
@@ -22,11 +31,11 @@ class ItemKNN(CountBasedModel):
     neighbours: torch.Tensor
     similarity: torch.Tensor
 
-    def __init__(self, config: dict[str, Any], num_items: int) -> None:
+    def __init__(self, config: ItemKNNConfig, num_items: int) -> None:
         super().__init__()
         self.num_items = num_items
-        self.k = min(config["neighbours"], num_items)
-        self.shrink: float = config["shrink"]
+        self.k = min(config.neighbours, num_items)
+        self.shrink = config.shrink
         self.register_buffer("neighbours", torch.zeros(num_items + 1, self.k, dtype=torch.int32))
         self.register_buffer("similarity", torch.zeros(num_items + 1, self.k))
 

@@ -4,17 +4,28 @@ Per block: q = LN(x); x = LN(q + attention(q, x, x)); x = x + FF(x), where FF is
 ReLU between. LayerNorm has no affine terms; keys and values are not normalised. No time enters.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kernels.layer_norm import layer_norm
+from steps.common.typed import Count, Whole
 from steps.data.sequences import Batch
-from steps.models.base import PositionalModel
+from steps.models.base import PositionalEncoder
 
 _LAYER_NORM_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class SASRecConfig:
+    """The sizes of the encoder."""
+
+    dim: Count
+    blocks: Count
+    heads: Count
+    output_slots: Whole
 
 
 class SASRecBlock(nn.Module):
@@ -58,20 +69,18 @@ class SASRecBlock(nn.Module):
         return self.output(batch.to_jagged(attention_output.transpose(1, 2).flatten(2)))
 
 
-class SASRec(PositionalModel):
-    """The encoder: item and position embeddings through SASRec blocks."""
+class SASRec(PositionalEncoder):
+    """Item and position embeddings through SASRec blocks."""
 
-    def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
-        super().__init__(config, training, num_items)
+    def __init__(self, config: SASRecConfig, max_len: int, dropout: float) -> None:
+        super().__init__(config.dim, max_len, config.output_slots, dropout)
         std = self.dim**-0.5
         nn.init.trunc_normal_(self.position.weight, std=std, a=-2 * std, b=2 * std)
-        self.blocks = nn.ModuleList(
-            SASRecBlock(self.dim, config["heads"], training["dropout"]) for _ in range(config["blocks"])
-        )
+        self.blocks = nn.ModuleList(SASRecBlock(self.dim, config.heads, dropout) for _ in range(config.blocks))
 
-    def states(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
         x = self.embed(embeddings, batch)
-        with self.autocast():
+        with self.autocast(x.device):
             for block in self.blocks:
                 x = block(x, batch)
         return x

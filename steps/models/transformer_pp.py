@@ -4,16 +4,26 @@ Per block: x = x + attention(RMSNorm(x)); x = x + W_3 (silu(W_1 n) * W_2 n), n =
 Rotary embeddings carry the position: there are no learned position embeddings. No time enters.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from steps.common.typed import Count
 from steps.data.sequences import Batch
-from steps.models.base import SequenceModel
+from steps.models.base import Encoder
 
 _ROTARY_BASE = 10_000.0
+
+
+@dataclass(frozen=True)
+class TransformerPPConfig:
+    """The sizes of the encoder."""
+
+    dim: Count
+    blocks: Count
+    heads: Count
 
 
 class TransformerPPBlock(nn.Module):
@@ -50,20 +60,19 @@ class TransformerPPBlock(nn.Module):
         return self.output(batch.to_jagged(attention_output.transpose(1, 2).flatten(2)))
 
 
-class TransformerPP(SequenceModel):
-    """The encoder: item embeddings x sqrt(d) through Transformer++ blocks and a last RMSNorm."""
+class TransformerPP(Encoder):
+    """Item embeddings x sqrt(d) through Transformer++ blocks and a last RMSNorm."""
 
-    def __init__(self, config: dict[str, Any], training: dict[str, Any], num_items: int) -> None:
-        super().__init__(config, training, num_items)
-        self.input_dropout = nn.Dropout(training["dropout"])
-        self.blocks = nn.ModuleList(
-            TransformerPPBlock(self.dim, config["heads"], training["dropout"]) for _ in range(config["blocks"])
-        )
+    def __init__(self, config: TransformerPPConfig, max_len: int, dropout: float) -> None:
+        super().__init__()
+        self.dim = config.dim
+        self.input_dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(TransformerPPBlock(self.dim, config.heads, dropout) for _ in range(config.blocks))
         self.norm = nn.RMSNorm(self.dim)
 
-    def states(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
         x = self.input_dropout(embeddings * self.dim**0.5)
-        with self.autocast():
+        with self.autocast(x.device):
             for block in self.blocks:
                 x = block(x, batch)
         return self.norm(x)

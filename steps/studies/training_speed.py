@@ -19,6 +19,7 @@ from steps.common.device import pick_precision
 from steps.data.sequences import Sequences, load_sequences
 from steps.studies.kernels import roofs
 from steps.studies.rows import KERNEL, PART, ROOFS, Row, row
+from steps.training.execution import Mode
 from steps.training.loop import Training, train_together
 
 #: Parts of a step by words in the names of their kernels; the first that fits counts.
@@ -112,34 +113,29 @@ def time_steps(training: Training, count: int, profiled: int) -> tuple[list[floa
 
     On CUDA from one event to the next, as steps are queued; on a CPU from one return to the next.
     """
-    batch, max_len = training.config["training"]["batch"], training.config["training"]["max_len"]
-    static, order = training.static, torch.arange(batch)
-    if static is None:
-        raise TypeError("a step is timed with static shapes")
-    lengths = torch.full((batch,), max_len)
-    shape, inputs = training.model.static_steps(lengths, order, max_len, batch, 256)[0]
-    at_once = len(training.model.micro_steps(shape, inputs))
+    step = training.schedule.steps(torch.arange(training.settings.batch))[0]
+    at_once = len(training.schedule.micro_steps(step.inputs))
     on_cuda = training.device.type == "cuda"
     with training.stream.active():
         training.model.train()
         for seed in range(3):
-            static(shape, inputs, seed)
+            training.execution(step, seed)
         if not on_cuda:
             clock = [time.perf_counter()]
             for seed in range(count):
-                static(shape, inputs, seed)
+                training.execution(step, seed)
                 clock.append(time.perf_counter())
             return [1000 * (after - before) / at_once for before, after in itertools.pairwise(clock)], {}
         events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         events[0].record()
         for seed, event in enumerate(events[1:]):
-            static(shape, inputs, seed)
+            training.execution(step, seed)
             event.record()
         torch.cuda.synchronize()
         times = [before.elapsed_time(after) / at_once for before, after in itertools.pairwise(events)]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for seed in range(profiled):
-                static(shape, inputs, seed)
+                training.execution(step, seed)
             torch.cuda.synchronize()
     of_all = {event.key: event.self_device_time_total / 1000 for event in profile.key_averages()}
     kernels = {name: ms / profiled / at_once for name, ms in of_all.items()}
@@ -170,17 +166,18 @@ def measure_steps(config: dict[str, Any], items: int, steps: int, profiled: int,
     training = config["training"]
     sequences = full_sequences(items, training["batch"], training["max_len"], device)
     found = []
-    for captured, compiled in ((True, True), (True, False), (False, False)) if on_cuda else ((False, False),):
+    modes: tuple[Mode, ...] = ("compiled", "graph", "eager") if on_cuda else ("eager",)
+    for mode in modes:
         if on_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         with tempfile.TemporaryDirectory() as folder:
-            run = Training(config, sequences, "", Path(folder), compute, True, captured, compiled)
+            run = Training(config, sequences, "", Path(folder), compute, mode)
             times, kernels = time_steps(run, steps, profiled)
         axes = {"kind": "step", "model": config["row"]} | {size: config["model"][size] for size in _SHAPE}
         axes |= {"max_len": training["max_len"], "items": items, "negatives": training["negatives"]}
-        axes |= {"batch": training["batch"], "captured": run.static is not None and run.static.capture}
-        axes |= {"compiled": run.static is not None and run.static.compiled, "precision": precision}
+        axes |= {"batch": training["batch"], "captured": run.execution.capture}
+        axes |= {"compiled": run.execution.compiled, "precision": precision}
         found.append(row(axes, "step", round(statistics.median(times), 4), "ms"))
         if on_cuda:
             found.append(row(axes, "peak", torch.cuda.max_memory_allocated(), "B"))

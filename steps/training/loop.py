@@ -15,15 +15,18 @@ from typing import Any
 import torch
 
 from steps.common.cli import StepError
+from steps.common.config import TrainingConfig
 from steps.common.progress import progress
 from steps.common.provenance import commit, content_sha256
+from steps.common.typed import read
 from steps.data.sequences import Sequences
 from steps.data.split import split_sequences
 from steps.evaluation.metrics import SELECTION_METRIC
-from steps.models import SequenceModel, build
-from steps.models.checkpoint import StateError, load_state, read_state
-from steps.training.states import StateWriter
-from steps.training.steps import StaticSteps, bucket_size
+from steps.tasks import Task, build
+from steps.training.checkpoint import StateError, StateWriter, load_state, read_state
+from steps.training.execution import Execution, Mode
+from steps.training.optimizers import make_optimizer
+from steps.training.schedule import make_schedule
 from steps.training.stream import RunStream
 from steps.training.validation import Validation
 
@@ -35,9 +38,8 @@ _COMPILE_FROM_STEPS = 20_000  # compiling takes half a minute, which a shorter t
 class Training:
     """One run in training. `history` has a dict per finished epoch.
 
-    compute_dtype: the type of the matrix products; None: the weights' own. static: whether steps have static shapes,
-    padded to `bucket`s of tokens; by default on CUDA, where they are captured as CUDA graphs too unless `capture` is
-    false. compiled: whether torch.compile fuses static steps; by default on CUDA in a long training.
+    compute_dtype: the type of the matrix products; None: the weights' own. mode: how steps run; None: eager on a CPU,
+    on CUDA as graphs, and compiled too in a long training.
     """
 
     def __init__(
@@ -47,63 +49,49 @@ class Training:
         data_sha256: str,
         run: Path,
         compute_dtype: torch.dtype | None = None,
-        static: bool | None = None,
-        capture: bool = True,
-        compiled: bool | None = None,
+        mode: Mode | None = None,
         title: str = "",
     ) -> None:
         self.config, self.sequences = config, sequences
+        self.settings = read(TrainingConfig, config["training"], "training.")
         self.device = sequences.item.device
         self.title = title
         self.split = split_sequences(sequences, config["protocol"])
         self.stream = RunStream(self.device)
         with self.stream.active():
-            num_held_out = self.split.num_held_out
-            users = sequences.trainable_users(num_held_out)
-            if not len(users):
-                raise StepError("no user has two interactions besides those held out: nothing to train on")
-            self._users = users.cpu()
-            all_users = torch.arange(sequences.num_users, device=self.device)
-            self._lengths = sequences.window_lengths(all_users, num_held_out, config["training"]["max_len"]).cpu()
-            self._options = compute_dtype, static, capture, compiled
+            self._options = compute_dtype, mode
             self._build()
             self._resume(run / "resume" / "state.safetensors", data_sha256)
 
     def _build(self) -> None:
-        """Make the untrained model, its optimiser, its static steps and its validation."""
-        compute_dtype, static, capture, compiled = self._options
+        """Make the untrained model, its optimiser, its schedule and execution, and its validation."""
+        compute_dtype, mode = self._options
         torch.manual_seed(self.config["seed"] * SEED_STRIDE)
         model = build(self.config, self.sequences.num_items).to(self.device)
-        if not isinstance(model, SequenceModel):
+        if not isinstance(model, Task):
             raise TypeError(f"{type(model).__name__} is fitted, not trained")
         self.model = model
-        self.model.compute_dtype = compute_dtype if model.supports_low_precision else None
-        self.optimizer = model.optimizer()
-        on_cuda = self.device.type == "cuda"
-        self.static: StaticSteps | None = None
-        if on_cuda if static is None else static:
-            capture = capture and on_cuda
-            compiled = on_cuda and self._compiling_pays() if compiled is None else compiled
-            num_held_out = self.split.num_held_out
-            self.static = StaticSteps(
-                model, self.optimizer, self.sequences, num_held_out, self.stream, capture, compiled
-            )
-        self._validation = Validation(model, self.config, self.sequences, self.split)
+        model.encoder.compute_dtype = compute_dtype if model.encoder.supports_low_precision else None
+        model.prepare(self.sequences, self.split.num_held_out)
+        self.optimizer = make_optimizer(model)
+        self.schedule = make_schedule(model.schedule, self.settings, self.sequences, self.split.num_held_out)
+        self.execution = Execution(model, self.optimizer, self.schedule, self.stream, mode or self._best_mode())
+        part = self.split.eval_part
+        evaluation = model.evaluation(self.config, self.sequences, self.split.held_out[part])
+        self._validation = Validation(model, evaluation, part)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, torch.Tensor] = {}
 
-    def _compiling_pays(self) -> bool:
-        """Whether compiling pays. Never in deterministic mode: the compiled code depends on the sizes it sees first."""
-        if torch.are_deterministic_algorithms_enabled():
-            return False
-        training = self.config["training"]
-        by_event = int(self._lengths.sum()) // training["batch"]
-        steps = self.model.num_steps(len(self._users), training["batch"]) or by_event
-        return steps * training["epochs"] >= _COMPILE_FROM_STEPS
+    def _best_mode(self) -> Mode:
+        """The fastest mode. Not `compiled` in deterministic mode: such code depends on the sizes it sees first."""
+        if self.device.type != "cuda":
+            return "eager"
+        long = self.schedule.num_updates * self.settings.epochs >= _COMPILE_FROM_STEPS
+        return "compiled" if long and not torch.are_deterministic_algorithms_enabled() else "graph"
 
     def _resume(self, path: Path, data_sha256: str) -> None:
-        compiled = self.static and self.static.compiled
-        self._identity = content_sha256([self.config, data_sha256, str(self.model.compute_dtype), compiled])
+        how = str(self.model.encoder.compute_dtype), self.execution.compiled
+        self._identity = content_sha256([self.config, data_sha256, *how])
         self._states = StateWriter(path, self.device)
         self.commits, self.threads = [commit()], [torch.get_num_threads()]
         self._start_message = ""
@@ -129,30 +117,30 @@ class Training:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done, or validation has not improved for `patience` of them."""
-        training = self.config["training"]
-        patience = training.get("patience")
-        if self.history and patience and self.config["protocol"]["report"] == "best":
-            return self.done >= training["epochs"] or self.done - reported_epoch(self.config, self.history) >= patience
-        return self.done >= training["epochs"]
+        if self.done >= self.settings.epochs:
+            return True
+        if not self.history or not self.settings.patience or self.config["protocol"]["report"] != "best":
+            return False
+        return self.done - reported_epoch(self.config, self.history) >= self.settings.patience
 
     def epochs(self) -> Iterator[None]:
         """Train; yields whenever steps are queued, so that other runs can queue theirs.
 
         After every `eval_every` epochs, and after the last, the model is evaluated and the history gets a line.
         """
-        epochs, every = self.config["training"]["epochs"], self.config["training"].get("eval_every", 1)
+        epochs, every = self.settings.epochs, self.settings.eval_every
         if self._start_message:
             print(self.title + self._start_message, flush=True)
         while not self.finished:
             start = time.perf_counter()
             num_steps = 0
-            self._total = self.static.total.zero_() if self.static else torch.zeros((), device=self.device)
+            self.execution.total.zero_()
             for epoch in range(self.done + 1, min(self.done + every, epochs) + 1):
                 title = f"{self.title}epoch {epoch}/{epochs}"
                 for queued in self._epoch(epoch, title):
                     num_steps += queued
                     yield
-            loss = float(self._total) / num_steps  # the one wait for the device
+            loss = float(self.execution.total) / num_steps  # the one wait for the device
             if loss != loss:
                 raise StepError(f"the loss is not a number in {title}: training diverged; lower the learning rate")
             seconds = time.perf_counter() - start
@@ -165,7 +153,7 @@ class Training:
             if self.device.type == "cuda":  # of all runs that share the device
                 line["train/peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
             with self._uncompiled():
-                line |= self._validation(self.stream if self.static and self.static.capture else None)
+                line |= self._validation(self.stream if self.execution.capture else None)
             self.history.append(line)
             print(self.title + summary(line, epochs), flush=True)
             if self.config["protocol"]["report"] == "best" and line == max(self.history, key=_selection):
@@ -180,35 +168,18 @@ class Training:
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
         """Within it blocks run uncompiled, as an evaluation needs: they are compiled for training."""
-        if self.static is None or not self.static.compiled:
+        if not self.execution.compiled:
             return nullcontext()
         return torch.compiler.set_stance("force_eager")
 
     def _epoch(self, epoch: int, title: str) -> Iterator[int]:
-        """One pass over the users in random order, one window each. Adds the losses to the total.
-
-        Yields whenever steps are queued: how many.
-        """
+        """Queue the steps of an epoch; yields after each how many updates of the weights it has."""
         self.model.train()
-        training = self.config["training"]
-        max_len, batch_size, num_held_out = training["max_len"], training["batch"], self.split.num_held_out
         seed = self.config["seed"] * SEED_STRIDE + epoch
         torch.manual_seed(seed)
-        order = self._users[torch.randperm(len(self._users))]
-        if self.static is not None:
-            bucket = bucket_size(batch_size, max_len)
-            steps = self.model.static_steps(self._lengths, order, max_len, batch_size, bucket)
-            for step, (shape, inputs) in enumerate(progress(steps, desc=title, unit="step")):
-                self.static(shape, inputs, seed * _STEP_STRIDE + step)
-                yield len(self.model.micro_steps(shape, inputs))
-            return
-        losses = self.model.losses(self.sequences, order.to(self.device), num_held_out, max_len, batch_size)
-        for loss in progress(losses, total=self.model.num_steps(len(order), batch_size), desc=title, unit="step"):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            self._total += loss.detach()
-            yield 1
+        for number, step in enumerate(progress(self.schedule.epoch(), desc=title, unit="step")):
+            self.execution(step, seed * _STEP_STRIDE + number)
+            yield len(self.schedule.micro_steps(step.inputs))
 
     def abandon(self) -> None:
         """Wait for the state that is being written, and ignore an error of its writing."""
@@ -222,11 +193,11 @@ class Training:
             "step_ms": round(1000 * step, 3),
             "steps_per_second": round(1 / step, 1) if step else None,
             "item_bytes_per_float": round(self.model.item_bytes(self.optimizer), 3),
-            "captured": self.static is not None and self.static.capture,
-            "compiled": self.static is not None and self.static.compiled,
+            "captured": self.execution.capture,
+            "compiled": self.execution.compiled,
             "commit": "+".join(self.commits),
             "threads": "+".join(map(str, self.threads)),
-            "stopped_early": self.done if self.done < self.config["training"]["epochs"] else None,
+            "stopped_early": self.done if self.done < self.settings.epochs else None,
         }
 
 

@@ -1,33 +1,38 @@
-"""The metrics of a model after an epoch: on validation where the protocol has one, else on test, which then selects no
-epoch."""
+"""The metrics of a model after an epoch."""
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from steps.data.sequences import Sequences
-from steps.data.split import Split
-from steps.evaluation.metrics import metric_values, named
-from steps.evaluation.ranks import Ranker, Rules, require_finite
 from steps.models import Model
 from steps.training.stream import RunStream
 
 
+class Evaluation(Protocol):
+    """How a task is evaluated: metrics on the device, and their names."""
+
+    def __call__(self, model: Any) -> torch.Tensor:
+        """The result of an evaluation, on the device."""
+        ...
+
+    def named(self, result: torch.Tensor) -> dict[str, float]:
+        """The metrics by name."""
+        ...
+
+
 class Validation:
-    """Evaluates a model on all targets of the split's `eval_part`, exactly, whenever it is called.
+    """Evaluates a model whenever it is called: on validation where the protocol has one, else on test, which then
+    selects no epoch.
 
     The targets are the same every time. On CUDA, with a `stream`, the second call therefore captures the evaluation as
     a CUDA graph, and all later calls replay it: launched from Python, a small model's evaluation takes 30 to 80 ms, as
     long as the training of half an epoch, and other runs on the GPU have to wait meanwhile.
     """
 
-    def __init__(self, model: Model, config: dict[str, Any], sequences: Sequences, split: Split) -> None:
-        self.model = model
-        self.part = split.eval_part
-        training, rules = config["training"], [Rules.of(config)]
-        self._ranker = Ranker(sequences, split.held_out[self.part], rules, training["max_len"], training["batch"])
+    def __init__(self, model: Model, evaluation: Evaluation, part: str) -> None:
+        self.model, self.evaluation, self.part = model, evaluation, part
         self._calls = 0
         self._replay: Callable[[], torch.Tensor] | None = None
 
@@ -40,20 +45,14 @@ class Validation:
         if stream and self._calls == 1:
             self._replay = self._capture(stream)
         self._calls += 1
-        finite, *values = (self._replay or self._evaluate)().tolist()  # the one wait for the device
-        require_finite(bool(finite))
-        line: dict[str, Any] = {f"{self.part}/{name}": value for name, value in named(values).items()}
+        result = self._replay() if self._replay else self.evaluation(self.model)
+        values = self.evaluation.named(result)  # the one wait for the device
+        line: dict[str, Any] = {f"{self.part}/{name}": value for name, value in values.items()}
         return line | {f"{self.part}/seconds": round(time.perf_counter() - start, 3)}
-
-    @torch.inference_mode()
-    def _evaluate(self) -> torch.Tensor:
-        """Whether every score was finite, and the metrics: float64 on the device."""
-        finite, (ranking,) = self._ranker.rank(self.model)
-        return torch.cat([finite.double()[None], metric_values(ranking.ranks)])
 
     def _capture(self, stream: RunStream) -> Callable[[], torch.Tensor] | None:
         try:
-            graph, result = stream.capture(self._evaluate, uses_random=False)
+            graph, result = stream.capture(lambda: self.evaluation(self.model), uses_random=False)
         except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             print(f"evaluating {type(self.model).__name__} without a CUDA graph: {reason}", flush=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from steps.common.config import COUNT_BASED
 from steps.common.files import read_json, sha256, write_json
 from steps.common.provenance import content_sha256
 from steps.data.sequences import load_sequences
@@ -22,28 +23,46 @@ def reproducible(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+_NEXT_ITEM = {"name": "sampled-softmax", "similarity": "cosine", "temperature": 0.05}
+_CROSS_ENTROPY = {"name": "softmax", "similarity": "dot", "temperature": 1.0}
+_OWN: dict[str, dict[str, Any]] = {
+    "popular": {},
+    "markov": {},
+    "item-knn": {"neighbours": 9, "shrink": 1.0},
+    "sasrec": {"output_slots": 11},
+    "hstu": {
+        "output_slots": 11,
+        "attention": "silu",
+        "alpha": 1.0,
+        "attention_scale": "max_len",
+        "bias": {"position": True, "time": "next"},
+    },
+    "transformer++": {},
+    "bert4rec": {"mask_prob": 0.2, "loss": _CROSS_ENTROPY},
+    "gru4rec": {"samples": 30, "sample_alpha": 0.5, "logq": 1.0, "loss": _CROSS_ENTROPY},
+}
+_CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "hstu-softmax": ("hstu", {"attention": "softmax", "alpha": "1/sqrt(dqk)"}),
+    "hstu-rowwise": ("hstu", {"items": {"lr": 0.05, "dtype": "float16", "negative_pool": 50}}),
+}
+
+
+def model_entry(model: str, sizes: dict[str, int], **changes: Any) -> dict[str, Any]:
+    """The `model` entry of a config, with those keys alone that the model reads. sizes: dim, blocks, heads, dqk, dv."""
+    name, own = _CHANGED.get(model, (model, {}))
+    entry: dict[str, Any] = {"model": name}
+    if name not in COUNT_BASED:
+        keys = {"gru4rec": ["dim"], "hstu": list(sizes)}.get(name, ["dim", "blocks", "heads"])
+        entry |= {key: sizes[key] for key in keys} | {"loss": _NEXT_ITEM}
+        entry |= {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0}}
+    return entry | _OWN[name] | own | changes
+
+
 def config(model: str = "hstu", protocol: dict[str, Any] = STRICT, epochs: int = 4, **changes: Any) -> dict[str, Any]:
-    if model == "hstu-softmax":
-        model, changes = "hstu", {"attention": "softmax", "alpha": "1/sqrt(dqk)"} | changes
-    if model == "hstu-rowwise":
-        model, changes = "hstu", {"items": {"lr": 0.05, "dtype": "float16", "negative_pool": 50}} | changes
-    settings: dict[str, Any] = {"model": model}
-    if model not in ("popular", "markov"):
-        settings |= {"dim": 16, "blocks": 2, "heads": 2, "dqk": 8, "dv": 8, "output_slots": 11}
-        settings |= {
-            "attention": "silu",
-            "alpha": 1.0,
-            "attention_scale": "max_len",
-            "bias": {"position": True, "time": "next"},
-        }
-        settings |= {"loss": {"name": "sampled-softmax", "similarity": "cosine", "temperature": 0.05}}
-        settings |= {"mask_prob": 0.2, "samples": 30, "sample_alpha": 0.5, "logq": 1.0, "neighbours": 9, "shrink": 1.0}
-        settings |= {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0}}
+    settings = model_entry(model, {"dim": 16, "blocks": 2, "heads": 2, "dqk": 8, "dv": 8}, **changes)
     training = {"max_len": 20, "epochs": epochs, "batch": 16, "negatives": 16, "dropout": 0.2}
-    return {"experiment": "t", "dataset": "t", "row": model, "protocol": protocol, "seed": 3, "repeats": "none"} | {
-        "model": settings | changes,
-        "training": training,
-    }
+    about = {"experiment": "t", "dataset": "t", "row": settings["model"], "seed": 3, "repeats": "none"}
+    return about | {"protocol": protocol, "model": settings, "training": training}
 
 
 def planned(settings: dict[str, Any], data: Path) -> dict[str, Any]:

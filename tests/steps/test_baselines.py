@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from steps.data.sequences import Batch, Sequences
-from steps.models import build
-from steps.models.bert4rec import BERT4Rec, append_next_item
-from steps.models.gru4rec import GRU4Rec
-from steps.models.item_knn import ItemKNN
+from steps.models.item_knn import ItemKNN, ItemKNNConfig
 from steps.models.markov import Markov
-from steps.models.transformer_pp import TransformerPP, rotate
+from steps.models.transformer_pp import rotate
+from steps.tasks import Task, build
+from steps.tasks.masked_items import MaskedItems, append_next_item
+from steps.tasks.sessions import Sessions
+from steps.training.optimizers import make_optimizer
+from tests.steps import twins
 from tests.steps.test_models import ITEMS, MAX_LEN, batch, config, make, sequences
 
 
@@ -46,7 +48,7 @@ def test_markov_counts_transitions_and_falls_back_on_popularity() -> None:
 
 @pytest.mark.parametrize("neighbours", [2, 6])
 def test_item_knn_equals_a_dense_computation(neighbours: int) -> None:
-    data, model = lists_to_sequences(LISTS, 6), ItemKNN({"neighbours": neighbours, "shrink": 0.5}, 6)
+    data, model = lists_to_sequences(LISTS, 6), ItemKNN(ItemKNNConfig(neighbours, 0.5), 6)
     model.fit(data, torch.ones(4, dtype=torch.int64))
     users = [set(items[:-1]) for items in LISTS]
     have = {item: {user for user, items in enumerate(users) if item in items} for item in range(7)}
@@ -71,10 +73,8 @@ def test_item_knn_equals_a_dense_computation(neighbours: int) -> None:
 # Transformer++
 
 
-def transformer(**changes: object) -> TransformerPP:
-    model = make("transformer++", **{"dim": 8, "heads": 2} | changes)
-    assert isinstance(model, TransformerPP)
-    return model
+def transformer(**changes: object) -> Task:
+    return make("transformer++", **{"dim": 8, "heads": 2} | changes)
 
 
 def test_transformer_pp_equals_a_reference() -> None:
@@ -87,7 +87,7 @@ def test_transformer_pp_equals_a_reference() -> None:
     for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
         n = end - start
         x = model.items.weight[data.item[start:end]] * math.sqrt(8)
-        for block in model.blocks:
+        for block in model.encoder.blocks:
             q, k, v = (norm(x, block.attention_norm.weight) @ block.qkv.weight.T).chunk(3, dim=-1)
             heads = []
             for head in range(2):
@@ -106,7 +106,7 @@ def test_transformer_pp_equals_a_reference() -> None:
             x = x + torch.cat(heads, dim=-1) @ block.output.weight.T
             normed = norm(x, block.feed_forward_norm.weight)
             x = x + (F.silu(normed @ block.gate.weight.T) * (normed @ block.inner.weight.T)) @ block.outer.weight.T
-        torch.testing.assert_close(found[start:end], norm(x, model.norm.weight), rtol=0, atol=1e-9)
+        torch.testing.assert_close(found[start:end], norm(x, model.encoder.norm.weight), rtol=0, atol=1e-9)
 
 
 def test_rotation_keeps_lengths_and_an_odd_last_feature() -> None:
@@ -120,9 +120,9 @@ def test_rotation_keeps_lengths_and_an_odd_last_feature() -> None:
 # BERT4Rec
 
 
-def bert() -> BERT4Rec:
+def bert() -> MaskedItems:
     model = make("bert4rec")
-    assert isinstance(model, BERT4Rec)
+    assert isinstance(model, MaskedItems)
     return model
 
 
@@ -130,9 +130,9 @@ def test_bert4rec_equals_a_reference_from_torch_modules() -> None:
     model, data = bert(), batch([5, 20, 2])
     found = model.encode(data)
     for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
-        x = model.items.weight[data.item[start:end]] + model.position.weight[: end - start]
-        x = F.layer_norm(x, (6,), model.input_norm.weight, model.input_norm.bias)
-        for block in model.blocks:
+        x = model.items.weight[data.item[start:end]] + model.encoder.position.weight[: end - start]
+        x = F.layer_norm(x, (6,), model.encoder.input_norm.weight, model.encoder.input_norm.bias)
+        for block in model.encoder.blocks:
             layer = torch.nn.TransformerEncoderLayer(6, 2, 24, 0.0, "gelu", batch_first=True, dtype=torch.float64)
             layer.self_attn.in_proj_weight.data, layer.self_attn.in_proj_bias.data = block.qkv.weight, block.qkv.bias
             for ours, theirs in [
@@ -179,22 +179,18 @@ def test_bert4rec_trains_on_the_window_with_its_next_item() -> None:
     assert item.tolist() == expected
     model = bert()
     torch.manual_seed(3)
-    masked = model._sample_mask(offsets, 6)
+    expected_loss = twins.masked_loss(model, data)
     torch.manual_seed(3)
-    states = model._encode(item, masked, offsets, 4)[masked]
-    hidden = model.output.norm(F.gelu(model.output.transform(states)))
-    logits = (hidden @ model.items.weight.T + model.output.bias)[:, 1:]
-    torch.manual_seed(3)
-    torch.testing.assert_close(model.loss(data), F.cross_entropy(logits, item[masked] - 1))
+    torch.testing.assert_close(model.loss(data), expected_loss)
 
 
 # GRU4Rec
 
 
-def gru() -> GRU4Rec:
+def gru() -> Sessions:
     torch.manual_seed(1)
     model = build(config("gru4rec"), ITEMS)
-    assert isinstance(model, GRU4Rec)
+    assert isinstance(model, Sessions)
     return model.double()
 
 
@@ -205,7 +201,7 @@ def test_gru4rec_visits_every_event_once_in_parallel_lanes() -> None:
     users = torch.arange(6)
     one = data.batch(users, torch.zeros_like(users), MAX_LEN)
     visited, fresh = [], []
-    for token, state in model._lanes(one, 3):
+    for token, state in twins.lanes(model, one, 3):
         for lane, index in enumerate(token.tolist()):
             starts_here = index in one.offsets.tolist()
             assert starts_here == (not state[lane].any())
@@ -214,7 +210,7 @@ def test_gru4rec_visits_every_event_once_in_parallel_lanes() -> None:
         state += 1.0
     assert sorted(visited) == list(range(sum(lengths) - 6))
     assert sum(fresh) == 6
-    first = next(iter(model._lanes(one, 3)))[0]
+    first = next(iter(twins.lanes(model, one, 3)))[0]
     assert first.tolist() == one.offsets[:3].tolist()  # three users at a time
 
 
@@ -225,13 +221,14 @@ def test_gru4rec_loss_is_the_authors() -> None:
     users = torch.arange(3)
     num_held_out = torch.zeros_like(users)
     torch.manual_seed(5)
-    loss = next(iter(model.losses(data, users, num_held_out, MAX_LEN, 3)))
+    model.prepare(data, num_held_out)
+    loss = next(iter(twins.session_losses(model, data, users, num_held_out, MAX_LEN, 3)))
     torch.manual_seed(5)
     one = data.batch(users, num_held_out, MAX_LEN)
     counts = data.counts(num_held_out).double()
     sampled = torch.multinomial(counts**0.5, 30, replacement=True)
     token = one.offsets[:-1]
-    gates = model.items.weight[one.item[token]] @ model.gru.weight_ih_l0.T  # biases are zero, so is the state
+    gates = model.items.weight[one.item[token]] @ model.encoder.gru.weight_ih_l0.T  # biases are zero, so is the state
     reset, update, new = gates.chunk(3, dim=1)
     del reset
     hidden = (1 - update.sigmoid()) * new.tanh()
@@ -248,20 +245,20 @@ def test_gru4rec_carries_state_without_gradients_and_scores_like_a_gru() -> None
     model = gru().eval()
     data = batch([9, 4])
     states = model.encode(data)
-    alone, _ = model.gru(model.items(data.item[:8])[None])
+    alone, _ = model.encoder.gru(model.items(data.item[:8])[None])
     torch.testing.assert_close(states[:8], alone[0])
     expected = states[data.last] @ model.items.weight.T + model.bias
     torch.testing.assert_close(model.score(data), expected)
-    lanes = model._lanes(data, 2)
-    token, state = next(lanes)
-    _, hidden = model._event(data, token, state, torch.ones(ITEMS + 1, dtype=torch.float64))
+    token, state = next(twins.lanes(model, data, 2))
+    model.popularity = torch.ones(ITEMS + 1, dtype=torch.float64)
+    _, hidden = twins.event(model, data, token, state)
     assert not hidden.requires_grad
     torch.testing.assert_close(hidden, states[data.offsets[:-1]].detach())
 
 
 def test_gru4rec_divides_by_the_root_of_squares_and_epsilon() -> None:
     model = gru()
-    optimizer = model.optimizer()
+    optimizer = make_optimizer(model)
     with torch.no_grad():
         before = model.bias.clone()
     for gradient in (0.5, 1e-4):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from steps.common.cli import StepError
-from steps.models import losses
+from steps.tasks import losses
 
 V, DIM, TOKENS = 9, 4, 6
 
@@ -20,8 +20,8 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return states, table, torch.tensor([1, 9, 3, 3, 5, 1])
 
 
-def config(name: str, **more: object) -> dict[str, object]:
-    return {"name": name, "similarity": "dot", "temperature": 1.0, "negatives": 5} | more
+def config(name: str, **more: object) -> losses.LossConfig:
+    return losses.LossConfig(**{"name": name, "similarity": "dot", "temperature": 1.0, "negatives": 5} | more)
 
 
 def test_full_softmax_is_cross_entropy_over_the_items_without_padding(inputs) -> None:

@@ -7,46 +7,40 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from steps.common.config import TrainingConfig
+from steps.common.typed import read
 from steps.data.sequences import Batch, Sequences
-from steps.models import CountBasedModel, SequenceModel, build, is_count_based, losses
+from steps.models import CountBasedModel, is_count_based
+from steps.tasks import Task, build, losses
+from steps.training.schedule import Schedule, Windows, make_schedule
+from tests.steps.runs import model_entry
 
 MAX_LEN, ITEMS = 200, 60
 CAUSAL = ["hstu", "hstu-softmax", "sasrec", "transformer++", "gru4rec"]
 
 
 def config(model: str, **changes: Any) -> dict[str, Any]:
-    if model == "hstu-softmax":
-        model, changes = "hstu", {"attention": "softmax", "alpha": "1/sqrt(dqk)"} | changes
-    settings = {
-        "model": model,
-        "dim": 6,
-        "blocks": 2,
-        "heads": 2,
-        "dqk": 3,
-        "dv": 5,
-        "output_slots": 11,
-        "attention": "silu",
-        "alpha": 1.0,
-        "attention_scale": "max_len",
-        "bias": {"position": True, "time": "next"},
-        "loss": {"name": "sampled-softmax", "similarity": "cosine", "temperature": 0.05},
-        "optimizer": {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0},
-        "mask_prob": 0.2,
-        "samples": 30,
-        "sample_alpha": 0.5,
-        "logq": 1.0,
-    }
-    return {"model": settings | changes, "training": {"max_len": MAX_LEN, "negatives": 7, "dropout": 0.2}}
+    settings = model_entry(model, {"dim": 6, "blocks": 2, "heads": 2, "dqk": 3, "dv": 5}, **changes)
+    training = {"max_len": MAX_LEN, "epochs": 1, "batch": 3, "negatives": 7, "dropout": 0.2}
+    return {"model": settings, "training": training}
 
 
-def make(model: str, dtype: torch.dtype = torch.float64, **changes: Any) -> SequenceModel:
+def make(model: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Task:
     """A model in evaluation mode whose weights are large enough that every term matters."""
     torch.manual_seed(1)
-    made = build(config(model, **changes), ITEMS).eval()
+    made = build(config(model, **changes), ITEMS)
+    assert isinstance(made, Task)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in made.eval().parameters():
             parameter.mul_(3)
     return made.to(dtype)
+
+
+def schedule_of(task: Task, data: Sequences, num_held_out: torch.Tensor, **settings: Any) -> Schedule:
+    """The schedule that trains the task on the data."""
+    training = read(TrainingConfig, config("hstu")["training"] | settings)
+    task.prepare(data, num_held_out)
+    return make_schedule(task.schedule, training, data, num_held_out)
 
 
 def sequences(lengths: list[int], seed: int = 0) -> Sequences:
@@ -111,12 +105,12 @@ def layer_by_hand(layer: Any, x: torch.Tensor, times: torch.Tensor, next_times: 
 def test_hstu_equals_the_equations_by_hand(lengths: list[int], dtype: torch.dtype, tolerance: float) -> None:
     exact, data = make("hstu").requires_grad_(False), batch(lengths)
     model = make("hstu", dtype)
-    assert model.num_positions == 211
+    assert model.encoder.num_positions == 211
     found = model.encode(data)
     for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
         items, n = data.item[start:end], end - start
-        x = exact.items.weight[items] * math.sqrt(6) + exact.position.weight[:n]
-        for layer in exact.blocks:
+        x = exact.items.weight[items] * math.sqrt(6) + exact.encoder.position.weight[:n]
+        for layer in exact.encoder.blocks:
             x = layer_by_hand(layer, x, data.timestamp[start:end], data.next_timestamp[start:end])
         scale = float(x.abs().max())
         assert float((found[start:end].double() - x).abs().max()) / scale < tolerance
@@ -124,14 +118,14 @@ def test_hstu_equals_the_equations_by_hand(lengths: list[int], dtype: torch.dtyp
 
 def test_hstu_weights_start_as_the_authors_do() -> None:
     torch.manual_seed(0)
-    layer = build(config("hstu", dim=64, heads=1, dqk=64, dv=64), 5000).blocks[0]
     model = build(config("hstu", dim=64, heads=1, dqk=64, dv=64), 5000)
+    layer = model.encoder.blocks[0]
     assert layer.uvqk.std().item() == pytest.approx(0.02, rel=0.03)
     assert layer.position_bias.std().item() == pytest.approx(0.02, rel=0.15)
     assert layer.output.weight.abs().max().item() <= math.sqrt(6 / 128)
     assert model.items.weight.abs().max().item() <= 0.04
     assert model.items.weight.std().item() == pytest.approx(0.02 * 0.88, rel=0.02)  # truncated at two std
-    assert model.position.weight.std().item() == pytest.approx(math.sqrt(2 / (211 + 64)), rel=0.05)
+    assert model.encoder.position.weight.std().item() == pytest.approx(math.sqrt(2 / (211 + 64)), rel=0.05)
 
 
 def test_sasrec_equals_a_reference_from_torch_modules() -> None:
@@ -139,8 +133,8 @@ def test_sasrec_equals_a_reference_from_torch_modules() -> None:
     found = model.encode(data)
     for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
         n = end - start
-        x = model.items.weight[data.item[start:end]] * math.sqrt(6) + model.position.weight[:n]
-        for block in model.blocks:
+        x = model.items.weight[data.item[start:end]] * math.sqrt(6) + model.encoder.position.weight[:n]
+        for block in model.encoder.blocks:
             attention = torch.nn.MultiheadAttention(6, 2, batch_first=True, dtype=torch.float64)
             attention.in_proj_weight.data = torch.cat([block.query.weight, block.key.weight, block.value.weight])
             attention.in_proj_bias.data = torch.cat([block.query.bias, block.key.bias, block.value.bias])
@@ -198,9 +192,10 @@ def test_without_biases_there_are_no_bias_tables() -> None:
 @pytest.mark.parametrize("name", [*CAUSAL, "bert4rec"])
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     model, data = make(name).train(), sequences([10, 34])
-    users = torch.arange(2)
-    for loss in model.losses(data, users, torch.zeros_like(users), MAX_LEN, 2):
-        loss.backward()
+    schedule = schedule_of(model, data, torch.zeros(2, dtype=torch.int64))
+    for shape, inputs in schedule.epoch():
+        for micro_step in schedule.micro_steps(inputs):
+            model.loss(schedule.batch(shape, micro_step)).backward()
     assert [
         key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
     ] == []
@@ -219,10 +214,11 @@ def test_a_rowwise_table_has_the_loss_and_the_gradient_of_an_ordinary_one(
     if bucket is None:
         windows = data.batch(users, num_held_out, MAX_LEN)
     else:
-        ((shape, _),) = rowwise.static_steps(
-            data.window_lengths(torch.arange(3), num_held_out, MAX_LEN), users, MAX_LEN, 3, 8
-        )
-        windows = data.padded_batch(users, num_held_out, shape)
+        schedule = schedule_of(rowwise, data, num_held_out)
+        assert isinstance(schedule, Windows)
+        schedule.bucket = bucket
+        ((shape, inputs),) = schedule.steps(users)
+        windows = schedule.batch(shape, inputs)
     torch.manual_seed(5)
     pool = torch.randint(1, ITEMS + 1, (20,))
     negatives = pool[torch.randint(0, 20, (len(windows.item), 7))]
@@ -252,7 +248,7 @@ def test_scores_are_cosines_of_the_last_state() -> None:
 
 @pytest.mark.parametrize("name", [*CAUSAL, "bert4rec", "popular", "markov", "item-knn"])
 def test_a_config_tells_whether_its_model_is_count_based(name: str) -> None:
-    settings = config(name, neighbours=9, shrink=1.0)
+    settings = config(name)
     assert is_count_based(settings) == isinstance(build(settings, ITEMS), CountBasedModel)
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from steps.common.cli import StepError
-from steps.common.config import read_config
+from steps.common.config import building, read_config
 from steps.common.files import read_json, read_jsonl, sha256, write_json
 from steps.common.locks import locked
 from steps.common.params import Run, load, resolve
 from steps.common.provenance import check_run
 from steps.data.sequences import load_sequences
-from steps.models import build
-from steps.models.checkpoint import State, load_weights, read_state, save_weights, write_state
+from steps.models import ENCODERS
+from steps.models.weights import load_weights, save_weights
+from steps.tasks import build
+from steps.training.checkpoint import State, read_state, write_state
 from steps.training.loop import Training, reported_epoch
 from tests.conftest import ROOT, step, write_processed
 from tests.steps.runs import PAPER, config, planned, reproducible
@@ -405,22 +408,23 @@ def test_a_missing_or_wrong_entry_of_a_config_is_named(row: str, tmp_path: Path)
     write_json(tmp_path / "config.json", settings)
     assert read_config(tmp_path) == settings
     kind = settings["model"]["model"]
-    unread = (
-        {"label"} | ({"dqk", "dv"} if kind != "hstu" else set()) | ({"blocks", "heads"} if kind == "gru4rec" else set())
-    )
+    read = {"model", "neighbours", "shrink"}
+    if kind in ENCODERS:
+        read |= {field.name for field in fields(ENCODERS[kind][1])} | {"loss", "optimizer", "items"}
+        read |= {"mask_prob", "samples", "sample_alpha", "logq"}
     texts = {("experiment",), ("dataset",), ("row",), ("protocol", "name")}
-    optional = {"patience", "eval_every", "items"}
+    optional = {"patience", "eval_every", "schedule", "items"}
     for path in entries(settings):
-        if path[0] == "model" and path[-1] in unread:
-            continue
+        if path[0] == "model" and len(path) > 1 and path[1] not in read:
+            continue  # a size of the data set's shape that other models read
         for value in ([], [None], [[]], [-1], ["?"], [{"a": 1}]):
             if value == ["?"] and path in texts:
                 continue
             if not value and (path[-1] in optional or path == ("model", "loss", "negatives")):
                 continue
             write_json(tmp_path / "config.json", changed(settings, path, value))
-            with pytest.raises(StepError) as failure:
-                read_config(tmp_path)
+            with pytest.raises(StepError) as failure, building(tmp_path):
+                build(read_config(tmp_path), 10)
             assert str(failure.value).startswith(f"{tmp_path / 'config.json'}, key {'.'.join(path)}"), (path, value)
     write_json(tmp_path / "config.json", changed(settings, ("training", "dropout"), []) | {"mine": 1})
     with pytest.raises(StepError, match=r"key training\.dropout: is missing|key mine: nothing reads it"):

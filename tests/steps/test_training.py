@@ -15,16 +15,26 @@ from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import HeldOut
 from steps.evaluation.metrics import Ranks, metric_values
 from steps.evaluation.ranks import Ranker, Rules, rank
-from steps.models import SequenceModel, losses
-from steps.models.adagrad import Adagrad
-from steps.models.gru4rec import GRU4Rec
-from steps.training import states
+from steps.tasks import Task, losses
+from steps.tasks.sessions import Sessions
+from steps.training import checkpoint
 from steps.training.loop import Training, train_together
-from steps.training.steps import bucket_size
+from steps.training.optimizers import Adagrad
+from steps.training.schedule import Schedule, Windows, bucket_size
 from steps.training.validation import Validation
 from tests.conftest import ROOT, write_processed
+from tests.steps import twins
 from tests.steps.runs import PAPER, config, planned, reproducible
-from tests.steps.test_models import MAX_LEN, make, sequences
+from tests.steps.test_models import MAX_LEN, make, schedule_of, sequences
+
+
+def windows_of(model: Task, data: Sequences, num_held_out: torch.Tensor, bucket: int, **settings: Any) -> Windows:
+    """The schedule of windows, padded to multiples of `bucket` tokens."""
+    schedule = schedule_of(model, data, num_held_out, **settings)
+    assert isinstance(schedule, Windows)
+    schedule.bucket = bucket
+    return schedule
+
 
 LOSSES = {
     "sampled-softmax": {"similarity": "cosine", "temperature": 0.05},
@@ -47,7 +57,9 @@ def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "loss"), [(name, "sampled-softmax") for name in MODELS] + [("sasrec", x) for x in LOSSES]
+    ("name", "loss"),
+    [(name, "softmax" if name == "bert4rec" else "sampled-softmax") for name in MODELS]
+    + [("sasrec", loss) for loss in list(LOSSES)[1:]],
 )
 @pytest.mark.parametrize("bucket", [1, 7, 256])
 def test_padding_changes_neither_loss_nor_gradients(
@@ -62,13 +74,13 @@ def test_padding_changes_neither_loss_nor_gradients(
             model, "_sample_mask", lambda offsets, total: (torch.arange(total) % 5 == 0) | (torch.arange(total) == 3)
         )
     found = []
-    lengths = data.window_lengths(torch.arange(5), num_held_out, MAX_LEN)
-    ((shape, inputs),) = model.static_steps(lengths, users, MAX_LEN, 5, bucket)
+    schedule = windows_of(model, data, num_held_out, batch=5, bucket=bucket)
+    ((shape, inputs),) = schedule.steps(users)
     assert shape.num_tokens % bucket == 0
-    assert 0 <= shape.num_tokens - int(lengths.sum()) < bucket
+    assert 0 <= shape.num_tokens - int(schedule.lengths.sum()) < bucket
     for value in (
-        model.loss(data.batch(users, num_held_out, MAX_LEN)),
-        model.static_loss(data, num_held_out, shape, inputs),
+        *twins.window_losses(model, data, users, num_held_out, MAX_LEN, 5),
+        model.loss(schedule.batch(shape, inputs)),
     ):
         model.zero_grad()
         value.backward()
@@ -81,9 +93,9 @@ def test_padding_changes_neither_loss_nor_gradients(
 def test_padding_has_sequences_of_its_own(bucket: int) -> None:
     data, users = sequences([9, 3, 14]), torch.tensor([2, 0])
     num_held_out = torch.ones(3, dtype=torch.int64)
-    model = make("sasrec")
-    ((shape, _),) = model.static_steps(data.window_lengths(torch.arange(3), num_held_out, 10), users, 10, 2, bucket)
-    whole, padded = data.batch(users, num_held_out[users], 10), data.padded_batch(users, num_held_out[users], shape)
+    schedule = windows_of(make("sasrec"), data, num_held_out, max_len=10, bucket=bucket)
+    ((shape, inputs),) = schedule.steps(users)
+    whole, padded = data.batch(users, num_held_out[users], 10), schedule.batch(shape, inputs)
     tokens = len(whole.item)
     assert len(padded.item) == shape.num_tokens == int(padded.offsets[-1])
     assert padded.token_mask is not None
@@ -103,19 +115,19 @@ def test_buckets_are_multiples_of_256_and_a_24th_of_the_largest_batch() -> None:
 
 def test_gru4rec_has_the_same_events_in_static_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("gru4rec")
-    assert isinstance(model, GRU4Rec)
+    assert isinstance(model, Sessions)
     data, order = sequences([9, 3, 14, 5, 5, 7, 2]), torch.tensor([6, 2, 0, 1, 5, 4, 3])
     num_held_out = torch.zeros(7, dtype=torch.int64)
     sampled = data.item[:30].clone()
     monkeypatch.setattr(torch, "multinomial", lambda *_, **__: sampled)
     monkeypatch.setattr(torch, "searchsorted", lambda *_, **__: sampled)
-    groups = model.static_steps(data.window_lengths(torch.arange(7), num_held_out, 10), order, 10, 3, 1)
-    steps = [(shape, part) for shape, group in groups for part in model.micro_steps(shape, group)]
-    eager = list(model.losses(data, order, num_held_out, 10, 3))
+    schedule = schedule_of(model, data, num_held_out, max_len=10)
+    steps = [(shape, part) for shape, group in schedule.steps(order) for part in schedule.micro_steps(group)]
+    eager = list(twins.session_losses(model, data, order, num_held_out, 10, 3))
     assert len(eager) == len(steps)
     for value, (shape, inputs) in zip(eager, steps, strict=True):
         found = []
-        for one in (value, model.static_loss(data, num_held_out, shape, inputs)):
+        for one in (value, model.loss(schedule.batch(shape, inputs))):
             model.zero_grad()
             one.backward()
             found.append([one.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
@@ -126,17 +138,12 @@ def test_gru4rec_has_the_same_events_in_static_shape(monkeypatch: pytest.MonkeyP
 def test_gru4rec_draws_by_popularity() -> None:
     model = make("gru4rec", samples=40_000)
     data, num_held_out = sequences([200] * 5), torch.zeros(5, dtype=torch.int64)
-    shape, group = model.static_steps(
-        data.window_lengths(torch.arange(5), num_held_out, 10), torch.arange(5), 10, 5, 1
-    )[0]
-    inputs = model.micro_steps(shape, group)[0]
+    schedule = schedule_of(model, data, num_held_out, max_len=10)
+    shape, group = schedule.steps(torch.arange(5))[0]
     seen: list[torch.Tensor] = []
-    logits = model._logits
-    model._logits = lambda hidden, targets, sampled, counts: (
-        seen.append(sampled),
-        logits(hidden, targets, sampled, counts),
-    )[1]
-    model.static_loss(data, num_held_out, shape, inputs)
+    logits = model.logits
+    model.logits = lambda hidden, targets, sampled: (seen.append(sampled), logits(hidden, targets, sampled))[1]
+    model.loss(schedule.batch(shape, schedule.micro_steps(group)[0]))
     expected = data.counts(num_held_out).double() ** 0.5
     share = torch.bincount(seen[0], minlength=len(expected)) / 40_000
     torch.testing.assert_close(share.double(), expected / expected.sum(), rtol=0, atol=0.004)
@@ -164,12 +171,14 @@ def test_low_precision_is_near_full_and_states_stay_float32(name: str) -> None:
     model, data = make(name, torch.float32), sequences([9, 30])
     batch = data.batch(torch.arange(2), torch.zeros(2, dtype=torch.int64), MAX_LEN)
     full = model.encode(batch)
-    model.compute_dtype = torch.bfloat16
+    model.encoder.compute_dtype = torch.bfloat16
     low = model.encode(batch)
     assert low.dtype == torch.float32
-    assert torch.equal(full, low) != model.supports_low_precision
+    assert torch.equal(full, low) != model.encoder.supports_low_precision
     assert torch.nn.functional.cosine_similarity(full, low).mean() > 0.99
-    model.train().loss(batch).backward()
+    schedule = schedule_of(model.train(), data, torch.zeros(2, dtype=torch.int64))
+    shape, inputs = schedule.epoch()[0]
+    model.loss(schedule.batch(shape, schedule.micro_steps(inputs)[0])).backward()
     assert all(parameter.grad is None or parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
@@ -178,16 +187,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_processed(tmp_path_factory.mktemp("data") / "t", [9 + user % 17 for user in range(60)], 80)
 
 
-def training(data: Path, run: Path, device: str = "cpu", static: bool = True, **options: Any) -> Training:
+def training(data: Path, run: Path, device: str = "cpu", **options: Any) -> Training:
     settings = options.pop("settings", None) or config(epochs=3)
     found, digest = load_sequences(data, torch.device(device))
-    return Training(settings, found, digest, run, static=static, **options)
+    return Training(settings, found, digest, run, **options)
 
 
 def compare_compiled(
-    model: SequenceModel,
-    data: Sequences,
-    num_held_out: torch.Tensor,
+    model: Task,
+    schedule: Schedule,
     shape: Any,
     inputs: torch.Tensor,
     tolerance: float,
@@ -197,16 +205,16 @@ def compare_compiled(
     Some gradients, as those of SASRec's key biases, are only rounding errors.
     """
     model.compile_blocks()
-    for micro_step in model.micro_steps(shape, inputs)[:3]:
+    for micro_step in schedule.micro_steps(inputs)[:3]:
         found = []
         for stance in ("default", "force_eager"):
             model.zero_grad()
             torch.manual_seed(1)
             with model.frozen(), torch.compiler.set_stance(stance):
-                loss = model.static_loss(data, num_held_out, shape, micro_step)
+                loss = model.loss(schedule.batch(shape, micro_step))
                 loss.backward()
             found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-        model.static_loss(data, num_held_out, shape, micro_step)  # so that lanes have a state
+        model.loss(schedule.batch(shape, micro_step))  # so that lanes have a state
         largest = max(float(eager.abs().max()) for eager in found[1])
         for ours, eager in zip(*found, strict=True):
             torch.testing.assert_close(ours, eager, rtol=0, atol=tolerance * largest)
@@ -256,16 +264,16 @@ def test_a_run_that_ends_need_not_wait_for_the_others(data: Path, tmp_path: Path
     assert runs[0].done < 4
 
 
-def resumes_to_the_same_end(data: Path, folder: Path, device: str, settings: dict[str, Any], static: bool) -> None:
-    whole = training(data, folder / "whole", device, static, settings=settings)
+def resumes_to_the_same_end(data: Path, folder: Path, device: str, settings: dict[str, Any]) -> None:
+    whole = training(data, folder / "whole", device, settings=settings)
     train(whole)
-    broken = training(data, folder / "broken", device, static, settings=settings)
+    broken = training(data, folder / "broken", device, settings=settings)
     steps = broken.epochs()
     while len(broken.history) < 2:
         with broken.stream.active():
             next(steps)
     broken._states.finish()
-    resumed = training(data, folder / "broken", device, static, settings=settings)
+    resumed = training(data, folder / "broken", device, settings=settings)
     assert len(resumed.history) == 2
     train(resumed)
     same(whole, resumed)
@@ -273,9 +281,9 @@ def resumes_to_the_same_end(data: Path, folder: Path, device: str, settings: dic
     assert resumed.record()["captured"] is (device == "cuda")
 
 
-@pytest.mark.parametrize(("name", "static"), [("hstu", False), ("hstu", True), ("hstu-rowwise", True)])
-def test_a_resumed_training_ends_as_an_uninterrupted_one(name: str, static: bool, data: Path, tmp_path: Path) -> None:
-    resumes_to_the_same_end(data, tmp_path, "cpu", config(name, epochs=3), static)
+@pytest.mark.parametrize("name", ["hstu", "hstu-rowwise", "gru4rec"])
+def test_a_resumed_training_ends_as_an_uninterrupted_one(name: str, data: Path, tmp_path: Path) -> None:
+    resumes_to_the_same_end(data, tmp_path, "cpu", config(name, epochs=3))
 
 
 def test_a_finished_state_still_says_how_long_a_step_took(data: Path, tmp_path: Path) -> None:
@@ -337,10 +345,8 @@ def deterministic() -> Iterator[None]:
 def test_captured_steps_are_eager_steps(name: str, data: Path, tmp_path: Path) -> None:
     settings = config(name, epochs=2)
     runs = [
-        training(
-            data, tmp_path / str(capture), "cuda", settings=settings, capture=capture, compute_dtype=torch.bfloat16
-        )
-        for capture in (True, False)
+        training(data, tmp_path / mode, "cuda", settings=settings, mode=mode, compute_dtype=torch.bfloat16)
+        for mode in ("graph", "eager")
     ]
     for run in runs:
         train(run)
@@ -368,14 +374,16 @@ def test_captured_runs_together_end_as_alone(name: str, data: Path, tmp_path: Pa
 def test_a_resumed_captured_training_ends_as_an_uninterrupted_one(
     name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(states, "_MIN_INTERVAL_S", 0.0)
-    resumes_to_the_same_end(data, tmp_path, "cuda", config(name, epochs=3), static=True)
+    monkeypatch.setattr(checkpoint, "_MIN_INTERVAL_S", 0.0)
+    resumes_to_the_same_end(data, tmp_path, "cuda", config(name, epochs=3))
 
 
 def validated(run: Training) -> dict[str, Any]:
     """The metrics of the run's model, from a new validation without a graph."""
     with run.stream.active():
-        return Validation(run.model, run.config, run.sequences, run.split)()
+        held_out = run.split.held_out[run.split.eval_part]
+        evaluation = run.model.evaluation(run.config, run.sequences, held_out)
+        return Validation(run.model, evaluation, run.split.eval_part)()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -407,7 +415,7 @@ def test_a_run_continues_where_no_graph_can_hold_its_evaluation(
         assert int(ranks.best.min()) >= 1
         return metric_values(ranks)
 
-    monkeypatch.setattr("steps.training.validation.metric_values", waits)
+    monkeypatch.setattr("steps.evaluation.retrieval.metric_values", waits)
     broken = training(data, tmp_path / "broken", "cuda")
     train(broken)
     assert capsys.readouterr().out.count("without a CUDA graph") == 1
@@ -419,12 +427,11 @@ def test_a_run_continues_where_no_graph_can_hold_its_evaluation(
 def test_compiled_blocks_are_eager_blocks(name: str) -> None:
     model, on_cpu = make(name, torch.float32).cuda(), sequences([9, 3, 14, 5, 5, 7, 2])
     data = Sequences(on_cpu.offsets.cuda(), on_cpu.item.cuda(), on_cpu.timestamp.cuda(), on_cpu.num_items)
-    num_held_out = torch.zeros(7, dtype=torch.int64)
-    lengths = on_cpu.window_lengths(torch.arange(7), num_held_out, MAX_LEN)
-    shape, users = model.static_steps(lengths, torch.arange(7), MAX_LEN, 7, 8)[0]
+    schedule = schedule_of(model, data, torch.zeros(7, dtype=torch.int64, device="cuda"), batch=7)
+    shape, inputs = schedule.steps(torch.arange(7))[0]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compare_compiled(model, data, num_held_out.cuda(), shape, users, 1e-3)
+    compare_compiled(model, schedule, shape, inputs, 1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
@@ -433,7 +440,7 @@ def test_compiled_blocks_are_eager_blocks(name: str) -> None:
 def test_compiled_steps_are_captured_and_learn_alike(name: str, data: Path, tmp_path: Path) -> None:
     settings = config(name, epochs=3, optimizer={"lr": 0.02, "betas": [0.9, 0.98], "weight_decay": 0.0})
     settings["training"]["dropout"] = 0.0  # whose draws torch.compile numbers in its own way
-    runs = [training(data, tmp_path / str(way), "cuda", settings=settings, compiled=way) for way in (True, False)]
+    runs = [training(data, tmp_path / str(way), "cuda", settings=settings, mode=way) for way in ("compiled", "graph")]
     moved = []
     for run, compiled in zip(runs, (True, False), strict=True):
         before = run.model.items.weight.detach().clone().float()
@@ -467,12 +474,13 @@ def test_torch_compile_takes_the_blocks_once_for_all_sizes(name: str, monkeypatc
     monkeypatch.setattr(torch, "compile", lambda *model, **options: real(*model, **options | fixed))
     torch._dynamo.reset()
     model, data = make(name).train(), sequences([9, 3, 14, 5, 5, 7, 2])
-    num_held_out = torch.zeros(7, dtype=torch.int64)
-    lengths = data.window_lengths(torch.arange(7), num_held_out, MAX_LEN)
+    schedule = schedule_of(model, data, torch.zeros(7, dtype=torch.int64))
+    if isinstance(schedule, Windows):
+        schedule.bucket = 8
     counts = []
     for order in (torch.tensor([6, 2, 0]), torch.tensor([1, 5, 4]), torch.tensor([0, 1, 3])):
-        ((shape, inputs), *_) = model.static_steps(lengths, order, MAX_LEN, 3, 8)
-        compare_compiled(model, data, num_held_out, shape, inputs, 1e-9)
+        ((shape, inputs), *_) = schedule.steps(order)
+        compare_compiled(model, schedule, shape, inputs, 1e-9)
         counts.append(graphs.frame_count)
     assert 1 <= counts[0] <= (5 if name == "bert4rec" else 3)  # its output is two graphs besides the blocks' three
     assert counts == counts[:1] * 3  # other sizes add none
@@ -507,7 +515,7 @@ def test_ranking_does_not_wait_for_the_device_and_agrees_with_the_cpu(data: Path
 @pytest.mark.parametrize("name", ["bert4rec", "sasrec"])
 def test_attention_in_low_precision_is_fused_and_not_cudnns(name: str, data: Path, tmp_path: Path) -> None:
     settings = config(name, dim=50, heads=1)
-    run = training(data, tmp_path / "run", "cuda", settings=settings, compute_dtype=torch.bfloat16, capture=False)
+    run = training(data, tmp_path / "run", "cuda", settings=settings, compute_dtype=torch.bfloat16, mode="eager")
     with run.stream.active():
         users = torch.arange(5, device="cuda")
         batch = run.sequences.batch(users, torch.zeros_like(users), 20)

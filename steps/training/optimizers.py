@@ -1,13 +1,46 @@
-"""Adagrad (Duchi et al. 2011) whose step a CUDA graph can hold."""
+"""The optimisers that a CUDA graph can hold."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from steps.tasks import Task
+
+_ADAGRAD_EPS = 1e-6  # of GRU4Rec's author, within the root
+
+
+def make_optimizer(task: Task) -> torch.optim.Optimizer:
+    """The task's optimiser over all parameters: `adamw`, or `adagrad`, which divides by sqrt(sum of squares + 1e-6)."""
+    config, on_cuda = task.optimizer_config, task.items.weight.is_cuda
+    if task.optimizer == "adagrad":
+        kind = Adagrad if on_cuda else torch.optim.Adagrad
+        return kind(task.parameters(), lr=config.lr, initial_accumulator_value=_ADAGRAD_EPS, eps=0.0)
+    return torch.optim.AdamW(
+        task.parameters(),
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        weight_decay=config.weight_decay,
+        capturable=on_cuda,
+        fused=on_cuda or None,
+    )
+
+
+def init_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW the state that its first step would make: within a graph, every replay would make it again."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
 
 class Adagrad(torch.optim.Optimizer):
-    """torch.optim.Adagrad without decays, with the same state, all of it on the parameters' device.
+    """Adagrad (Duchi et al. 2011), as torch.optim.Adagrad without decays, its state on the parameters' device.
 
     w = w - lr g / (sqrt(sum of squares of g) + eps), where the sum begins at `initial_accumulator_value`.
     """

@@ -2,11 +2,11 @@
 
 States (T, d) predict `targets` (T,) among items 1..V, whose embeddings are `table` (V + 1, d); row 0 is padding.
 In a padded batch `token_mask` (T,) is False for padding, whose targets are 0 and whose losses do not count.
-`config` is the `loss` entry of a row in params/models.yaml. Its `similarity` also says how items are
-ranked: by cosine or by dot product.
+`similarity` also says how items are ranked: by cosine or by dot product.
 """
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,47 @@ import torch.nn.functional as F
 from kernels.sampled_softmax import sampled_softmax
 from kernels.sampled_softmax.naive import NORM_EPS
 from steps.common.cli import StepError
+from steps.common.typed import Count, EntryError, Positive, Share, read
 
 _PADDING = 0
 
 
+@dataclass(frozen=True)
+class LossConfig:
+    """The `loss` entry of a row in params/models.yaml. negatives: per token; calibration: gBCE's t."""
+
+    name: Literal["sampled-softmax", "in-batch-softmax", "softmax", "bce", "gbce"]
+    similarity: Literal["cosine", "dot"]
+    temperature: Positive
+    negatives: Count = 0
+    calibration: Share = 0.0
+
+
+def read_loss(settings: dict[str, Any], negatives: int) -> LossConfig:
+    """The loss that a `model` entry describes. negatives: those of a token, unless the entry says how many.
+
+    Raises EntryError if it is missing or wrong.
+    """
+    config = read(_WithLoss, settings, "model.", others=True).loss
+    if config.name == "gbce" and "calibration" not in settings["loss"]:
+        raise EntryError("key model.loss.calibration: is missing")
+    return config if "negatives" in settings["loss"] else replace(config, negatives=negatives)
+
+
+def read_cross_entropy(settings: dict[str, Any]) -> None:
+    """Raise EntryError unless the loss is the one of tasks that have no other: full softmax, by dot product."""
+    config = read(_WithLoss, settings, "model.", others=True).loss
+    if (config.name, config.similarity, config.temperature) != ("softmax", "dot", 1.0):
+        raise EntryError(f"key model.loss: {settings['loss']!r} is not softmax by dot product at temperature 1")
+
+
+@dataclass(frozen=True)
+class _WithLoss:
+    loss: LossConfig
+
+
 def next_item_loss(
-    config: dict[str, Any],
+    config: LossConfig,
     states: torch.Tensor,
     table: torch.Tensor,
     targets: torch.Tensor,
@@ -30,22 +65,22 @@ def next_item_loss(
 
     negative_pool: (P,), the rows of the table that sampled softmax draws its negatives from; None: all.
     """
-    match config["name"]:
+    match config.name:
         case "sampled-softmax":
-            negatives = _sample_negatives(len(targets), config["negatives"], table, negative_pool)
-            return masked_mean(sampled_softmax(states, table, targets, negatives, config["temperature"]), token_mask)
+            negatives = _sample_negatives(len(targets), config.negatives, table, negative_pool)
+            return masked_mean(sampled_softmax(states, table, targets, negatives, config.temperature), token_mask)
         case "in-batch-softmax":
-            return in_batch_softmax(states, table, targets, config["negatives"], config["temperature"], token_mask)
+            return in_batch_softmax(states, table, targets, config.negatives, config.temperature, token_mask)
         case "softmax":
-            logits = scores(config["similarity"], states, table) / config["temperature"]
+            logits = scores(config.similarity, states, table) / config.temperature
             logits[:, _PADDING] = -torch.inf
             return F.cross_entropy(logits, targets, ignore_index=_PADDING)
         case "bce":
-            negatives = _sample_negatives(len(targets), config["negatives"], table)
+            negatives = _sample_negatives(len(targets), config.negatives, table)
             return binary_cross_entropy(*_logits(config, states, table, targets, negatives), token_mask=token_mask)
         case "gbce":
-            negatives = _sample_negatives(len(targets), config["negatives"], table)
-            power = gbce_power(config["negatives"], len(table) - 1, config["calibration"])
+            negatives = _sample_negatives(len(targets), config.negatives, table)
+            power = gbce_power(config.negatives, len(table) - 1, config.calibration)
             return binary_cross_entropy(*_logits(config, states, table, targets, negatives), power, token_mask)
         case name:
             raise ValueError(f"no loss {name!r}")
@@ -129,10 +164,10 @@ def _sample_indices(targets: torch.Tensor, count: int, token_mask: torch.Tensor 
 
 
 def _logits(
-    config: dict[str, Any], states: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor
+    config: LossConfig, states: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of positives (T,) and negatives (T, R); of a negative that equals the positive -inf."""
-    logits = scores(config["similarity"], states, table) / config["temperature"]
+    logits = scores(config.similarity, states, table) / config.temperature
     positive = logits.gather(1, targets[:, None])[:, 0]
     negative = logits.gather(1, negatives).masked_fill(negatives == targets[:, None], -torch.inf)
     return positive, negative

@@ -1,17 +1,22 @@
-"""Weights, and the state that a killed training resumes from, as safetensors files."""
+"""The state that a killed training resumes from, as a safetensors file, written by a thread of its own."""
 
 import hashlib
 import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
-from steps.common.cli import StepError
 from steps.common.files import atomic_path
+
+#: On a GPU the least seconds from one state to the next. A large model's state takes seconds to write, and a small
+#: model's epoch less than a second. After a kill, at most so much is trained again.
+_MIN_INTERVAL_S = 20.0
 
 
 class StateError(Exception):
@@ -24,19 +29,6 @@ class State:
 
     tensors: dict[str, torch.Tensor]
     progress: dict[str, Any]
-
-
-def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """Write the model's parameters and buffers to `path`, atomically."""
-    _write(path, dict(model.state_dict()), {})
-
-
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Read what `save_weights` wrote. Raises StepError if the file is missing, damaged or of another model."""
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise StepError(f"{path} does not hold the weights of this model: {error}. Train again") from error
 
 
 def state_tensors(
@@ -53,7 +45,9 @@ def state_tensors(
 def write_state(path: Path, state: State) -> None:
     """Write a state and its hash, atomically."""
     progress = json.dumps(state.progress)
-    _write(path, state.tensors, {"progress": progress, "sha256": _digest(state.tensors, progress)})
+    host = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(host, {"progress": progress, "sha256": _digest(state.tensors, progress)}))
 
 
 def read_state(path: Path, identity: str) -> State | None:
@@ -99,6 +93,56 @@ def load_state(state: State, model: torch.nn.Module, optimizer: torch.optim.Opti
     return groups["best"]
 
 
+class StateWriter:
+    """Writes states to one path, one after the other, so that the GPU does not wait for the disk.
+
+    On a CPU it writes every state, as epochs are long.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path = path
+        self.device = device
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+        self._copies: dict[str, torch.Tensor] = {}
+        self._written = time.monotonic()
+
+    def save(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        best: dict[str, torch.Tensor],
+        progress: dict[str, Any],
+        last: bool,
+    ) -> None:
+        """Write this state, unless it is not the last and another was written shortly before."""
+        if self.device.type == "cuda" and not last and time.monotonic() - self._written < _MIN_INTERVAL_S:
+            return
+        self.finish()
+        # Queued before the next steps change the tensors. From a GPU the copies go to page-locked memory.
+        tensors = state_tensors(model, optimizer, best)
+        copies = {name: tensor.detach().to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()}
+        copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+        def write() -> None:
+            if copied is not None:
+                copied.synchronize()
+            write_state(self.path, State(copies, progress))
+
+        # `finish` frees them, in this thread: freeing page-locked memory records an event on the run's stream, which is
+        # not allowed while this thread captures a graph there.
+        self._copies = copies
+        self._writing = self._thread.submit(write)
+        self._written = time.monotonic()
+
+    def finish(self) -> None:
+        """Wait for the state that is being written; raises the error of its writing, if any."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+            self._copies = {}
+
+
 def _digest(tensors: dict[str, torch.Tensor], progress: str) -> str:
     """The SHA-256 of tensors, their names and types, and the progress."""
     digest = hashlib.sha256(progress.encode())
@@ -107,9 +151,3 @@ def _digest(tensors: dict[str, torch.Tensor], progress: str) -> str:
         digest.update(f"{name} {host.dtype} {tuple(host.shape)}".encode())
         digest.update(host.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save(host, metadata))

@@ -1,0 +1,42 @@
+"""Retrieval: which item comes next, among all?"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels.rowwise_table import unique
+from steps.common.config import TrainingConfig
+from steps.data.sequences import Batch
+from steps.tasks.base import Task
+from steps.tasks.losses import next_item_loss, read_loss, scores
+
+
+class Retrieval(Task):
+    """Every token of a window predicts the next item, by the similarity of its state and the items' embeddings."""
+
+    def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:
+        super().__init__(settings, training, num_items)
+        self.loss_config = read_loss(settings, training.negatives)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The mean loss over all tokens."""
+        if isinstance(self.items, nn.Embedding):
+            states, table = self.encode(batch), self.items.weight
+            return next_item_loss(self.loss_config, states, table, batch.next_item, batch.token_mask)
+        return self._rowwise_loss(batch)
+
+    def _rowwise_loss(self, batch: Batch) -> torch.Tensor:
+        """The same of a `RowwiseTable`, of which a step reads each row once."""
+        pool_size = self.items_config.negative_pool if self.items_config else 0
+        pool = torch.randint(1, self.num_items + 1, (pool_size,), device=batch.item.device)
+        unique_items, inverse = unique(torch.cat([batch.item, batch.next_item, pool]))
+        table = self.items(unique_items)
+        item, next_item, pool = inverse.split([len(batch.item), len(batch.next_item), len(pool)])
+        states = self.encoder(table.index_select(0, item), batch)
+        return next_item_loss(self.loss_config, states, table, next_item, batch.token_mask, pool)
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        """Similarity of the last hidden state and every item embedding."""
+        last = self.encode(batch)[batch.last]
+        return scores(self.loss_config.similarity, last, self.items.weight.to(last.dtype))
