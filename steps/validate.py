@@ -16,13 +16,18 @@ from steps.common.files import atomic_path, read_json, reading, sha256, write_js
 from steps.common.params import entry
 from steps.common.provenance import require_files
 from steps.data.readers import read_table, read_texts
-from steps.data.schemas import describe, interactions_schema, validate
+from steps.data.schemas import describe, features_schema, interactions_schema, validate
+
+_ENTITIES = {"users": "user", "items": "item"}  # the tables beside the interactions, and the column of their ids
 
 
-def read_valid(raw: Path, dataset: dict[str, Any]) -> tuple[pl.DataFrame, pl.DataFrame, list[dict[str, Any]]]:
-    """The interactions and the catalogue of a data set, and the report of every check they passed.
+def read_valid(
+    raw: Path, dataset: dict[str, Any]
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame | None, list[dict[str, Any]]]:
+    """The interactions, the catalogue and the users of a data set, and the report of every check they passed.
 
-    Without an items file the catalogue is the items that have interactions, and titles are empty.
+    Without an items file the catalogue is the items that have interactions, and titles are empty. Without a users file
+    there is no table of users. The columns of both are ids, titles and features.
     Raises StepError that lists every failed check with rows.
     """
     files = dataset["files"]
@@ -31,28 +36,39 @@ def read_valid(raw: Path, dataset: dict[str, Any]) -> tuple[pl.DataFrame, pl.Dat
     )
     interactions, malformed = read_table(raw, files["interactions"])
     problems = [_wrong_fields(files["interactions"], malformed)] if malformed else []
-    items = None
-    if "items" in files:
-        _require(files, "items", ["item"])
-        items, malformed = read_table(raw, files["items"])
-        if items["item"].dtype != interactions["item"].dtype:
-            items, interactions = (table.cast({"item": pl.String}) for table in (items, interactions))
-        if malformed:
-            problems.append(_wrong_fields(files["items"], malformed))
-        if items["item"].null_count() or items["item"].n_unique() < len(items):
-            problems.append(f"{files['items']['path']}: an item id is missing or occurs twice")
-    report = validate(interactions, interactions_schema(dataset["checks"], None if items is None else items["item"]))
-    if any(check["failures"] for check in report):
-        problems.append(describe(report, read_texts(raw, files["interactions"])))
+    tables: dict[str, pl.DataFrame] = {}
+    reports = {}
+    for name, key in _ENTITIES.items():
+        if name in files:
+            features = files[name].get("features", {})
+            _require(files, name, [key, *features])
+            table, malformed = read_table(raw, files[name])
+            if table[key].dtype != interactions[key].dtype:
+                table, interactions = (part.cast({key: pl.String}) for part in (table, interactions))
+            if malformed:
+                problems.append(_wrong_fields(files[name], malformed))
+            if table[key].null_count() or table[key].n_unique() < len(table):
+                problems.append(f"{files[name]['path']}: an id of column {key} is missing or occurs twice")
+            tables[name], reports[name] = table, validate(table, features_schema(features))
+    known = {name: table[_ENTITIES[name]] for name, table in tables.items()}
+    reports = {"interactions": validate(interactions, interactions_schema(dataset["checks"], known))} | reports
+    for name, report in reports.items():
+        if any(check["failures"] for check in report):
+            problems.append(f"{files[name]['path']}: {describe(report, read_texts(raw, files[name]))}")
     if problems:
-        raise StepError(
-            f"{raw / files['interactions']['path']}: {'; '.join(problems)}. Nothing was written; correct the file"
-        )
-    if items is None:
-        items = interactions.select("item").unique().sort("item")
+        raise StepError(f"{raw}: {'; '.join(problems)}. Nothing was written; correct the file")
+    items = tables["items"] if "items" in tables else interactions.select("item").unique().sort("item")
     if "title" not in items.columns:
         items = items.with_columns(title=pl.lit(""))
-    return interactions, items.select("item", "title"), report
+    declared = declared_features(files)
+    users = tables["users"].select("user", *declared["user"]) if "users" in tables else None
+    items = items.select("item", "title", *declared["item"])
+    return interactions, items, users, [check for report in reports.values() for check in report]
+
+
+def declared_features(files: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The features of a `user` and an `item` that `files`, as in params/datasets.yaml, declares: kinds by column."""
+    return {key: files.get(name, {}).get("features", {}) for name, key in _ENTITIES.items()}
 
 
 def check_raw(raw: Path, files: dict[str, Any]) -> dict[str, str]:
@@ -94,16 +110,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     dataset = entry("datasets", args.dataset)
     raw_files = check_raw(args.raw, dataset["files"])
-    interactions, items, report = read_valid(args.raw, dataset)
+    interactions, items, users, report = read_valid(args.raw, dataset)
     with atomic_path(args.output) as folder:
         folder.mkdir()
         interactions.write_parquet(folder / "interactions.parquet", compression="lz4")
         items.write_parquet(folder / "items.parquet")
+        if users is not None:
+            users.write_parquet(folder / "users.parquet")
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         repeats = len(interactions) - interactions.select("user", "item").n_unique()
         counts = {"rows": len(interactions), "items": len(items), "repeats": repeats}
         made = {"files": files, "raw_files": raw_files, "checks": report}
-        write_json(folder / "validation.json", counts | made)
+        write_json(folder / "validation.json", counts | made | {"features": declared_features(dataset["files"])})
 
 
 if __name__ == "__main__":

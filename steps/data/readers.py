@@ -19,8 +19,8 @@ def read_table(folder: Path, table: dict[str, Any]) -> tuple[pl.DataFrame, list[
     """Read the table that an entry of params/datasets.yaml describes.
 
     Returns the frame with the columns named user, item, rating, timestamp or title that the entry
-    lists, and `row` (UInt32, counted from 1, the line in the file); and the lines whose number of
-    fields is wrong. A value that is missing or of the wrong type becomes null: `schemas` reports it.
+    lists, its features (String), and `row` (UInt32, counted from 1, the line in the file); and the lines whose number
+    of fields is wrong. A value that is missing or of the wrong type becomes null: `schemas` reports it.
     Ids are Int64 if those in the file's first rows are whole numbers without leading zeros and all later ones are whole
     numbers; else String.
     """
@@ -28,13 +28,14 @@ def read_table(folder: Path, table: dict[str, Any]) -> tuple[pl.DataFrame, list[
     columns, options = table["columns"], _options(separator, first)
     malformed = _malformed_lines(content, separator, len(columns), first)
     head = pl.read_csv(content, schema=dict.fromkeys(columns, pl.String), n_rows=_TYPE_SAMPLE_ROWS, **options)
-    schema = {name: _TYPES.get(name) or _id_type(head[name]) for name in columns}
+    types = _TYPES | dict.fromkeys(table.get("features", {}), pl.String)
+    schema = {name: types.get(name) or _id_type(head[name]) for name in columns}
     frame = pl.read_csv(content, schema=schema, **options)
-    if any(frame[name].null_count() for name, kind in schema.items() if kind == pl.Int64 and name not in _TYPES):
+    if any(frame[name].null_count() for name, kind in schema.items() if kind == pl.Int64 and name not in types):
         texts = pl.read_csv(content, schema=dict.fromkeys(columns, pl.String), **options)
-        late = [name for name in columns if name not in _TYPES and texts[name].null_count() < frame[name].null_count()]
+        late = [name for name in columns if name not in types and texts[name].null_count() < frame[name].null_count()]
         frame = frame.with_columns(texts.select(late))
-    frame = frame.select(name for name in columns if name in ("user", "item", *_TYPES))
+    frame = frame.select(name for name in columns if name in ("user", "item", *types))
     return frame.with_row_index("row", offset=first).with_columns(pl.col("row").cast(pl.UInt32)), malformed
 
 

@@ -3,6 +3,7 @@
 Frames are collected before they are checked: on a lazy frame pandera looks at the schema alone.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandera.polars as pa
@@ -17,12 +18,13 @@ _ONCE = "once per user and item"
 _FIELDS = {_ONCE: ["user", "item"]}  # the fields that such a check is about; otherwise the user
 
 
-def interactions_schema(checks: dict[str, Any], catalogue: pl.Series | None) -> pa.DataFrameSchema:
-    """The schema of interactions: `checks` as in params/datasets.yaml; `catalogue` holds the known item ids."""
+def interactions_schema(checks: dict[str, Any], known: Mapping[str, pl.Series]) -> pa.DataFrameSchema:
+    """The schema of interactions: `checks` as in params/datasets.yaml; `known` has the ids of the files `items` and
+    `users`, of those that there are."""
     columns = {
         "row": pa.Column(pl.UInt32),
-        "user": pa.Column(nullable=False),
-        "item": pa.Column(nullable=False, checks=[] if catalogue is None else [_in_catalogue(catalogue)]),
+        "user": pa.Column(nullable=False, checks=_in_file(known, "users")),
+        "item": pa.Column(nullable=False, checks=_in_file(known, "items")),
         "timestamp": pa.Column(pl.Int64, nullable=False, checks=pa.Check.ge(0)),
     }
     if "rating" in checks:
@@ -35,6 +37,18 @@ def interactions_schema(checks: dict[str, Any], catalogue: pl.Series | None) -> 
     if checks.get("unique_user_item"):
         frame_checks.append(_unique_user_item())
     return pa.DataFrameSchema(columns, checks=frame_checks)
+
+
+def features_schema(features: Mapping[str, Any]) -> pa.DataFrameSchema:
+    """The schema of an items or users file's `features`, as in params/datasets.yaml: none has a missing value."""
+    return pa.DataFrameSchema(
+        {
+            name: pa.Column(
+                pl.String, nullable=False, checks=[] if kind == "category" else [_separated(kind["categories"])]
+            )
+            for name, kind in features.items()
+        }
+    )
 
 
 def validate(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> list[dict[str, Any]]:
@@ -86,9 +100,17 @@ def _printable(text: str) -> str:
     return text if text.isprintable() and text == text.strip() and text else repr(text)
 
 
-def _in_catalogue(catalogue: pl.Series) -> pa.Check:
+def _in_file(known: Mapping[str, pl.Series], file: str) -> list[pa.Check]:
+    if file not in known:
+        return []
+    ids = known[file].implode()
+    return [pa.Check(lambda data: data.lazyframe.select(pl.col(data.key).is_in(ids)), name=f"in the {file} file")]
+
+
+def _separated(separator: str) -> pa.Check:
     return pa.Check(
-        lambda data: data.lazyframe.select(pl.col(data.key).is_in(catalogue.implode())), name="in the items file"
+        lambda data: data.lazyframe.select(~pl.col(data.key).str.split(separator).list.contains("")),
+        name=f"values separated by {separator!r}",
     )
 
 

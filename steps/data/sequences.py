@@ -26,6 +26,9 @@ class Batch:
     Without padding S is B, and `token_mask` is None. With padding `token_mask` (T,) is False where a token is padding.
     Padding has item and next item 0 and times 0. It fills sequences of its own behind the users', of which the last may
     be empty.
+
+    sequences, index: (T,) int64, where the tokens' interactions are in `sequences`. Of them ratings and features are
+    looked up whenever they are asked for, so that they cost nothing where they are not.
     """
 
     item: torch.Tensor
@@ -37,12 +40,40 @@ class Batch:
     position: torch.Tensor
     max_len: int
     user: torch.Tensor
+    sequences: "Sequences"
+    index: torch.Tensor
     token_mask: torch.Tensor | None = None
 
     @property
     def last(self) -> torch.Tensor:
         """The index (B,) of each user's last token."""
         return self.offsets[1 : len(self.user) + 1] - 1
+
+    @property
+    def rating(self) -> torch.Tensor:
+        """Each token's rating (T,) float32, 0 where it is padding. Raises ValueError if the data has no ratings."""
+        return self._rating(self.index)
+
+    @property
+    def next_rating(self) -> torch.Tensor:
+        """The rating (T,) float32 of what each token predicts, 0 where it is padding. Raises as `rating`."""
+        return self._rating(self.index + 1)
+
+    @property
+    def user_features(self) -> dict[str, torch.Tensor]:
+        """The users' features by name, as in `Sequences`: (B,) int32 or (B, K) uint8."""
+        return {name: values[self.user] for name, values in self.sequences.user_features.items()}
+
+    @property
+    def item_features(self) -> dict[str, torch.Tensor]:
+        """The features of the tokens' items by name, as in `Sequences`: (T,) int32 or (T, K) uint8, 0 for padding."""
+        return {name: values[self.item] for name, values in self.sequences.item_features.items()}
+
+    def _rating(self, index: torch.Tensor) -> torch.Tensor:
+        if self.sequences.rating is None:
+            raise ValueError("the data set has no ratings: a model that reads them needs one that has")
+        rating = self.sequences.rating[index]
+        return rating if self.token_mask is None else torch.where(self.token_mask, rating, 0)
 
     def to_padded(self, jagged: torch.Tensor) -> torch.Tensor:
         """(T, D) to (S, max_len, D), zeros behind each sequence."""
@@ -88,12 +119,30 @@ class Size:
 class Sequences:
     """All users' interactions, jagged and resident on one device."""
 
-    def __init__(self, offsets: torch.Tensor, item: torch.Tensor, timestamp: torch.Tensor, num_items: int) -> None:
-        """Takes offsets (U + 1,) int64, item (T,) int64 from 1 to num_items, timestamp (T,) int64 seconds."""
+    def __init__(
+        self,
+        offsets: torch.Tensor,
+        item: torch.Tensor,
+        timestamp: torch.Tensor,
+        num_items: int,
+        *,
+        rating: torch.Tensor | None = None,
+        user_features: dict[str, torch.Tensor] | None = None,
+        item_features: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Takes offsets (U + 1,) int64, item (T,) int64 from 1 to num_items, timestamp (T,) int64 seconds.
+
+        Of data sets that have them: rating (T,) float32, NaN where one is missing; features of users, of U rows, and of
+        items, of num_items + 1 rows, of which the first, padding, is 0. A category is (rows,) int32 from 1; several are
+        (rows, K) uint8, 1 in column k where the row has value k of K.
+        """
         self.offsets = offsets
         self.item = item
         self.timestamp = timestamp
         self.num_items = num_items
+        self.rating = rating
+        self.user_features = user_features or {}
+        self.item_features = item_features or {}
 
     @property
     def num_users(self) -> int:
@@ -132,6 +181,8 @@ class Sequences:
             position=position,
             max_len=size.max_len,
             user=users,
+            sequences=self,
+            index=index,
         )
 
     def padded_batch(self, users: torch.Tensor, num_dropped: torch.Tensor, shape: StaticShape) -> Batch:
@@ -155,6 +206,8 @@ class Sequences:
             position=position,
             max_len=shape.max_len,
             user=users,
+            sequences=self,
+            index=index,
             token_mask=token_mask,
         )
 
@@ -180,16 +233,33 @@ class Sequences:
 
 
 def load_sequences(folder: Path, device: torch.device) -> tuple[Sequences, str]:
-    """The sequences that preprocess wrote into `folder`, on `device`, and the SHA-256 of their file.
+    """The sequences that preprocess wrote into `folder`, with ratings and features, on `device`, and the SHA-256 of
+    their file, which has no features.
 
-    Raises StepError if the file is not the one its manifest describes.
+    Raises StepError if a file is not the one its manifest describes.
     """
     path, manifest_path, remedy = folder / "sequences.safetensors", folder / "manifest.json", "run preprocess again"
     manifest = read_json(manifest_path, remedy=remedy)
     with reading(manifest_path, remedy):
         digest, items = str(manifest["sequences_sha256"]), int(manifest["catalogue_items"])
     require_files(folder, {path.name: digest}, manifest_path, remedy)
+    features: dict[str, dict[str, torch.Tensor]] = {"user": {}, "item": {}}
+    if "features_sha256" in manifest:
+        features_path = folder / "features.safetensors"
+        require_files(folder, {features_path.name: str(manifest["features_sha256"])}, manifest_path, remedy)
+        with reading(features_path, remedy):
+            for key, values in load_file(features_path, device=str(device)).items():
+                kind, name = key.split("/", 1)
+                features[kind][name] = values
     with reading(path, remedy):
         tensors = load_file(path, device=str(device))
-        sequences = Sequences(tensors["offsets"], tensors["item"].long(), tensors["timestamp"], items)
+        sequences = Sequences(
+            tensors["offsets"],
+            tensors["item"].long(),
+            tensors["timestamp"],
+            items,
+            rating=tensors.get("rating"),
+            user_features=features["user"],
+            item_features=features["item"],
+        )
     return sequences, digest

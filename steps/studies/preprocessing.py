@@ -15,7 +15,7 @@ from steps.common.files import read_json
 from steps.common.provenance import content_sha256
 from steps.preprocess import write_sequences
 from steps.studies.rows import Row, row
-from steps.validate import read_valid
+from steps.validate import declared_features, read_valid
 
 
 def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -32,9 +32,11 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
     for repetition in range(1, plan["settings"]["repetitions"] + 1):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            interactions, items, _ = read_valid(raw, plan["data"]["raw"][case["dataset"]])
+            dataset = plan["data"]["raw"][case["dataset"]]
+            interactions, items, users, _ = read_valid(raw, dataset)
             middle = time.perf_counter()
-            write_sequences(interactions, items, Path(folder, "processed"))
+            features = declared_features(dataset["files"])
+            write_sequences(interactions, items, Path(folder, "processed"), users=users, features=features)
             end = time.perf_counter()
         seconds = {"parse_validate": middle - start, "sort_split_write": end - middle, "total": end - start}
         found += [

@@ -13,14 +13,15 @@ import torch
 from safetensors.numpy import load_file
 
 from steps.common import yaml_files
+from steps.common.files import sha256, write_json
 from steps.data.build import build_sequences, describe, split_sha256
 from steps.data.readers import read_table
-from steps.data.sequences import Sequences
+from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import split_sequences
 from steps.data.split import split_sha256 as torch_split_sha256
 from steps.preprocess import write_sequences
 from steps.validate import read_valid
-from tests.conftest import ROOT
+from tests.conftest import ROOT, step
 
 
 def table(rows: list[tuple[int, int, int]]) -> pl.DataFrame:
@@ -153,13 +154,100 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert "rating" not in load_file(tmp_path / "one/sequences.safetensors")
 
 
+USERS = pl.DataFrame(
+    {"user": [3, 2, 1], "age": ["18", "100", "25"], "gender": ["X", "F", "M"]}, schema_overrides={"user": pl.Int64}
+)
+FILMS = ITEMS.with_columns(
+    decade=pl.Series(["1990s", "1980s", "1990s", "2000s", "1980s"]),
+    genres=pl.Series(["War|Drama", "Drama", "War", "Sci-Fi", "Drama|Sci-Fi"]),
+)
+DECLARED = {
+    "user": {"age": "category", "gender": "category"},
+    "item": {"decade": "category", "genres": {"categories": "|"}},
+}
+
+
+def test_features_are_codes_in_the_order_of_the_sequences(tmp_path: Path) -> None:
+    write_sequences(table(ROWS), FILMS, tmp_path / "with", users=USERS, features=DECLARED)
+    write_sequences(table(ROWS), ITEMS, tmp_path / "without")
+    found = load_file(tmp_path / "with/features.safetensors")
+    assert {name: (array.dtype.name, array.tolist()) for name, array in found.items()} == {
+        # Users 1 and 2, as user 3 has no interaction; of ages 25 and 100.
+        "user/age": ("int32", [1, 2]),
+        "user/gender": ("int32", [2, 1]),
+        # Padding, then items 7, 9, 11, 30, 50.
+        "item/decade": ("int32", [0, 1, 3, 1, 2, 2]),
+        "item/genres": ("uint8", [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1], [1, 0, 1]]),
+    }
+    manifest = json.loads((tmp_path / "with/manifest.json").read_text())
+    assert manifest["features"] == {
+        "user": {"age": ["25", "100"], "gender": ["F", "M"]},
+        "item": {"decade": ["1980s", "1990s", "2000s"], "genres": ["Drama", "Sci-Fi", "War"]},
+    }
+    digest = hashlib.sha256((tmp_path / "with/features.safetensors").read_bytes()).hexdigest()
+    assert manifest["features_sha256"] == digest
+    plain = json.loads((tmp_path / "without/manifest.json").read_text())
+    assert plain == {key: value for key, value in manifest.items() if not key.startswith("features")}
+    for name in ("sequences.safetensors", "items.parquet", "users.parquet"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
+    assert not (tmp_path / "without/features.safetensors").exists()
+
+
+def test_features_of_the_same_input_have_the_same_bytes(tmp_path: Path) -> None:
+    for name, users, films in (("one", USERS, FILMS), ("two", USERS.reverse(), FILMS.reverse())):
+        write_sequences(table(ROWS), films, tmp_path / name, users=users, features=DECLARED)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_categories_of_one_value_are_one_column(tmp_path: Path) -> None:
+    films = ITEMS.with_columns(genres=pl.lit("Drama"))
+    declared = {"user": {}, "item": {"genres": {"categories": ", "}}}
+    write_sequences(table(ROWS), films, tmp_path / "one", features=declared)
+    found = load_file(tmp_path / "one/features.safetensors")
+    assert {name: array.tolist() for name, array in found.items()} == {"item/genres": [[0], [1], [1], [1], [1], [1]]}
+    assert json.loads((tmp_path / "one/manifest.json").read_text())["features"] == {"item": {"genres": ["Drama"]}}
+
+
+def test_features_go_from_raw_files_to_sequences(project: Path) -> None:
+    raw = project / "data/raw/demo/demo"
+    raw.mkdir(parents=True)
+    (raw / "users.dat").write_text("9::F::56::7::0\n8::M::1::10::0\n")
+    (raw / "movies.dat").write_text("".join(f"{movie}::Film::{'War|' * (movie == 5)}Drama\n" for movie in range(1, 21)))
+    ratings = [f"{user}::{movie}::{movie % 5 + 1}::{movie}\n" for user in (9, 8) for movie in range(1, 21)]
+    (raw / "ratings.dat").write_text("".join(ratings))
+    write_json(raw.parent / "manifest.json", {"files": {f"demo/{path.name}": sha256(path) for path in raw.iterdir()}})
+    step("validate", "--dataset", "demo", "--raw", "data/raw/demo", "--output", "data/valid/demo", cwd=project)
+    arguments = ("--dataset", "demo", "--valid", "data/valid/demo", "--output", "data/processed/demo")
+    step("preprocess", *arguments, cwd=project)
+    data, _ = load_sequences(project / "data/processed/demo", torch.device("cpu"))
+    codes = {name: values.tolist() for name, values in data.user_features.items()}
+    assert codes == {"gender": [2, 1], "age": [1, 2], "occupation": [2, 1]}  # of users 8, 9
+    assert data.item_features["genres"].tolist() == [[0, 0], *([[1, 0]] * 4), [1, 1], *([[1, 0]] * 15)]
+    assert data.rating is not None
+    assert data.rating.tolist() == [movie % 5 + 1 for movie in range(1, 21)] * 2
+
+
+def test_tables_validated_before_there_were_features_have_none(project: Path) -> None:
+    valid = project / "data/valid/demo"
+    valid.mkdir(parents=True)
+    table([(1, item, item) for item in (7, 9, 11)]).write_parquet(valid / "interactions.parquet")
+    ITEMS.write_parquet(valid / "items.parquet")
+    write_json(valid / "validation.json", {"files": {path.name: sha256(path) for path in valid.glob("*.parquet")}})
+    arguments = ("--dataset", "demo", "--valid", "data/valid/demo", "--output", "data/processed/demo")
+    step("preprocess", *arguments, cwd=project)
+    names = {path.name for path in (project / "data/processed/demo").iterdir()}
+    assert names == {"sequences.safetensors", "users.parquet", "items.parquet", "manifest.json"}
+
+
 def test_a_csv_with_a_header_string_ids_and_no_catalogue_is_read(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text(
         'who,what,when\nanna,"a,b",3\nbert,c,1\nanna,c,2\nanna,d,4\nbert,d,2\nbert,"a,b",3\n'
     )
     interactions = {"path": "mine.csv", "separator": ",", "header": True, "columns": ["user", "item", "timestamp"]}
     dataset = {"files": {"interactions": interactions}, "checks": {"min_user_interactions": 3}}
-    frame, items, _ = read_valid(tmp_path, dataset)
+    frame, items, users_file, _ = read_valid(tmp_path, dataset)
+    assert users_file is None
     assert frame["row"].to_list() == [2, 3, 4, 5, 6, 7]
     tensors, users, catalogue = build_sequences(frame, items)
     assert users["raw_id"].to_list() == ["anna", "bert"]

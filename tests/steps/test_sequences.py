@@ -1,14 +1,17 @@
 """Windows of sequences, against slicing Python lists."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from steps.common.cli import StepError
-from steps.data.sequences import Sequences, load_sequences
+from steps.common.files import sha256, write_json
+from steps.data.sequences import Sequences, StaticShape, load_sequences
 from tests.conftest import write_processed
 
 
@@ -60,4 +63,78 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
         load_sequences(folder, torch.device("cpu"))
     path.unlink()
     with pytest.raises(StepError, match=r"sequences\.safetensors, which .* is missing"):
+        load_sequences(folder, torch.device("cpu"))
+
+
+def rated() -> Sequences:
+    """Users of 4 and 3 interactions; items 1 to 5; the first rating is missing."""
+    return Sequences(
+        torch.tensor([0, 4, 7]),
+        torch.tensor([1, 3, 5, 2, 4, 1, 3]),
+        torch.arange(7),
+        5,
+        rating=torch.tensor([float("nan"), 3.0, 5.0, 1.0, 4.0, 2.0, 3.5]),
+        user_features={"gender": torch.tensor([2, 1], dtype=torch.int32)},
+        item_features={
+            "decade": torch.tensor([0, 3, 1, 2, 1, 3], dtype=torch.int32),
+            "genres": torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1], [0, 1], [1, 0]], dtype=torch.uint8),
+        },
+    )
+
+
+def test_ratings_and_features_of_a_batch_are_its_tokens() -> None:
+    batch = rated().batch(torch.tensor([1, 0]), torch.tensor([0, 1]), 5)
+    assert batch.item.tolist() == [4, 1, 1, 3]
+    torch.testing.assert_close(batch.rating, torch.tensor([4.0, 2.0, float("nan"), 3.0]), equal_nan=True)
+    assert batch.next_rating.tolist() == [2.0, 3.5, 3.0, 5.0]
+    assert batch.user_features["gender"].tolist() == [1, 2]
+    assert batch.item_features["decade"].tolist() == [1, 3, 3, 2]
+    assert batch.item_features["genres"].tolist() == [[0, 1], [1, 0], [1, 0], [1, 1]]
+    assert (batch.rating.dtype, batch.item_features["genres"].dtype) == (torch.float32, torch.uint8)
+
+
+def test_padding_has_zeros_for_ratings_and_features() -> None:
+    batch = rated().padded_batch(torch.tensor([1, 0]), torch.tensor([0, 1]), StaticShape(2, 7, 4, 2))
+    assert batch.item.tolist() == [4, 1, 1, 3, 0, 0, 0]
+    torch.testing.assert_close(batch.rating, torch.tensor([4.0, 2.0, float("nan"), 3.0, 0, 0, 0]), equal_nan=True)
+    assert batch.next_rating.tolist() == [2.0, 3.5, 3.0, 5.0, 0.0, 0.0, 0.0]
+    assert batch.user_features["gender"].tolist() == [1, 2]
+    assert batch.item_features["decade"].tolist() == [1, 3, 3, 2, 0, 0, 0]
+    assert batch.item_features["genres"].tolist()[4:] == [[0, 0]] * 3
+
+
+def test_a_batch_looks_up_no_rating_or_feature_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = rated()
+    for name in ("rating", "user_features", "item_features"):
+        monkeypatch.delattr(sequences, name)
+    sequences.batch(torch.tensor([1, 0]), torch.tensor([0, 1]), 5)
+    sequences.padded_batch(torch.tensor([1, 0]), torch.tensor([0, 1]), StaticShape(2, 7, 4, 2))
+
+
+def test_data_without_ratings_say_so() -> None:
+    sequences, _ = make([4, 3])
+    batch = sequences.batch(torch.tensor([0]), torch.tensor([0]), 3)
+    for name in ("rating", "next_rating"):
+        with pytest.raises(ValueError, match="the data set has no ratings"):
+            getattr(batch, name)
+    assert (batch.user_features, batch.item_features) == ({}, {})
+
+
+def test_features_are_loaded_with_the_sequences_that_name_them(tmp_path: Path) -> None:
+    folder = write_processed(tmp_path / "mine", [5, 6], 6)
+    path, manifest = folder / "features.safetensors", folder / "manifest.json"
+    genres = torch.tensor([[0, 0]] + [[1, 0]] * 6, dtype=torch.uint8)
+    save_file({"user/a/b": torch.tensor([1, 2], dtype=torch.int32), "item/genres": genres}, path)
+    before, digest = load_sequences(folder, torch.device("cpu"))  # the manifest does not name the file
+    assert (before.rating, before.user_features, before.item_features) == (None, {}, {})
+    write_json(manifest, json.loads(manifest.read_text()) | {"features_sha256": sha256(path)})
+    found, again = load_sequences(folder, torch.device("cpu"))
+    assert again == digest
+    assert {name: values.tolist() for name, values in found.user_features.items()} == {"a/b": [1, 2]}
+    assert {name: values.tolist() for name, values in found.item_features.items()} == {"genres": genres.tolist()}
+    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(StepError, match=r"features\.safetensors is not the file that .*preprocess again"):
+        load_sequences(folder, torch.device("cpu"))
+    path.unlink()
+    with pytest.raises(StepError, match=r"features\.safetensors, which .* is missing; run preprocess again"):
         load_sequences(folder, torch.device("cpu"))

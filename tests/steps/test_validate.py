@@ -12,7 +12,7 @@ from steps.common.files import sha256, write_json
 from tests.conftest import step
 
 MOVIES = "".join(f"{movie}::Movie {movie} (1999)::Drama\n" for movie in range(1, 41))
-
+USERS = "".join(f"{user}::F::25::4::02139\n" for user in (1, 2, 3, 77))
 
 ARGUMENTS = ("--dataset", "demo", "--raw", "data/raw/demo", "--output", "data/valid/demo")
 
@@ -21,17 +21,19 @@ def rows(user: int, count: int = 20) -> list[str]:
     return [f"{user}::{movie}::{movie % 5 + 1}::{1000 + movie}" for movie in range(1, count + 1)]
 
 
-def validate(project: Path, ratings: list[str], movies: str = MOVIES, end: str = "\n") -> str:
+def validate(project: Path, ratings: list[str], movies: str = MOVIES, end: str = "\n", users: str = USERS) -> str:
     """What validation prints on stderr; checks that it wrote all of its files, or none."""
     raw = project / "data/raw/demo/demo"
-    raw.mkdir(parents=True)
+    raw.mkdir(parents=True, exist_ok=True)
     (raw / "ratings.dat").write_text("\n".join(ratings) + end)
     (raw / "movies.dat").write_text(movies)
+    (raw / "users.dat").write_text(users)
     hashes = {f"demo/{path.name}": sha256(path) for path in raw.iterdir()}
     write_json(raw.parent / "manifest.json", {"files": hashes})
     result = step("validate", *ARGUMENTS, cwd=project, check=False)
     written = sorted(path.name for path in (project / "data/valid").rglob("*")) if result.returncode == 0 else []
-    assert written == (["demo", "interactions.parquet", "items.parquet", "validation.json"] if written else [])
+    files = ["interactions.parquet", "items.parquet", "users.parquet", "validation.json"]
+    assert written == (["demo", *files] if written else [])
     if result.returncode:
         assert result.returncode == 1
         assert len(result.stderr.splitlines()) == 1, result.stderr
@@ -103,9 +105,10 @@ def test_a_raw_file_that_download_did_not_write_is_refused_and_extra_ones_are_no
     report = json.loads((project / "data/valid/demo/validation.json").read_text())
     raw, valid = project / "data/raw/demo", project / "data/valid/demo"
     assert report["raw_files"] == {
-        f"demo/{name}.dat": sha256(raw / f"demo/{name}.dat") for name in ("ratings", "movies")
+        f"demo/{name}.dat": sha256(raw / f"demo/{name}.dat") for name in ("ratings", "movies", "users")
     }
-    assert report["files"] == {name: sha256(valid / name) for name in ("interactions.parquet", "items.parquet")}
+    tables = ("interactions.parquet", "items.parquet", "users.parquet")
+    assert report["files"] == {name: sha256(valid / name) for name in tables}
     (raw / "notes.txt").write_text("mine")
     step("validate", *ARGUMENTS, cwd=project)
     before = {path.name: path.read_bytes() for path in valid.iterdir()}
@@ -119,7 +122,7 @@ def test_a_raw_file_that_download_did_not_write_is_refused_and_extra_ones_are_no
     assert "manifest.json does not exist; run download" in step("validate", *ARGUMENTS, cwd=project, check=False).stderr
 
 
-@pytest.mark.parametrize("name", ["interactions.parquet", "items.parquet"])
+@pytest.mark.parametrize("name", ["interactions.parquet", "items.parquet", "users.parquet"])
 def test_preprocess_refuses_tables_that_validate_did_not_write(project: Path, name: str) -> None:
     validate(project, rows(1))
     path = project / "data/valid/demo" / name
@@ -153,6 +156,9 @@ def change(project: Path, **changes: Any) -> None:
         ("interactions", ["user", "item", "rating", "when"], "files.interactions.columns: lacks 'timestamp'"),
         ("interactions", ["user", "item", "stars", "timestamp"], "files.interactions.columns: lacks 'rating'"),
         ("items", ["movie", "title", "genres"], "files.items.columns: lacks 'item'"),
+        ("items", ["item", "title", "kinds"], "files.items.columns lacks genres"),
+        ("users", ["who", "gender", "age", "occupation", "zip"], "files.users.columns: lacks 'user'"),
+        ("users", ["user", "sex", "years", "occupation", "zip"], "files.users.columns lacks gender, age"),
     ],
 )
 def test_a_column_that_is_not_named_is(project: Path, table: str, columns: list[str], said: str) -> None:
@@ -185,3 +191,71 @@ def test_repeats_are_counted_where_they_are_allowed(project: Path) -> None:
     path.write_text(yaml_files.dump(datasets | {"demo": datasets["demo"] | {"repeats": "leave-out"}}))
     assert validate(project, [*rows(1), *rows(2), "1::3::4::2000", "1::3::4::2001", "2::7::1::2000"]) == ""
     assert json.loads((project / "data/valid/demo/validation.json").read_text())["repeats"] == 3
+
+
+def test_features_are_texts_as_in_the_files(project: Path) -> None:
+    users = "2::M::56::16::70072\n1::F::1::10::48067\n"
+    movies = MOVIES.replace("(1999)::Drama", "(1999)::Drama|Sci-Fi", 1)
+    assert validate(project, rows(1) + rows(2), movies, users=users) == ""
+    valid = project / "data/valid/demo"
+    table = pl.read_parquet(valid / "users.parquet")
+    assert table.schema == {"user": pl.Int64, "gender": pl.String, "age": pl.String, "occupation": pl.String}
+    assert table.rows() == [(2, "M", "56", "16"), (1, "F", "1", "10")]
+    items = pl.read_parquet(valid / "items.parquet")
+    assert items.columns == ["item", "title", "genres"]
+    assert items.rows()[:2] == [(1, "Movie 1 (1999)", "Drama|Sci-Fi"), (2, "Movie 2 (1999)", "Drama")]
+    report = json.loads((valid / "validation.json").read_text())
+    assert report["features"] == {
+        "user": {"gender": "category", "age": "category", "occupation": "category"},
+        "item": {"genres": {"categories": "|"}},
+    }
+
+
+def test_features_change_nothing_of_the_interactions(project: Path) -> None:
+    ratings = rows(1) + rows(2)
+    assert validate(project, ratings) == ""
+    before = (project / "data/valid/demo/interactions.parquet").read_bytes()
+    path = project / "params/datasets.yaml"
+    datasets = yaml_files.read(path)
+    files = datasets["demo"]["files"]
+    del files["users"], files["items"]["features"]
+    path.write_text(yaml_files.dump(datasets))
+    step("validate", *ARGUMENTS, cwd=project)
+    valid = project / "data/valid/demo"
+    assert sorted(file.name for file in valid.iterdir()) == ["interactions.parquet", "items.parquet", "validation.json"]
+    assert (valid / "interactions.parquet").read_bytes() == before
+    assert pl.read_parquet(valid / "items.parquet").columns == ["item", "title"]
+    assert json.loads((valid / "validation.json").read_text())["features"] == {"user": {}, "item": {}}
+
+
+@pytest.mark.parametrize(
+    ("users", "movies", "said"),
+    [
+        ("1::F::1::10::0\n", MOVIES, "demo/ratings.dat: user must be in the users file: 20 rows are not (row 21: 2,"),
+        (USERS + "1::F::1::10::0\n", MOVIES, "demo/users.dat: an id of column user is missing or occurs twice"),
+        (USERS + "::F::1::10::0\n", MOVIES, "demo/users.dat: an id of column user is missing or occurs twice"),
+        (USERS + "4::F::1::10\n", MOVIES, "demo/users.dat: 1 lines do not have 5 fields (line 5)"),
+        (USERS + "4::::1::10::0\n", MOVIES, "demo/users.dat: gender must be not null: 1 rows are not (row 5: (empty))"),
+        (USERS, MOVIES + "41::Film::\n", "demo/movies.dat: genres must be not null: 1 rows are not (row 41: (empty))"),
+        (
+            USERS,
+            MOVIES + "41::Film::Drama\n42::Film::Drama||War\n43::Film::|War\n",
+            "genres must be values separated by '|': 2 rows are not (row 42: Drama||War, row 43: |War)",
+        ),
+    ],
+)
+def test_a_bad_user_or_feature_is_named(project: Path, users: str, movies: str, said: str) -> None:
+    assert said in validate(project, rows(1) + rows(2), movies, users=users)
+
+
+def test_failures_of_all_files_are_reported_at_once(project: Path) -> None:
+    line = validate(project, [*rows(1), "1::30::7::2000"], MOVIES + "41::Film::\n", users=USERS + "4::F::::3::0\n")
+    for part in ("row 21: 7)", "age must be not null", "genres must be not null"):
+        assert part in line
+
+
+def test_user_ids_are_compared_as_texts_where_one_of_the_files_has_others(project: Path) -> None:
+    assert validate(project, rows(1), users="1::F::1::10::0\nanna::M::1::10::0\n") == ""
+    valid = project / "data/valid/demo"
+    assert pl.read_parquet(valid / "interactions.parquet").schema["user"] == pl.String
+    assert pl.read_parquet(valid / "users.parquet")["user"].to_list() == ["1", "anna"]

@@ -60,6 +60,7 @@ rule preprocess:
     input:
         "steps/preprocess.py",
         "steps/data/build.py",
+        "steps/data/features.py",
         lambda wildcards: f"data/valid/{params.valid_of(wildcards.dataset)}/validation.json",
     output:
         "data/processed/{dataset}/sequences.safetensors",
