@@ -3,7 +3,7 @@
 from typing import Any
 
 from steps.common.config import COUNT_BASED, TrainingConfig
-from steps.common.typed import EntryError, read
+from steps.common.typed import read
 from steps.models.base import CountBasedModel, Encoder, Model
 from steps.models.bert4rec import BERT4Rec, BERT4RecConfig
 from steps.models.gru4rec import GRU4Rec, GRU4RecConfig
@@ -46,9 +46,6 @@ def build_count_based(settings: dict[str, Any], num_items: int) -> CountBasedMod
 
 def build_encoder(settings: dict[str, Any], training: TrainingConfig) -> Encoder:
     """The untrained encoder that the `model` entry of a run's config.json describes."""
-    name = settings.get("model")
-    if name not in ENCODERS:
-        raise EntryError(f"key model.model: {name!r} is not one of {', '.join([*COUNT_BASED, *ENCODERS])}")
-    kind, config = ENCODERS[name]
+    kind, config = ENCODERS[settings["model"]]
     encoder: Encoder = kind(read(config, settings, "model.", others=True), training.max_len, training.dropout)
     return encoder

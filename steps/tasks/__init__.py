@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from steps.common.config import TrainingConfig
-from steps.common.typed import read
-from steps.models import CountBasedModel, build_count_based, is_count_based
+from steps.common.config import COUNT_BASED, TrainingConfig
+from steps.common.typed import EntryError, read
+from steps.models import ENCODERS, CountBasedModel, build_count_based, is_count_based
 from steps.tasks.base import Task
 from steps.tasks.masked_items import MaskedItems
 from steps.tasks.retrieval import Retrieval
@@ -22,7 +22,10 @@ def build(config: dict[str, Any], num_items: int) -> CountBasedModel | Task:
     Raises EntryError if an entry of `model` or `training` is missing or wrong.
     """
     settings = config["model"]
+    name = settings.get("model")
+    if name not in (*COUNT_BASED, *ENCODERS):
+        raise EntryError(f"key model.model: {name!r} is not one of {', '.join([*COUNT_BASED, *ENCODERS])}")
     if is_count_based(config):
         return build_count_based(settings, num_items)
     training = read(TrainingConfig, config["training"], "training.")
-    return _OTHER_TASKS.get(settings.get("model"), Retrieval)(settings, training, num_items)
+    return _OTHER_TASKS.get(name, Retrieval)(settings, training, num_items)
