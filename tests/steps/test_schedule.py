@@ -30,9 +30,9 @@ def batches(schedule: Schedule) -> Iterator[Batch]:
 def targets(data: Sequences, one: Batch) -> list[tuple[int, int]]:
     """Of every real token: its user, and the place of its target among the user's interactions."""
     assert one.token_mask is not None
-    place = one.index + 1 - data.offsets[one.user.repeat_interleave(one.offsets.diff()[: len(one.user)])].new_zeros(1)
-    user = torch.searchsorted(data.offsets, place, right=True) - 1
-    return list(zip(user[one.token_mask].tolist(), (place - data.offsets[user])[one.token_mask].tolist(), strict=True))
+    index = one.index[one.token_mask] + 1
+    user = torch.searchsorted(data.offsets, index, right=True) - 1
+    return list(zip(user.tolist(), (index - data.offsets[user]).tolist(), strict=True))
 
 
 def test_windows_are_every_user_s_latest_targets_once() -> None:
@@ -61,7 +61,6 @@ def test_one_pass_predicts_every_interaction_once_in_the_order_of_time() -> None
     for one in batches(schedule):
         found += targets(data, one)
         ends += one.next_timestamp[one.last].tolist()
-        assert one.offsets.diff().max() <= max(6, 256)
         assert one.offsets.diff()[: len(one.user)].max() <= 6
     expected = []
     for user, (length, dropped) in enumerate(zip(LENGTHS, num_held_out.tolist(), strict=True)):
@@ -89,8 +88,9 @@ def test_an_epoch_ends_with_the_weights_of_the_readable_loop(name: str, monkeypa
     torch.manual_seed(2)
     sampled = torch.randint(1, 61, (5000, 7))
     monkeypatch.setattr(losses, "_sample_negatives", lambda tokens, count, *_: sampled[:tokens, :count])
-    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: sampled[:30, 0])
-    monkeypatch.setattr(torch, "searchsorted", _with_samples(torch.searchsorted, sampled[:30, 0]))
+    popular = data.item[data.offsets[4] : data.offsets[4] + 15].repeat(2)  # which are trained on
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: popular)
+    monkeypatch.setattr(torch, "searchsorted", _with_samples(torch.searchsorted, popular))
     monkeypatch.setattr(
         MaskedItems,
         "_sample_mask",
@@ -119,20 +119,20 @@ def test_an_epoch_ends_with_the_weights_of_the_readable_loop(name: str, monkeypa
             loss.backward()
             optimizer.step()
         ends.append({key: parameter.detach() for key, parameter in task.named_parameters()})
-    moved = 0.0
+    start = dict(make(name).named_parameters())
     for key, parameter in ends[0].items():
         torch.testing.assert_close(parameter, ends[1][key], rtol=0, atol=1e-7, msg=key)
-        moved = max(moved, float((parameter - dict(make(name).named_parameters())[key]).abs().max()))
-    assert moved > 1e-3
+    assert max(float((parameter - start[key].detach()).abs().max()) for key, parameter in ends[0].items()) > 1e-3
 
 
 def _with_samples(searchsorted, samples: torch.Tensor):
     """torch.searchsorted, but for the draw of negatives from a cumulative distribution."""
-    return lambda table, values, **options: (
-        samples
-        if len(values) == len(samples) and values.is_floating_point()
-        else searchsorted(table, values, **options)
-    )
+
+    def patched(table: torch.Tensor, values: torch.Tensor, **options: bool) -> torch.Tensor:
+        is_draw = len(values) == len(samples) and values.is_floating_point()
+        return samples if is_draw else searchsorted(table, values, **options)
+
+    return patched
 
 
 def test_the_schema_of_models_and_the_typed_configs_have_the_same_keys() -> None:
