@@ -73,7 +73,8 @@ def _add_queries(
     if FLAGS.TIME and MASK == "none":
         if buckets.last > buckets.first:
             x = add_time_steps(x, bias.tables, sequence, kept.side, queries, buckets, False)
-        x += tl.where(i < n, 0.0, HIDDEN)[None, :]  # only the last tile has queries beyond the sequence
+        if CUT or not FLAGS.DESCRIPTOR:  # only the last tile has queries beyond the sequence
+            x += tl.where(i < n, 0.0, HIDDEN)[None, :]
     seen = visible(i[None, :], j[:, None], sequence, FLAGS)
     seen = seen & (i < n)[None, :] & (j < n)[:, None]
     lse = tl.zeros([BLOCK_M], tl.float32)
@@ -118,47 +119,20 @@ def _add_dq(DQ, dq_tile, first, sequence, SHAPE, FLAGS, CUT):
         tl.atomic_add(rows + columns[None, :], dq_tile, mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tiles_width", "total_tokens", "window", "prefix", "position_zero"])
-def bwd_dkdv_kernel(
-    q, k, v, do, dq, dk, dv, target_sums, lse, delta, sequences, tables, strides, alpha, attention_scale, heads,
-    num_tiles, tiles_width, total_tokens, position_zero, window, prefix, SHAPE: tl.constexpr, FLAGS: tl.constexpr,
-    ADD_DQ: tl.constexpr,
-):  # fmt: skip
-    """dk, dv of one tile of keys of one sequence and head; grid as the forward kernel's, first tiles first.
-
-    With ADD_DQ each tile's share of dq is added to a float32 buffer, in no fixed order. With targets and a position
-    bias, `target_sums` (2, h, T) get the two sums of `Sums`.
-    """
+@triton.jit
+def _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE, FLAGS, CUT_KEYS, ADD_DQ):
+    """The sums over all queries that see the tile of keys from position `first`. CUT_KEYS: it may end beyond the
+    sequence."""
     BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     BLOCK_DQK: tl.constexpr = SHAPE.BLOCK_DQK
     BLOCK_DV: tl.constexpr = SHAPE.BLOCK_DV
-    head = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) % num_tiles
-    sequence = sequence_of(sequences, tl.program_id(1), window, prefix, FLAGS)
     start, n = sequence.start, sequence.n
-    first = tile * BLOCK_N
-    if first >= n:
-        return
-    scale = one_over_n(attention_scale, sequence, FLAGS)
-    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
-    K = Tokens(k, strides.k_token, strides.k_head, head)
-    V = Tokens(v, strides.v_token, strides.v_head, head)
     j = first + tl.arange(0, BLOCK_N)
     kept = Keys(
-        load_tile(K, start + first, start + n, BLOCK_N, SHAPE.DQK, BLOCK_DQK, ADD_DQ, FLAGS),
-        load_tile(V, start + first, start + n, BLOCK_N, SHAPE.DV, BLOCK_DV, ADD_DQ, FLAGS),
-        Side(j, tables.key_time, times_since(bias.key_since, j, sequence, FLAGS)),
-    )
-    if FLAGS.SOFTMAX:
-        lse += head.to(tl.int64) * total_tokens
-        delta += head.to(tl.int64) * total_tokens
-    walked = Queries(
-        Tokens(q, strides.q_token, strides.q_head, head),
-        Tokens(do, strides.o_token, strides.o_head, head),
-        Tokens(dq, heads * SHAPE.DQK, SHAPE.DQK, head),
-        lse,
-        delta,
+        load_tile(K, start + first, start + n, BLOCK_N, SHAPE.DQK, BLOCK_DQK, CUT_KEYS, FLAGS),
+        load_tile(V, start + first, start + n, BLOCK_N, SHAPE.DV, BLOCK_DV, CUT_KEYS, FLAGS),
+        Side(j, bias.tables.key_time, times_since(bias.key_since, j, sequence, FLAGS)),
     )
     sums = Sums(
         tl.zeros([BLOCK_N, BLOCK_DQK], tl.float32),
@@ -190,17 +164,19 @@ def bwd_dkdv_kernel(
                     sums, kept, tile * BLOCK_M, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "band",
                     False, ADD_DQ,
                 )  # fmt: skip
-            entry = tables.tiles + (start // BLOCK_M + tl.program_id(1)) * tiles_width + first // BLOCK_N
+            FAR: tl.constexpr = not (CUT_KEYS and FLAGS.DESCRIPTOR)  # all that a cut tile of keys sees is in the band
+            entry = bias.tables.tiles + (start // BLOCK_M + tl.program_id(1)) * tiles_width + first // BLOCK_N
             # Tiles of a sequence times tiles of the longest pass 2^31 at 3 million tokens.
-            following = tl.load(entry + tl.minimum(rest, tiles - 1).to(tl.int64) * tiles_width)
-            buckets = unpack_tile(following, tables.time)
-            for tile in range(rest, full):
-                following = tl.load(entry + tl.minimum(tile + 1, tiles - 1).to(tl.int64) * tiles_width)
-                sums = _add_queries(
-                    sums, kept, tile * BLOCK_M, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "none",
-                    False, ADD_DQ,
-                )  # fmt: skip
-                buckets = unpack_tile(following, tables.time)
+            if FAR:
+                following = tl.load(entry + tl.minimum(rest, tiles - 1).to(tl.int64) * tiles_width)
+                buckets = unpack_tile(following, bias.tables.time)
+                for tile in range(rest, full):
+                    following = tl.load(entry + tl.minimum(tile + 1, tiles - 1).to(tl.int64) * tiles_width)
+                    sums = _add_queries(
+                        sums, kept, tile * BLOCK_M, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS,
+                        "none", False, ADD_DQ,
+                    )  # fmt: skip
+                    buckets = unpack_tile(following, bias.tables.time)
             if FLAGS.DESCRIPTOR:
                 if full < tiles:
                     if full < rest:
@@ -208,7 +184,7 @@ def bwd_dkdv_kernel(
                             sums, kept, full * BLOCK_M, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS,
                             "band", True, ADD_DQ,
                         )  # fmt: skip
-                    else:
+                    elif FAR:
                         sums = _add_queries(
                             sums, kept, full * BLOCK_M, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS,
                             "none", True, ADD_DQ,
@@ -235,14 +211,62 @@ def bwd_dkdv_kernel(
                     sums, kept, tile * BLOCK_M, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "none",
                     False, ADD_DQ,
                 )  # fmt: skip
+    return sums
 
-    dk_tile = sums.dk * (alpha if kept.k.dtype == tl.float16 else alpha * scale)
+
+@triton.jit(do_not_specialize=["num_tiles", "tiles_width", "total_tokens", "window", "prefix", "position_zero"])
+def bwd_dkdv_kernel(
+    q, k, v, do, dq, dk, dv, target_sums, lse, delta, sequences, tables, strides, alpha, attention_scale, heads,
+    num_tiles, tiles_width, total_tokens, position_zero, window, prefix, SHAPE: tl.constexpr, FLAGS: tl.constexpr,
+    ADD_DQ: tl.constexpr,
+):  # fmt: skip
+    """dk, dv of one tile of keys of one sequence and head; grid as the forward kernel's, first tiles first.
+
+    With ADD_DQ each tile's share of dq is added to a float32 buffer, in no fixed order. With targets and a position
+    bias, `target_sums` (2, h, T) get the two sums of `Sums`.
+    """
+    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
+    BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
+    BLOCK_DQK: tl.constexpr = SHAPE.BLOCK_DQK
+    BLOCK_DV: tl.constexpr = SHAPE.BLOCK_DV
+    head = tl.program_id(0) // num_tiles
+    tile = tl.program_id(0) % num_tiles
+    sequence = sequence_of(sequences, tl.program_id(1), window, prefix, FLAGS)
+    start, n = sequence.start, sequence.n
+    first = tile * BLOCK_N
+    if first >= n:
+        return
+    scale = one_over_n(attention_scale, sequence, FLAGS)
+    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
+    K = Tokens(k, strides.k_token, strides.k_head, head)
+    V = Tokens(v, strides.v_token, strides.v_head, head)
+    if FLAGS.SOFTMAX:
+        lse += head.to(tl.int64) * total_tokens
+        delta += head.to(tl.int64) * total_tokens
+    walked = Queries(
+        Tokens(q, strides.q_token, strides.q_head, head),
+        Tokens(do, strides.o_token, strides.o_head, head),
+        Tokens(dq, heads * SHAPE.DQK, SHAPE.DQK, head),
+        lse,
+        delta,
+    )
+    # A cut tile of keys waits in registers. Whole ones need not, where their code is not the same.
+    if FLAGS.DESCRIPTOR and ADD_DQ and FLAGS.TIME and not FLAGS.GENERAL:
+        if first + BLOCK_N > n:
+            sums = _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE, FLAGS, True, ADD_DQ)
+        else:
+            sums = _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE, FLAGS, False, ADD_DQ)
+    else:
+        sums = _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE, FLAGS, ADD_DQ, ADD_DQ)
+
+    j = first + tl.arange(0, BLOCK_N)
+    dk_tile = sums.dk * (alpha if dk.dtype.element_ty == tl.float16 else alpha * scale)
     DK = Tokens(dk, heads * SHAPE.DQK, SHAPE.DQK, head)
     DV = Tokens(dv, heads * SHAPE.DV, SHAPE.DV, head)
     store_tile(DK, dk_tile, first, sequence, BLOCK_N, SHAPE.DQK, BLOCK_DQK)
     store_tile(DV, sums.dv * scale, first, sequence, BLOCK_N, SHAPE.DV, BLOCK_DV)
     if FLAGS.TARGETS and FLAGS.POSITION:
-        scale = 1.0 if kept.k.dtype == tl.float16 else scale
+        scale = 1.0 if dk.dtype.element_ty == tl.float16 else scale
         pointers = target_sums + start + j
         tl.store(pointers + head.to(tl.int64) * total_tokens, sums.targets * scale, mask=j < n)
         tl.store(pointers + (heads + head).to(tl.int64) * total_tokens, sums.targets_own * scale, mask=j < n)
