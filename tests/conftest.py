@@ -27,6 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # likewise for what computes on the CPU
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+pytest_plugins = ["tests.gpu_report"]
 _matmul = torch.backends.cuda.matmul
 ROOT = Path(__file__).resolve().parents[1]
 
