@@ -32,7 +32,23 @@ _matmul = torch.backends.cuda.matmul
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# The files that take longest, longest first: each starts before any other, so that no worker of pytest-xdist is left
+# with one of them at the end.
+LONGEST = (
+    "test_pipeline.py",
+    "test_orchestrators.py",
+    "test_train.py",
+    "test_attention_triton.py",
+    "test_compilation.py",
+    "test_training.py",
+    "test_project.py",
+    "test_studies.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
