@@ -31,8 +31,8 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	mypy
 
-pytest: $(INSTALLED)  ## a process for each core; a file's tests share one
-	pytest -n $(CORES) --dist loadfile
+pytest: $(INSTALLED)  ## a process for each core; a file's tests share one, and tests/conftest.py orders the files
+	pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 doctor: $(INSTALLED)  ## does this machine's torch fit its triton, fbgemm and CUDA?
 	python -m steps.doctor

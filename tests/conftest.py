@@ -27,11 +27,28 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # likewise for what computes on the CPU
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+pytest_plugins = ["tests.gpu_report"]
 _matmul = torch.backends.cuda.matmul
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# The files that take longest, longest first: each starts before any other, so that no worker of pytest-xdist is left
+# with one of them at the end.
+LONGEST = (
+    "test_pipeline.py",
+    "test_orchestrators.py",
+    "test_train.py",
+    "test_attention_triton.py",
+    "test_compilation.py",
+    "test_training.py",
+    "test_project.py",
+    "test_studies.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,6 +1,5 @@
-"""What holds the project's files together: pins, generated files, arrows between rooms, both graphs."""
+"""What holds the project's files together: pins, generated files, both graphs."""
 
-import ast
 import json
 import re
 import shlex
@@ -15,11 +14,11 @@ from steps.common import params, yaml_files
 from steps.common.studies import PLUMBING
 from steps.docs import PAGES
 from steps.reporting.records import read_records, write_records
+from tests import import_graph
 from tests.conftest import ROOT, copy_project, run, step
 from workflow import generate
 
 STUDIES = params.studies(ROOT / "params")
-ROOMS = {"kernels": {"kernels"}, "steps": {"kernels", "steps"}}
 CUDA_ONLY = {"fbgemm-gpu", "nvidia-ml-py", "snakemake-executor-plugin-slurm", "snakemake-executor-plugin-slurm-jobstep"}
 
 
@@ -43,26 +42,6 @@ def test_every_dependency_is_pinned_without_a_build_suffix() -> None:
     names = [re.sub(r"[-_.]+", "-", re.split(r"[\[<>=]", name)[0]).lower() for name in wanted]
     assert [name for name in names if name not in known] == []
     assert [version for version in constraints.values() if "+" in version] == []
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_arrows_between_rooms_point_one_way(room: str) -> None:
-    for path in (ROOT / room).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for name in filter(None, names):
-                top = name.split(".")[0]
-                assert top not in {"kernels", "steps", "workflow", "tests"} - ROOMS[room], f"{path}: {name}"
-
-
-def test_steps_talk_through_files_alone() -> None:
-    """No step imports another; the study of preprocessing, which times what two of them do, is none."""
-    names = {path.stem for path in (ROOT / "steps").glob("*.py")} - {"__init__"}
-    for name in names:
-        text = (ROOT / "steps" / f"{name}.py").read_text()
-        imported = set(re.findall(r"^from steps\.(\w+) import", text, re.MULTILINE)) & names
-        assert imported == set(), f"steps/{name}.py imports {imported}"
 
 
 def test_dvc_goes_through_the_runs_of_params() -> None:
@@ -206,20 +185,9 @@ def test_both_orchestrators_have_the_same_graph(graphs: Graphs) -> None:
             )
 
 
-def imported(path: Path, seen: set[Path]) -> set[Path]:
-    """The project's Python files that a file imports, itself included, packages and plumbing not."""
-    if path in seen or (path.parent.name == "common" and path.stem in PLUMBING):
-        return seen
-    seen.add(path)
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for name in names:
-            for parts in (name.split("."), name.split(".")[:-1]):
-                file = ROOT.joinpath(*parts).with_suffix(".py")
-                if parts and parts[0] in ROOMS and file.is_file():
-                    imported(file, seen)
-    return seen
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    return import_graph.graph(ROOT)
 
 
 @pytest.mark.parametrize(
@@ -229,9 +197,11 @@ def imported(path: Path, seen: set[Path]) -> set[Path]:
         *("plan_study", "study", "report_study"),
     ],
 )
-def test_what_a_step_imports_is_a_dependency_of_it(graphs: Graphs, name: str) -> None:
+def test_what_a_step_imports_is_a_dependency_of_it(graphs: Graphs, imports: dict[str, set[str]], name: str) -> None:
     listed = next(stage for stage in graphs.stages if stage["rule"].split("@")[0].replace("-", "_") == name)["input"]
-    wanted = {str(path.relative_to(ROOT)) for path in imported(ROOT / f"steps/{name}.py", set())}
+    plumbing = {f"steps/common/{module}.py" for module in PLUMBING}
+    reached = import_graph.reachable(f"steps/{name}.py", imports, without=plumbing)
+    wanted = {file for file in reached if not file.endswith("/__init__.py")}
     if name in {"download", "validate", "preprocess"}:
         wanted.discard("steps/common/params.py")  # they depend on the values that they read
         wanted.discard("steps/common/dotted.py")

@@ -34,7 +34,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9+-]*")
 _NAMED = "is no name: lower-case letters, digits, '+' and '-' make one, a letter or digit first"
 _STEPS = Path(__file__).parents[1]
 #: Names of rules and folders beside those of experiments and studies.
-_RESERVED = {"all", "datasets", LOCAL, "studies"} | {path.stem for path in _STEPS.glob("*.py")}
+_RESERVED = {"all", "datasets", LOCAL, "studies", "tests"} | {path.stem for path in _STEPS.glob("*.py")}
 #: What tables show of a protocol, beside its rules.
 _SHOWN_OF_PROTOCOLS = ("note", "published")
 #: What variants of a data set have in common.

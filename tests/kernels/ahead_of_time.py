@@ -96,7 +96,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
         file.flush()
         command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        command = [str(_TOOLS / "nvdisasm"), "-c", file.name]
+        command = [str(_TOOLS / "nvdisasm"), "-c", "-ndf", file.name]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"REG:(\d+) STACK:(\d+)", output)
     return {

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib
+import inspect
 import mmap
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +12,44 @@ import numpy as np
 import torch
 
 
+def _interpreter() -> Any:
+    return importlib.import_module("triton.runtime.interpreter")
+
+
 def _builder() -> Any:
-    return importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    return _interpreter().interpreter_builder
+
+
+def patch_once_a_launch() -> None:
+    """From now on a launch puts the interpreter's functions into Triton's language once.
+
+    Triton does it again at every call of a function within the kernel, which changes nothing, and takes two fifths of
+    the time. A module's functions see `tl`, those of Triton's own library `tl.core`: each is done once.
+    """
+    interpreter = _interpreter()
+    original = getattr(interpreter, "_patch_lang", None)
+    if original is None or not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton
+        return
+    languages = (interpreter.tl, interpreter.tl.core)
+    done: set[tuple[bool, ...]] = set()
+
+    class Launch(interpreter._LangPatchScope):
+        def restore(self) -> None:
+            done.clear()
+            super().restore()
+
+    def patch_lang(function: Any) -> Any:
+        seen = [value for value in function.__globals__.values() if inspect.ismodule(value)]
+        which = tuple(any(value is language for value in seen) for language in languages)
+        if which in done:
+            return interpreter._LangPatchScope()
+        scope = original(function)
+        launch = Launch()
+        launch._changes = scope._changes
+        done.add(which)
+        return launch
+
+    interpreter._patch_lang = patch_lang
 
 
 @contextlib.contextmanager

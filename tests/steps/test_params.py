@@ -295,7 +295,7 @@ def test_a_file_whose_name_no_experiment_can_have_is_named(project: Path, name: 
         params.experiments(project / "params")
 
 
-@pytest.mark.parametrize("name", ["train", "datasets", "studies", "local"])
+@pytest.mark.parametrize("name", ["train", "datasets", "studies", "tests", "local"])
 def test_an_experiment_is_not_called_as_a_step_or_a_folder(project: Path, name: str) -> None:
     path = write_local(project, f"experiments/{name}", {})
     with pytest.raises(StepError, match=rf"{re.escape(str(path))}: an experiment cannot be called '{name}'"):

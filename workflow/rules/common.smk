@@ -48,6 +48,7 @@ MODEL_CODE = [
     "kernels/common.py",
     *code(*(path for path in Path("kernels").iterdir() if path.is_dir() and path.name != "tools")),
     "kernels/configurations.json",
+    "kernels/tensor_cores.py",
 ]
 TRAINING_CODE = code("steps/training")
 REPORTING_CODE = ["steps/common/params.py", "steps/common/dotted.py", *code("steps/reporting")]

@@ -1,0 +1,118 @@
+"""The report of the tests that need a GPU: the committed one holds, and reports say what pytest saw."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import gpu_report
+from tests.conftest import ROOT, run
+
+REMEDY = f"on a machine with a GPU run, and commit what it writes: {gpu_report.COMMAND}"
+
+
+def test_the_kernels_have_passed_on_a_gpu_as_they_are() -> None:
+    found = list(gpu_report.problems(ROOT / gpu_report.REPORT, ROOT))
+    assert found == [], f"{gpu_report.REPORT} {'; '.join(found)}; {REMEDY}"
+
+
+TORCH = """
+import types
+cuda = types.SimpleNamespace(is_available=lambda: {cuda}, get_device_name=lambda: "NVIDIA H0")
+"""
+TESTS = """
+import pytest
+
+def test_passes(): pass
+def test_fails(): assert False
+def test_skips(): pytest.skip()
+
+@pytest.fixture
+def broken():
+    yield
+    raise OSError
+
+def test_fails_at_its_end(broken): pass
+
+@pytest.mark.parametrize("n", range(5))
+def test_passes_often(n): pass
+"""
+
+
+def reported(folder: Path, *arguments: str, tests: str = TESTS, cuda: bool = True) -> tuple[int, str, dict[str, Any]]:
+    """pytest's exit status, what it said, and its report, where torch says that there is a GPU."""
+    (folder / "torch.py").write_text(TORCH.format(cuda=cuda))
+    (folder / "test_it.py").write_text(tests)
+    command = ["python", "-m", "pytest", "-p", "xdist.plugin", "-p", "tests.gpu_report", "-c", "/dev/null"]
+    command += ["--rootdir", ".", "--gpu-report", "out/gpu.json", *arguments, "test_it.py"]
+    variables = {"PYTHONPATH": f"{folder}:{ROOT}", "HSTU_COMMIT": "a" * 40}
+    variables |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    found = run(*command, cwd=folder, check=False, **variables)
+    path = folder / "out/gpu.json"
+    return found.returncode, found.stdout + found.stderr, json.loads(path.read_text()) if path.exists() else {}
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_report_has_each_test_once(workers: str, tmp_path: Path) -> None:
+    code, _, report = reported(tmp_path, "-n", workers)
+    assert (code, report["exit"]) == (1, 1)
+    # A test that fails at its end has failed.
+    assert (report["passed"], report["failed"], report["skipped"]) == (6, 2, 1)
+    assert report["failures"] == ["test_it.py::test_fails", "test_it.py::test_fails_at_its_end"]
+    assert (report["commit"], report["device"], report["tested"]) == ("a" * 40, "NVIDIA H0", ["test_it.py"])
+    assert report["sha256"] == gpu_report.contents(ROOT)
+    assert {"kernels", "steps/models", "steps/training", "tests/kernels"} <= set(report["sha256"])
+    assert {"torch", "numpy"} <= set(report["versions"])
+    assert report["seconds"] > 0
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_file_that_does_not_load_is_a_failure(workers: str, tmp_path: Path) -> None:
+    code, _, report = reported(tmp_path, "-n", workers, tests="import nothing_of_this_name")
+    assert code == report["exit"] != 0
+    assert (report["failed"], report["failures"]) == (1, ["test_it.py"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cuda", "said"),
+    [((), False, "needs a CUDA device"), (("-k", "passes"), True, "is of whole files: leave -k")],
+)
+def test_what_would_be_no_report_of_a_gpu_is_refused(
+    arguments: tuple[str, ...], cuda: bool, said: str, tmp_path: Path
+) -> None:
+    code, printed, report = reported(tmp_path, *arguments, cuda=cuda)
+    assert (code, report) == (4, {})
+    assert said in printed
+
+
+def test_a_report_holds_while_the_kernels_stay_as_they_are(tmp_path: Path) -> None:
+    for name in ("kernels", "steps/models"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    report = {"commit": "a" * 40, "sha256": gpu_report.contents(tmp_path), "tested": list(gpu_report.TESTED)}
+    report |= {"exit": 0, "passed": 9, "failed": 0, "skipped": 1, "failures": []}
+
+    def problems(**changes: Any) -> str:
+        (tmp_path / "gpu.json").write_text(json.dumps(report | changes))
+        return "; ".join(gpu_report.problems(tmp_path / "gpu.json", tmp_path))
+
+    assert problems() == ""
+    assert problems(exit=1, failed=1, failures=["a.py::b"]) == "has 1 failures (pytest ended with 1): a.py::b"
+    assert "has 0 failures (pytest ended with 2)" in problems(exit=2)
+    assert "is of 9 passed tests of tests/kernels, not of all" in problems(tested=["tests/kernels"])
+    assert "is of 0 passed tests" in problems(passed=0)
+    (tmp_path / "kernels/README.md").write_text("another text")
+    (tmp_path / "steps/models/base.py").write_text("")
+    assert problems() == ""
+    for name, content in (("common.py", ""), ("configurations.json", "{}"), ("new.py", "")):
+        kept = (tmp_path / "kernels" / name).read_bytes() if name != "new.py" else None
+        (tmp_path / "kernels" / name).write_text(content)
+        assert problems() == "is older than kernels/, whose files have changed since aaaaaaaaa"
+        if kept is not None:
+            (tmp_path / "kernels" / name).write_bytes(kept)
+            assert problems() == ""
+
+
+def test_a_missing_report_is_said_to_be_missing(tmp_path: Path) -> None:
+    assert list(gpu_report.problems(tmp_path / "gpu.json", ROOT)) == ["is missing"]
