@@ -10,8 +10,9 @@ ALLOWED: dict[str, set[str]] = {
     "steps/common": set(),
     "steps/data": {"steps/common", "kernels"},
     "steps/models": {"steps/data", "steps/common", "kernels"},
-    "steps/evaluation": {"steps/models", "steps/data", "steps/common", "kernels"},
-    "steps/training": {"steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"},
+    "steps/evaluation": {"steps/data", "steps/common", "kernels"},
+    "steps/tasks": {"steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"},
+    "steps/training": {"steps/tasks", "steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"},
     "steps/reporting": {"steps/evaluation", "steps/common"},
     "steps/studies": {"steps/training", "steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"},
 }
