@@ -46,7 +46,7 @@ ui: $(INSTALLED)  ## compare runs in the MLflow UI
 
 environment.yml: constraints.txt  ## write conda's pins again from constraints.txt
 	@sed -i '/^      - /d' $@
-	@grep -vE '^(#|fbgemm-gpu==|nvidia-ml-py==|snakemake-executor-plugin-slurm)' $< | sed 's/^/      - /' >> $@
+	@grep -vE '^(#|pip==|fbgemm-gpu==|nvidia-ml-py==|snakemake-executor-plugin-slurm)' $< | sed 's/^/      - /' >> $@
 
 dvc: $(INSTALLED)  ## write the list of runs that workflow/dvc.yaml goes through, after a change of params/
 	python -m workflow.generate
@@ -66,5 +66,7 @@ clean:  ## remove what runs made; data stays
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12 (python3 on the PATH, or PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]'
+	# Python 3.11's own pip takes twice as long. Modules are compiled when they are first imported: few ever are.
+	.venv/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt pip
+	.venv/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]'
 	@touch $@

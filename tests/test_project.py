@@ -19,7 +19,13 @@ from tests.conftest import ROOT, copy_project, run, step
 from workflow import generate
 
 STUDIES = params.studies(ROOT / "params")
-CUDA_ONLY = {"fbgemm-gpu", "nvidia-ml-py", "snakemake-executor-plugin-slurm", "snakemake-executor-plugin-slurm-jobstep"}
+NOT_CONDA = {
+    "pip",
+    "fbgemm-gpu",
+    "nvidia-ml-py",
+    "snakemake-executor-plugin-slurm",
+    "snakemake-executor-plugin-slurm-jobstep",
+}
 
 
 def pins(lines: list[str]) -> dict[str, str]:
@@ -30,7 +36,7 @@ def test_conda_has_the_pins_of_pip() -> None:
     environment = yaml_files.read(ROOT / "environment.yml")
     pip = next(part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
     constraints = pins((ROOT / "constraints.txt").read_text().splitlines())
-    assert pins(pip) == {name: version for name, version in constraints.items() if name not in CUDA_ONLY}
+    assert pins(pip) == {name: version for name, version in constraints.items() if name not in NOT_CONDA}
 
 
 def test_every_dependency_is_pinned_without_a_build_suffix() -> None:
