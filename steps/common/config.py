@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from steps.common.cli import StepError
 from steps.common.files import read_json
-from steps.common.typed import Below1, BelowHalf, Count, EntryError, Sha256, Text, Whole, read
+from steps.common.typed import Below1, BelowHalf, Count, EntryError, Seed, Sha256, Text, read
 
 _REMEDY = "run plan again"
 #: Models that count instead of learning: equal whatever the seed.
@@ -68,7 +68,7 @@ class _RunConfig:
     experiment: Text
     dataset: Text
     row: Text
-    seed: Whole
+    seed: Seed
     repeats: Literal["none", "recommend", "leave-out"]
     protocol: dict[str, Any]
     split: dict[str, Any]
@@ -99,5 +99,5 @@ def building(run: Path) -> Iterator[None]:
         yield
     except EntryError as error:
         raise StepError(f"{file}, {error}; {_REMEDY}") from error
-    except (TypeError, ValueError, AssertionError, ArithmeticError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
         raise StepError(f"{file} describes no model that can be built: {error}; {_REMEDY}") from error

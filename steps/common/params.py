@@ -107,9 +107,13 @@ def is_local(experiment: str, root: Path = ROOT) -> bool:
 def valid_of(dataset: str, root: Path = ROOT) -> str:
     """The data set whose validated files a data set is made of: its own, or those of the one that it is a variant of.
 
-    Raises StepError if the two differ in what is fetched, read or checked.
+    Raises StepError if the two differ in what is fetched, read or checked, or if a feature is no column.
     """
     file, content = _entry("datasets", dataset, root)
+    for table, entries in content["files"].items():
+        for feature in entries.get("features", {}):
+            if feature not in entries["columns"]:
+                raise StepError(f"{file}, key {dataset}.files.{table}.features: {feature!r} is none of its columns")
     base: str = content.get("variant_of", dataset)
     other = entry("datasets", base, root)
     if "variant_of" in other and base != dataset:

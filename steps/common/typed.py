@@ -39,11 +39,13 @@ _FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 _ABOVE_0 = Rule("a number above 0", lambda value: _is_number(value) and value > 0)
 
 Text = Annotated[str, Rule("a text", lambda value: isinstance(value, str))]
+Seed = Annotated[int, Rule("a whole number to 10,000,000", lambda value: _is_whole(value) and 0 <= value <= 10_000_000)]
 Whole = Annotated[int, Rule("a whole number from 0", lambda value: _is_whole(value) and value >= 0)]
 Count = Annotated[int, Rule("a whole number from 1", lambda value: _is_whole(value) and value >= 1)]
 Positive = Annotated[float, _ABOVE_0]
 NotNegative = Annotated[float, Rule("a number from 0", lambda value: _is_number(value) and value >= 0)]
 Share = Annotated[float, Rule("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)]
+Inside01 = Annotated[float, Rule("a number between 0 and 1", lambda value: _is_number(value) and 0 < value < 1)]
 Below1 = Annotated[float, Rule("a number from 0 to below 1", _is_share_below_1)]
 BelowHalf = Annotated[float, Rule("a number between 0 and 0.5", lambda value: _is_number(value) and 0 < value < 0.5)]
 PairBelow1 = Annotated[

@@ -53,7 +53,7 @@ def _encode(column: pl.Series, values: Any) -> tuple[np.ndarray, list[str]]:
 
 def _sorted(values: pl.Series) -> list[str]:
     distinct: list[str] = values.unique().sort().to_list()
-    try:
-        return sorted(distinct, key=float)
-    except ValueError:
+    numbers = values.unique().sort().cast(pl.Float64, strict=False)
+    if numbers.null_count() or not numbers.is_finite().all():
         return distinct
+    return [value for _, value in sorted(zip(numbers, distinct, strict=True))]

@@ -4,15 +4,15 @@ from typing import Any
 
 from steps.common.config import COUNT_BASED, TrainingConfig
 from steps.common.typed import read
-from steps.models.base import CountBasedModel, Encoder, Model
-from steps.models.bert4rec import BERT4Rec, BERT4RecConfig
+from steps.models.base import CountBasedModel, Encoder, HeadsConfig, Model
+from steps.models.bert4rec import BERT4Rec
 from steps.models.gru4rec import GRU4Rec, GRU4RecConfig
 from steps.models.hstu import HSTU, HSTUConfig
 from steps.models.item_knn import ItemKNN, ItemKNNConfig
 from steps.models.markov import Markov
 from steps.models.popular import MostPopular
 from steps.models.sasrec import SASRec, SASRecConfig
-from steps.models.transformer_pp import TransformerPP, TransformerPPConfig
+from steps.models.transformer_pp import TransformerPP
 
 __all__ = ["ENCODERS", "CountBasedModel", "Encoder", "Model", "build_count_based", "build_encoder", "is_count_based"]
 
@@ -20,8 +20,8 @@ __all__ = ["ENCODERS", "CountBasedModel", "Encoder", "Model", "build_count_based
 ENCODERS: dict[str, tuple[type[Any], type[Any]]] = {
     "sasrec": (SASRec, SASRecConfig),
     "hstu": (HSTU, HSTUConfig),
-    "transformer++": (TransformerPP, TransformerPPConfig),
-    "bert4rec": (BERT4Rec, BERT4RecConfig),
+    "transformer++": (TransformerPP, HeadsConfig),
+    "bert4rec": (BERT4Rec, HeadsConfig),
     "gru4rec": (GRU4Rec, GRU4RecConfig),
 }
 

@@ -1,12 +1,14 @@
 """The interface of every model, and what the encoders share."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from kernels.rowwise_table import RowwiseTable
+from steps.common.typed import Count, EntryError
 from steps.data.sequences import Batch, Sequences
 
 # torch 2.11 prefers cuDNN's attention on Hopper, some of whose kernels round the dropout probability to sixteenths.
@@ -34,6 +36,19 @@ class CountBasedModel(Model):
             raise RuntimeError(f"expected {sorted(self.state_dict())}, found {sorted(state_dict)}")
         for name, tensor in state_dict.items():
             setattr(self, name, tensor.to(getattr(self, name).device))
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """The sizes of an encoder whose heads share `dim`."""
+
+    dim: Count
+    blocks: Count
+    heads: Count
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise EntryError(f"key model.heads: {self.heads} does not divide dim {self.dim}")
 
 
 class Encoder(nn.Module, ABC):

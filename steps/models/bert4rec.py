@@ -4,7 +4,6 @@ Post-norm blocks with GELU and width 4 d.
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +12,8 @@ from torch import nn
 from kernels import jagged
 from kernels.jagged.naive import sequence_and_position
 from kernels.layer_norm import layer_norm
-from steps.common.typed import Count
 from steps.data.sequences import Batch
-from steps.models.base import Encoder, embedding_lookup
-
-
-@dataclass(frozen=True)
-class BERT4RecConfig:
-    """The sizes of the encoder."""
-
-    dim: Count
-    blocks: Count
-    heads: Count
+from steps.models.base import Encoder, HeadsConfig, embedding_lookup
 
 
 class LayerNorm(nn.LayerNorm):
@@ -80,7 +69,7 @@ class BERTBlock(nn.Module):
 class BERT4Rec(Encoder):
     """Position embeddings, which are added to the items', and BERT blocks."""
 
-    def __init__(self, config: BERT4RecConfig, max_len: int, dropout: float) -> None:
+    def __init__(self, config: HeadsConfig, max_len: int, dropout: float) -> None:
         super().__init__()
         self.position = nn.Embedding(max_len + 1, config.dim)
         self.input_norm = LayerNorm(config.dim)

@@ -11,20 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.layer_norm import layer_norm
-from steps.common.typed import Count, Whole
+from steps.common.typed import Whole
 from steps.data.sequences import Batch
-from steps.models.base import PositionalEncoder
+from steps.models.base import HeadsConfig, PositionalEncoder
 
 _LAYER_NORM_EPS = 1e-8
 
 
 @dataclass(frozen=True)
-class SASRecConfig:
-    """The sizes of the encoder."""
+class SASRecConfig(HeadsConfig):
+    """The sizes of the encoder. output_slots: positions beyond max_len."""
 
-    dim: Count
-    blocks: Count
-    heads: Count
     output_slots: Whole
 
 

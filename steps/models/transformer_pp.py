@@ -4,26 +4,14 @@ Per block: x = x + attention(RMSNorm(x)); x = x + W_3 (silu(W_1 n) * W_2 n), n =
 Rotary embeddings carry the position: there are no learned position embeddings. No time enters.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from steps.common.typed import Count
 from steps.data.sequences import Batch
-from steps.models.base import Encoder
+from steps.models.base import Encoder, HeadsConfig
 
 _ROTARY_BASE = 10_000.0
-
-
-@dataclass(frozen=True)
-class TransformerPPConfig:
-    """The sizes of the encoder."""
-
-    dim: Count
-    blocks: Count
-    heads: Count
 
 
 class TransformerPPBlock(nn.Module):
@@ -63,7 +51,7 @@ class TransformerPPBlock(nn.Module):
 class TransformerPP(Encoder):
     """Item embeddings x sqrt(d) through Transformer++ blocks and a last RMSNorm."""
 
-    def __init__(self, config: TransformerPPConfig, max_len: int, dropout: float) -> None:
+    def __init__(self, config: HeadsConfig, max_len: int, dropout: float) -> None:
         super().__init__()
         self.dim = config.dim
         self.input_dropout = nn.Dropout(dropout)

@@ -1,10 +1,12 @@
 """What models are trained for: a loss over an encoder, scores, and how they are evaluated."""
 
+from dataclasses import fields
 from typing import Any
 
 from steps.common.config import COUNT_BASED, TrainingConfig
 from steps.common.typed import EntryError, read
 from steps.models import ENCODERS, CountBasedModel, build_count_based, is_count_based
+from steps.models.item_knn import ItemKNNConfig
 from steps.tasks.base import Task
 from steps.tasks.masked_items import MaskedItems
 from steps.tasks.retrieval import Retrieval
@@ -12,6 +14,8 @@ from steps.tasks.sessions import Sessions
 
 __all__ = ["Task", "build"]
 
+#: A data set's shape has all of these, whichever of them the encoder reads.
+_SHAPE = ("dim", "blocks", "heads", "dqk", "dv")
 #: Encoders that are not trained to predict the next item at every token.
 _OTHER_TASKS: dict[str, type[Task]] = {"bert4rec": MaskedItems, "gru4rec": Sessions}
 
@@ -25,7 +29,13 @@ def build(config: dict[str, Any], num_items: int) -> CountBasedModel | Task:
     name = settings.get("model")
     if name not in (*COUNT_BASED, *ENCODERS):
         raise EntryError(f"key model.model: {name!r} is not one of {', '.join([*COUNT_BASED, *ENCODERS])}")
+    task = _OTHER_TASKS.get(name, Retrieval)
+    readers = () if name in COUNT_BASED else (ENCODERS[name][1], *task.configs)
+    known = {"model", *_SHAPE, *(field.name for reader in readers for field in fields(reader))}
+    known |= {field.name for field in fields(ItemKNNConfig)} if name == "item-knn" else set()
+    unread = [key for key in settings if key not in known]
+    if unread:
+        raise EntryError(f"key model.{unread[0]}: nothing reads it")
     if is_count_based(config):
         return build_count_based(settings, num_items)
-    training = read(TrainingConfig, config["training"], "training.")
-    return _OTHER_TASKS.get(name, Retrieval)(settings, training, num_items)
+    return task(settings, read(TrainingConfig, config["training"], "training."), num_items)

@@ -11,7 +11,7 @@ from torch import nn
 
 from kernels.rowwise_table import RowwiseTable
 from steps.common.config import TrainingConfig
-from steps.common.typed import Count, NotNegative, PairBelow1, Positive, read
+from steps.common.typed import Count, EntryError, NotNegative, PairBelow1, Positive, read
 from steps.data.sequences import Batch, Sequences
 from steps.evaluation.retrieval import RetrievalEvaluation
 from steps.models import Encoder, build_encoder
@@ -41,7 +41,9 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class _TaskConfig:
+class TaskConfig:
+    """The entries of `model` that every task reads."""
+
     dim: Count
     optimizer: OptimizerConfig
     items: ItemsConfig | None = None
@@ -54,16 +56,20 @@ class Task(Model, ABC):
     which the optimiser does not hold: it learns in the backward pass.
     """
 
-    schedule: ClassVar[str] = "windows"  # what it is trained on, of steps.training.schedule
+    schedules: ClassVar[tuple[str, ...]] = ("windows",)  # what it can be trained on, by default the first
     optimizer: ClassVar[str] = "adamw"  # of steps.training.optimizers
     evaluation: ClassVar[type[RetrievalEvaluation]] = RetrievalEvaluation  # after an epoch
+    supports_rowwise_items: ClassVar[bool] = False
+    configs: ClassVar[tuple[type[Any], ...]] = (TaskConfig,)  # which entries of `model` it reads
 
     def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:
         super().__init__()
-        config = read(_TaskConfig, settings, "model.", others=True)
+        config = read(TaskConfig, settings, "model.", others=True)
         self.num_items, self.dim = num_items, config.dim
         self.optimizer_config, self.items_config = config.optimizer, config.items
         self.items: nn.Embedding | RowwiseTable
+        if config.items and not self.supports_rowwise_items:
+            raise EntryError(f"key model.items: model {settings['model']} does not train such embeddings")
         if config.items:
             dtype = getattr(torch, config.items.dtype)
             self.items = RowwiseTable(num_items + 1, self.dim, config.items.lr, dtype)

@@ -30,27 +30,35 @@ class LossConfig:
     calibration: Share = 0.0
 
 
+@dataclass(frozen=True)
+class WithLoss:
+    """The entry of `model` that a task with a loss reads."""
+
+    loss: LossConfig
+
+
 def read_loss(settings: dict[str, Any], negatives: int) -> LossConfig:
     """The loss that a `model` entry describes. negatives: those of a token, unless the entry says how many.
 
-    Raises EntryError if it is missing or wrong.
+    Raises EntryError if it is missing or wrong, or if its parts do not fit.
     """
-    config = read(_WithLoss, settings, "model.", others=True).loss
-    if config.name == "gbce" and "calibration" not in settings["loss"]:
+    config, given = read(WithLoss, settings, "model.", others=True).loss, settings["loss"]
+    if config.name == "gbce" and "calibration" not in given:
         raise EntryError("key model.loss.calibration: is missing")
-    return config if "negatives" in settings["loss"] else replace(config, negatives=negatives)
+    if config.name != "gbce" and "calibration" in given:
+        raise EntryError(f"key model.loss.calibration: loss {config.name} does not read it")
+    if config.name == "softmax" and "negatives" in given:
+        raise EntryError("key model.loss.negatives: loss softmax does not read it: its negatives are all other items")
+    if config.name in ("sampled-softmax", "in-batch-softmax") and config.similarity != "cosine":
+        raise EntryError(f"key model.loss.similarity: loss {config.name} has cosine alone")
+    return config if "negatives" in given else replace(config, negatives=negatives)
 
 
 def read_cross_entropy(settings: dict[str, Any]) -> None:
     """Raise EntryError unless the loss is the one of tasks that have no other: full softmax, by dot product."""
-    config = read(_WithLoss, settings, "model.", others=True).loss
+    config = read_loss(settings, 0)
     if (config.name, config.similarity, config.temperature) != ("softmax", "dot", 1.0):
         raise EntryError(f"key model.loss: {settings['loss']!r} is not softmax by dot product at temperature 1")
-
-
-@dataclass(frozen=True)
-class _WithLoss:
-    loss: LossConfig
 
 
 def next_item_loss(

@@ -14,19 +14,19 @@ from torch import nn
 
 from kernels.jagged.naive import sequence_and_position
 from steps.common.config import TrainingConfig
-from steps.common.typed import Below1, read
+from steps.common.typed import Inside01, read
 from steps.data.sequences import Batch
 from steps.models.base import embedding_lookup
 from steps.models.bert4rec import BERT4Rec, LayerNorm
 from steps.tasks.base import Task
-from steps.tasks.losses import read_cross_entropy
+from steps.tasks.losses import WithLoss, read_cross_entropy
 
 _LAST_ONLY_PROB = 1 / 11
 
 
 @dataclass(frozen=True)
 class _MaskConfig:
-    mask_prob: Below1
+    mask_prob: Inside01
 
 
 class Output(nn.Module):
@@ -51,6 +51,7 @@ class Output(nn.Module):
 class MaskedItems(Task):
     """An encoder that sees both ways, with a mask token and an output layer that is tied to the item embeddings."""
 
+    configs = (*Task.configs, WithLoss, _MaskConfig)
     encoder: BERT4Rec
 
     def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:

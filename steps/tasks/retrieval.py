@@ -7,17 +7,24 @@ from torch import nn
 
 from kernels.rowwise_table import unique
 from steps.common.config import TrainingConfig
+from steps.common.typed import EntryError
 from steps.data.sequences import Batch
 from steps.tasks.base import Task
-from steps.tasks.losses import next_item_loss, read_loss, scores
+from steps.tasks.losses import WithLoss, next_item_loss, read_loss, scores
 
 
 class Retrieval(Task):
     """Every token of a window predicts the next item, by the similarity of its state and the items' embeddings."""
 
+    schedules = ("windows", "one-pass")
+    supports_rowwise_items = True
+    configs = (*Task.configs, WithLoss)
+
     def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:
         super().__init__(settings, training, num_items)
         self.loss_config = read_loss(settings, training.negatives)
+        if self.items_config and self.loss_config.name != "sampled-softmax":
+            raise EntryError(f"key model.items: loss {self.loss_config.name} needs all embeddings; use sampled-softmax")
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean loss over all tokens."""

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from steps.common.config import TrainingConfig
-from steps.common.typed import Count, NotNegative, Share, read
+from steps.common.typed import Count, EntryError, NotNegative, Share, read
 from steps.data.sequences import Batch, Events, Sequences
 from steps.models.base import embedding_lookup
 from steps.models.gru4rec import GRU4Rec, gru_cell
 from steps.tasks.base import Task
-from steps.tasks.losses import read_cross_entropy
+from steps.tasks.losses import WithLoss, read_cross_entropy
 
 _IGNORE_INDEX = -100
 
@@ -35,13 +35,16 @@ class _SamplesConfig:
 class Sessions(Task):
     """A recurrent encoder whose states pass from event to event; an item's score is state . embedding + bias."""
 
-    schedule = "sessions"
+    schedules = ("sessions",)
     optimizer = "adagrad"
+    configs = (*Task.configs, WithLoss, _SamplesConfig)
     encoder: GRU4Rec
 
     def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:
         super().__init__(settings, training, num_items)
         read_cross_entropy(settings)
+        if (self.optimizer_config.betas, self.optimizer_config.weight_decay) != ([0.0, 0.0], 0.0):
+            raise EntryError("key model.optimizer: Adagrad has betas 0 and no weight decay")
         self.config = read(_SamplesConfig, settings, "model.", others=True)
         self.bias = nn.Parameter(torch.zeros(num_items + 1))
         bound = (6 / (num_items + self.dim)) ** 0.5

@@ -74,7 +74,7 @@ class Training:
         model.encoder.compute_dtype = compute_dtype if model.encoder.supports_low_precision else None
         model.prepare(self.sequences, self.split.num_held_out)
         self.optimizer = make_optimizer(model)
-        self.schedule = make_schedule(model.schedule, self.settings, self.sequences, self.split.num_held_out)
+        self.schedule = make_schedule(model.schedules, self.settings, self.sequences, self.split.num_held_out)
         self.execution = Execution(model, self.optimizer, self.schedule, self.stream, mode or self._best_mode())
         part = self.split.eval_part
         evaluation = model.evaluation(self.config, self.sequences, self.split.held_out[part])

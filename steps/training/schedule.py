@@ -106,10 +106,10 @@ class Windows(Schedule):
 
 
 class OnePass(Windows):
-    """Every interaction is predicted once, in the order of time, as a stream is trained on.
+    """Every interaction but each user's first is predicted once, in the order of time, as a stream is trained on.
 
-    A user's interactions are cut into windows of at most `max_len` targets, from the last one backwards. The windows
-    come in the order of the times at which they end.
+    A user's interactions are cut into windows of at most `max_len` targets, from the last one backwards. No window sees
+    those before it. They come in the order of the times at which they end.
     """
 
     def _windows(self, users: torch.Tensor, num_held_out: torch.Tensor) -> torch.Tensor:
@@ -168,14 +168,19 @@ class Sessions(Schedule):
 _SCHEDULES: dict[str, type[Schedule]] = {"windows": Windows, "one-pass": OnePass, "sessions": Sessions}
 
 
-def make_schedule(default: str, config: TrainingConfig, sequences: Sequences, num_held_out: torch.Tensor) -> Schedule:
-    """The schedule that `config` names; else the task's own, `default`.
+def make_schedule(
+    schedules: Sequence[str], config: TrainingConfig, sequences: Sequences, num_held_out: torch.Tensor
+) -> Schedule:
+    """The schedule that `config` names, of those that the task can be trained on; without a name the first of these.
 
-    Raises EntryError where a task that is trained on sessions gets another, and StepError if nothing can be trained on.
+    Raises EntryError if the task cannot be trained on it, and StepError if there is nothing to train on.
     """
-    if config.schedule and default == "sessions":
-        raise EntryError(f"key training.schedule: {config.schedule!r} does not fit a model that is trained on sessions")
-    return _SCHEDULES[config.schedule or default](sequences, num_held_out, config)
+    name = config.schedule or schedules[0]
+    if name not in schedules:
+        raise EntryError(
+            f"key training.schedule: {name!r} does not fit: the model is trained on {', '.join(schedules)}"
+        )
+    return _SCHEDULES[name](sequences, num_held_out, config)
 
 
 def bucket_size(batch_size: int, max_len: int) -> int:

@@ -54,7 +54,8 @@ def model_entry(model: str, sizes: dict[str, int], **changes: Any) -> dict[str, 
     if name not in COUNT_BASED:
         keys = {"gru4rec": ["dim"], "hstu": list(sizes)}.get(name, ["dim", "blocks", "heads"])
         entry |= {key: sizes[key] for key in keys} | {"loss": _NEXT_ITEM}
-        entry |= {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0}}
+        betas = [0.0, 0.0] if name == "gru4rec" else [0.9, 0.98]
+        entry |= {"optimizer": {"lr": 1e-3, "betas": betas, "weight_decay": 0.0}}
     return entry | _OWN[name] | own | changes
 
 

@@ -1,6 +1,7 @@
 """Each model is the model it claims to be."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from steps.common.config import TrainingConfig
-from steps.common.typed import read
+from steps.common.typed import EntryError, read
 from steps.data.sequences import Batch, Sequences
 from steps.models import CountBasedModel, is_count_based
 from steps.tasks import Task, build, losses
@@ -40,7 +41,7 @@ def schedule_of(task: Task, data: Sequences, num_held_out: torch.Tensor, **setti
     """The schedule that trains the task on the data."""
     training = read(TrainingConfig, config("hstu")["training"] | settings)
     task.prepare(data, num_held_out)
-    return make_schedule(task.schedule, training, data, num_held_out)
+    return make_schedule(task.schedules, training, data, num_held_out)
 
 
 def sequences(lengths: list[int], seed: int = 0) -> Sequences:
@@ -261,3 +262,33 @@ def test_most_popular_ranks_by_training_counts() -> None:
         model.score(data.batch(torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int64), 5)).tolist()
         == [[0, 1, 2, 2, 0]] * 2
     )
+
+
+SAMPLED = {"name": "sampled-softmax", "similarity": "cosine", "temperature": 0.05}
+FULL = {"name": "softmax", "similarity": "dot", "temperature": 1.0}
+ROWWISE = {"lr": 0.05, "dtype": "float32", "negative_pool": 9}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "key"),
+    [
+        ("hstu", {"foo": 1}, "model.foo: nothing reads it"),
+        ("popular", {"neighbours": 9}, "model.neighbours: nothing reads it"),
+        ("sasrec", {"heads": 4}, "model.heads: 4 does not divide dim 6"),
+        ("bert4rec", {"heads": 4}, "model.heads: 4 does not divide dim 6"),
+        ("bert4rec", {"mask_prob": 0}, "model.mask_prob: 0 is not a number between 0 and 1"),
+        ("bert4rec", {"items": ROWWISE}, "model.items: model bert4rec does not train"),
+        ("gru4rec", {"items": ROWWISE}, "model.items: model gru4rec does not train"),
+        ("hstu", {"items": ROWWISE, "loss": FULL}, "model.items: loss softmax needs all embeddings"),
+        ("hstu", {"loss": SAMPLED | {"similarity": "dot"}}, "model.loss.similarity: loss sampled-softmax has cosine"),
+        ("hstu", {"loss": SAMPLED | {"calibration": 0.5}}, "model.loss.calibration: loss sampled-softmax does not"),
+        ("hstu", {"loss": FULL | {"negatives": 5}}, "model.loss.negatives: loss softmax does not read it"),
+        ("gru4rec", {"optimizer": {"lr": 0.1, "betas": [0.9, 0.9], "weight_decay": 0.0}}, "model.optimizer: Adagrad"),
+        ("gru4rec", {"loss": SAMPLED}, "model.loss: "),
+    ],
+)
+def test_entries_that_nothing_reads_or_that_do_not_fit_are_refused(
+    name: str, changes: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(EntryError, match=f"^key {re.escape(key)}"):
+        build(config(name, **changes), ITEMS)

@@ -416,3 +416,11 @@ def test_yaml_cannot_run_code(project: Path) -> None:
     (project / "params/experiments/demo.yaml").write_text("title: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(StepError, match="not YAML"):
         params.load("experiments/demo", project / "params")
+
+
+def test_a_feature_that_is_no_column_is_named(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    path = tmp_path / "params/datasets.yaml"
+    path.write_text(path.read_text().replace("features: {gender: category", "features: {sex: category"))
+    with pytest.raises(StepError, match=r"datasets\.yaml, key ml-1m\.files\.users\.features: 'sex' is none of its"):
+        params.valid_of("ml-1m", tmp_path / "params")

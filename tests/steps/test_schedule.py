@@ -69,10 +69,11 @@ def test_one_pass_predicts_every_interaction_once_in_the_order_of_time() -> None
     assert ends == sorted(ends)
 
 
-def test_a_model_that_is_trained_on_sessions_takes_no_other_schedule() -> None:
+@pytest.mark.parametrize(("name", "schedule"), [("gru4rec", "sessions"), ("bert4rec", "windows")])
+def test_a_model_takes_only_schedules_that_train_it(name: str, schedule: str) -> None:
     data = sequences([4, 5])
-    with pytest.raises(EntryError, match=r"key training\.schedule: 'one-pass' does not fit a model that is trained on"):
-        schedule_of(make("gru4rec"), data, torch.zeros(2, dtype=torch.int64), schedule="one-pass")
+    with pytest.raises(EntryError, match=f"key training.schedule: 'one-pass' does not fit: .* trained on {schedule}"):
+        schedule_of(make(name), data, torch.zeros(2, dtype=torch.int64), schedule="one-pass")
 
 
 def test_data_without_a_pair_of_interactions_cannot_be_trained_on() -> None:
