@@ -59,8 +59,8 @@ def _content(folder: Path, table: dict[str, Any]) -> tuple[bytes, bytes, int]:
         content = text.encode()
     separator = table["separator"].encode()
     first = 2 if table["header"] else 1
-    lines = content.split(_LINE_END, first)
-    if len(lines) < first or not lines[first - 1].strip():
+    lines = io.BytesIO(content)  # which copies nothing
+    if not [lines.readline().strip() for _ in range(first)][-1]:
         raise StepError(f"{path} has no rows")
     if len(separator) > 1:
         content = content.replace(separator, _FIELD)
@@ -70,7 +70,7 @@ def _content(folder: Path, table: dict[str, Any]) -> tuple[bytes, bytes, int]:
 
 def _check_first_line(content: bytes, separator: bytes, table: dict[str, Any], path: Path) -> None:
     """Raise StepError if the first line shows that `header` is wrong, or `columns` in another order than the file."""
-    line = content.split(_LINE_END, 1)[0].decode().lstrip("\ufeff").strip()
+    line = io.BytesIO(content).readline().decode().lstrip("\ufeff").strip()
     fields = [field.strip() for field in next(csv.reader([line], delimiter=separator.decode()), [])]
     names, columns = [_plain(field) for field in fields], [_plain(name) for name in table["columns"]]
     if not table["header"]:
