@@ -34,7 +34,8 @@ def origin(dataset: dict[str, Any]) -> str:
     """Where the files of an entry of params/datasets.yaml come from, in words."""
     if "synthesize" in dataset:
         return "generated"
-    places = [place for place in (dataset["source"].get("publisher"), *dataset["source"].get("mirrors", [])) if place]
+    sources = dataset["source"] if isinstance(dataset["source"], list) else [dataset["source"]]
+    places = [place for one in sources for place in (one.get("publisher"), *one.get("mirrors", [])) if place]
     if any(place.startswith(("http://", "https://")) for place in places):
         return "downloaded"
     return f"from {places[0]}" if places else "to be provided by HSTU_DATA_MIRROR"

@@ -15,7 +15,7 @@ from steps.common.cli import run_step
 from steps.common.files import read_json, reading, write_json
 from steps.common.params import Run, resolve
 from steps.common.provenance import require_files
-from steps.data.build import split_sha256
+from steps.data.split_hash import split_sha256
 
 
 def read_arrays(data: Path) -> dict[str, np.ndarray]:

@@ -44,7 +44,11 @@ def lists(local: bool) -> dict[str, dict[str, Any]]:
             kinds += ["validated", "synthesized" if "synthesize" in datasets[name] else "published"]
         for kind in kinds:
             item = {"name": name} | ({"valid": valid} if kind == "processed" else {})
-            _add(made[kind], name, item | {key: _owner(name, key) for key in _KEYS[kind]})
+            item |= {key: _owner(name, key) for key in _KEYS[kind]}
+            if kind == "validated":  # DVC refuses a key that is not there
+                key = "filters" if "filters" in datasets[name] else "checks"
+                item["filters"] = _owner(name, key) | {"key": key}
+            _add(made[kind], name, item)
     made |= {"experiments": {}, "runs": {}}
     for name in params.experiments(root):
         if params.is_local(name, root) == local:

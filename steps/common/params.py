@@ -23,6 +23,7 @@ import jsonschema
 from steps.common import yaml_files
 from steps.common.cli import StepError
 from steps.common.config import COUNT_BASED
+from steps.common.datasets import check_dataset
 from steps.common.dotted import set_entry
 
 ROOT = Path("params")
@@ -38,7 +39,7 @@ _RESERVED = {"all", "datasets", LOCAL, "studies", "tests"} | {path.stem for path
 #: What tables show of a protocol, beside its rules.
 _SHOWN_OF_PROTOCOLS = ("note", "published")
 #: What variants of a data set have in common.
-_SHARED = ("source", "synthesize", "files", "checks")
+_SHARED = ("source", "synthesize", "files", "checks", "filters")
 _POINT = re.compile(r"\+(?=[a-z_.]+=)")  # where a row's name ends and the settings of a grid's point begin
 _LONGEST = 255  # bytes of a folder's name
 _SPLIT_BY_HEADS = ("sasrec", "bert4rec", "transformer++")
@@ -107,13 +108,9 @@ def is_local(experiment: str, root: Path = ROOT) -> bool:
 def valid_of(dataset: str, root: Path = ROOT) -> str:
     """The data set whose validated files a data set is made of: its own, or those of the one that it is a variant of.
 
-    Raises StepError if the two differ in what is fetched, read or checked, or if a feature is no column.
+    Raises StepError if the two differ in what is fetched, read, checked or left out.
     """
     file, content = _entry("datasets", dataset, root)
-    for table, entries in content["files"].items():
-        for feature in entries.get("features", {}):
-            if feature not in entries["columns"]:
-                raise StepError(f"{file}, key {dataset}.files.{table}.features: {feature!r} is none of its columns")
     base: str = content.get("variant_of", dataset)
     other = entry("datasets", base, root)
     if "variant_of" in other and base != dataset:
@@ -258,11 +255,11 @@ def _entry(name: str, key: str, root: Path) -> tuple[str, Any]:
 def _table(name: str, root: Path) -> dict[str, tuple[str, Any]]:
     """Every entry of `params/<name>.yaml` and params/local/'s file of this name, each with its file."""
     paths = [root / f"{name}.yaml", *(path for path in [root / LOCAL / f"{name}.yaml"] if path.is_file())]
-    return _parse_table(tuple((str(path), _text(path)) for path in paths), _schema(name, root))
+    return _parse_table(name, tuple((str(path), _text(path)) for path in paths), _schema(name, root))
 
 
 @functools.cache  # a graph of hundreds of runs asks for the same few files
-def _parse_table(files: tuple[tuple[str, str], ...], schema: str | None) -> dict[str, tuple[str, Any]]:
+def _parse_table(name: str, files: tuple[tuple[str, str], ...], schema: str | None) -> dict[str, tuple[str, Any]]:
     found: dict[str, tuple[str, Any]] = {}
     for path, text in files:
         content = yaml_files.parse(text, path)
@@ -274,6 +271,8 @@ def _parse_table(files: tuple[tuple[str, str], ...], schema: str | None) -> dict
                     raise StepError(f"{path}, key {key}: {found[key][0]} has an entry of this name; choose another")
             content = {key: _inherit(path, content, key, found) for key in content}
         _check(path, content, schema)
+        for key, value in content.items() if name == "datasets" else []:
+            check_dataset(path, key, value)
         found |= {key: (path, value) for key, value in content.items()}
     return found
 

@@ -13,9 +13,12 @@ from steps.common.dotted import set_entry
 
 _PROJECT = Path(__file__).resolve().parents[2]
 #: What a measurement reads of an entry of params/datasets.yaml, by the folder below data/ that it reads.
-_READ: dict[str, dict[str, Any]] = {"raw": {"files": None, "checks": None}, "processed": {"repeats": "none"}}
+_READ: dict[str, dict[str, Any]] = {
+    "raw": {"files": None, "checks": None, "filters": []},
+    "processed": {"repeats": "none"},
+}
 #: Code that changes how a step runs, not what it measures.
-PLUMBING = {"cli", "files", "progress", "provenance", "yaml_files", "locks", "config", "typed"}
+PLUMBING = {"cli", "files", "progress", "provenance", "yaml_files", "locks", "config", "datasets", "typed"}
 
 
 def plan(study: str, root: Path = params.ROOT) -> dict[str, Any]:

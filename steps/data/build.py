@@ -1,10 +1,15 @@
-"""Interactions into sequences, their counts, and content hashes of what a protocol trains on and holds out."""
+"""Interactions into sequences, with their counts."""
 
-import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+
+from steps.data.filters import counts
+from steps.data.log import Writer, batches
+from steps.data.tensors import tensors_to_fill
 
 #: How rows of one user with equal timestamps are ordered.
 TIES = {
@@ -12,107 +17,143 @@ TIES = {
     "item-id": "timestamp, then raw item id",
     "shuffled": "timestamp, then a fixed random order, as an unstable sort might leave it",
 }
+#: The same where the file has no times.
+NO_TIMES = "the raw file's row order: it has no times"
+#: Rows that are sorted at once; more are parted by users on disk.
+ROWS_IN_MEMORY = 24_000_000
 _SHUFFLE_SEED = 0
+_LARGEST_TABLE = 1 << 26  # entries of a table by raw id, which is faster than a join
 
 
 def build_sequences(
-    interactions: pl.DataFrame, items: pl.DataFrame, ties: str = "file-order"
-) -> tuple[dict[str, np.ndarray], pl.DataFrame, pl.DataFrame]:
-    """Jagged sequences with contiguous ids.
+    log: pl.LazyFrame,
+    items: pl.DataFrame,
+    folder: Path,
+    ties: str = "file-order",
+    ticks_per_second: int = 1,
+    rows_in_memory: int = ROWS_IN_MEMORY,
+) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, Any]]:
+    """Jagged sequences with contiguous ids, in `sequences.safetensors` in `folder`.
 
     Args:
-        interactions: user, item, rating (optional), timestamp, row.
+        log: user, item, rating (optional), timestamp (in ticks), row; in the raw file's order.
         items: the catalogue: item, title.
         ties: a key of TIES.
+        rows_in_memory: a larger log is parted by users into files in `folder`, which are sorted one after the other.
+
+    The file has offsets (U + 1,) int64; item (T,) int32, from 1 in the order of raw ids, 0 is padding; timestamp (T,)
+    int64, seconds; rating (T,) float32 where the data has ratings, NaN where one is missing. Users are in the order of
+    their raw ids, a user's rows in time order, equal times as `ties` says.
 
     Returns:
-        tensors: offsets (U + 1,) int64; item (T,) int32, from 1 in the order of raw ids, 0 is padding;
-            timestamp (T,) int64, seconds; rating (T,) float32 where the data has ratings. Users are in
-            the order of their raw ids, a user's rows in time order, equal times as `ties` says.
         users: id, raw id; id is the index into offsets.
         items: id, raw id, title.
+        counts and ties of the sequences, for `manifest.json`.
     """
     catalogue = items.sort("item").with_row_index("id", offset=1)
-    ordered = (
-        interactions.join(catalogue.select("id", "item"), on="item", how="left", maintain_order="left")
-        .sort("user", "timestamp", _tie_key(ties, len(interactions)), "row")
-        .select("user", "id", "timestamp", *(["rating"] if "rating" in interactions.columns else []))
-    )
-    lengths = ordered.group_by("user", maintain_order=True).len()
-    tensors: dict[str, np.ndarray] = {
-        "offsets": np.concatenate([[0], np.cumsum(lengths["len"].to_numpy(), dtype=np.int64)]).astype(np.int64),
-        "item": ordered["id"].to_numpy().astype(np.int32),
-        "timestamp": ordered["timestamp"].to_numpy().astype(np.int64),
+    users = counts(log, "user").sort("user").with_row_index("id")
+    offsets = np.concatenate([[0], np.cumsum(users["len"].to_numpy(), dtype=np.int64)]).astype(np.int64)
+    num_rows = int(offsets[-1])
+    columns: dict[str, tuple[Any, int]] = {
+        "offsets": (np.int64, len(offsets)),
+        "timestamp": (np.int64, num_rows),
+        "item": (np.int32, num_rows),
     }
-    if "rating" in ordered.columns:
-        tensors["rating"] = ordered["rating"].to_numpy().astype(np.float32)
-    users = lengths.select(pl.col("user").alias("raw_id")).with_row_index("id")
-    return tensors, users, catalogue.select("id", pl.col("item").alias("raw_id"), "title")
-
-
-def _tie_key(ties: str, rows: int) -> pl.Series | str:
-    if ties == "shuffled":
-        return pl.Series(np.random.default_rng(_SHUFFLE_SEED).permutation(rows))
-    return {"file-order": "row", "item-id": "id"}[ties]
-
-
-def describe(tensors: dict[str, np.ndarray], ties: str = "file-order") -> dict[str, Any]:
-    """Counts and ties of the sequences, for `manifest.json`."""
-    offsets, item, timestamp = tensors["offsets"], tensors["item"], tensors["timestamp"]
+    if "rating" in log.collect_schema():
+        columns["rating"] = (np.float32, num_rows)
+    tied, last_tied = 0, 0
+    with tensors_to_fill(folder / "sequences.safetensors", columns) as tensors:
+        tensors["offsets"][:] = offsets
+        for start, end, rows in _parts(log, users, catalogue, offsets, folder, ties, rows_in_memory):
+            rows = rows.sort("user", "timestamp", *_TIE_KEYS[ties], "row")
+            tensors["item"][start:end] = rows["item"].to_numpy()
+            tensors["timestamp"][start:end] = (rows["timestamp"] // ticks_per_second).to_numpy()
+            if "rating" in tensors:
+                tensors["rating"][start:end] = rows["rating"].fill_null(np.nan).to_numpy()
+            user, time = rows["user"], rows["timestamp"]
+            same = ((user == user.shift()) & (time == time.shift())).fill_null(False)
+            tied += int(same.sum())
+            last_tied += int((same & (user != user.shift(-1)).fill_null(True)).sum())
+        rated = len(np.unique(tensors["item"]))
     lengths = np.diff(offsets)
-    user = np.repeat(np.arange(len(lengths)), lengths)
-    same_as_before = np.zeros(len(item), dtype=bool)
-    same_as_before[1:] = (timestamp[1:] == timestamp[:-1]) & (user[1:] == user[:-1])
-    return {
+    told = {
         "users": len(lengths),
-        "rated_items": len(np.unique(item)),
-        "interactions": len(item),
+        "rated_items": rated,
+        "interactions": num_rows,
         "sequence_length": {
             "shortest": int(lengths.min()),
             "mean": round(float(lengths.mean()), 2),
             "longest": int(lengths.max()),
         },
-        "share_of_users_with_tied_target": round(float(same_as_before[offsets[1:] - 1].mean()), 4),
-        "share_of_rows_tied_with_the_row_before": round(float(same_as_before.mean()), 4),
-        "rules": {"ties": TIES[ties]},
+        "share_of_users_with_tied_target": round(last_tied / len(lengths), 4),
+        "share_of_rows_tied_with_the_row_before": round(tied / num_rows, 4),
     }
+    return (
+        users.select("id", pl.col("user").alias("raw_id")),
+        catalogue.select("id", pl.col("item").alias("raw_id"), "title"),
+        told,
+    )
 
 
-def split_sha256(tensors: dict[str, np.ndarray], protocol: dict[str, Any]) -> dict[str, str]:
-    """The SHA-256 of the rows that a protocol of params/protocols.yaml trains on, tests on, and validates on, if any.
-
-    Of (user, item, timestamp) as little-endian int64 columns, so two runs have the same hashes exactly if they hold out
-    the same rows in the same order. `steps.data.split`, which train and evaluate use, computes the same hashes with
-    code of its own, on purpose: a wrong split in one of the two shows as hashes that differ. Without torch, which plan
-    does not import.
-    """
-    offsets, times = tensors["offsets"], tensors["timestamp"]
-    lengths = np.diff(offsets)
-    user = np.repeat(np.arange(len(lengths)), lengths)
-    from_end = np.repeat(offsets[1:], lengths) - np.arange(len(times))  # 1 = the user's last row
-    validates = protocol["report"] == "best"
-    if protocol["split"] == "leave-last-out":
-        parts = {"train": from_end > (2 if validates else 1), "test": from_end == 1}
-        if validates:
-            parts["valid"] = from_end == 2
-    else:
-        ordered = np.sort(times)
-        test_share, valid_share = protocol["test_share"], protocol["valid_share"] if validates else 0.0
-        test_start = ordered[int(len(times) * (1 - test_share))]
-        train_end = ordered[int(len(times) * (1 - test_share - valid_share))]
-        last = np.append(user[1:] != user[:-1], True)
-        before_test = times < test_start
-        last_before_test = before_test & (last | np.append(~before_test[1:], True))
-        has_history = from_end < np.repeat(lengths, lengths)
-        parts = {"train": times < train_end, "test": last & ~before_test & has_history}
-        if validates:
-            parts["valid"] = last_before_test & (times >= train_end) & has_history
-    columns = [column.astype("<i8") for column in (user, tensors["item"], times)]
-    return {name: _hash(columns, rows) for name, rows in parts.items()}
+_TIE_KEYS = {"file-order": [], "item-id": ["item", "rating"], "shuffled": ["shuffled"]}
 
 
-def _hash(columns: list[np.ndarray], rows: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for column in columns:
-        digest.update(np.ascontiguousarray(column[rows]).data)
-    return digest.hexdigest()
+def _parts(
+    log: pl.LazyFrame,
+    users: pl.DataFrame,
+    catalogue: pl.DataFrame,
+    offsets: np.ndarray,
+    folder: Path,
+    ties: str,
+    rows_in_memory: int,
+) -> Iterator[tuple[int, int, pl.DataFrame]]:
+    """The rows of one user after the other, as ids, in parts: where a part begins and ends in the sequences, and its
+    rows, which are not yet sorted."""
+    coded = _coded(log, users, catalogue, ties)
+    num_rows = int(offsets[-1])
+    if num_rows <= rows_in_memory:
+        yield 0, num_rows, pl.concat(coded)
+        return
+    first_users = [0]
+    while offsets[first_users[-1]] < num_rows:
+        limit = offsets[first_users[-1]] + rows_in_memory
+        first_users.append(max(int(np.searchsorted(offsets, limit, side="right")) - 1, first_users[-1] + 1))
+    writers = [Writer(folder / f"part-{number}.parquet") for number in range(len(first_users) - 1)]
+    for frame in coded:
+        number = pl.Series("part", np.searchsorted(first_users, frame["user"].to_numpy(), side="right") - 1)
+        for (part,), rows in frame.with_columns(number).partition_by("part", as_dict=True, include_key=False).items():
+            writers[part].write(rows)
+    for writer, first, after in zip(writers, first_users[:-1], first_users[1:], strict=True):
+        rows = writer.close().collect()
+        yield int(offsets[first]), int(offsets[after]), rows
+        writer.path.unlink()
+
+
+def _coded(log: pl.LazyFrame, users: pl.DataFrame, catalogue: pl.DataFrame, ties: str) -> Iterator[pl.DataFrame]:
+    """The log block by block with ids: user from 0, item from 1."""
+    user_ids, item_ids = _ids(users, "user"), _ids(catalogue, "item")
+    order: np.ndarray | None = None
+    if ties == "shuffled":
+        order = np.random.default_rng(_SHUFFLE_SEED).permutation(int(users["len"].sum()))
+    start = 0
+    for frame in batches(log):
+        frame = frame.with_columns(user_ids(frame["user"]), item_ids(frame["item"]))
+        if order is not None:
+            frame = frame.with_columns(shuffled=pl.Series(order[start : start + len(frame)]))
+            start += len(frame)
+        elif "rating" not in frame.columns and ties == "item-id":
+            frame = frame.with_columns(rating=pl.lit(None, pl.Float32))
+        yield frame
+
+
+def _ids(table: pl.DataFrame, key: str) -> Callable[[pl.Series], pl.Series]:
+    """Looks up the ids (UInt32) of raw ids in a table of both."""
+    raw, ids = table[key], table["id"].cast(pl.UInt32)
+    span = int(raw[-1]) - int(raw[0]) + 1 if raw.dtype == pl.Int64 else 0
+    if not 0 < span <= _LARGEST_TABLE:
+        known = pl.DataFrame({key: raw, "id": ids})
+        return lambda values: values.to_frame().join(known, on=key, how="left", maintain_order="left")["id"].alias(key)
+    first = int(raw[0])
+    found = np.zeros(span, dtype=np.uint32)
+    found[raw.to_numpy() - first] = ids.to_numpy()
+    return lambda values: pl.Series(key, found[values.to_numpy() - first])

@@ -1,10 +1,16 @@
-"""Raw text tables into polars frames, with the line of every row in its file."""
+"""Raw tables, block by block, as texts with the row of each: delimited text, JSON lines and Parquet.
+
+A block is small, so that a file of any size is read in little memory. What a file may hold of it is checked here: its
+encoding, its first line, and the number of fields of every line. What the values mean is checked later.
+"""
 
 import csv
-import io
+import json
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
@@ -12,79 +18,245 @@ import polars as pl
 from steps.common.cli import StepError
 from steps.common.files import reading
 
+#: The columns that are more than features, in the order of typed tables.
+COLUMNS = ("user", "item", "rating", "timestamp", "title")
+#: Bytes of text that are parsed at once, and rows of Parquet.
+BLOCK_BYTES, BLOCK_ROWS = 1 << 24, 1 << 20
 _FIELD = b"\x1f"  # ASCII's unit separator, which replaces separators of several characters
 _LINE_END = b"\n"
-_TYPES: dict[str, Any] = {"rating": pl.Float32, "timestamp": pl.Int64, "title": pl.String}
+_QUOTE = b'"'
+_LONGEST_RECORD = 1 << 26  # bytes; beyond it a quote was not closed
+_SHOWN = 120  # characters of a header that a message repeats
 
 
-def read_table(folder: Path, table: dict[str, Any]) -> tuple[pl.DataFrame, list[int]]:
-    """Read the table that an entry of params/datasets.yaml describes.
+@dataclass(frozen=True)
+class Block:
+    """Rows of a table.
 
-    Returns the frame with the columns named user, item, rating, timestamp or title that the entry
-    lists, its features (String), and `row` (UInt32, counted from 1, the line in the file); and the lines whose number
-    of fields is wrong. A value that is missing or of the wrong type becomes null: `schemas` reports it.
-    Ids are Int64 if all of them are whole numbers as one writes them, without leading zeros or signs; else String.
-    Raises StepError if the file cannot be read, or if its first line is not what `header` and `columns` say.
+    frame: `row` (UInt32, the line in the file, or the row of a Parquet file, from 1) and a column for each name that
+    the table's entry gives; texts as they are in the file (null where a field is empty), or Parquet's own values.
+    malformed: lines with a wrong number of fields, which the frame does not have. num_rows: how many rows the file has
+    here, those included.
     """
-    content, separator, first = _content(folder, table)
-    columns, path = table["columns"], folder / table["path"]
-    _check_first_line(content, separator, table, path)
-    malformed = _malformed_lines(content, separator, len(columns), first, path)
-    types = _TYPES | dict.fromkeys(table.get("features", {}), pl.String)
-    schema = {name: types.get(name, pl.String) for name in columns}
-    frame = pl.read_csv(content, schema=schema, **_options(separator, first))
-    frame = frame.select(name for name in columns if name in ("user", "item", *types))
-    frame = frame.with_columns(_as_ids(frame[name]) for name in ("user", "item") if name in columns)
-    return frame.with_row_index("row", offset=first).with_columns(pl.col("row").cast(pl.UInt32)), malformed
+
+    frame: pl.DataFrame
+    malformed: list[int]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.frame) + len(self.malformed)
 
 
-def read_texts(folder: Path, table: dict[str, Any]) -> pl.DataFrame:
-    """The same table's fields as they are in the file, null where there is none, and `row`."""
-    content, separator, first = _content(folder, table)
-    frame = pl.read_csv(content, schema=dict.fromkeys(table["columns"], pl.String), **_options(separator, first))
-    return frame.with_row_index("row", offset=first)
+def named_columns(table: Mapping[str, Any]) -> dict[str, str | int | None]:
+    """What the entry of a table calls its columns: by our name, the file's name or place from 1; None for a place that
+    the order of the list gives."""
+    columns = table["columns"]
+    return dict(columns) if isinstance(columns, dict) else dict.fromkeys(columns)
 
 
-def _content(folder: Path, table: dict[str, Any]) -> tuple[bytes, bytes, int]:
-    """The file as UTF-8, the one byte that separates its fields, and its first line with values."""
-    path, encoding = folder / table["path"], table.get("encoding", "utf-8")
+def wanted_columns(table: Mapping[str, Any]) -> list[str]:
+    """The columns of a table that are read: those with a meaning of their own, and its features."""
+    return [name for name in named_columns(table) if name in (*COLUMNS, *table.get("features", {}))]
+
+
+def read_blocks(folder: Path, table: Mapping[str, Any], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """The rows of the file that an entry `files.<table>` of params/datasets.yaml describes, in the file's order.
+
+    Raises StepError with file and line if the file cannot be read, or is not what the entry says.
+    """
+    path = folder / table["path"]
+    kind = table.get("format", "text")
+    blocks = {"text": _text_blocks, "jsonl": _json_blocks, "parquet": _parquet_blocks}[kind](path, table, block_bytes)
+    empty = True
     with reading(path, "params/datasets.yaml names it"):
-        content = path.read_bytes()
+        for block in blocks:
+            empty = empty and not block.num_rows
+            yield block
+    if empty:
+        raise StepError(f"{path} has no rows")
+
+
+def read_table(folder: Path, table: Mapping[str, Any]) -> Block:
+    """All rows of a table at once: of an items or a users file, which are small."""
+    blocks = list(read_blocks(folder, table))
+    malformed = [line for block in blocks for line in block.malformed]
+    return Block(pl.concat([block.frame for block in blocks], how="vertical"), malformed)
+
+
+# Delimited text
+
+
+def _text_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iterator[Block]:
+    separator = table["separator"].encode()
+    quoted = table.get("quotes", separator == b",")
+    places: dict[str, int] = {}
+    num_fields, line = 0, 1
+    for content in _records(path, block_bytes, _QUOTE if quoted else None):
+        content = _as_utf8(content, table.get("encoding", "utf-8"), path, line)
+        first = line
+        if line == 1:
+            content = content.removeprefix(b"\xef\xbb\xbf")
+            places, num_fields = _places(content, separator, table, path, quoted)
+            if table["header"]:
+                content = content.partition(_LINE_END)[2]
+                first = 2
+            if not content:
+                line = first
+                continue
+        num_lines = _count(content, _LINE_END)
+        yield _parsed(content, num_lines, separator, places, num_fields, first, path, quoted)
+        line = first + num_lines
+
+
+def _records(path: Path, block_bytes: int, quote: bytes | None) -> Iterator[bytes]:
+    """Parts of a file that end with a line, which no quotes span; empty lines at the file's end are left out."""
+    rest, done = b"", 0
+    with path.open("rb") as file:
+        while chunk := _read(file, block_bytes, path):
+            content = rest + chunk
+            end = _last_end(content, quote)
+            rest = content[end:]
+            if end:
+                yield content[:end]
+                done += end
+            if len(rest) > _LONGEST_RECORD:
+                what = "a quote is not closed" if quote and quote in rest else "the line is longer than 64 MB"
+                raise StepError(f"{path}, line {_line_at(path, done)}: {what}; correct the file")
+    if rest.strip():
+        if quote:
+            _check_closed(rest, path)
+        yield rest + _LINE_END
+
+
+def _read(file: BinaryIO, size: int, path: Path) -> bytes:
+    """The next bytes of a file, with line ends that are one byte."""
+    chunk = file.read(size)
+    if b"\r" not in chunk:
+        return chunk
+    if chunk.endswith(b"\r"):
+        chunk += file.read(1)
+    start = file.tell() - len(chunk)
+    chunk = chunk.replace(b"\r\n", _LINE_END)
+    if b"\r" in chunk:
+        line = _line_at(path, start) + chunk.count(_LINE_END, 0, chunk.index(b"\r"))
+        raise StepError(f"{path}, line {line}: has a carriage return alone; end lines with \\n or \\r\\n")
+    return chunk
+
+
+def _line_at(path: Path, position: int) -> int:
+    """The number of the line that has the byte at `position`, for a message."""
+    line = 1
+    with path.open("rb") as file:
+        while position > 0 and (chunk := file.read(min(position, BLOCK_BYTES))):
+            line += chunk.count(_LINE_END)
+            position -= len(chunk)
+    return line
+
+
+def _count(content: bytes, byte: bytes) -> int:
+    """As `content.count(byte)`, four times as fast where there are many."""
+    return int(np.count_nonzero(np.frombuffer(content, dtype=np.uint8) == byte[0]))
+
+
+def _last_end(content: bytes, quote: bytes | None) -> int:
+    """Where the last line with values ends that no quotes span; 0 if there is none. Empty lines behind it are not part
+    of it: they may be the file's last."""
+    if quote is None or quote not in content:
+        end = content.rfind(_LINE_END) + 1
+        if content[max(end - 2, 0) : end].strip():  # the usual case, without a copy
+            return end
+        last = len(content[:end].rstrip(b" \t\n"))
+        return content.find(_LINE_END, last) + 1 if last else 0
+    text = np.frombuffer(content, dtype=np.uint8)
+    ends = np.flatnonzero(text == _LINE_END[0])
+    ends = ends[_outside(ends, np.flatnonzero(text == quote[0]))]
+    last = len(content[: ends[-1] + 1].rstrip(b" \t\n")) if len(ends) else 0
+    return int(ends[np.searchsorted(ends, last)]) + 1 if last else 0
+
+
+def _outside(positions: np.ndarray, quotes: np.ndarray) -> np.ndarray:
+    """Which positions are not within quotes: an even number of quotes is before them."""
+    outside: np.ndarray = np.searchsorted(quotes, positions) % 2 == 0
+    return outside
+
+
+def _check_closed(content: bytes, path: Path) -> None:
+    """Raise StepError if a quote is open at the end of the file, whose last lines are `content`."""
+    if content.count(_QUOTE) % 2:
+        begin = path.stat().st_size - len(content)
+        line = _line_at(path, begin) + content.count(_LINE_END, 0, content.rindex(_QUOTE))
+        raise StepError(f"{path}, line {line}: a quote is not closed; close it, and double quotes within quotes")
+
+
+def _as_utf8(content: bytes, encoding: str, path: Path, line: int) -> bytes:
+    if content.isascii():
+        return content
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        line = content.count(_LINE_END, 0, error.start) + 1
-        raise StepError(f"{path}, line {line}: is not {encoding}; set `encoding: latin-1`, or convert it") from None
-    if encoding != "utf-8":
-        content = text.encode()
-    separator = table["separator"].encode()
-    first = 2 if table["header"] else 1
-    lines = io.BytesIO(content)  # which copies nothing
-    if not [lines.readline().strip() for _ in range(first)][-1]:
-        raise StepError(f"{path} has no rows")
-    if len(separator) > 1:
-        content = content.replace(separator, _FIELD)
-        separator = _FIELD
-    return content, separator, first
+        line += content.count(_LINE_END, 0, error.start)
+        other = "`encoding: latin-1`, or convert it" if encoding == "utf-8" else "`encoding: utf-8`"
+        raise StepError(f"{path}, line {line}: is not {encoding}; set {other}") from None
+    return content if encoding == "utf-8" else text.encode()
 
 
-def _check_first_line(content: bytes, separator: bytes, table: dict[str, Any], path: Path) -> None:
-    """Raise StepError if the first line shows that `header` is wrong, or `columns` in another order than the file."""
-    line = io.BytesIO(content).readline().decode().lstrip("\ufeff").strip()
-    fields = [field.strip() for field in next(csv.reader([line], delimiter=separator.decode()), [])]
-    names, columns = [_plain(field) for field in fields], [_plain(name) for name in table["columns"]]
-    if not table["header"]:
-        if len(names) > 1 and names == columns:
-            raise StepError(f"{path}, line 1: holds the names of the columns; set `header: true`")
-        return
-    if fields and all(_is_number(field) for field in fields):
-        raise StepError(f"{path}, line 1: holds numbers alone, where `header: true` says names; set `header: false`")
-    for place, (name, column) in enumerate(zip(names, columns, strict=False)):
-        if name != column and name in columns:
+def _places(
+    content: bytes, separator: bytes, table: Mapping[str, Any], path: Path, quoted: bool
+) -> tuple[dict[str, int], int]:
+    """The place, from 0, of every column that is read, and the number of fields; the first line has to agree.
+
+    Raises StepError if it shows that `header` or `separator` is wrong, or `columns` in another order than the file.
+    """
+    fields = _first_fields(content, separator, quoted)
+    columns, names = table["columns"], [_plain(field) for field in fields]
+    where = f"{path}, line 1"
+    shown = ", ".join(fields)[:_SHOWN]
+    if table["header"] and all(_is_number(field) for field in fields):
+        raise StepError(f"{where}: holds numbers alone, where `header: true` says names; set `header: false`")
+    if isinstance(columns, dict):
+        return _mapped_places(columns, fields, table["header"], where), len(fields)
+    ours = [_plain(name) for name in columns]
+    if not table["header"] and len(names) > 1 and names == ours:
+        raise StepError(f"{where}: holds the names of the columns; set `header: true`")
+    if len(fields) != len(columns) and len(columns) > 1:
+        raise StepError(
+            f"{where}: has {len(fields)} fields where `columns` has {len(columns)} ({shown}); "
+            f"list every column, in the file's order, and see that `separator: {_shown(table['separator'])}` is right"
+        )
+    for place, (name, ours_there) in enumerate(zip(names, ours, strict=True) if table["header"] else []):
+        if name != ours_there and name in ours:
             raise StepError(
-                f"{path}, line 1: field {place + 1} is {fields[place]}, where `columns` has "
-                f"{table['columns'][place]}; list the columns in the file's order"
+                f"{where}: field {place + 1} is {fields[place]}, where `columns` has {columns[place]}; "
+                "list the columns in the file's order"
             )
+    wanted = wanted_columns(table)
+    return {name: place for place, name in enumerate(columns) if name in wanted}, len(columns)
+
+
+def _mapped_places(columns: Mapping[str, str | int], fields: list[str], header: bool, where: str) -> dict[str, int]:
+    """The places of columns that an entry gives by the file's name, or by place from 1."""
+    places = {}
+    for name, there in columns.items():
+        if isinstance(there, int):
+            if there > len(fields):
+                raise StepError(f"{where}: has {len(fields)} fields; `columns` takes {name} from field {there}")
+            places[name] = there - 1
+            continue
+        if not header:
+            raise StepError(f"{where}: `header: false` has no names, so `columns` gives places from 1, not {there!r}")
+        if fields.count(there) != 1:
+            times = "twice or more" if there in fields else "not"
+            known = ", ".join(fields)[:_SHOWN]
+            raise StepError(f"{where}: has the column {there!r} {times}; it has {known}; correct `columns`")
+        places[name] = fields.index(there)
+    return places
+
+
+def _first_fields(content: bytes, separator: bytes, quoted: bool) -> list[str]:
+    line = content.partition(_LINE_END)[0].decode()
+    if not quoted:
+        return [field.strip() for field in line.split(separator.decode())]
+    return [field.strip() for field in next(csv.reader([line], delimiter=separator.decode()), [])]
 
 
 def _plain(name: str) -> str:
@@ -101,53 +273,169 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _options(separator: bytes, first: int) -> dict[str, Any]:
-    return {
-        "separator": separator.decode(),
-        "has_header": False,
-        "skip_lines": first - 1,
-        "quote_char": '"' if separator == b"," else None,
-        "ignore_errors": True,
-        "truncate_ragged_lines": True,
-        "missing_columns": "insert",  # where no line has the last fields
-        "extra_columns": "ignore",
-    }
+def _shown(separator: str) -> str:
+    return repr(separator)[1:-1] if separator.isspace() else separator
 
 
-def _as_ids(texts: pl.Series) -> pl.Series:
-    numbers = texts.cast(pl.Int64, strict=False)
-    whole = numbers.null_count() == texts.null_count() and (numbers.cast(pl.String) == texts).all()
-    return numbers if whole else texts
+def _parsed(
+    content: bytes,
+    num_lines: int,
+    separator: bytes,
+    places: dict[str, int],
+    num_fields: int,
+    first: int,
+    path: Path,
+    quoted: bool,
+) -> Block:
+    """The rows of whole lines, of which `first` is the number of the first in the file."""
+    if len(separator) > 1:
+        content = content.replace(separator, _FIELD)
+        separator = _FIELD
+    quoted = quoted and _QUOTE in content
+    if not quoted:
+        frame = _frame(content, separator, places, num_fields, quoted)
+        # Every line has its last field, and all lines together no separator too many: each has as many as it should.
+        if (
+            frame is not None
+            and len(frame) == num_lines
+            and not frame[str(num_fields - 1)].null_count()
+            and _count(content, separator) == num_lines * (num_fields - 1)
+        ):
+            return Block(_named(frame, places, pl.int_range(first, first + num_lines, eager=True)), [])
+    return _parsed_by_line(content, separator, places, num_fields, first, path, quoted)
 
 
-def _malformed_lines(content: bytes, separator: bytes, fields: int, first: int, path: Path) -> list[int]:
-    """Lines from `first` on that do not have `fields` fields, split by the one byte `separator`.
+def _parsed_by_line(
+    content: bytes, separator: bytes, places: dict[str, int], num_fields: int, first: int, path: Path, quoted: bool
+) -> Block:
+    """The same where lines may have a wrong number of fields, or quotes: fields of each line are counted."""
+    text = np.frombuffer(content, dtype=np.uint8)
+    marks, all_ends = np.flatnonzero(text == separator[0]), np.flatnonzero(text == _LINE_END[0])
+    ends = all_ends
+    if quoted:
+        quotes = np.flatnonzero(text == _QUOTE[0])
+        _check_quotes(text, quotes, separator, first, path)
+        marks, ends = marks[_outside(marks, quotes)], ends[_outside(ends, quotes)]
+    fields = np.diff(np.searchsorted(marks, ends), prepend=0) + 1
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    lines = first + np.searchsorted(all_ends, begins)
+    wrong = fields != num_fields
+    if wrong.any():
+        kept = [content[begin : end + 1] for begin, end in zip(begins[~wrong], ends[~wrong], strict=True)]
+        content, lines, malformed = b"".join(kept), lines[~wrong], lines[wrong].tolist()
+    else:
+        malformed = []
+    frame = _frame(content, separator, places, num_fields, quoted) if content else None
+    if frame is None:
+        empty = dict.fromkeys(sorted({*places.values(), num_fields - 1}), pl.String)
+        frame = pl.DataFrame(schema={str(place): kind for place, kind in empty.items()})
+    if len(frame) != len(lines):
+        raise StepError(f"{path}: {len(lines)} rows from line {first} on were read as {len(frame)}; correct the quotes")
+    return Block(_named(frame, places, pl.Series(lines)), malformed)
 
-    For a good file one comparison of all separators and line ends is enough (0.03 s for MovieLens-1M). Only a bad file
-    is read line by line.
-    """
-    if separator == b"," and b'"' in content:
-        return _malformed_records(content.decode(), fields, first, path)
-    text = np.frombuffer(content if content.endswith(b"\n") else content + b"\n", dtype=np.uint8)
-    marks = text[(text == separator[0]) | (text == _LINE_END[0])]
-    pattern = np.frombuffer(separator * (fields - 1) + _LINE_END, dtype=np.uint8)
-    if len(marks) % fields == 0 and (marks.reshape(-1, fields) == pattern).all():
-        return []
-    lines = content.removesuffix(_LINE_END).split(_LINE_END)
-    return [number for number, line in enumerate(lines, 1) if number >= first and line.count(separator) != fields - 1]
+
+def _check_quotes(text: np.ndarray, quotes: np.ndarray, separator: bytes, first: int, path: Path) -> None:
+    """Raise StepError unless quotes open at the begin of a field and close at its end, or are doubled within quotes."""
+    outside = np.array([separator[0], _LINE_END[0]], dtype=np.uint8)
+    opening, closing = quotes[::2], quotes[1::2]
+    before = text[np.maximum(opening - 1, 0)]
+    doubled = np.zeros(len(opening), dtype=bool)
+    doubled[1:] = opening[1:] == closing[: len(opening) - 1] + 1
+    wrong = opening[~(np.isin(before, outside) | (opening == 0) | doubled)]
+    after = text[np.minimum(closing + 1, len(text) - 1)]
+    wrong = np.concatenate([wrong, closing[~(np.isin(after, outside) | (after == _QUOTE[0]))]])
+    if len(wrong):
+        line = first + int(np.count_nonzero(text[: wrong.min()] == _LINE_END[0]))
+        raise StepError(
+            f"{path}, line {line}: a quote within a field; put the field in quotes and double the quote, or set "
+            "`quotes: false`"
+        )
 
 
-def _malformed_records(text: str, fields: int, first: int, path: Path) -> list[int]:
-    """The same where fields may be in quotes, which may hold separators and line ends.
-
-    Raises StepError for a quote that is not closed.
-    """
-    reader, found, begin = csv.reader(io.StringIO(text, newline=""), strict=True), [], 1
+def _frame(
+    content: bytes, separator: bytes, places: dict[str, int], num_fields: int, quoted: bool
+) -> pl.DataFrame | None:
+    """The fields that are read, and the last, by place; None where the lines do not have as many fields."""
+    names = [str(place) for place in range(num_fields)]
+    read = sorted({*places.values(), num_fields - 1})
     try:
-        for number, record in enumerate(reader, 1):
-            if number >= first and len(record) != fields:
-                found.append(begin)
-            begin = reader.line_num + 1
-    except csv.Error as error:
-        raise StepError(f"{path}, line {begin}: {error}; close the quote, and double quotes within quotes") from None
-    return found
+        return pl.read_csv(
+            content,
+            schema=dict.fromkeys(names, pl.String),
+            columns=read,
+            separator=separator.decode(),
+            has_header=False,
+            quote_char='"' if quoted else None,
+            truncate_ragged_lines=True,
+        )
+    except pl.exceptions.PolarsError:
+        return None
+
+
+def _named(frame: pl.DataFrame, places: dict[str, int], rows: pl.Series) -> pl.DataFrame:
+    columns = [frame[str(place)].alias(name) for name, place in places.items()]
+    return pl.DataFrame([rows.cast(pl.UInt32).alias("row"), *columns])
+
+
+# JSON lines and Parquet
+
+
+def _json_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iterator[Block]:
+    columns = named_columns(table)
+    keys = {name: str(there or name) for name, there in columns.items() if name in wanted_columns(table)}
+    line = 1
+    for content in _records(path, block_bytes, quote=None):
+        content = _as_utf8(content, "utf-8", path, line).removeprefix(b"\xef\xbb\xbf" if line == 1 else b"")
+        num_lines = content.count(_LINE_END)
+        try:
+            frame = pl.read_ndjson(content, schema=dict.fromkeys(keys.values(), pl.String))
+        except pl.exceptions.PolarsError:
+            frame = pl.DataFrame()
+        if len(frame) != num_lines:
+            _check_json(content, path, line)
+        rows = pl.int_range(line, line + num_lines, eager=True).cast(pl.UInt32).alias("row")
+        if line == 1:
+            _check_keys(content, keys, path)
+        yield Block(pl.DataFrame([rows, *(frame[key].alias(name) for name, key in keys.items())]), [])
+        line += num_lines
+
+
+def _check_json(content: bytes, path: Path, first: int) -> None:
+    """Raise StepError that names the first line which is no JSON object."""
+    for line, text in enumerate(content.decode().split("\n")[:-1], first):
+        try:
+            if isinstance(json.loads(text), dict):
+                continue
+            problem = "is no JSON object"
+        except ValueError as error:
+            problem = "is empty" if not text.strip() else f"is not JSON ({error})"
+        raise StepError(f"{path}, line {line}: {problem}; write one object a line")
+    raise StepError(f"{path}: lines from {first} on cannot be read as JSON; write one object a line")
+
+
+def _check_keys(content: bytes, keys: dict[str, str], path: Path) -> None:
+    """A key that the first object lacks is misspelt in the entry, rather than missing in every line."""
+    there = json.loads(content.partition(_LINE_END)[0])
+    for name, key in keys.items():
+        if key not in there:
+            known = ", ".join(there)[:_SHOWN]
+            raise StepError(f"{path}, line 1: has no key {key!r}, from which `columns` takes {name}; it has {known}")
+
+
+def _parquet_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iterator[Block]:
+    columns = named_columns(table)
+    wanted = {name: str(there or name) for name, there in columns.items() if name in wanted_columns(table)}
+    with reading(path, "is it a Parquet file?"):
+        schema = pl.read_parquet_schema(path)
+    for name, there in wanted.items():
+        if there not in schema:
+            known = ", ".join(schema)[:_SHOWN]
+            raise StepError(f"{path} has no column {there!r}, from which `columns` takes {name}; it has {known}")
+        if schema[there].is_nested():
+            raise StepError(f"{path}: column {there!r} is {schema[there]}; a column has one value a row")
+    selected = pl.scan_parquet(path).select(pl.col(there).alias(name) for name, there in wanted.items())
+    num_rows = int(pl.scan_parquet(path).select(pl.len()).collect().item())
+    for start in range(0, num_rows, BLOCK_ROWS):
+        frame = selected.slice(start, BLOCK_ROWS).collect()
+        rows = pl.int_range(start + 1, start + 1 + len(frame), eager=True).cast(pl.UInt32).alias("row")
+        yield Block(pl.DataFrame([rows, *frame.get_columns()]), [])

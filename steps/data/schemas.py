@@ -1,42 +1,106 @@
-"""What valid interactions are, as a pandera schema, and its failures as a readable report.
+"""What valid rows are, as pandera schemas, and their failures as a readable report.
 
 Frames are collected before they are checked: on a lazy frame pandera looks at the schema alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import pandera.polars as pa
 import polars as pl
 
 from steps.common.cli import StepError
+from steps.data.values import TICKS, TIME_WORDS
 
-_EXAMPLES = 5
+#: How many rows a message names of those that fail a check.
+EXAMPLES = 5
+#: Times that are taken for mistakes, unless `checks.time` says otherwise.
+USUAL_TIMES = ("1970-01-01", "2100-01-01")
 _EMPTY = "(empty)"
-_WHOLE_ROW = "user, item"  # the column that is reported for a check of whole rows
-_ONCE = "once per user and item"
-_FIELDS = {_ONCE: ["user", "item"]}  # the fields that such a check is about; otherwise the user
 
 
-def interactions_schema(checks: dict[str, Any], known: Mapping[str, pl.Series]) -> pa.DataFrameSchema:
-    """The schema of interactions: `checks` as in params/datasets.yaml; `known` has the ids of the files `items` and
-    `users`, of those that there are."""
-    columns = {
-        "row": pa.Column(pl.UInt32),
-        "user": pa.Column(nullable=False, checks=_in_file(known, "users")),
-        "item": pa.Column(nullable=False, checks=_in_file(known, "items")),
-        "timestamp": pa.Column(pl.Int64, nullable=False, checks=pa.Check.ge(0)),
-    }
-    if "rating" in checks:
-        low, high = checks["rating"]
-        rating_checks = [pa.Check.in_range(low, high)]
+@dataclass
+class Check:
+    """What a column must be, and how many rows are not: up to five of them, with the file's text."""
+
+    column: str
+    check: str
+    path: str = ""  # of the file, where it is another than the interactions'
+    failures: int = 0
+    examples: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, failures: int, examples: Iterable[tuple[int, str]]) -> None:
+        """Count more rows that are not."""
+        self.failures += failures
+        self.examples = [*self.examples, *examples][:EXAMPLES]
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        return {"column": self.column, "check": self.check, "failures": self.failures}
+
+    def __str__(self) -> str:
+        examples = ", ".join(f"row {row}: {text}" for row, text in self.examples)
+        more = ", ..." if self.failures > len(self.examples) else ""
+        rows = "1 row is not" if self.failures == 1 else f"{self.failures} rows are not"
+        return f"{self.column} must be {self.check}: {rows} ({examples}{more})"
+
+
+class Report:
+    """Every check, with what failed so far."""
+
+    def __init__(self) -> None:
+        self.checks: dict[tuple[str, str, str], Check] = {}
+
+    def check(self, column: str, check: str, path: str = "") -> Check:
+        """The check of that name of a file, new if there was none."""
+        return self.checks.setdefault((path, column, check), Check(column, check, path))
+
+    def validate(self, frame: pl.DataFrame, schema: pa.DataFrameSchema, texts: pl.DataFrame, path: str = "") -> None:
+        """Add what is wrong with `frame` by `schema`. texts: its rows as they are in the file, with `row`."""
+        try:
+            schema.validate(frame, lazy=True)
+            failures = None
+        except pa.errors.SchemaErrors as error:
+            failures = error.failure_cases
+        known = 0
+        for column, names in _check_names(schema).items():
+            for name in names:
+                failed = pl.DataFrame() if failures is None else _failed(failures, column, name)
+                places = [int(index) for index in failed["index"].head(EXAMPLES)] if len(failed) else []
+                examples = [(int(texts["row"][place]), shown(texts[column][place])) for place in places]
+                self.check(column, _words(schema, column, name), path).add(len(failed), examples)
+                known += len(failed)
+        if failures is not None and known < len(failures):
+            raise StepError(f"unexpected schema failure: {failures.to_dicts()[0]}")
+
+    def problems(self) -> list[str]:
+        """A sentence for each check that failed."""
+        return [str(check) for check in self.checks.values() if check.failures]
+
+
+def interactions_schema(checks: Mapping[str, Any], table: Mapping[str, Any], columns: list[str]) -> pa.DataFrameSchema:
+    """The schema of interactions, row by row. checks, table: as in params/datasets.yaml. columns: those that it has."""
+    time = table.get("time", "s")
+    schema = {"row": pa.Column(pl.UInt32, nullable=True)}
+    for name in ("user", "item"):
+        schema[name] = pa.Column(nullable=False, description="not empty")
+    if "timestamp" in columns:
+        bounds = [str(bound) for bound in checks.get("time", USUAL_TIMES)]
+        low, high = (ticks_of(bound, time) for bound in bounds)
+        inside = pa.Check.in_range(low, high, error=f"from {bounds[0]} to {bounds[1]}")
+        schema["timestamp"] = pa.Column(pl.Int64, nullable=False, checks=inside, description=TIME_WORDS[time])
+    if "rating" in columns:
+        rating = []
+        if "rating" in checks:
+            low, high = checks["rating"]
+            rating.append(pa.Check.in_range(low, high, error=f"from {low} to {high}"))
         if "rating_step" in checks:
-            rating_checks.append(_multiple_of(checks["rating_step"]))
-        columns["rating"] = pa.Column(pl.Float32, nullable=False, checks=rating_checks)
-    frame_checks = [_enough_per_user(checks["min_user_interactions"])]
-    if checks.get("unique_user_item"):
-        frame_checks.append(_unique_user_item())
-    return pa.DataFrameSchema(columns, checks=frame_checks)
+            rating.append(_multiple_of(checks["rating_step"]))
+        missing = checks.get("missing_ratings", False)
+        schema["rating"] = pa.Column(pl.Float64, nullable=missing, checks=rating, description="a number")
+    return pa.DataFrameSchema(schema)
 
 
 def features_schema(features: Mapping[str, Any]) -> pa.DataFrameSchema:
@@ -44,67 +108,30 @@ def features_schema(features: Mapping[str, Any]) -> pa.DataFrameSchema:
     return pa.DataFrameSchema(
         {
             name: pa.Column(
-                pl.String, nullable=False, checks=[] if kind == "category" else [_separated(kind["categories"])]
+                pl.String,
+                nullable=False,
+                checks=[] if kind == "category" else [_separated(kind["categories"])],
+                description="not empty",
             )
             for name, kind in features.items()
         }
     )
 
 
-def validate(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> list[dict[str, Any]]:
-    """Every check of `schema` on `frame`: name, number of failures, and the rows of up to five of them."""
-    try:
-        schema.validate(frame, lazy=True)
-        failures = None
-    except pa.errors.SchemaErrors as error:
-        failures = error.failure_cases
-    report: list[dict[str, Any]] = []
-    for column, names in _check_names(schema).items():
-        for name in names:
-            failed = pl.DataFrame() if failures is None else _failed(failures, column, name)
-            report.append({"column": column, "check": name, "failures": len(failed), "rows": _rows(failed, frame)})
-    known = sum(check["failures"] for check in report)
-    if failures is not None and known < len(failures):
-        raise StepError(f"unexpected schema failure: {failures.to_dicts()[0]}")
-    return report
+def ticks_of(bound: str | int, time: str) -> int:
+    """A date, as YYYY-MM-DD, or a number of seconds since 1970, in ticks of a way to write times."""
+    text = str(bound)
+    if text.lstrip("-").isdigit():
+        return int(text) * TICKS[time]
+    return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()) * TICKS[time]
 
 
-def describe(report: list[dict[str, Any]], texts: pl.DataFrame) -> str:
-    """The failed checks of `validate`'s report in one line; empty if none failed.
-
-    texts: the table's fields as they are in the file, by column and `row`. A value that does not parse is kept nowhere
-    else.
-    """
-    parts = []
-    for check in report:
-        if check["failures"]:
-            examples = ", ".join(f"row {row}: {_text(texts, row, check)}" for row in check["rows"])
-            more = ", ..." if check["failures"] > len(check["rows"]) else ""
-            parts.append(
-                f"{check['column']} must be {check['check']}: {check['failures']} rows are not ({examples}{more})"
-            )
-    return "; ".join(parts)
-
-
-def _text(texts: pl.DataFrame, row: int, check: dict[str, Any]) -> str:
-    """The file's own text where a check failed."""
-    found = texts.row(row - int(texts["row"][0]), named=True)
-    fields = _FIELDS.get(check["check"], ["user"]) if check["column"] == _WHOLE_ROW else [check["column"]]
-    shown = [_EMPTY if found[name] is None else _printable(found[name]) for name in fields]
-    if check["column"] != _WHOLE_ROW:
-        return shown[0]
-    return ", ".join(f"{name} {text}" for name, text in zip(fields, shown, strict=True))
-
-
-def _printable(text: str) -> str:
+def shown(value: Any) -> str:
+    """A value of a file in a message."""
+    if value is None:
+        return _EMPTY
+    text = str(value)
     return text if text.isprintable() and text == text.strip() and text else repr(text)
-
-
-def _in_file(known: Mapping[str, pl.Series], file: str) -> list[pa.Check]:
-    if file not in known:
-        return []
-    ids = known[file].implode()
-    return [pa.Check(lambda data: data.lazyframe.select(pl.col(data.key).is_in(ids)), name=f"in the {file} file")]
 
 
 def _separated(separator: str) -> pa.Check:
@@ -115,38 +142,30 @@ def _separated(separator: str) -> pa.Check:
 
 
 def _multiple_of(step: float) -> pa.Check:
-    return pa.Check(lambda data: data.lazyframe.select(pl.col(data.key) % step == 0), name=f"multiple of {step}")
-
-
-def _enough_per_user(minimum: int) -> pa.Check:
+    """Within a billionth of a step, as few decimal fractions are binary ones."""
+    steps = pl.first() / step
     return pa.Check(
-        lambda data: data.lazyframe.select(pl.len().over("user") >= minimum), name=f"{minimum} rows or more per user"
+        lambda data: data.lazyframe.select(pl.col(data.key)).select((steps - steps.round()).abs() < 1e-9),
+        name=f"a multiple of {step}",
     )
 
 
-def _unique_user_item() -> pa.Check:
-    return pa.Check(lambda data: data.lazyframe.select(pl.struct("user", "item").is_first_distinct()), name=_ONCE)
-
-
 def _check_names(schema: pa.DataFrameSchema) -> dict[str, list[str]]:
-    names = {
-        name: ["not null"] * (not column.nullable) + [_name(check) for check in column.checks]
+    return {
+        name: ["not_nullable"] * (not column.nullable) + [_name(check) for check in column.checks]
         for name, column in schema.columns.items()
+        if column.checks or not column.nullable
     }
-    return names | {_WHOLE_ROW: [_name(check) for check in schema.checks]}
 
 
 def _name(check: pa.Check) -> str:
     return str(check.error or check.name)  # as pandera's failure cases call it
 
 
+def _words(schema: pa.DataFrameSchema, column: str, name: str) -> str:
+    return str(schema.columns[column].description or "not empty") if name == "not_nullable" else name
+
+
 def _failed(failures: pl.DataFrame, column: str, name: str) -> pl.DataFrame:
-    check = "not_nullable" if name == "not null" else name
-    in_column = pl.col("schema_context") == "Column" if column != _WHOLE_ROW else pl.col("schema_context") != "Column"
-    if column != _WHOLE_ROW:
-        in_column &= pl.col("column") == column
-    return failures.filter(in_column & (pl.col("check") == check))
-
-
-def _rows(failed: pl.DataFrame, frame: pl.DataFrame) -> list[int]:
-    return [int(frame["row"][index]) for index in failed["index"].head(_EXAMPLES)] if len(failed) else []
+    in_column = (pl.col("schema_context") == "Column") & (pl.col("column") == column)
+    return failures.filter(in_column & (pl.col("check") == name))

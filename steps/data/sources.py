@@ -1,15 +1,19 @@
-"""Where raw files come from: the publisher, then mirrors; and how an archive is unpacked safely."""
+"""Where raw files come from: the publisher, then mirrors; and how archives are unpacked safely."""
 
 import errno
 import glob
+import gzip
 import hashlib
 import os
 import shutil
 import stat
 import zipfile
+import zlib
+from collections import Counter
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
+import pyarrow as pa
 import requests
 
 from steps.common.cli import StepError
@@ -19,38 +23,42 @@ from steps.common.progress import progress
 MIRROR_VARIABLE = "HSTU_DATA_MIRROR"
 _CHUNK = 1 << 16  # bytes; what a broken connection can lose
 _TIMEOUT_S = (5, 60)  # to connect, between two bytes
+_SMALL, _LARGEST_RATIO = 1 << 30, 100  # bytes that any file may hold, and how many times its own that a larger one may
+_ENCRYPTED = 1  # the bit of a zip member's flags
 
 
-def fetch(source: dict[str, Any], partial: Path) -> Path:
-    """Bring `source["file"]`, with the SHA-256 that `source` names, to a path beside `partial`, which it returns.
+def fetch(source: dict[str, Any], partial: Path) -> tuple[Path, str]:
+    """Bring `source["file"]`, with the checksum that `source` names, to a path beside `partial`.
 
     Tries the publisher, then `source["mirrors"]`, then the environment variable HSTU_DATA_MIRROR; a
     mirror is a URL, a file, or a folder that holds the file. An interrupted download resumes where it stopped, from
-    the same source alone. A download with another SHA-256 is deleted, and the next source is tried.
-    Raises StepError that lists why each source failed.
+    the same source alone. A download with another checksum is deleted, and the next source is tried. A source without
+    a checksum takes what it finds.
+    Returns the path and the file's SHA-256. Raises StepError that lists why each source failed.
     """
     locations = [source.get("publisher"), *source.get("mirrors", []), os.environ.get(MIRROR_VARIABLE)]
+    kind = next((kind for kind in ("sha256", "md5") if kind in source), None)
     failures = []
     for location in filter(None, locations):
         own = partial.with_name(f"{partial.name}.{hashlib.sha256(location.encode()).hexdigest()[:12]}.download")
         resumed = own.exists()
         try:
-            found = _fetched(location, source["file"], own)
-            if found != source["sha256"] and resumed:  # its first part may be of an older file
+            _copy(location, source["file"], own)
+            if kind and _digest(own, kind) != source[kind] and resumed:  # its first part may be of an older file
                 own.unlink()
-                found = _fetched(location, source["file"], own)
+                _copy(location, source["file"], own)
         except (OSError, requests.RequestException) as error:  # the partial file stays: the next run resumes it
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
             failures.append(f"{location}: {_short(error)}")
             continue
-        if found == source["sha256"]:
+        if not kind or (found := _digest(own, kind)) == source[kind]:
             for other in partial.parent.glob(f"{glob.escape(partial.name)}.*.download"):
                 if other != own:
                     other.unlink()
-            return own
+            return own, sha256(own)
         failures.append(
-            f"{location}: {own.stat().st_size} bytes with sha256 {found}, expected {source['sha256']} "
+            f"{location}: {own.stat().st_size} bytes with {kind} {found}, expected {source[kind]} "
             "(truncated, changed, or params/datasets.yaml is out of date)"
         )
         own.unlink()
@@ -60,38 +68,79 @@ def fetch(source: dict[str, Any], partial: Path) -> Path:
     )
 
 
-def _fetched(location: str, name: str, partial: Path) -> str:
-    _copy(location, name, partial)
-    return sha256(partial)
+def unpack(packed: Path, name: str, folder: Path) -> None:
+    """Put what the file `packed`, called `name`, holds into `folder`: a zip's members, what a .gz or .zst file holds
+    under its name without that ending, or the file itself.
 
-
-def extract(archive: Path, folder: Path) -> None:
-    """Unpack the zip file `archive` into the new folder `folder`, member by member.
-
-    Raises StepError if the archive is damaged or a member is a link or would land outside `folder`;
-    every name is checked before the first member is written.
+    Raises StepError if it is damaged, or would grow beyond what data do: a hundredfold, and 1 GiB.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    limit = max(_SMALL, _LARGEST_RATIO * packed.stat().st_size)
+    if name.endswith(".zip"):
+        _extract(packed, name, folder, limit)
+        return
+    target = folder / name.removesuffix(".gz").removesuffix(".zst")
+    if target.exists():
+        raise StepError(f"{name}: another file of the source is called {target.name} too; not unpacked")
+    if target.name == name:
+        shutil.copyfile(packed, target)
+        return
+    try:
+        # Closed one by one, as neither closes what it reads from.
+        with packed.open("rb") as file, _decompressed(file, name) as content, target.open("wb") as output:
+            _copy_within(content, output, limit, name)
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise StepError(f"{name} is damaged or not what its name says: {error}. Fetch it again") from error
+
+
+def _decompressed(file: IO[bytes], name: str) -> Any:
+    return gzip.GzipFile(fileobj=file) if name.endswith(".gz") else pa.CompressedInputStream(file, "zstd")
+
+
+def _copy_within(content: Any, output: IO[bytes], limit: int, name: str) -> int:
+    """Copy at most `limit` bytes. Returns how many; raises StepError if there are more."""
+    written = 0
+    while chunk := content.read(_CHUNK):
+        written += len(chunk)
+        if written > limit:
+            raise StepError(
+                f"{name} grows beyond {limit} bytes, which data do not; if these do, unpack it, and name what it holds"
+            )
+        output.write(chunk)
+    return written
+
+
+def _extract(archive: Path, called: str, folder: Path, limit: int) -> None:
+    """Unpack a zip file member by member; every name is checked before the first member is written."""
     try:
         with zipfile.ZipFile(archive) as file:
             members = [member for member in file.infolist() if not member.is_dir()]
+            names = Counter(member.filename for member in members)
             for member in members:
-                _check_member(archive, member)
-            folder.mkdir(parents=True)
+                _check_member(called, member, names)
             for member in members:
                 target = folder / member.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with file.open(member) as content, target.open("wb") as output:
-                    shutil.copyfileobj(content, output, _CHUNK)  # checks the member's CRC at its end
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise StepError(f"{archive.name} is damaged or not a zip archive: {error}. Fetch it again") from error
+                with file.open(member) as content, target.open("xb") as output:
+                    limit -= _copy_within(content, output, limit, called)  # checks the member's CRC at its end
+    except FileExistsError as error:
+        raise StepError(f"{called}: {error.filename} is there twice; not unpacked") from error
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
+        raise StepError(f"{called} is damaged or not a zip archive: {error}. Fetch it again") from error
 
 
-def _check_member(archive: Path, member: zipfile.ZipInfo) -> None:
+def _check_member(called: str, member: zipfile.ZipInfo, names: Counter[str]) -> None:
     name = PurePosixPath(member.filename.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
-        raise StepError(f"{archive.name}: member {member.filename!r} would be written outside its folder; not unpacked")
+        raise StepError(f"{called}: member {member.filename!r} would be written outside its folder; not unpacked")
     if stat.S_ISLNK(member.external_attr >> 16):
-        raise StepError(f"{archive.name}: member {member.filename!r} is a link; not unpacked")
+        raise StepError(f"{called}: member {member.filename!r} is a link; not unpacked")
+    if member.flag_bits & _ENCRYPTED:
+        raise StepError(f"{called}: member {member.filename!r} needs a password; unpack it, and name what it holds")
+    if names[member.filename] > 1:
+        raise StepError(f"{called}: member {member.filename!r} is there {names[member.filename]} times; not unpacked")
 
 
 def _copy(location: str, name: str, partial: Path) -> None:
@@ -118,6 +167,11 @@ def _download(url: str, partial: Path) -> None:
             for chunk in response.iter_content(_CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
+
+
+def _digest(path: Path, kind: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=kind != "md5")).hexdigest()
 
 
 def _short(error: Exception) -> str:

@@ -65,7 +65,7 @@ def require_split(sequences: Sequences, split: Split, config: dict[str, Any], ru
 def split_sha256(sequences: Sequences, split: Split) -> dict[str, str]:
     """The SHA-256 of the interactions that are trained on (`train`) and held out (`test`, `valid`), in their order.
 
-    Of (user, item, timestamp) as little-endian int64 columns. `steps.data.build.split_sha256`, which plan calls,
+    Of (user, item, timestamp) as little-endian int64 columns. `steps.data.split_hash.split_sha256`, which plan calls,
     computes the same hashes from the protocol with code of its own, on purpose: a wrong split in one of the two shows
     as hashes that differ. What is changed here has to be changed there.
     """

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from steps.common.device import usable_cores
-from steps.common.files import read_json
+from steps.common.files import read_json, sha256
 from steps.common.provenance import content_sha256
 from steps.preprocess import write_sequences
 from steps.studies.rows import Row, row
-from steps.validate import declared_features, read_valid
+from steps.validate import write_valid
 
 
 def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -32,11 +32,13 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
     for repetition in range(1, plan["settings"]["repetitions"] + 1):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            dataset = plan["data"]["raw"][case["dataset"]]
-            interactions, items, users, _ = read_valid(raw, dataset)
+            valid, processed = Path(folder, "valid"), Path(folder, "processed")
+            valid.mkdir()
+            told = write_valid(raw, plan["data"]["raw"][case["dataset"]], valid)
             middle = time.perf_counter()
-            features = declared_features(dataset["files"])
-            write_sequences(interactions, items, Path(folder, "processed"), users=users, features=features)
+            processed.mkdir()
+            files = {path.name: sha256(path) for path in sorted(valid.iterdir())}
+            write_sequences(valid, told | {"files": files}, processed, "file-order")
             end = time.perf_counter()
         seconds = {"parse_validate": middle - start, "sort_split_write": end - middle, "total": end - start}
         found += [

@@ -57,7 +57,7 @@ def test_a_good_archive_is_unpacked_as_published(project: Path) -> None:
     assert [path.name for path in (project / "data/raw").iterdir()] == ["mine"]
     content = (mirror / "mine.zip").read_bytes()
     assert read_json(project / "data/raw/mine/manifest.json") == {
-        "source": {"file": "mine.zip", "sha256": hashlib.sha256(content).hexdigest()},
+        "sources": [{"file": "mine.zip", "sha256": hashlib.sha256(content).hexdigest()}],
         "files": {"demo/ratings.dat": hashlib.sha256(b"1::2::3::4\n").hexdigest()},
     }
 
@@ -163,7 +163,7 @@ def test_a_broken_download_goes_on_where_it_stopped(server: str, tmp_path: Path)
     have = begun.stat().st_size
     assert have > 0
     _Server.breaks_after = None
-    assert fetch(source(server), partial).read_bytes() == _Server.content
+    assert fetch(source(server), partial)[0].read_bytes() == _Server.content
     assert _Server.requests == [None, f"bytes={have}-"]
 
 
@@ -174,7 +174,7 @@ def test_a_mirror_that_breaks_off_wrong_bytes_spoils_no_other(server: str, tmp_p
     with pytest.raises(StepError, match="wrong/mine"):
         fetch(source(wrong), tmp_path / "partial")
     _Server.breaks_after = None
-    found = fetch(source(wrong, mirrors=[server]), tmp_path / "partial")
+    found, _ = fetch(source(wrong, mirrors=[server]), tmp_path / "partial")
     assert found.read_bytes() == _Server.content
     assert list(tmp_path.iterdir()) == [found]
     assert _Server.requests[0] is None
@@ -188,7 +188,7 @@ def test_a_download_that_goes_on_from_wrong_bytes_begins_again(server: str, tmp_
     (begun,) = tmp_path.iterdir()
     begun.write_bytes(b"x" * begun.stat().st_size)
     _Server.breaks_after = None
-    assert fetch(source(server), tmp_path / "partial").read_bytes() == _Server.content
+    assert fetch(source(server), tmp_path / "partial")[0].read_bytes() == _Server.content
 
 
 def test_mirrors_follow_the_publisher_and_the_environment_comes_last(
@@ -201,7 +201,7 @@ def test_mirrors_follow_the_publisher_and_the_environment_comes_last(
     monkeypatch.setenv(MIRROR_VARIABLE, str(right))
     partial = tmp_path / "partial"
     nobody = "http://127.0.0.1:9/mine.bin"  # the discard port: refused at once
-    assert fetch(source(nobody, mirrors=[str(wrong)]), partial).read_bytes() == _Server.content
+    assert fetch(source(nobody, mirrors=[str(wrong)]), partial)[0].read_bytes() == _Server.content
     monkeypatch.setenv(MIRROR_VARIABLE, str(right / "mine.bin"))  # a file serves as well
     fetch(source(nobody), partial)
     monkeypatch.setenv(MIRROR_VARIABLE, server.removesuffix("/mine.bin"))  # and a URL

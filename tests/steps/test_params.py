@@ -245,7 +245,12 @@ def test_a_small_number_is_a_number_however_it_is_written(project: Path, word: s
         ("datasets", "max_len: 200", "max_len: 200.0", r"key ml-1m[a-z-]*\.training\.max_len: 200\.0 is not of type"),
         ("datasets", "max_len: 200", "max_len: 0200", r"key ml-1m[a-z-]*\.training\.max_len: '0200' is not of type"),
         ("datasets", "negatives: 128", "negatives: 0", r"key [a-z0-9-]+\.training\.negatives: 0 is less"),
-        ("datasets", "columns: [user, item, timestamp]", "columns: []", r"interactions\.columns: lacks 'user'"),
+        (
+            "datasets",
+            "columns: [user, item, timestamp]",
+            "columns: [item, timestamp]",
+            r"interactions\.columns: lacks 'user'",
+        ),
         ("datasets", "columns: [user, item, timestamp]", "columns: [user, item]", r"columns: lacks 'timestamp'"),
         ("datasets", "checks: {min_user", "checks: {rating: [1, 5], min_user", r"columns: lacks 'rating'"),
         ("datasets", "gender: category", "gender: text", r"key [a-z0-9-]+\.files\.users\.features\.gender"),
@@ -422,5 +427,5 @@ def test_a_feature_that_is_no_column_is_named(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "params", tmp_path / "params")
     path = tmp_path / "params/datasets.yaml"
     path.write_text(path.read_text().replace("features: {gender: category", "features: {sex: category"))
-    with pytest.raises(StepError, match=r"datasets\.yaml, key ml-1m\.files\.users\.features: 'sex' is none of its"):
+    with pytest.raises(StepError, match=r"datasets\.yaml, key demo\.files\.users\.features: 'sex' is none of its"):
         params.valid_of("ml-1m", tmp_path / "params")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch
 from safetensors.numpy import load_file
 
 from steps.common import yaml_files
+from steps.common.cli import StepError
 from steps.common.files import sha256, write_json
-from steps.data.build import build_sequences, describe, split_sha256
+from steps.data.build import build_sequences
 from steps.data.readers import read_table
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import split_sequences
 from steps.data.split import split_sha256 as torch_split_sha256
+from steps.data.split_hash import split_sha256
 from steps.preprocess import write_sequences
-from steps.validate import read_valid
+from steps.validate import write_valid
 from tests.conftest import ROOT, step
 
 
@@ -30,12 +33,42 @@ def table(rows: list[tuple[int, int, int]]) -> pl.DataFrame:
     return frame.with_row_index("row", offset=1)
 
 
+def build(
+    rows: pl.DataFrame, items: pl.DataFrame, ties: str = "file-order", **settings: int
+) -> tuple[dict[str, np.ndarray], pl.DataFrame, pl.DataFrame, dict[str, Any]]:
+    """The tensors of the file that `build_sequences` writes, and what it returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        users, catalogue, told = build_sequences(rows.lazy(), items, Path(folder), ties, **settings)
+        assert [path.name for path in Path(folder).iterdir()] == ["sequences.safetensors"]
+        return load_file(Path(folder, "sequences.safetensors")), users, catalogue, told
+
+
+def write(
+    rows: pl.DataFrame,
+    items: pl.DataFrame,
+    output: Path,
+    ties: str = "file-order",
+    users: pl.DataFrame | None = None,
+    features: dict[str, Any] | None = None,
+    **told: Any,
+) -> None:
+    """Write the sequences of tables into the new folder `output`, as if validate had written the tables."""
+    output.mkdir()
+    with tempfile.TemporaryDirectory() as folder:
+        valid = Path(folder)
+        tables = {"interactions": rows, "items": items} | ({} if users is None else {"users": users})
+        for name, frame in tables.items():
+            frame.write_parquet(valid / f"{name}.parquet")
+        files = {path.name: sha256(path) for path in sorted(valid.iterdir())}
+        write_sequences(valid, {"files": files, "features": features or {}, **told}, output, ties)
+
+
 ITEMS = pl.DataFrame({"item": [50, 7, 30, 9, 11], "title": ["e", "a", "d", "b", "c"]})
 
 
 def test_rows_are_ordered_by_time_then_by_their_order_in_the_file() -> None:
     rows = [(2, 50, 5), (1, 7, 9), (2, 7, 5), (1, 30, 3), (2, 30, 1), (2, 9, 5)]
-    tensors, users, items = build_sequences(table(rows), ITEMS)
+    tensors, users, items, _ = build(table(rows), ITEMS)
     assert items.rows() == [(1, 7, "a"), (2, 9, "b"), (3, 11, "c"), (4, 30, "d"), (5, 50, "e")]
     assert users.rows() == [(0, 1), (1, 2)]
     assert tensors["offsets"].tolist() == [0, 2, 6]
@@ -47,7 +80,7 @@ def test_order_of_rows_matters_only_inside_a_tie() -> None:
     rows = [(user, item, item % 3) for user in range(30) for item in (7, 9, 11, 30, 50)]
     shuffled = rows.copy()
     random.Random(1).shuffle(shuffled)
-    one, two = (build_sequences(table(order), ITEMS)[0] for order in (rows, shuffled))
+    one, two = (build(table(order), ITEMS)[0] for order in (rows, shuffled))
     assert one["timestamp"].tolist() == two["timestamp"].tolist()
     for tensors, order in ((one, rows), (two, shuffled)):
         expected = []
@@ -62,7 +95,7 @@ def test_order_of_rows_matters_only_inside_a_tie() -> None:
 @pytest.mark.parametrize("ties", ["item-id", "shuffled"])
 def test_other_tie_rules_reorder_only_ties_and_are_deterministic(ties: str) -> None:
     rows = [(user, item, item % 3) for user in range(30) for item in (50, 9, 11, 30, 7)]
-    stable, other, again = (build_sequences(table(rows), ITEMS, rule)[0] for rule in ("file-order", ties, ties))
+    stable, other, again = (build(table(rows), ITEMS, rule)[0] for rule in ("file-order", ties, ties))
     assert other["item"].tolist() == again["item"].tolist() != stable["item"].tolist()
     assert other["timestamp"].tolist() == stable["timestamp"].tolist()
     for user in range(30):
@@ -72,20 +105,17 @@ def test_other_tie_rules_reorder_only_ties_and_are_deterministic(ties: str) -> N
             zip(stable["timestamp"][part].tolist(), stable["item"][part].tolist(), strict=True)
         )
         assert ties == "shuffled" or pairs == sorted(pairs)
-    assert describe(other, ties)["rules"] != describe(stable)["rules"]
 
 
 ROWS = [(1, 7, 1), (1, 9, 2), (1, 11, 2), (2, 7, 3), (2, 9, 4), (2, 50, 5), (2, 30, 9)]
 
 
 def test_the_manifest_counts_ties_and_names_no_protocol_s_split() -> None:
-    tensors, _, _ = build_sequences(table(ROWS), ITEMS)
-    found = describe(tensors)
+    found = build(table(ROWS), ITEMS)[3]
     assert found["share_of_users_with_tied_target"] == 0.5
     assert found["share_of_rows_tied_with_the_row_before"] == round(1 / 7, 4)
     assert found["sequence_length"] == {"shortest": 3, "mean": 3.5, "longest": 4}
-    assert "sha256" not in found
-    assert list(found["rules"]) == ["ties"]
+    assert not any("sha256" in key for key in found)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +146,7 @@ def test_the_manifest_counts_ties_and_names_no_protocol_s_split() -> None:
 def test_the_split_is_hashed_by_the_rows_that_a_protocol_holds_out(
     protocol: dict[str, Any], parts: dict[str, list[tuple[int, int, int]]]
 ) -> None:
-    tensors, _, _ = build_sequences(table(ROWS), ITEMS)
+    tensors, *_ = build(table(ROWS), ITEMS)
     expected = {}
     for name, part in parts.items():
         columns = b"".join(np.array(column, dtype="<i8").tobytes() for column in zip(*part, strict=True))
@@ -136,7 +166,7 @@ def test_both_implementations_of_the_split_agree(seed: int, split: str, report: 
         for user in range(20)
         for _ in range(3 + user % 7)
     ]
-    tensors, _, _ = build_sequences(table(rows), ITEMS)
+    tensors, *_ = build(table(rows), ITEMS)
     protocol = {"split": split, "report": report, "test_share": 0.2, "valid_share": 0.15}
     data = Sequences(*(torch.tensor(tensors[name]).long() for name in ("offsets", "item", "timestamp")), 5)
     assert split_sha256(tensors, protocol) == torch_split_sha256(data, split_sequences(data, protocol))
@@ -145,7 +175,7 @@ def test_both_implementations_of_the_split_agree(seed: int, split: str, report: 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     rows = [(user, item, 5) for user in range(9) for item in (50, 7, 30)]
     for name in ("one", "two"):
-        write_sequences(table(rows), ITEMS, tmp_path / name)
+        write(table(rows), ITEMS, tmp_path / name)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
     manifest = json.loads((tmp_path / "one/manifest.json").read_text())
@@ -168,8 +198,8 @@ DECLARED = {
 
 
 def test_features_are_codes_in_the_order_of_the_sequences(tmp_path: Path) -> None:
-    write_sequences(table(ROWS), FILMS, tmp_path / "with", users=USERS, features=DECLARED)
-    write_sequences(table(ROWS), ITEMS, tmp_path / "without")
+    write(table(ROWS), FILMS, tmp_path / "with", users=USERS, features=DECLARED)
+    write(table(ROWS), ITEMS, tmp_path / "without")
     found = load_file(tmp_path / "with/features.safetensors")
     assert {name: (array.dtype.name, array.tolist()) for name, array in found.items()} == {
         # Users 1 and 2, as user 3 has no interaction; of ages 25 and 100.
@@ -195,15 +225,16 @@ def test_features_are_codes_in_the_order_of_the_sequences(tmp_path: Path) -> Non
 
 def test_features_of_the_same_input_have_the_same_bytes(tmp_path: Path) -> None:
     for name, users, films in (("one", USERS, FILMS), ("two", USERS.reverse(), FILMS.reverse())):
-        write_sequences(table(ROWS), films, tmp_path / name, users=users, features=DECLARED)
+        write(table(ROWS), films, tmp_path / name, users=users, features=DECLARED)
     for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+        if path.name != "made_of.json":  # the hashes of the two
+            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
 def test_categories_of_one_value_are_one_column(tmp_path: Path) -> None:
     films = ITEMS.with_columns(genres=pl.lit("Drama"))
     declared = {"user": {}, "item": {"genres": {"categories": ", "}}}
-    write_sequences(table(ROWS), films, tmp_path / "one", features=declared)
+    write(table(ROWS), films, tmp_path / "one", features=declared)
     found = load_file(tmp_path / "one/features.safetensors")
     assert {name: array.tolist() for name, array in found.items()} == {"item/genres": [[0], [1], [1], [1], [1], [1]]}
     assert json.loads((tmp_path / "one/manifest.json").read_text())["features"] == {"item": {"genres": ["Drama"]}}
@@ -237,7 +268,7 @@ def test_tables_validated_before_there_were_features_have_none(project: Path) ->
     arguments = ("--dataset", "demo", "--valid", "data/valid/demo", "--output", "data/processed/demo")
     step("preprocess", *arguments, cwd=project)
     names = {path.name for path in (project / "data/processed/demo").iterdir()}
-    assert names == {"sequences.safetensors", "users.parquet", "items.parquet", "manifest.json"}
+    assert names == {"sequences.safetensors", "users.parquet", "items.parquet", "manifest.json", "made_of.json"}
 
 
 def test_a_csv_with_a_header_string_ids_and_no_catalogue_is_read(tmp_path: Path) -> None:
@@ -246,10 +277,13 @@ def test_a_csv_with_a_header_string_ids_and_no_catalogue_is_read(tmp_path: Path)
     )
     interactions = {"path": "mine.csv", "separator": ",", "header": True, "columns": ["user", "item", "timestamp"]}
     dataset = {"files": {"interactions": interactions}, "checks": {"min_user_interactions": 3}}
-    frame, items, users_file, _ = read_valid(tmp_path, dataset)
-    assert users_file is None
+    valid = tmp_path / "valid"
+    valid.mkdir()
+    write_valid(tmp_path, dataset, valid)
+    assert sorted(path.name for path in valid.iterdir()) == ["interactions.parquet", "items.parquet"]
+    frame, items = (pl.read_parquet(valid / f"{name}.parquet") for name in ("interactions", "items"))
     assert frame["row"].to_list() == [2, 3, 4, 5, 6, 7]
-    tensors, users, catalogue = build_sequences(frame, items)
+    tensors, users, catalogue, _ = build(frame, items)
     assert users["raw_id"].to_list() == ["anna", "bert"]
     assert catalogue["raw_id"].to_list() == ["a,b", "c", "d"]
     assert tensors["item"].tolist() == [2, 1, 3, 2, 3, 1]
@@ -258,16 +292,19 @@ def test_a_csv_with_a_header_string_ids_and_no_catalogue_is_read(tmp_path: Path)
 def test_latin_1_titles_are_read(tmp_path: Path) -> None:
     (tmp_path / "movies.dat").write_bytes("1::Amélie (2001)::Comedy\n".encode("latin-1"))
     movies = yaml_files.read(ROOT / "params/datasets.yaml")["ml-1m"]["files"]["items"]
-    frame, malformed = read_table(tmp_path, movies | {"path": "movies.dat"})
-    assert frame.row(0, named=True)["title"] == "Amélie (2001)"
-    assert malformed == []
+    block = read_table(tmp_path, movies | {"path": "movies.dat"})
+    assert block.frame.row(0, named=True)["title"] == "Amélie (2001)"
+    assert block.malformed == []
 
 
 def test_lines_with_a_wrong_number_of_fields_are_found(tmp_path: Path) -> None:
     settings = {"path": "a.dat", "separator": "::", "header": False, "columns": ["user", "item", "timestamp"]}
-    for lines, expected in [(["1::2", "1::2::3"], [1]), (["1::2::3", "1::2::3::4", "1::2"], [2, 3]), (["1::2::3"], [])]:
+    for lines, expected in [(["1::2::3", "1::2::3::4", "1::2", "4::5::6"], [2, 3]), (["1::2::3"], [])]:
         (tmp_path / "a.dat").write_text("\n".join(lines))
-        assert read_table(tmp_path, settings)[1] == expected
+        assert read_table(tmp_path, settings).malformed == expected
+    (tmp_path / "a.dat").write_text("1::2\n1::2::3\n")
+    with pytest.raises(StepError, match=r"line 1: has 2 fields where `columns` has 3"):
+        read_table(tmp_path, settings)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from steps.common.cli import StepError
 from steps.data.readers import read_table
+from steps.data.values import as_ids
 
 
 def table(**changes: Any) -> dict[str, Any]:
@@ -17,6 +18,11 @@ def table(**changes: Any) -> dict[str, Any]:
 
 def write(folder: Path, text: str | bytes) -> None:
     (folder / "t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def ids(folder: Path) -> pl.Series:
+    """The items of the file, typed."""
+    return as_ids(read_table(folder, table()).frame["item"])
 
 
 HEADER = "userId,movieId,rating,timestamp\n"
@@ -33,7 +39,7 @@ HEADER = "userId,movieId,rating,timestamp\n"
 )
 def test_fields_are_counted_where_some_are_quoted(text: str, lines: list[int], tmp_path: Path) -> None:
     write(tmp_path, text)
-    assert read_table(tmp_path, table())[1] == lines
+    assert read_table(tmp_path, table()).malformed == lines
 
 
 @pytest.mark.parametrize(
@@ -44,11 +50,11 @@ def test_fields_are_counted_where_some_are_quoted(text: str, lines: list[int], t
         ("1,2,3,4\n1,3,3,5\n", {}, "line 1: holds numbers alone, where `header: true` says names; set `header: false`"),
         (HEADER.replace("movie", "item") + "1,2,3,4\n", {"header": False}, "line 1: holds the names of the columns"),
         (HEADER.encode() + b"1,caf\xe9,3,4\n", {}, "line 2: is not utf-8; set `encoding: latin-1`"),
-        (HEADER + '1,2,3,4\n1,"3,3,5\n1,4,3,6\n', {}, "line 3: unexpected end of data; close the quote"),
+        (HEADER + '1,2,3,4\n1,"3,3,5\n1,4,3,6\n', {}, "line 3: a quote is not closed; close it"),
         ("", {}, "has no rows"),
         ("", {"header": False}, "has no rows"),
         (HEADER, {}, "has no rows"),
-        ("user,item,rating,timestamp\r1,2,3,4\r", {}, "has no rows"),
+        ("user,item,rating,timestamp\r1,2,3,4\r", {}, "line 1: has a carriage return alone; end lines with"),
     ],
 )
 def test_a_file_in_another_form_than_its_entry_says_is_refused(
@@ -67,12 +73,12 @@ def test_ids_are_numbers_only_if_all_of_them_are(late: str, tmp_path: Path) -> N
     """However late in the file another one is: it is an item of its own."""
     rows = [f"{user},{user % 7 + 1},3,{user}" for user in range(1, 300)]
     write(tmp_path, HEADER + "\n".join(rows) + "\n")
-    assert read_table(tmp_path, table())[0]["item"].dtype == pl.Int64
+    assert ids(tmp_path).dtype == pl.Int64
     write(tmp_path, HEADER + "\n".join([*rows, f"1,{late},3,999"]) + "\n")
-    items = read_table(tmp_path, table())[0]["item"]
+    items = ids(tmp_path)
     assert items.to_list() == [str(user % 7 + 1) for user in range(1, 300)] + [late]
 
 
 def test_a_missing_id_stays_missing_among_numbers(tmp_path: Path) -> None:
     write(tmp_path, HEADER + "1,2,3,4\n1,,3,5\n")
-    assert read_table(tmp_path, table())[0]["item"].to_list() == [2, None]
+    assert ids(tmp_path).to_list() == [2, None]

@@ -37,8 +37,11 @@ rule download:
 rule validate:
     input:
         "steps/validate.py",
+        "steps/data/filters.py",
+        "steps/data/log.py",
         "steps/data/readers.py",
         "steps/data/schemas.py",
+        "steps/data/values.py",
         "data/raw/{dataset}/manifest.json",
     output:
         "data/valid/{dataset}/interactions.parquet",
@@ -49,7 +52,7 @@ rule validate:
     conda:
         "../../environment.yml"
     params:
-        rules=lambda wildcards: [DATASETS[wildcards.dataset][key] for key in ("files", "checks")],
+        rules=lambda wildcards: [DATASETS[wildcards.dataset].get(key) for key in ("files", "checks", "filters")],
         raw=state_of_raw_files,
     shell:
         "python -m steps.validate --dataset {wildcards.dataset:q} --raw data/raw/{wildcards.dataset:q}"
@@ -61,11 +64,15 @@ rule preprocess:
         "steps/preprocess.py",
         "steps/data/build.py",
         "steps/data/features.py",
+        "steps/data/filters.py",
+        "steps/data/log.py",
+        "steps/data/tensors.py",
         lambda wildcards: f"data/valid/{params.valid_of(wildcards.dataset)}/validation.json",
     output:
         "data/processed/{dataset}/sequences.safetensors",
         "data/processed/{dataset}/users.parquet",
         "data/processed/{dataset}/items.parquet",
+        "data/processed/{dataset}/made_of.json",
         "data/processed/{dataset}/manifest.json",
     log:
         "logs/preprocess/{dataset}.log",

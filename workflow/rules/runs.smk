@@ -6,7 +6,7 @@ rule plan:
         "steps/plan.py",
         "steps/common/params.py",
         "steps/common/dotted.py",
-        "steps/data/build.py",
+        "steps/data/split_hash.py",
         "data/processed/{dataset}/manifest.json",
     output:
         f"{RUN}/config.json",

@@ -1,0 +1,71 @@
+"""What the keys of an entry of params/datasets.yaml have to do with each other, which its schema cannot say."""
+
+import zoneinfo
+from collections.abc import Mapping
+from typing import Any
+
+from steps.common.cli import StepError
+
+_KEYS = {"interactions": ("user", "item"), "items": ("item",), "users": ("user",)}
+_PACKED = (".gz", ".zst")
+#: Keys of `checks` and `filters`, and the columns that they are about.
+_ABOUT = {
+    "rating": "rating",
+    "rating_step": "rating",
+    "missing_ratings": "rating",
+    "min_rating": "rating",
+    "time": "timestamp",
+}
+
+
+def check_dataset(file: str, name: str, entry: Mapping[str, Any]) -> None:
+    """Raise StepError that names the file and the key if an entry contradicts itself."""
+    for table, settings in entry["files"].items():
+        where = f"{file}, key {name}.files.{table}"
+        _check_table(where, settings)
+        columns = settings["columns"]
+        for key in _KEYS[table]:
+            if key not in columns:
+                raise StepError(f"{where}.columns: lacks {key!r}; call the column so")
+        for feature in settings.get("features", {}):
+            if feature not in columns:
+                raise StepError(f"{where}.features: {feature!r} is none of its columns")
+    _check_about(f"{file}, key {name}.files.interactions", entry)
+
+
+def _check_about(where: str, entry: Mapping[str, Any]) -> None:
+    """The interactions have the columns that checks and filters are about, and times or the file's order."""
+    table = entry["files"]["interactions"]
+    rules = [(f"checks.{key}", _ABOUT[key]) for key in entry["checks"] if key in _ABOUT]
+    for place, rule in enumerate(entry.get("filters", [])):
+        about = [*rule.get("first_of", []), *(_ABOUT[key] for key in rule if key in _ABOUT)]
+        rules += [(f"filters.{place}", column) for column in about]
+    for rule, column in rules:
+        if column not in table["columns"]:
+            raise StepError(f"{where}.columns: lacks {column!r}, which {rule} is about")
+    timed = "timestamp" in table["columns"]
+    if timed and table.get("time") == "none":
+        raise StepError(f"{where}.time: is none, where `columns` has timestamp; say how times are written")
+    if not timed and table.get("time") != "none":
+        raise StepError(
+            f"{where}.columns: lacks 'timestamp'; call the column so, or set `time: none` to take the file's order"
+        )
+    if not timed and entry["ties"] != "file-order":
+        raise StepError(f"{where}.time: is none, so that there is no other order than `ties: file-order`")
+
+
+def _check_table(where: str, table: Mapping[str, Any]) -> None:
+    if str(table["path"]).endswith(_PACKED):
+        unpacked = str(table["path"]).rpartition(".")[0]
+        raise StepError(f"{where}.path: download unpacks the file; name what it holds, {unpacked}")
+    columns, text = table["columns"], table.get("format", "text") == "text"
+    for ours, there in columns.items() if isinstance(columns, Mapping) else []:
+        if isinstance(there, int) and not text:
+            raise StepError(f"{where}.columns: {ours} is at place {there}; {table['format']} has names, not places")
+        if isinstance(there, str) and text and not table["header"]:
+            raise StepError(f"{where}.columns: {ours} is {there!r}; with `header: false` give its place, from 1")
+    if "zone" in table:
+        if table.get("time") != "iso":
+            raise StepError(f"{where}.zone: is of `time: iso` alone; other times are since 1970 in UTC")
+        if table["zone"] not in zoneinfo.available_timezones():
+            raise StepError(f"{where}.zone: {table['zone']!r} is no time zone; one is Europe/Berlin, another UTC")

@@ -1,0 +1,140 @@
+"""Typed columns from raw values: ids, ratings and times. A value that is of no such type becomes null."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+#: How times are written, and how many ticks a second of theirs has. Ticks are kept, as order needs all digits.
+TICKS = {"none": 1, "s": 1, "ms": 1_000, "us": 1_000_000, "decimal-s": 1_000_000, "iso": 1_000_000}
+#: The same in words, for messages.
+TIME_WORDS = {
+    "s": "a time in whole seconds",
+    "ms": "a time in whole milliseconds",
+    "us": "a time in whole microseconds",
+    "decimal-s": "a time in seconds, with up to 6 decimals",
+    "iso": "an ISO 8601 time with a zone",
+}
+_ISO = (
+    r"^(?<date>\d{4}-\d{2}-\d{2})(?:[T ](?<clock>\d{2}:\d{2})(?::(?<second>\d{2})(?:[.,](?<fraction>\d{1,6}))?)?)?"
+    r"(?<zone>Z|z|[+-]\d{2}:?\d{2})?$"
+)
+_WHOLE = r"^-?\d+$"
+_WHOLE_DECIMAL = r"^(-?\d+)(?:\.0*)?$"
+_DECIMAL = r"^(-?)(\d+)(?:\.(\d{1,6})0*)?$"
+
+
+def as_ids(values: pl.Series) -> pl.Series:
+    """Int64 if every value is a whole number as one writes it, without leading zeros or signs; else String.
+
+    03 and 3 are two ids. Numbers with a fraction, as a program writes whole ones beside missing ones, are whole if all
+    of them are.
+    """
+    if values.dtype.is_float():
+        whole = values.cast(pl.Int64, strict=False)
+        return whole if (whole.cast(values.dtype) == values).all() else values.cast(pl.String)
+    if values.dtype.is_integer() and values.dtype != pl.UInt64:
+        return values.cast(pl.Int64)
+    texts = values.cast(pl.String)
+    numbers = texts.cast(pl.Int64, strict=False)
+    if numbers.null_count() > texts.null_count():
+        return texts
+    name = texts.name
+    odd = pl.col(name).str.starts_with("+") | pl.col(name).str.starts_with("-0")
+    odd |= pl.col(name).str.starts_with("0") & (pl.col(name).str.len_bytes() > 1)
+    return texts if texts.to_frame().select(odd.any()).item() else numbers
+
+
+def same_type(parts: list[pl.Series]) -> list[pl.Series]:
+    """Parts of one column of ids with one type: texts if any of them has texts."""
+    if all(part.dtype == pl.Int64 for part in parts):
+        return parts
+    return [part.cast(pl.String) for part in parts]
+
+
+def as_ratings(values: pl.Series) -> pl.Series:
+    """Float64; null where a value is no finite number."""
+    if not (values.dtype.is_numeric() or values.dtype == pl.String):
+        return pl.Series(values.name, [None] * len(values), pl.Float64)
+    numbers = values.cast(pl.Float64, strict=False)
+    return numbers.to_frame().select(pl.when(pl.first().is_finite()).then(pl.first())).to_series()
+
+
+def as_ticks(values: pl.Series, time: str, zone: str | None = None) -> pl.Series:
+    """Times since 1970 as Int64, in ticks: `TICKS[time]` to a second. time: a key of TICKS. zone: of ISO 8601 times
+    that name none, such as Europe/Berlin; where a clock shows an hour twice, the first is meant."""
+    if values.dtype.is_temporal():
+        return _of_temporal(values, time, zone)
+    if time == "iso":
+        return _of_iso(values.cast(pl.String), zone)
+    if values.dtype.is_integer():
+        return values.cast(pl.Int64, strict=False) * (TICKS[time] if time == "decimal-s" else 1)
+    if values.dtype == pl.Float64 and time == "decimal-s":
+        return (values * TICKS[time]).round().cast(pl.Int64, strict=False)  # a double has 6 decimals until 2242
+    if time == "decimal-s":
+        return _of_decimals(values.cast(pl.String))
+    texts = values.cast(pl.String)
+    numbers = texts.cast(pl.Int64, strict=False)
+    if numbers.null_count() > texts.null_count():
+        numbers = texts.str.extract(_WHOLE_DECIMAL, 1).cast(pl.Int64, strict=False)
+    return numbers
+
+
+def _of_temporal(values: pl.Series, time: str, zone: str | None) -> pl.Series:
+    """Of a Parquet column of dates or times, which says itself what it is."""
+    if time != "iso" or not isinstance(values.dtype, (pl.Datetime, pl.Date)):
+        return pl.Series(values.name, [None] * len(values), pl.Int64)
+    times = values.cast(pl.Datetime("us")) if values.dtype == pl.Date else values
+    if getattr(times.dtype, "time_zone", None) is None:
+        if zone is None:
+            return pl.Series(values.name, [None] * len(values), pl.Int64)
+        times = times.dt.replace_time_zone(zone, ambiguous="earliest", non_existent="null")
+    return times.dt.epoch("us")
+
+
+def _of_decimals(texts: pl.Series) -> pl.Series:
+    part = pl.col("part").struct
+    sign = pl.when(part.field("1") == "-").then(-1).otherwise(1)
+    ticks = part.field("2").cast(pl.Int64, strict=False) * TICKS["decimal-s"]
+    fraction = part.field("3").fill_null("0").str.pad_end(6, "0").cast(pl.Int64)
+    frame = texts.str.extract_groups(_DECIMAL).alias("part").to_frame()
+    return frame.select((sign * (ticks + fraction)).alias(texts.name)).to_series()
+
+
+def _of_iso(texts: pl.Series, zone: str | None) -> pl.Series:
+    part = pl.col("part").struct
+    clock = part.field("clock").fill_null("00:00") + ":" + part.field("second").fill_null("00")
+    local = (part.field("date") + " " + clock).str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False, time_unit="us")
+    # The format admits a second 60, which is the next minute to polars, and no time to a clock without leap seconds.
+    local = pl.when(part.field("second").fill_null("00") != "60").then(local)
+    fraction = part.field("fraction").fill_null("0").str.pad_end(6, "0").cast(pl.Int64)
+    there = part.field("zone").str.replace(":", "")
+    hours, minutes = (
+        there.str.slice(1, 2).cast(pl.Int64, strict=False),
+        there.str.slice(3, 2).cast(pl.Int64, strict=False),
+    )
+    offset = (hours * 3600 + minutes * 60) * pl.when(there.str.starts_with("-")).then(-1).otherwise(1)
+    offset = pl.when(there.str.to_uppercase() == "Z").then(0).when((hours < 24) & (minutes < 60)).then(offset)
+    ticks = local.dt.epoch("us") + fraction
+    with_zone = ticks - offset * TICKS["iso"]
+    if zone is None:
+        without: pl.Expr = pl.lit(None, pl.Int64)
+    else:
+        without = local.dt.replace_time_zone(zone, ambiguous="earliest", non_existent="null").dt.epoch("us") + fraction
+    frame = texts.str.extract_groups(_ISO).alias("part").to_frame()
+    return frame.select(pl.when(there.is_null()).then(without).otherwise(with_zone).alias(texts.name)).to_series()
+
+
+def typed(frame: pl.DataFrame, table: Mapping[str, Any]) -> pl.DataFrame:
+    """A block's columns as the entry of its table says: ids, rating (Float64), timestamp (Int64, ticks), texts of
+    title and features; `row` as it is."""
+    parse = {
+        "user": as_ids,
+        "item": as_ids,
+        "rating": as_ratings,
+        "timestamp": lambda values: as_ticks(values, table.get("time", "s"), table.get("zone")),
+        "row": lambda values: values,
+    }
+    return pl.DataFrame(
+        [parse.get(values.name, lambda texts: texts.cast(pl.String))(values) for values in frame.get_columns()]
+    )
