@@ -1,0 +1,25 @@
+"""Generated archives."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from steps.data.generators.demo import Demo
+
+
+class Generator(Protocol):
+    """The settings of an archive."""
+
+    def write(self, path: Path) -> None:
+        """Write the archive to `path`; what it keeps meanwhile has names that begin with the path's."""
+
+
+FORMS: dict[str, Callable[..., Generator]] = {"demo": Demo}
+
+
+def generator(form: str, **settings: Any) -> Generator:
+    """The generator of an entry's `synthesize` in params/datasets.yaml.
+
+    Raises ValueError, which names settings that do not fit.
+    """
+    return FORMS[form](**settings)
