@@ -25,6 +25,7 @@ from steps.data.generators import amazon, generator, walks
 from steps.data.generators.amazon import AmazonRatings
 from steps.data.generators.draws import Law, Lengths, below, bits, spread
 from steps.data.generators.movielens import MovieLens
+from steps.validate import read_valid
 from tests.conftest import ROOT, step
 
 MOVIELENS = {"seed": 7, "folder": "ml", "rows": 60_001, "users": 500}
@@ -136,6 +137,17 @@ def test_movielens_movies_have_the_form_and_the_counts(
     assert 0 < genres["(no genres listed)"] < 50
     assert len(genres) == 20
     assert any("|" in text for _, _, text in movies)
+
+
+def test_the_entry_of_the_full_file_reads_the_small_one(contents: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+    entry = params.entry("datasets", "ml-20m-form", ROOT / "params")
+    folder = tmp_path / entry["synthesize"]["folder"]
+    folder.mkdir()
+    for name, content in contents["movielens-csv"].items():
+        (folder / Path(name).name).write_bytes(content)
+    interactions, items, _, _ = read_valid(tmp_path, entry)
+    assert (len(interactions), len(items)) == (60_001, 1700)
+    assert items.columns == ["item", "title", "genres"]
 
 
 def test_amazon_ratings_have_the_form_and_the_counts(reviews: list[tuple[str, str, str, int]]) -> None:
