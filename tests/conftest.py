@@ -117,7 +117,7 @@ def copy_project(folder: Path) -> Path:
     """Make what the fixture `project` gives, in `folder`."""
     # Here, because tests/kernels also run where there is little more than torch.
     from steps.common import yaml_files
-    from steps.synthesize import synthesize
+    from steps.data.generators.demo import synthesize
 
     copy = folder / "project"
     for name in (
@@ -144,7 +144,8 @@ def copy_project(folder: Path) -> Path:
     datasets = yaml_files.read(path)
     demo = datasets["demo"]
     demo["synthesize"] |= {"users": 120, "movies": 200}
-    demo["source"]["sha256"] = hashlib.sha256(synthesize(**demo["synthesize"])).hexdigest()
+    settings = {key: value for key, value in demo["synthesize"].items() if key != "form"}
+    demo["source"]["sha256"] = hashlib.sha256(synthesize(**settings)).hexdigest()
     demo["training"]["epochs"] = 3
     path.write_text(yaml_files.dump(datasets))
     return copy

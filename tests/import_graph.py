@@ -9,6 +9,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "steps/common": set(),
     "steps/data": {"steps/common", "kernels"},
+    "steps/data/generators": set(),
     "steps/models": {"steps/data", "steps/common", "kernels"},
     "steps/evaluation": {"steps/data", "steps/common", "kernels"},
     "steps/tasks": {"steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"},

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from steps.common import yaml_files  # noqa: E402
 from steps.common.files import write_json  # noqa: E402
 from steps.common.provenance import commit  # noqa: E402
-from steps.synthesize import synthesize  # noqa: E402
+from steps.data.generators.demo import synthesize  # noqa: E402
 
 NAME = "kills"
 #: A killed DVC may leave half of its rwlock file, which it then refuses to read.
@@ -55,7 +55,7 @@ def copy_project(folder: Path) -> None:
     digest = hashlib.sha256(synthesize(**SETTINGS)).hexdigest()
     entry = yaml_files.read(ROOT / "params/datasets.yaml")["demo"] | {
         "title": "Small",
-        "synthesize": SETTINGS,
+        "synthesize": {"form": "demo"} | SETTINGS,
         "source": {"file": f"{NAME}.zip", "sha256": digest, "mirrors": ["data/synthetic"]},
     }
     entry["training"] |= {"epochs": 3}

@@ -4,6 +4,7 @@
 rule synthesize:
     input:
         "steps/synthesize.py",
+        code("steps/data/generators"),
     output:
         "data/synthetic/{dataset}.zip",
     log:
