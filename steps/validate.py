@@ -50,7 +50,7 @@ def write_valid(raw: Path, dataset: Mapping[str, Any], folder: Path) -> dict[str
     log, tables = _with_same_ids(log, tables, store)
     counts = filters.tally(log)
     for name, known in tables.items():
-        _check_known(log, counts, known, name, report)
+        _check_known(log, known, name, report)
     counted = {"raw_rows": filters.size(counts)["rows"]}
     if rules and (problems or report.problems()):  # else what is wrong with counts is reported too
         raise _refused(problems, report, raw / table["path"])
@@ -183,13 +183,14 @@ def _with_same_ids(
     return (store(log.cast(dict.fromkeys(texts, pl.String))) if texts else log), tables
 
 
-def _check_known(log: pl.LazyFrame, counts: filters.Tally, known: pl.DataFrame, name: str, report: Report) -> None:
+def _check_known(log: pl.LazyFrame, known: pl.DataFrame, name: str, report: Report) -> None:
     """Every user or item of the log is in its file."""
     key = _ENTITIES[name]
     check = report.check(key, f"in the {name} file")
-    unknown = counts[key].drop_nulls(key).join(known, on=key, how="anti")
-    if len(unknown):
-        check.add(int(unknown["len"].sum()), _examples(_first_of(log, unknown, key), [key]))
+    unknown = log.select("row", key).drop_nulls(key).filter(pl.col(key).is_in(known[key].implode()).not_())
+    number = int(unknown.select(pl.len()).collect().item())
+    if number:
+        check.add(number, _examples(unknown.sort("row").head(EXAMPLES).collect(), [key]))
 
 
 def _check_counts(log: pl.LazyFrame, counts: filters.Tally, checks: Mapping[str, Any], report: Report) -> int:
@@ -198,9 +199,7 @@ def _check_counts(log: pl.LazyFrame, counts: filters.Tally, checks: Mapping[str,
     check = report.check(_WHOLE_ROW, f"{least} rows or more per user")
     few = counts["user"].filter(pl.col("len") < least)
     if len(few):
-        rows = (
-            log.join(few.lazy().select("user"), on="user", how="semi").select("row", "user").sort("row").head(EXAMPLES)
-        )
+        rows = filters.rows_of(log, "user", few).select("row", "user").sort("row").head(EXAMPLES)
         check.add(int(few["len"].sum()), _examples(rows.collect(), ["user"], named=True))
     again = repeats(log, filters.size(counts)["rows"])
     num_again = int(again.select(pl.len()).collect().item())
@@ -208,12 +207,6 @@ def _check_counts(log: pl.LazyFrame, counts: filters.Tally, checks: Mapping[str,
         check = report.check(_WHOLE_ROW, "once per user and item")
         check.add(num_again, _examples(again.head(EXAMPLES).collect(), ["user", "item"], named=True))
     return num_again
-
-
-def _first_of(log: pl.LazyFrame, found: pl.DataFrame, key: str) -> pl.DataFrame:
-    """The first rows of the log that have an id of `found`."""
-    rows = log.join(found.lazy().select(key), on=key, how="semi").select("row", key)
-    return rows.sort("row").head(EXAMPLES).collect()
 
 
 def _examples(rows: pl.DataFrame, columns: list[str], named: bool = False) -> list[tuple[int, str]]:

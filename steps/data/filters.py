@@ -9,16 +9,40 @@ from typing import Any
 
 import polars as pl
 
+from steps.common.cli import StepError
+
 #: Makes a log that is read many times into one on disk.
 Store = Callable[[pl.LazyFrame], pl.LazyFrame]
-#: How many rows each `user` and each `item` of a log has: its id, `len`.
+#: How many rows each `user` and each `item` of a log has: `key`, the id as `keys` gives it, and `len`.
 Tally = dict[str, pl.DataFrame]
+
+_SEEDS = {"user": (1, 2), "item": (3, 4)}
+
+
+def keys(log: pl.LazyFrame, name: str) -> pl.Expr:
+    """The ids of a `user` or an `item` as numbers: texts are hashed, which makes counting and joining four times as
+    fast."""
+    return pl.col(name).hash(_SEEDS[name][0]) if log.collect_schema()[name] == pl.String else pl.col(name)
 
 
 def tally(log: pl.LazyFrame) -> Tally:
-    """Counts of a log, which reads it once."""
-    names = ("user", "item")
-    return dict(zip(names, pl.collect_all(log.group_by(name).agg(pl.len()) for name in names), strict=True))
+    """Counts of a log. Raises StepError if two ids share a number, which a second hash tells."""
+    found = {}
+    for name, (_, seed) in _SEEDS.items():
+        rows = log.select(key=keys(log, name), other=pl.col(name).hash(seed))
+        if log.collect_schema()[name] == pl.String:
+            counts = rows.group_by("key").agg(pl.len(), one=pl.col("other").min() == pl.col("other").max()).collect()
+            if not counts["one"].all():
+                raise StepError(f"two {name}s have ids with one hash, and cannot be told apart; rename one of them")
+            found[name] = counts.select("key", "len")
+        else:
+            found[name] = rows.group_by("key").agg(pl.len()).collect()
+    return found
+
+
+def rows_of(log: pl.LazyFrame, name: str, kept: pl.DataFrame) -> pl.LazyFrame:
+    """The rows of the users or items whose `key` is in `kept`, in the log's order."""
+    return log.filter(keys(log, name).is_in(kept["key"].implode()))
 
 
 def size(counts: Tally) -> dict[str, int]:
@@ -50,10 +74,10 @@ def first_of(log: pl.LazyFrame, columns: list[str], counts: Tally, store: Store)
 def min_interactions(log: pl.LazyFrame, least: Mapping[str, int], counts: Tally, store: Store) -> pl.LazyFrame:
     """Rows whose user and item have at least as many rows as `least` says of each; both are counted before any of these
     rows is left out."""
+    kept = log
     for name, number in least.items():
-        kept = counts[name].filter(pl.col("len") >= number).select(name)
-        log = log.join(kept.lazy(), on=name, how="semi", maintain_order="left")
-    return store(log)
+        kept = rows_of(kept, name, counts[name].filter(pl.col("len") >= number))
+    return store(kept)
 
 
 def k_core(log: pl.LazyFrame, least: Mapping[str, int], counts: Tally, store: Store) -> pl.LazyFrame:
@@ -78,22 +102,28 @@ def apply(
 ) -> tuple[pl.LazyFrame, Tally, pl.DataFrame, list[dict[str, Any]]]:
     """The log without what the rules drop, in their order.
 
-    Returns the log and its counts; the items that remain, before the rules at the end that look at users alone (which
-    leave the catalogue as it is: arXiv 2402.17152's filter of Amazon Books); and of each rule what it is, and how many
-    rows, users and items it drops.
+    Returns the log and its counts; the items that remain, sorted, before the rules at the end that look at users alone
+    (which leave the catalogue as it is: arXiv 2402.17152's filter of Amazon Books); and of each rule what it is, and
+    how many rows, users and items it drops.
     """
     report = []
-    items, before = counts["item"], size(counts)
-    for place, rule in enumerate(rules):
+    last = max((place for place, rule in enumerate(rules, 1) if not _of_users_alone(rule)), default=0)
+    items = _items(log) if not last else pl.DataFrame()
+    before = size(counts)
+    for place, rule in enumerate(rules, 1):
         ((name, value),) = rule.items()
         log = RULES[name](log, value, counts, store)
         counts = tally(log)
         after = size(counts)
         report.append({"rule": rule, "dropped": {key: before[key] - after[key] for key in before}})
         before = after
-        if not all(map(_of_users_alone, rules[place:])):
-            items = counts["item"]
-    return log, counts, items.select("item").sort("item"), report
+        if place == last:
+            items = _items(log)
+    return log, counts, items, report
+
+
+def _items(log: pl.LazyFrame) -> pl.DataFrame:
+    return log.select("item").unique().sort("item").collect()
 
 
 def _of_users_alone(rule: Mapping[str, Any]) -> bool:
