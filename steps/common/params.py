@@ -337,6 +337,7 @@ def _study(name: str, root: Path) -> Any:
     _check(str(path), measured, _schema(f"studies/{module}", root), "measure")
     for kind, names in measured.get("data", {}).items():
         _known(path, f"measure.data.{kind}", "datasets", names, root)
+    _known(path, "measure.generated", "datasets", measured.get("generated", []), root)
     _known(path, "measure.protocols", "protocols", measured.get("protocols", []), root)
     for index, group in enumerate(measured.get("runs", [])):
         key = f"measure.runs.{index}"

@@ -37,6 +37,9 @@ def plan(study: str, root: Path = params.ROOT) -> dict[str, Any]:
             name: {key: entry.get(key, default) for key, default in _READ[kind].items()}
             for name, entry in entries.items()
         }
+    if "generated" in measured:
+        entries = {name: params.entry("datasets", name, root) for name in measured["generated"]}
+        measured["generated"] = {name: _generated(entry) for name, entry in entries.items()}
     if "protocols" in measured:
         measured["protocols"] = {name: params.protocol_rules(name, root) for name in measured["protocols"]}
     return {"study": study, "module": content["module"], **measured, "code_sha256": _code_sha256(content["module"])}
@@ -55,6 +58,15 @@ def code_of(module: str) -> list[Path]:
     if any(path.is_relative_to(_PROJECT / "kernels") for path in found):
         found.add(_PROJECT / "kernels/configurations.json")
     return sorted(found)
+
+
+def _generated(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a file of another size is made and read by: no number that is expected of the entry's own."""
+    checks = {key: value for key, value in entry["checks"].items() if key != "expected"}
+    return {key: entry[key] for key in ("synthesize", "files")} | {
+        "checks": checks,
+        "filters": entry.get("filters", []),
+    }
 
 
 def _configs(group: dict[str, Any], where: str, root: Path) -> list[dict[str, Any]]:

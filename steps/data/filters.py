@@ -7,6 +7,7 @@ only counts of users and items are in memory.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from steps.common.cli import StepError
@@ -16,6 +17,7 @@ Store = Callable[[pl.LazyFrame], pl.LazyFrame]
 #: How many rows each `user` and each `item` of a log has: `key`, the id as `keys` gives it, and `len`.
 Tally = dict[str, pl.DataFrame]
 
+_SAMPLE_SEED = 0
 _SEEDS = {"user": (1, 2), "item": (3, 4)}
 
 
@@ -88,12 +90,20 @@ def k_core(log: pl.LazyFrame, least: Mapping[str, int], counts: Tally, store: St
     return log
 
 
+def sample_users(log: pl.LazyFrame, number: int, counts: Tally, store: Store) -> pl.LazyFrame:
+    """All rows of so many users, drawn with a fixed seed from the sorted ids."""
+    users = log.select("user").unique().sort("user").collect()["user"]
+    chosen = np.sort(np.random.default_rng(_SAMPLE_SEED).permutation(len(users))[:number])
+    return store(log.filter(pl.col("user").is_in(users.gather(chosen).implode())))
+
+
 RULES: dict[str, Callable[[pl.LazyFrame, Any, Tally, Store], pl.LazyFrame]] = {
     "min_rating": min_rating,
     "time": between,
     "first_of": first_of,
     "min_interactions": min_interactions,
     "k_core": k_core,
+    "sample_users": sample_users,
 }
 
 

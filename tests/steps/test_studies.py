@@ -180,11 +180,17 @@ def small(study: str, data: Path) -> dict[str, Any]:
         (data / "raw/ml-1m/ml-1m/movies.dat").write_text("".join(f"{n}::Film::Drama\n" for n in range(1, 30)))
         (data / "raw/ml-1m/ml-1m/users.dat").write_text("".join(f"{n}::F::25::4::02139\n" for n in range(3)))
         write_json(data / "raw/ml-1m/manifest.json", {"files": {}})
+    if study == "data-growth":
+        made = {"ml-20m-form": {"movies": 3000, "rated_movies": 1500, "largest_id": 9000}, "amzn-books-form": {}}
+        for name, changes in made.items():
+            plan["generated"][name]["synthesize"] |= changes
+        settings["rows"] = {"ml-20m-form": [4000], "amzn-books-form": [6000]}
+        settings["pandas"] = {"ml-20m-form": [4000]}
     return plan
 
 
 def test_a_bare_gpu_machine_can_measure() -> None:
-    """All but preprocessing, whose measurement is of libraries that are not there."""
+    """All but those of preprocessing, whose measurements are of libraries that are not there."""
     code = """
 import sys
 for name in ("yaml", "jsonschema", "polars", "pandera", "pyarrow", "matplotlib", "tabulate"):
