@@ -386,13 +386,13 @@ def test_entries_and_results_of_one_s_own_leave_the_checkout_clean(project: Path
 
 def test_the_project_s_own_reports_are_not_ignored() -> None:
     tracked = run_command("git", "ls-files", "reports", cwd=ROOT).stdout.split()
-    folders = sorted({"/".join(path.split("/")[:2]) for path in tracked if path.count("/") > 1})
+    of_cards = {path.rpartition("/")[0] for path in tracked if path.startswith("reports/datasets/")}
+    folders = sorted({"/".join(path.split("/")[:2]) for path in tracked if path.count("/") > 1} - {"reports/datasets"})
     assert "reports/ml-1m" in folders
-    probes = [f"{folder}/records/new.json" for folder in folders]
-    ignored = run_command(
-        "git", "check-ignore", "--no-index", *probes, "reports/mine/table.md", cwd=ROOT
-    ).stdout.split()
-    assert ignored == ["reports/mine/table.md"]
+    probes = [f"{folder}/records/new.json" for folder in folders] + [f"{folder}/new.json" for folder in of_cards]
+    own = ["reports/mine/table.md", "reports/datasets/mine/card.json"]
+    ignored = run_command("git", "check-ignore", "--no-index", *probes, *own, cwd=ROOT).stdout.split()
+    assert ignored == own
 
 
 def test_the_step_of_checking_writes_every_run_s_path(project: Path) -> None:
