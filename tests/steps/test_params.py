@@ -9,6 +9,7 @@ import pytest
 
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
+from steps.common.datasets import STATED
 from steps.common.files import read_json
 from tests.conftest import ROOT, step, write_processed
 from tests.conftest import run as run_command
@@ -62,6 +63,14 @@ def test_a_variant_shares_what_is_fetched_and_checked(project: Path, changes: di
     run = params.Run("demo", "mine", "hstu", "strict", 0)
     with pytest.raises(StepError, match=said):
         params.resolve(run, project / "params")
+
+
+def test_files_of_one_s_own_do_not_get_the_licence_of_the_entry_they_are_like(project: Path) -> None:
+    own = {"like": "demo", "title": "Mine"}
+    write_local(project, "datasets", {"same": own, "mine": own | {"source": {"file": "mine.zip"}, "version": "2"}})
+    found = params.load("datasets", project / "params")
+    assert {key for key in STATED if key in found["same"]} == {"licence", "citation", "version"}
+    assert {key: found["mine"][key] for key in STATED if key in found["mine"]} == {"version": "2"}
 
 
 def test_a_model_without_randomness_has_one_seed() -> None:
