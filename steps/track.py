@@ -8,6 +8,7 @@ training, under a lock, keeps SQLite's single writer from losing records when tr
 import argparse
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,26 @@ from steps.reporting.records import Record, read_records
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 _REPORTS = ("table.md", "table.html", "curves.svg", "curves.png", "comparisons.md", "intervals.svg")
+_CARD = ("card.html", "card.json", "croissant.json")
 _BATCH = 1000  # metrics that MLflow takes in one call
 
 
-def track(experiment: str, runs: Path, reports: Path, store: Path) -> dict[str, str]:
-    """Log every finished run; returns the MLflow run id of each, by the run's path."""
+def track(experiment: str, runs: Path, reports: Path, cards: Path, store: Path) -> dict[str, str]:
+    """Log every finished run; returns the MLflow run id of each, by the run's path.
+
+    reports: the experiment's tables and figures. cards: the folder of the data sets' cards.
+    """
     records, _ = read_records(experiment, runs)
+    attached = _attached(records, reports, cards)
     with FileLock(store.with_name(f".{store.name}.writer.lock")):
         client = _open(store)
         found = client.get_experiment_by_name(experiment)
         artifacts = (store.parent / "mlartifacts" / experiment).resolve().as_uri()
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts)
         return {
-            str(record.run.path): _track_run(client, experiment_id, record, runs / record.run.path, reports)
+            str(record.run.path): _track_run(
+                client, experiment_id, record, runs / record.run.path, attached[record.run.dataset]
+            )
             for record in records
         }
 
@@ -61,7 +69,21 @@ def _open(store: Path) -> Any:
     return client
 
 
-def _track_run(client: Any, experiment_id: str, record: Record, folder: Path, reports: Path) -> str:
+def _attached(records: list[Record], reports: Path, cards: Path) -> dict[str, list[tuple[Path, str]]]:
+    """By data set, the files that a run has beside its own, each with its folder there.
+
+    Records can be tracked where their data are not to be had, and then without a card.
+    """
+    attached = {}
+    for dataset in dict.fromkeys(record.run.dataset for record in records):
+        card = [cards / dataset / name for name in _CARD if (cards / dataset / name).is_file()]
+        if len(card) < len(_CARD):
+            print(f"track: {cards / dataset} lacks its data card; to attach it, run card and track", file=sys.stderr)
+        attached[dataset] = [(reports / name, "report") for name in _REPORTS] + [(path, "dataset") for path in card]
+    return attached
+
+
+def _track_run(client: Any, experiment_id: str, record: Record, folder: Path, attached: list[tuple[Path, str]]) -> str:
     run, result = record.run, record.metrics
     weights = folder / "model.safetensors"
     digest = hashlib.sha256("".join(record.texts.values()).encode())
@@ -72,7 +94,7 @@ def _track_run(client: Any, experiment_id: str, record: Record, folder: Path, re
     known = client.search_runs([experiment_id], f"tags.run = '{key}' and attributes.status = 'FINISHED'")
     for old in known:
         if old.data.tags["content"] == content:
-            _log_reports(client, old.info.run_id, reports)
+            _attach(client, old.info.run_id, attached)
             return old.info.run_id
     tags = {"run": key, "content": content, "mlflow.source.git.commit": result["commit"]}
     tags |= {name: str(result[name]) for name in ("commit", "data_sha256", "device")}
@@ -86,7 +108,7 @@ def _track_run(client: Any, experiment_id: str, record: Record, folder: Path, re
         client.log_text(run_id, text, file)
     if weights.is_file():
         client.log_artifact(run_id, str(weights))
-    _log_reports(client, run_id, reports)
+    _attach(client, run_id, attached)
     client.set_terminated(run_id)
     for old in known:
         client.delete_run(old.info.run_id)
@@ -127,9 +149,9 @@ def _log_dataset(client: Any, run_id: str, name: str, digest: str) -> None:
     client.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "train and test")])])
 
 
-def _log_reports(client: Any, run_id: str, reports: Path) -> None:
-    for name in _REPORTS:
-        client.log_artifact(run_id, str(reports / name), "report")
+def _attach(client: Any, run_id: str, files: list[tuple[Path, str]]) -> None:
+    for path, folder in files:
+        client.log_artifact(run_id, str(path), folder)
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -143,6 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", required=True)
     parser.add_argument("--runs", required=True, type=Path, help="runs/<experiment> or reports/<experiment>/records")
     parser.add_argument("--reports", required=True, type=Path, help="the tables and figures to attach")
+    parser.add_argument("--cards", type=Path, default=Path("reports/datasets"), help="the data sets' cards to attach")
     parser.add_argument("--store", type=Path, default=Path("mlflow.db"), help="SQLite file (default: mlflow.db)")
     parser.add_argument("--output", required=True, type=Path, help="json to write: the MLflow id of every run")
 
@@ -151,7 +174,7 @@ def main(args: argparse.Namespace) -> None:
     missing = [name for name in _REPORTS if not (args.reports / name).is_file()]
     if missing:
         raise StepError(f"{args.reports} lacks {', '.join(missing)}; run tabulate and compare first")
-    ids = track(args.experiment, args.runs, args.reports, args.store)
+    ids = track(args.experiment, args.runs, args.reports, args.cards, args.store)
     write_json(args.output, {"store": f"sqlite:///{args.store}", "experiment": args.experiment, "runs": ids})
 
 

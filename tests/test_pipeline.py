@@ -15,12 +15,14 @@ from tests.reduced import edit, keep, planned_jobs
 
 OUTPUTS = ["table.md", "table.csv", "table.html", "runs.csv", "curves.svg", "curves.png", "mlflow.json"]
 MODELS = ("most-popular", "hstu")
+CARD = ["card.html", "card.json", "croissant.json"]
 OUTPUTS += ["details.md", "comparisons.md", "comparisons.csv", "claims.md", "intervals.svg"]
 
 
 def check_outputs(project: Path) -> None:
     """Every promised file is there."""
     assert [name for name in OUTPUTS if not (project / "reports/demo" / name).is_file()] == []
+    assert [name for name in CARD if not (project / "reports/datasets/demo" / name).is_file()] == []
     for model in MODELS:
         for protocol in ("strict", "paper"):
             folder = project / "runs/demo/demo" / model / protocol / "seed-0"
@@ -68,6 +70,9 @@ def test_both_orchestrators_make_the_same_results(by_snakemake: Path, by_dvc: Pa
         ours, theirs = read_json(one), read_json(other)
         for key in ("data_sha256", "config_sha256", "weights_sha256", "ranks_sha256", "test", "beyond", "variants"):
             assert ours[key] == theirs[key], f"{one.parent.relative_to(by_snakemake)}: {key}"
+    for name in CARD:
+        made = [(project / "reports/datasets/demo" / name).read_bytes() for project in (by_snakemake, by_dvc)]
+        assert made[0] == made[1], name
 
 
 @pytest.mark.slow

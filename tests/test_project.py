@@ -112,7 +112,8 @@ stages = [stage for file in sys.argv[1:] for stage in repo.stage.load_all(file)]
 def local(path): return str(__import__("os").path.relpath(path.fs_path))
 print(json.dumps([{"rule": stage.name, "command": stage.cmd, "output": sorted(map(local, stage.outs)),
     "input": [local(dep) for dep in stage.deps
-              if type(dep).__name__ == "Dependency" or dep.def_path.startswith("data/")]} for stage in stages]))
+              if type(dep).__name__ == "Dependency" or dep.def_path.startswith(("data/", "reports/"))]}
+    for stage in stages]))
 """
     return json.loads(run("python", "-c", code, *files, cwd=project).stdout)
 
@@ -206,7 +207,7 @@ def imports() -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("download", "validate", "preprocess", "plan", "train", "evaluate", "compare", "track"),
+        *("download", "validate", "preprocess", "card", "plan", "train", "evaluate", "compare", "track"),
         *("plan_study", "study", "report_study"),
     ],
 )
@@ -215,7 +216,7 @@ def test_what_a_step_imports_is_a_dependency_of_it(graphs: Graphs, imports: dict
     plumbing = {f"steps/common/{module}.py" for module in PLUMBING}
     reached = import_graph.reachable(f"steps/{name}.py", imports, without=plumbing)
     wanted = {file for file in reached if not file.endswith("/__init__.py")}
-    if name in {"download", "validate", "preprocess"}:
+    if name in {"download", "validate", "preprocess", "card"}:
         wanted.discard("steps/common/params.py")  # they depend on the values that they read
         wanted.discard("steps/common/dotted.py")
     lacking = {file for file in wanted if not any(covers(dependency, file, graphs.project) for dependency in listed)}

@@ -13,12 +13,13 @@ from typing import Any
 
 from steps.common import params, studies, yaml_files
 from steps.common.cli import StepError
+from steps.common.datasets import TOLD
 from steps.common.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ROOT / "workflow/local"
 _TABLES = ("datasets", "models", "protocols")
-_DATA = 2  # data sets that DVC's stage `study` has room for
+_DATA, _CARDS = 2, 8  # data sets that DVC's stages `study` and `track` have room for
 _HEAD = "# Written by `make dvc` from {folder}.\n"
 #: The `foreach` of each kind of data stages, and the keys of params/datasets.yaml that they depend on.
 _KEYS = {
@@ -45,14 +46,20 @@ def lists(local: bool) -> dict[str, dict[str, Any]]:
         for kind in kinds:
             item = {"name": name} | ({"valid": valid} if kind == "processed" else {})
             item |= {key: _owner(name, key) for key in _KEYS[kind]}
-            if kind == "validated":  # DVC refuses a key that is not there
+            if kind == "processed":  # DVC refuses a key that is not there
+                item["told"] = [_key(name, key if key in datasets[name] else "title") for key in TOLD]
+            if kind == "validated":
                 key = "filters" if "filters" in datasets[name] else "checks"
                 item["filters"] = _owner(name, key) | {"key": key}
             _add(made[kind], name, item)
     made |= {"experiments": {}, "runs": {}}
     for name in params.experiments(root):
         if params.is_local(name, root) == local:
-            _add(made["experiments"], name, {"name": name})
+            used = params.load(f"experiments/{name}", root)["datasets"]
+            if len(used) > _CARDS:
+                raise StepError(f"{params.experiment_path(name, root)}, key datasets: DVC has room for {_CARDS}")
+            item = {"name": name, "datasets": used + used[:1] * (_CARDS - len(used))}
+            _add(made["experiments"], name, item)
             for run in params.check(name, root):
                 keys = ("experiment", "dataset", "model", "protocol", "seed")
                 item = {key: getattr(run, key) for key in keys}
@@ -105,6 +112,12 @@ def _owner(name: str, key: str) -> dict[str, str]:
         if name in entries:
             return {"file": file, "entry": name} if key in entries[name] else _owner(entries[name]["like"], key)
     raise StepError(f"no data set {name!r}")
+
+
+def _key(name: str, key: str) -> dict[str, str]:
+    """The file and the place in which DVC finds a key of a data set."""
+    owner = _owner(name, key)
+    return {"file": owner["file"], "key": f"{owner['entry']}.{key}"}
 
 
 def _entries(path: str) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from typing import Any
 from steps.common.cli import StepError
 
 _KEYS = {"interactions": ("user", "item"), "items": ("item",), "users": ("user",)}
+#: What an entry may state of a data set for its card, and what else the card tells of it as it stands there.
+STATED = ("licence", "citation", "url", "version", "published")
+TOLD = ("title", "source", *STATED)
 _PACKED = (".gz", ".zst")
 #: Keys of `checks` and `filters`, and the columns that they are about.
 _ABOUT = {

@@ -23,7 +23,7 @@ import jsonschema
 from steps.common import yaml_files
 from steps.common.cli import StepError
 from steps.common.config import COUNT_BASED
-from steps.common.datasets import check_dataset
+from steps.common.datasets import STATED, check_dataset
 from steps.common.dotted import set_entry
 
 ROOT = Path("params")
@@ -286,6 +286,8 @@ def _inherit(path: str, content: dict[str, Any], key: str, others: dict[str, tup
     base = others[name][1] if name in others else content.get(name)
     if not isinstance(base, dict) or "like" in base:
         raise StepError(f"{path}, key {key}: {value['like']!r} is no entry of its own to be like")
+    if "source" in value:  # other files, of which licence and citation of the first say nothing
+        base = {name: own for name, own in base.items() if name not in STATED}
     return base | {name: own for name, own in value.items() if name != "like"}
 
 

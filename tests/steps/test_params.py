@@ -9,6 +9,7 @@ import pytest
 
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
+from steps.common.datasets import STATED
 from steps.common.files import read_json
 from tests.conftest import ROOT, step, write_processed
 from tests.conftest import run as run_command
@@ -62,6 +63,14 @@ def test_a_variant_shares_what_is_fetched_and_checked(project: Path, changes: di
     run = params.Run("demo", "mine", "hstu", "strict", 0)
     with pytest.raises(StepError, match=said):
         params.resolve(run, project / "params")
+
+
+def test_files_of_one_s_own_do_not_get_the_licence_of_the_entry_they_are_like(project: Path) -> None:
+    own = {"like": "demo", "title": "Mine"}
+    write_local(project, "datasets", {"same": own, "mine": own | {"source": {"file": "mine.zip"}, "version": "2"}})
+    found = params.load("datasets", project / "params")
+    assert {key for key in STATED if key in found["same"]} == {"licence", "citation", "version"}
+    assert {key: found["mine"][key] for key in STATED if key in found["mine"]} == {"version": "2"}
 
 
 def test_a_model_without_randomness_has_one_seed() -> None:
@@ -388,13 +397,13 @@ def test_entries_and_results_of_one_s_own_leave_the_checkout_clean(project: Path
 
 def test_the_project_s_own_reports_are_not_ignored() -> None:
     tracked = run_command("git", "ls-files", "reports", cwd=ROOT).stdout.split()
-    folders = sorted({"/".join(path.split("/")[:2]) for path in tracked if path.count("/") > 1})
+    of_cards = {path.rpartition("/")[0] for path in tracked if path.startswith("reports/datasets/")}
+    folders = sorted({"/".join(path.split("/")[:2]) for path in tracked if path.count("/") > 1} - {"reports/datasets"})
     assert "reports/ml-1m" in folders
-    probes = [f"{folder}/records/new.json" for folder in folders]
-    ignored = run_command(
-        "git", "check-ignore", "--no-index", *probes, "reports/mine/table.md", cwd=ROOT
-    ).stdout.split()
-    assert ignored == ["reports/mine/table.md"]
+    probes = [f"{folder}/records/new.json" for folder in folders] + [f"{folder}/new.json" for folder in of_cards]
+    own = ["reports/mine/table.md", "reports/datasets/mine/card.json"]
+    ignored = run_command("git", "check-ignore", "--no-index", *probes, *own, cwd=ROOT).stdout.split()
+    assert ignored == own
 
 
 def test_the_step_of_checking_writes_every_run_s_path(project: Path) -> None:

@@ -20,7 +20,7 @@ from steps.common.cli import StepError
 from steps.common.files import read_json, write_json, write_text
 from steps.evaluation.metrics import HR_CUTOFFS, NDCG_CUTOFFS
 from steps.reporting.records import LARGEST_RANK, RANKS, RUNS, read_records, write_records
-from steps.track import _REPORTS
+from steps.track import _CARD, _REPORTS
 from tests.conftest import run as run_command
 from tests.conftest import step
 from tests.steps.runs import seal
@@ -319,6 +319,24 @@ def test_four_writers_at_once_lose_no_record(project: Path) -> None:
             assert {"config.json", "model.safetensors", "metrics.json", "history.jsonl", "report"} <= artifacts
             reports = {file.path for file in client.list_artifacts(logged.info.run_id, "report")}
             assert reports == {f"report/{file}" for file in _REPORTS}
+
+
+def test_a_run_has_the_card_of_its_data_set_where_there_is_one(project: Path) -> None:
+    chosen = {"datasets": ["ml-1m"], "models": ["hstu"], "protocols": ["paper"], "seeds": [0]}
+    fake_run(project, experiment(project, "mine", **chosen)[0])
+    tabulate(project, "mine")
+    assert "reports/datasets/ml-1m lacks its data card" in run_command(*track("mine"), cwd=project).stderr
+    (run_id,) = read_json(project / "reports/mine/mlflow.json")["runs"].values()
+    assert store(project).list_artifacts(run_id, "dataset") == []
+    card = project / "reports/datasets/ml-1m"
+    card.mkdir(parents=True)
+    for name in _CARD:
+        (card / name).write_text(name)
+    for _ in range(2):
+        assert run_command(*track("mine"), cwd=project).stderr == ""
+        assert list(read_json(project / "reports/mine/mlflow.json")["runs"].values()) == [run_id]
+        found = {file.path for file in store(project).list_artifacts(run_id, "dataset")}
+        assert found == {f"dataset/{name}" for name in _CARD}
 
 
 def test_tracking_again_adds_nothing_and_a_changed_run_replaces_its_record(project: Path) -> None:

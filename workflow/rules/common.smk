@@ -11,6 +11,7 @@ from pathlib import Path
 
 from steps.common import params, studies
 from steps.common.cli import StepError
+from steps.common.datasets import TOLD
 from steps.common.files import read_json, sha256
 from steps.common.threads import cpu_threads
 
@@ -110,6 +111,13 @@ def shown(wildcards):
     titles = [content["title"], *(DATASETS[name]["title"] for name in content["datasets"])]
     labels = {run.model: params.label(run.model) for run in params.runs(wildcards.experiment)}
     return [titles, list(labels.items())]
+
+
+def cards(wildcards):
+    """The card of each data set of the experiment, which has the hashes of the page and the metadata beside it."""
+    return [
+        f"reports/datasets/{name}/card.json" for name in params.load(f"experiments/{wildcards.experiment}")["datasets"]
+    ]
 
 
 def files_of_runs(*names):

@@ -85,3 +85,27 @@ rule preprocess:
     shell:
         "python -m steps.preprocess --dataset {wildcards.dataset:q} --valid {params.valid:q}"
         " --output data/processed/{wildcards.dataset:q} 2>&1 | tee {log:q}"
+
+
+rule card:
+    input:
+        "steps/card.py",
+        code("steps/cards"),
+        lambda wildcards: f"data/raw/{params.valid_of(wildcards.dataset)}/manifest.json",
+        lambda wildcards: f"data/valid/{params.valid_of(wildcards.dataset)}/validation.json",
+        "data/processed/{dataset}/manifest.json",
+    output:
+        report("reports/datasets/{dataset}/card.html", caption="../report/card.rst", category="data sets"),
+        "reports/datasets/{dataset}/card.json",
+        "reports/datasets/{dataset}/croissant.json",
+    log:
+        "logs/card/{dataset}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        told=lambda wildcards: [DATASETS[wildcards.dataset].get(key) for key in TOLD],
+        valid=lambda wildcards: params.valid_of(wildcards.dataset),
+    shell:
+        "python -m steps.card --dataset {wildcards.dataset:q} --raw data/raw/{params.valid:q}"
+        " --valid data/valid/{params.valid:q} --processed data/processed/{wildcards.dataset:q}"
+        " --output reports/datasets/{wildcards.dataset:q} 2>&1 | tee {log:q}"

@@ -59,6 +59,7 @@ rule track:
         "steps/common/dotted.py",
         "steps/reporting/records.py",
         files_of_runs("config.json", "metrics.json"),
+        cards,
         "reports/{experiment}/table.md",
         "reports/{experiment}/table.html",
         "reports/{experiment}/curves.svg",
