@@ -27,7 +27,7 @@ def first_of(log: pl.LazyFrame, columns: list[str], store: Store) -> pl.LazyFram
     """Of rows that agree in `columns` the first in time, and of those at one time the first in the file."""
     order = log.select(*columns, "timestamp", "row") if "timestamp" not in columns else log.select(*columns, "row")
     keys = [name for name in ("timestamp", "row") if name not in columns]
-    first = order.group_by(columns).agg(pl.struct(keys).min().struct.field("row"))
+    first = order.group_by(columns).agg(pl.col("row").sort_by(keys).first())
     return store(log.join(first.select("row"), on="row", how="semi", maintain_order="left"))
 
 
