@@ -5,6 +5,7 @@ encoding, its first line, and the number of fields of every line. What the value
 """
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,10 @@ BLOCK_BYTES, BLOCK_ROWS = 1 << 24, 1 << 20
 _FIELD = b"\x1f"  # ASCII's unit separator, which replaces separators of several characters
 _LINE_END = b"\n"
 _QUOTE = b'"'
+_MARK = b"\xef\xbb\xbf"  # which some programs put at the begin of a file in UTF-8
 _LONGEST_RECORD = 1 << 26  # bytes; beyond it a quote was not closed
 _SHOWN = 120  # characters of a header that a message repeats
+_DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,6 @@ def _text_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iter
         content = _as_utf8(content, table.get("encoding", "utf-8"), path, line)
         first = line
         if line == 1:
-            content = content.removeprefix(b"\xef\xbb\xbf")
             places, num_fields = _places(content, separator, table, path, quoted)
             if table["header"]:
                 content = content.partition(_LINE_END)[2]
@@ -110,7 +112,7 @@ def _text_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iter
 
 def _records(path: Path, block_bytes: int, quote: bytes | None) -> Iterator[bytes]:
     """Parts of a file that end with a line, which no quotes span; empty lines at the file's end are left out."""
-    rest, done = b"", 0
+    rest = b""
     with path.open("rb") as file:
         while chunk := _read(file, block_bytes, path):
             content = rest + chunk
@@ -118,13 +120,11 @@ def _records(path: Path, block_bytes: int, quote: bytes | None) -> Iterator[byte
             rest = content[end:]
             if end:
                 yield content[:end]
-                done += end
             if len(rest) > _LONGEST_RECORD:
                 what = "a quote is not closed" if quote and quote in rest else "the line is longer than 64 MB"
-                raise StepError(f"{path}, line {_line_at(path, done)}: {what}; correct the file")
-    if rest.strip():
-        if quote:
-            _check_closed(rest, path)
+                line = _line_at(path, file.tell()) - rest.count(_LINE_END)
+                raise StepError(f"{path}, line {line}: {what}; correct the file")
+    if rest.strip(b" \t\n"):
         yield rest + _LINE_END
 
 
@@ -180,17 +180,16 @@ def _outside(positions: np.ndarray, quotes: np.ndarray) -> np.ndarray:
     return outside
 
 
-def _check_closed(content: bytes, path: Path) -> None:
-    """Raise StepError if a quote is open at the end of the file, whose last lines are `content`."""
-    if content.count(_QUOTE) % 2:
-        begin = path.stat().st_size - len(content)
-        line = _line_at(path, begin) + content.count(_LINE_END, 0, content.rindex(_QUOTE))
-        raise StepError(f"{path}, line {line}: a quote is not closed; close it, and double quotes within quotes")
-
-
 def _as_utf8(content: bytes, encoding: str, path: Path, line: int) -> bytes:
+    """Lines, of which `line` is the number of the first, in UTF-8 and without a mark of it."""
     if content.isascii():
         return content
+    if line == 1 and encoding == "utf-8":
+        content = content.removeprefix(_MARK)
+    marked = content.find(_LINE_END + _MARK) + 1
+    if marked or content.startswith(_MARK):  # polars leaves it out where a block begins with it
+        line += content.count(_LINE_END, 0, marked)
+        raise StepError(f"{path}, line {line}: begins with a mark of utf-8; remove it, or set `encoding: utf-8`")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -207,14 +206,19 @@ def _places(
 
     Raises StepError if it shows that `header` or `separator` is wrong, or `columns` in another order than the file.
     """
+    if table["header"]:
+        content = content.partition(_LINE_END)[0]
     fields = _first_fields(content, separator, quoted)
     columns, names = table["columns"], [_plain(field) for field in fields]
     where = f"{path}, line 1"
     shown = ", ".join(fields)[:_SHOWN]
-    if table["header"] and all(_is_number(field) for field in fields):
-        raise StepError(f"{where}: holds numbers alone, where `header: true` says names; set `header: false`")
+    if table["header"] and quoted and content.count(_QUOTE) % 2:
+        raise StepError(f"{where}: a quote is not closed; names stand in one line")
     if isinstance(columns, dict):
-        return _mapped_places(columns, fields, table["header"], where), len(fields)
+        places = _mapped_places(columns, fields, table["header"], where)
+        if table["header"]:
+            _check_names(places, fields, where)
+        return places, len(fields)
     ours = [_plain(name) for name in columns]
     if not table["header"] and len(names) > 1 and names == ours:
         raise StepError(f"{where}: holds the names of the columns; set `header: true`")
@@ -230,7 +234,18 @@ def _places(
                 "list the columns in the file's order"
             )
     wanted = wanted_columns(table)
-    return {name: place for place, name in enumerate(columns) if name in wanted}, len(columns)
+    places = {name: place for place, name in enumerate(columns) if name in wanted}
+    if table["header"]:
+        _check_names(places, fields, where)
+    return places, len(columns)
+
+
+def _check_names(places: Mapping[str, int], fields: list[str], where: str) -> None:
+    """Raise StepError if the first line has a number or a date as a name: it is a row."""
+    for name in [name for name in COLUMNS[:-1] if name in places]:
+        field = fields[places[name]]
+        if _is_number(field) or _DATE.match(field):
+            raise StepError(f"{where}: {name} is {field}, where `header: true` says names; set `header: false`")
 
 
 def _mapped_places(columns: Mapping[str, str | int], fields: list[str], header: bool, where: str) -> dict[str, int]:
@@ -253,10 +268,10 @@ def _mapped_places(columns: Mapping[str, str | int], fields: list[str], header: 
 
 
 def _first_fields(content: bytes, separator: bytes, quoted: bool) -> list[str]:
-    line = content.partition(_LINE_END)[0].decode()
-    if not quoted:
-        return [field.strip() for field in line.split(separator.decode())]
-    return [field.strip() for field in next(csv.reader([line], delimiter=separator.decode()), [])]
+    given, one = separator.decode(), (separator if len(separator) == 1 else _FIELD).decode()
+    lines = (line.decode().replace(given, one) for line in io.BytesIO(content))
+    reader = csv.reader(lines, delimiter=one, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+    return [field.strip() for field in next(reader, [])]
 
 
 def _plain(name: str) -> str:
@@ -288,7 +303,11 @@ def _parsed(
     quoted: bool,
 ) -> Block:
     """The rows of whole lines, of which `first` is the number of the first in the file."""
+    given = separator
     if len(separator) > 1:
+        if _FIELD in content:
+            line = first + content.count(_LINE_END, 0, content.index(_FIELD))
+            raise StepError(f"{path}, line {line}: has the control character 1F, which stands for separators here")
         content = content.replace(separator, _FIELD)
         separator = _FIELD
     quoted = quoted and _QUOTE in content
@@ -302,7 +321,11 @@ def _parsed(
             and _count(content, separator) == num_lines * (num_fields - 1)
         ):
             return Block(_named(frame, places, pl.int_range(first, first + num_lines, eager=True)), [])
-    return _parsed_by_line(content, separator, places, num_fields, first, path, quoted)
+    block = _parsed_by_line(content, separator, places, num_fields, first, path, quoted)
+    if quoted and given != separator:  # which stood within quotes too
+        whole = pl.col(pl.String).str.replace_all(separator.decode(), given.decode(), literal=True)
+        return Block(block.frame.with_columns(whole), block.malformed)
+    return block
 
 
 def _parsed_by_line(
@@ -350,6 +373,9 @@ def _check_quotes(text: np.ndarray, quotes: np.ndarray, separator: bytes, first:
             f"{path}, line {line}: a quote within a field; put the field in quotes and double the quote, or set "
             "`quotes: false`"
         )
+    if len(quotes) % 2:
+        line = first + int(np.count_nonzero(text[: quotes[-1]] == _LINE_END[0]))
+        raise StepError(f"{path}, line {line}: a quote is not closed; close it, and double quotes within quotes")
 
 
 def _frame(
@@ -366,6 +392,7 @@ def _frame(
             separator=separator.decode(),
             has_header=False,
             quote_char='"' if quoted else None,
+            null_values="" if quoted else None,
             truncate_ragged_lines=True,
         )
     except pl.exceptions.PolarsError:
