@@ -23,6 +23,7 @@ from steps.common.files import reading
 COLUMNS = ("user", "item", "rating", "timestamp", "title")
 #: Bytes of text that are parsed at once, and rows of Parquet.
 BLOCK_BYTES, BLOCK_ROWS = 1 << 24, 1 << 20
+_TEXTS = (pl.Binary, pl.Categorical, pl.Enum)  # types of Parquet's columns that hold texts too
 _FIELD = b"\x1f"  # ASCII's unit separator, which replaces separators of several characters
 _LINE_END = b"\n"
 _QUOTE = b'"'
@@ -30,6 +31,8 @@ _MARK = b"\xef\xbb\xbf"  # which some programs put at the begin of a file in UTF
 _LONGEST_RECORD = 1 << 26  # bytes; beyond it a quote was not closed
 _SHOWN = 120  # characters of a header that a message repeats
 _DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
+#: JSON's escape of the first half of a character, without its second, which polars reads as another character.
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
 @dataclass(frozen=True)
@@ -412,32 +415,40 @@ def _json_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iter
     keys = {name: str(there or name) for name, there in columns.items() if name in wanted_columns(table)}
     line = 1
     for content in _records(path, block_bytes, quote=None):
-        content = _as_utf8(content, "utf-8", path, line).removeprefix(b"\xef\xbb\xbf" if line == 1 else b"")
+        content = _as_utf8(content, "utf-8", path, line)
         num_lines = content.count(_LINE_END)
         try:
             frame = pl.read_ndjson(content, schema=dict.fromkeys(keys.values(), pl.String))
         except pl.exceptions.PolarsError:
             frame = pl.DataFrame()
-        if len(frame) != num_lines:
+        if len(frame) != num_lines or _HALF_CHARACTER.search(content):
             _check_json(content, path, line)
+        if len(frame) != num_lines:
+            raise StepError(f"{path}: lines from {line} on cannot be read as JSON; write one object a line")
         rows = pl.int_range(line, line + num_lines, eager=True).cast(pl.UInt32).alias("row")
         if line == 1:
             _check_keys(content, keys, path)
-        yield Block(pl.DataFrame([rows, *(frame[key].alias(name) for name, key in keys.items())]), [])
+        yield Block(_present([rows, *(frame[key].alias(name) for name, key in keys.items())]), [])
         line += num_lines
 
 
+def _present(columns: list[pl.Series]) -> pl.DataFrame:
+    """A frame of the columns, in which empty texts are missing."""
+    return pl.DataFrame(columns).with_columns(pl.when(pl.col(pl.String) != "").then(pl.col(pl.String)))
+
+
 def _check_json(content: bytes, path: Path, first: int) -> None:
-    """Raise StepError that names the first line which is no JSON object."""
+    """Raise StepError that names the first line which is no JSON object, or has half a character."""
     for line, text in enumerate(content.decode().split("\n")[:-1], first):
         try:
-            if isinstance(json.loads(text), dict):
+            found = json.loads(text)
+            json.dumps(found, ensure_ascii=False).encode()
+            if isinstance(found, dict) and len(pl.read_ndjson(text.encode(), schema={"": pl.String})) == 1:
                 continue
             problem = "is no JSON object"
-        except ValueError as error:
+        except (ValueError, pl.exceptions.PolarsError) as error:
             problem = "is empty" if not text.strip() else f"is not JSON ({error})"
         raise StepError(f"{path}, line {line}: {problem}; write one object a line")
-    raise StepError(f"{path}: lines from {first} on cannot be read as JSON; write one object a line")
 
 
 def _check_keys(content: bytes, keys: dict[str, str], path: Path) -> None:
@@ -460,9 +471,12 @@ def _parquet_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> I
             raise StepError(f"{path} has no column {there!r}, from which `columns` takes {name}; it has {known}")
         if schema[there].is_nested():
             raise StepError(f"{path}: column {there!r} is {schema[there]}; a column has one value a row")
-    selected = pl.scan_parquet(path).select(pl.col(there).alias(name) for name, there in wanted.items())
+    selected = pl.scan_parquet(path).select(
+        (pl.col(there).cast(pl.String) if schema[there] in _TEXTS else pl.col(there)).alias(name)
+        for name, there in wanted.items()
+    )
     num_rows = int(pl.scan_parquet(path).select(pl.len()).collect().item())
     for start in range(0, num_rows, BLOCK_ROWS):
         frame = selected.slice(start, BLOCK_ROWS).collect()
         rows = pl.int_range(start + 1, start + 1 + len(frame), eager=True).cast(pl.UInt32).alias("row")
-        yield Block(pl.DataFrame([rows, *frame.get_columns()]), [])
+        yield Block(_present([rows, *frame.get_columns()]), [])

@@ -119,3 +119,39 @@ def test_what_quotes_hold_is_as_it_was(separator: str, block_bytes: int, tmp_pat
 def test_the_first_record_may_have_several_lines_where_there_are_no_names(tmp_path: Path) -> None:
     write(tmp_path, '1,"two\nlines",3,4\n1,2,3,5\n')
     assert read_table(tmp_path, table(header=False)).frame["row"].to_list() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"user": 1, "item": "\\ud800"}', "surrogates not allowed"),
+        ('{"user": 1, "item": NaN}', "TapeError"),
+        ('{"user": 1, "item": 1e400}', "InvalidNumber"),
+        ('{"user": 1, "item": 2} {"user": 1, "item": 3}', "Extra data"),
+        ("", "is empty"),
+        ("[]", "is no JSON object"),
+    ],
+)
+def test_a_line_that_is_no_json_object_is_named(line: str, said: str, tmp_path: Path) -> None:
+    write(tmp_path, f'{{"user": 1, "item": "\\ud83d\\ude00"}}\n{line}\n{{"user": 1, "item": 3}}\n')
+    settings = {"path": "t.csv", "format": "jsonl", "columns": ["user", "item"]}
+    with pytest.raises(StepError, match=r"t\.csv, line 2: is ") as refused:
+        read_table(tmp_path, settings)
+    assert said in str(refused.value)
+
+
+def test_an_empty_text_is_missing(tmp_path: Path) -> None:
+    write(tmp_path, '{"user": "", "item": "3"}\n')
+    frame = read_table(tmp_path, {"path": "t.csv", "format": "jsonl", "columns": ["user", "item"]}).frame
+    assert frame.rows() == [(1, None, "3")]
+
+
+def test_parquet_has_texts_in_several_types(tmp_path: Path) -> None:
+    texts = pl.Series(["3", "", None])
+    kinds = {"user": texts.cast(pl.Categorical), "item": texts.cast(pl.Binary), "title": texts}
+    pl.DataFrame(kinds).write_parquet(tmp_path / "t.csv")
+    settings = {"path": "t.csv", "format": "parquet", "columns": list(kinds)}
+    assert read_table(tmp_path, settings).frame.rows() == [(1, "3", "3", "3"), (2, *[None] * 3), (3, *[None] * 3)]
+    pl.DataFrame({"user": [b"\xe9"], "item": [1], "title": [1]}).write_parquet(tmp_path / "t.csv")
+    with pytest.raises(StepError, match=r"t\.csv is damaged \(invalid utf8"):
+        read_table(tmp_path, settings)
