@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import signal
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,19 @@ def test_a_file_is_read_right_or_refused_with_its_place(group: int, tmp_path: Pa
         counts[case.form, case.mutation, outcome] += 1
     print(f"\nseed {SEED}, group {group}: {told(counts)}")
     assert not wrong, f"seed {SEED}, {len(wrong)} of {len(numbers)}:\n" + "\n".join(wrong)
+
+
+def test_a_quote_that_is_not_closed_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a sixty-fourth of the reader's bounds: at most 12 MB for a file of 8 MB that is one record."""
+    monkeypatch.setattr(readers, "_LONGEST_RECORD", readers._LONGEST_RECORD >> 6)
+    (tmp_path / "t.csv").write_text('user,item\r\n1,2\r\n1,"3\r\n' + "1,2\r\n" * 1_600_000)
+    table = {"path": "t.csv", "separator": ",", "header": True, "columns": ["user", "item"]}
+    tracemalloc.start()
+    with pytest.raises(StepError, match=r"t\.csv, line 3: a quote is not closed"):
+        list(readers.read_blocks(tmp_path, table, readers.BLOCK_BYTES >> 6))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12e6, f"{peak / 1e6:.1f} MB"
 
 
 def told(counts: Counter[tuple[str, str, str]]) -> str:
