@@ -28,6 +28,14 @@ _FIELD = b"\x1f"  # ASCII's unit separator, which replaces separators of several
 _LINE_END = b"\n"
 _QUOTE = b'"'
 _MARK = b"\xef\xbb\xbf"  # which some programs put at the begin of a file in UTF-8
+_NO_TEXT = {
+    b"\x1f\x8b": "packed by gzip",
+    b"\x28\xb5\x2f\xfd": "packed by zstd",
+    b"PK\3\4": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 _LONGEST_RECORD = 1 << 26  # bytes; beyond it a quote was not closed
 _SHOWN = 120  # characters of a header that a message repeats
 _DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -75,9 +83,12 @@ def read_blocks(folder: Path, table: Mapping[str, Any], block_bytes: int = BLOCK
     blocks = {"text": _text_blocks, "jsonl": _json_blocks, "parquet": _parquet_blocks}[kind](path, table, block_bytes)
     empty = True
     with reading(path, "params/datasets.yaml names it"):
-        for block in blocks:
-            empty = empty and not block.num_rows
-            yield block
+        try:
+            for block in blocks:
+                empty = empty and not block.num_rows
+                yield block
+        except pl.exceptions.PanicException as error:  # of damaged Parquet; it is no Exception
+            raise StepError(f"{path} is damaged ({error}); fetch it again") from error
     if empty:
         raise StepError(f"{path} has no rows")
 
@@ -117,6 +128,7 @@ def _records(path: Path, block_bytes: int, quote: bytes | None) -> Iterator[byte
     """Parts of a file that end with a line, which no quotes span; empty lines at the file's end are left out."""
     rest = b""
     with path.open("rb") as file:
+        _check_text(file, path)
         while chunk := _read(file, block_bytes, path):
             content = rest + chunk
             end = _last_end(content, quote)
@@ -129,6 +141,15 @@ def _records(path: Path, block_bytes: int, quote: bytes | None) -> Iterator[byte
                 raise StepError(f"{path}, line {line}: {what}; correct the file")
     if rest.strip(b" \t\n"):
         yield rest + _LINE_END
+
+
+def _check_text(file: BinaryIO, path: Path) -> None:
+    """Raise StepError if a file begins as files of another kind do."""
+    begin = file.read(4)
+    file.seek(0)
+    for mark, kind in _NO_TEXT.items():
+        if begin.startswith(mark):
+            raise StepError(f"{path} is {kind}, where its entry says text; convert it, or correct `path` or `format`")
 
 
 def _read(file: BinaryIO, size: int, path: Path) -> bytes:
@@ -185,6 +206,11 @@ def _outside(positions: np.ndarray, quotes: np.ndarray) -> np.ndarray:
 
 def _as_utf8(content: bytes, encoding: str, path: Path, line: int) -> bytes:
     """Lines, of which `line` is the number of the first, in UTF-8 and without a mark of it."""
+    if b"\0" in content:
+        line += content.count(_LINE_END, 0, content.index(b"\0"))
+        raise StepError(
+            f"{path}, line {line}: has a NUL byte, as damaged files have, and UTF-16; correct or convert it"
+        )
     if content.isascii():
         return content
     if line == 1 and encoding == "utf-8":

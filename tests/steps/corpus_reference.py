@@ -93,6 +93,10 @@ def _text(content: bytes, table: Mapping[str, Any]) -> Table:
     path, encoding = table["path"], table.get("encoding", "utf-8")
     faults = [Fault(path, "carriage return", _at(line)) for line in _lone_returns(content)]
     content = content.replace(b"\r\n", b"\n")
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        faults.append(Fault(path, "utf-16"))
+    # Choice: no text has a NUL.
+    faults += [Fault(path, "nul", _at(line)) for line, part in enumerate(content.split(b"\n"), 1) if b"\0" in part]
     if encoding == "utf-8":
         content = content.removeprefix(MARK)
     text = ""

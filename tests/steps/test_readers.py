@@ -1,5 +1,6 @@
 """Text tables in bad shape: each is read right or refused in one line that names the place."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def test_fields_are_counted_where_some_are_quoted(text: str, lines: list[int], t
             "line 1: begins with a mark of utf-8; remove it, or",
         ),
         (HEADER + "1,2,3,4\n\ufeff2,3,3,4\n", {}, "line 3: begins with a mark of utf-8; remove it, or"),
+        (gzip.compress(HEADER.encode()), {}, " is packed by gzip, where its entry says text"),
+        (HEADER.encode("utf-16"), {"encoding": "latin-1"}, " is UTF-16, where its entry says text"),
+        (b"PAR1\x15\r\x15", {}, " is a Parquet file, where its entry says text"),
+        (HEADER + "1,2,3,4\n1,\0,3,4\n", {}, "line 3: has a NUL byte"),
+        (HEADER.encode("utf-16-le"), {}, "line 1: has a NUL byte"),
         ("1::2::3::4\n1::2::3\x1f4\n", {"separator": "::", "header": False}, "line 2: has the control character 1F"),
         ("", {}, "has no rows"),
         ("", {"header": False}, "has no rows"),
@@ -155,3 +161,13 @@ def test_parquet_has_texts_in_several_types(tmp_path: Path) -> None:
     pl.DataFrame({"user": [b"\xe9"], "item": [1], "title": [1]}).write_parquet(tmp_path / "t.csv")
     with pytest.raises(StepError, match=r"t\.csv is damaged \(invalid utf8"):
         read_table(tmp_path, settings)
+
+
+def test_a_panic_of_polars_is_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*_: Any) -> None:
+        raise pl.exceptions.PanicException("called `Option::unwrap()` on a `None` value")
+
+    write(tmp_path, '{"user": 1}')
+    monkeypatch.setattr(pl, "read_parquet_schema", panic)
+    with pytest.raises(StepError, match=r"t\.csv is damaged \(called"):
+        read_table(tmp_path, {"path": "t.csv", "format": "parquet", "columns": ["user"]})
