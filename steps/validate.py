@@ -52,7 +52,8 @@ def write_valid(raw: Path, dataset: Mapping[str, Any], folder: Path) -> dict[str
     for name, known in tables.items():
         _check_known(log, known, name, report)
     counted = {"raw_rows": filters.size(counts)["rows"]}
-    if rules and (problems or report.problems()):  # else what is wrong with counts is reported too
+    # Else what is wrong with counts is reported too.
+    if (rules or not counted["raw_rows"]) and (problems or report.problems()):
         raise _refused(problems, report, raw / table["path"])
     log, counts, items, dropped = filters.apply(log, [_in_ticks(rule, table) for rule in rules], counts, store)
     items = tables.get("items", items)

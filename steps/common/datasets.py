@@ -2,6 +2,7 @@
 
 import zoneinfo
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 from steps.common.cli import StepError
@@ -11,6 +12,7 @@ _KEYS = {"interactions": ("user", "item"), "items": ("item",), "users": ("user",
 STATED = ("licence", "citation", "url", "version", "published")
 TOLD = ("title", "source", *STATED)
 _PACKED = (".gz", ".zst")
+_MEANT = ("user", "item", "rating", "timestamp")
 #: Keys of `checks` and `filters`, and the columns that they are about.
 _ABOUT = {
     "rating": "rating",
@@ -34,6 +36,10 @@ def check_dataset(file: str, name: str, entry: Mapping[str, Any]) -> None:
             if feature not in columns:
                 raise StepError(f"{where}.features: {feature!r} is none of its columns")
     _check_about(f"{file}, key {name}.files.interactions", entry)
+    rules = {f"filters.{place}": rule for place, rule in enumerate(entry.get("filters", []))}
+    for key, rule in {"checks": entry["checks"], **rules}.items():
+        for bounds in [bounds for bounds in ("rating", "time") if bounds in rule]:
+            _check_bounds(f"{file}, key {name}.{key}.{bounds}", *rule[bounds])
 
 
 def _check_about(where: str, entry: Mapping[str, Any]) -> None:
@@ -57,6 +63,20 @@ def _check_about(where: str, entry: Mapping[str, Any]) -> None:
         raise StepError(f"{where}.time: is none, so that there is no other order than `ties: file-order`")
 
 
+def _check_bounds(where: str, low: float | str, high: float | str) -> None:
+    try:
+        in_order = _number(low) <= _number(high)
+    except ValueError as error:
+        raise StepError(f"{where}: {error}; a date is such as 2020-02-29") from error
+    if not in_order:
+        raise StepError(f"{where}: {low} is more than {high}; name the least first")
+
+
+def _number(bound: float | str) -> float:
+    """A number, or a date in seconds since 1970."""
+    return (date.fromisoformat(bound) - date(1970, 1, 1)).days * 86400 if isinstance(bound, str) else bound
+
+
 def _check_table(where: str, table: Mapping[str, Any]) -> None:
     if str(table["path"]).endswith(_PACKED):
         unpacked = str(table["path"]).rpartition(".")[0]
@@ -67,6 +87,10 @@ def _check_table(where: str, table: Mapping[str, Any]) -> None:
             raise StepError(f"{where}.columns: {ours} is at place {there}; {table['format']} has names, not places")
         if isinstance(there, str) and text and not table["header"]:
             raise StepError(f"{where}.columns: {ours} is {there!r}; with `header: false` give its place, from 1")
+    meant = [columns[name] for name in _MEANT if name in columns] if isinstance(columns, Mapping) else []
+    for there in meant:
+        if meant.count(there) > 1:
+            raise StepError(f"{where}.columns: two of them are taken from {there!r}; each has a place of its own")
     if "zone" in table:
         if table.get("time") != "iso":
             raise StepError(f"{where}.zone: is of `time: iso` alone; other times are since 1970 in UTC")

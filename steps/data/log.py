@@ -27,7 +27,7 @@ class Writer:
     def write(self, frame: pl.DataFrame) -> None:
         """Append the rows of a frame."""
         if self._file is None or frame.schema != self._schema:
-            self._begin(frame)
+            self.begin(frame)
         self._writer.write_table(frame.to_arrow())
 
     def close(self) -> pl.LazyFrame:
@@ -56,7 +56,8 @@ class Writer:
         assert self._file is not None  # noqa: S101
         return self._file
 
-    def _begin(self, frame: pl.DataFrame) -> None:
+    def begin(self, frame: pl.DataFrame) -> None:
+        """Begin a file for rows of the frame's columns."""
         if self._file is not None:
             self._file.close()
         self._parts.append(self.path.with_name(f"{self.path.name}.{len(self._parts)}"))
@@ -83,6 +84,7 @@ class Store:
     def __call__(self, log: pl.LazyFrame) -> pl.LazyFrame:
         """Write a lazy log, which may read the one before, and read it from its file."""
         writer = self.writer()
+        writer.begin(log.collect_schema().to_frame())  # as there may be no rows
         for frame in batches(log):
             writer.write(frame)
         return self.opened(writer)

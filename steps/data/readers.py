@@ -5,6 +5,7 @@ encoding, its first line, and the number of fields of every line. What the value
 """
 
 import csv
+import io
 import json
 import re
 from collections import deque
@@ -28,11 +29,24 @@ COLUMNS = ("user", "item", "rating", "timestamp", "title")
 #: Bytes of text that are parsed at once, and rows of Parquet.
 BLOCK_BYTES, BLOCK_ROWS = 1 << 24, 1 << 20
 _THREADS = 2
+_TEXTS = (pl.Binary, pl.Categorical, pl.Enum)  # types of Parquet's columns that hold texts too
 _FIELD = b"\x1f"  # ASCII's unit separator, which replaces separators of several characters
 _LINE_END = b"\n"
 _QUOTE = b'"'
+_MARK = b"\xef\xbb\xbf"  # which some programs put at the begin of a file in UTF-8
+_NO_TEXT = {
+    b"\x1f\x8b": "packed by gzip",
+    b"\x28\xb5\x2f\xfd": "packed by zstd",
+    b"PK\3\4": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 _LONGEST_RECORD = 1 << 26  # bytes; beyond it a quote was not closed
 _SHOWN = 120  # characters of a header that a message repeats
+_DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
+#: JSON's escape of the first half of a character, without its second, which polars reads as another character.
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
 @dataclass(frozen=True)
@@ -74,13 +88,20 @@ def read_blocks(
     empty = True
     waiting: deque[Future[T]] = deque()
     with reading(path, "params/datasets.yaml names it"), ThreadPoolExecutor(_THREADS) as threads:
-        for parse in blocks:
-            empty = False
-            waiting.append(threads.submit(lambda parse=parse: then(parse())))  # type: ignore[misc]
-            if len(waiting) > _THREADS:
+        try:
+            for parse in blocks:
+                empty = False
+                waiting.append(threads.submit(lambda parse=parse: then(parse())))  # type: ignore[misc]
+                if len(waiting) > _THREADS:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except StepError:
+            for earlier in waiting:  # what is wrong in a block before is said first
+                earlier.result()
+            raise
+        except pl.exceptions.PanicException as error:  # of damaged Parquet; it is no Exception
+            raise StepError(f"{path} is damaged ({error}); fetch it again") from error
     if empty:
         raise StepError(f"{path} has no rows")
 
@@ -104,7 +125,6 @@ def _text_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iter
         content = _as_utf8(content, table.get("encoding", "utf-8"), path, line)
         first = line
         if line == 1:
-            content = content.removeprefix(b"\xef\xbb\xbf")
             places, num_fields = _places(content, separator, table, path, quoted)
             if table["header"]:
                 content = content.partition(_LINE_END)[2]
@@ -119,22 +139,30 @@ def _text_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iter
 
 def _records(path: Path, block_bytes: int, quote: bytes | None) -> Iterator[bytes]:
     """Parts of a file that end with a line, which no quotes span; empty lines at the file's end are left out."""
-    rest, done = b"", 0
+    rest = b""
     with path.open("rb") as file:
+        _check_text(file, path)
         while chunk := _read(file, block_bytes, path):
             content = rest + chunk
             end = _last_end(content, quote)
             rest = content[end:]
             if end:
                 yield content[:end]
-                done += end
             if len(rest) > _LONGEST_RECORD:
                 what = "a quote is not closed" if quote and quote in rest else "the line is longer than 64 MB"
-                raise StepError(f"{path}, line {_line_at(path, done)}: {what}; correct the file")
-    if rest.strip():
-        if quote:
-            _check_closed(rest, path)
+                line = _line_at(path, file.tell()) - rest.count(_LINE_END)
+                raise StepError(f"{path}, line {line}: {what}; correct the file")
+    if rest.strip(b" \t\n"):
         yield rest + _LINE_END
+
+
+def _check_text(file: BinaryIO, path: Path) -> None:
+    """Raise StepError if a file begins as files of another kind do."""
+    begin = file.read(4)
+    file.seek(0)
+    for mark, kind in _NO_TEXT.items():
+        if begin.startswith(mark):
+            raise StepError(f"{path} is {kind}, where its entry says text; convert it, or correct `path` or `format`")
 
 
 def _read(file: BinaryIO, size: int, path: Path) -> bytes:
@@ -189,17 +217,21 @@ def _outside(positions: np.ndarray, quotes: np.ndarray) -> np.ndarray:
     return outside
 
 
-def _check_closed(content: bytes, path: Path) -> None:
-    """Raise StepError if a quote is open at the end of the file, whose last lines are `content`."""
-    if content.count(_QUOTE) % 2:
-        begin = path.stat().st_size - len(content)
-        line = _line_at(path, begin) + content.count(_LINE_END, 0, content.rindex(_QUOTE))
-        raise StepError(f"{path}, line {line}: a quote is not closed; close it, and double quotes within quotes")
-
-
 def _as_utf8(content: bytes, encoding: str, path: Path, line: int) -> bytes:
+    """Lines, of which `line` is the number of the first, in UTF-8 and without a mark of it."""
+    if b"\0" in content:
+        line += content.count(_LINE_END, 0, content.index(b"\0"))
+        raise StepError(
+            f"{path}, line {line}: has a NUL byte, as damaged files have, and UTF-16; correct or convert it"
+        )
     if content.isascii():
         return content
+    if line == 1 and encoding == "utf-8":
+        content = content.removeprefix(_MARK)
+    marked = content.find(_LINE_END + _MARK) + 1
+    if marked or content.startswith(_MARK):  # polars leaves it out where a block begins with it
+        line += content.count(_LINE_END, 0, marked)
+        raise StepError(f"{path}, line {line}: begins with a mark of utf-8; remove it, or set `encoding: utf-8`")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -216,14 +248,19 @@ def _places(
 
     Raises StepError if it shows that `header` or `separator` is wrong, or `columns` in another order than the file.
     """
+    if table["header"]:
+        content = content.partition(_LINE_END)[0]
     fields = _first_fields(content, separator, quoted)
     columns, names = table["columns"], [_plain(field) for field in fields]
     where = f"{path}, line 1"
     shown = ", ".join(fields)[:_SHOWN]
-    if table["header"] and all(_is_number(field) for field in fields):
-        raise StepError(f"{where}: holds numbers alone, where `header: true` says names; set `header: false`")
+    if table["header"] and quoted and content.count(_QUOTE) % 2:
+        raise StepError(f"{where}: a quote is not closed; names stand in one line")
     if isinstance(columns, dict):
-        return _mapped_places(columns, fields, table["header"], where), len(fields)
+        places = _mapped_places(columns, fields, table["header"], where)
+        if table["header"]:
+            _check_names(places, fields, where)
+        return places, len(fields)
     ours = [_plain(name) for name in columns]
     if not table["header"] and len(names) > 1 and names == ours:
         raise StepError(f"{where}: holds the names of the columns; set `header: true`")
@@ -239,7 +276,18 @@ def _places(
                 "list the columns in the file's order"
             )
     wanted = wanted_columns(table)
-    return {name: place for place, name in enumerate(columns) if name in wanted}, len(columns)
+    places = {name: place for place, name in enumerate(columns) if name in wanted}
+    if table["header"]:
+        _check_names(places, fields, where)
+    return places, len(columns)
+
+
+def _check_names(places: Mapping[str, int], fields: list[str], where: str) -> None:
+    """Raise StepError if the first line has a number or a date as a name: it is a row."""
+    for name in [name for name in COLUMNS[:-1] if name in places]:
+        field = fields[places[name]]
+        if _is_number(field) or _DATE.match(field):
+            raise StepError(f"{where}: {name} is {field}, where `header: true` says names; set `header: false`")
 
 
 def _mapped_places(columns: Mapping[str, str | int], fields: list[str], header: bool, where: str) -> dict[str, int]:
@@ -262,10 +310,10 @@ def _mapped_places(columns: Mapping[str, str | int], fields: list[str], header: 
 
 
 def _first_fields(content: bytes, separator: bytes, quoted: bool) -> list[str]:
-    line = content.partition(_LINE_END)[0].decode()
-    if not quoted:
-        return [field.strip() for field in line.split(separator.decode())]
-    return [field.strip() for field in next(csv.reader([line], delimiter=separator.decode()), [])]
+    given, one = separator.decode(), (separator if len(separator) == 1 else _FIELD).decode()
+    lines = (line.decode().replace(given, one) for line in io.BytesIO(content))
+    reader = csv.reader(lines, delimiter=one, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+    return [field.strip() for field in next(reader, [])]
 
 
 def _plain(name: str) -> str:
@@ -297,7 +345,11 @@ def _parsed(
     quoted: bool,
 ) -> Block:
     """The rows of whole lines, of which `first` is the number of the first in the file."""
+    given = separator
     if len(separator) > 1:
+        if _FIELD in content:
+            line = first + content.count(_LINE_END, 0, content.index(_FIELD))
+            raise StepError(f"{path}, line {line}: has the control character 1F, which stands for separators here")
         content = content.replace(separator, _FIELD)
         separator = _FIELD
     quoted = quoted and _QUOTE in content
@@ -311,7 +363,11 @@ def _parsed(
             and _count(content, separator) == num_lines * (num_fields - 1)
         ):
             return Block(_named(frame, places, pl.int_range(first, first + num_lines, eager=True)), [])
-    return _parsed_by_line(content, separator, places, num_fields, first, path, quoted)
+    block = _parsed_by_line(content, separator, places, num_fields, first, path, quoted)
+    if quoted and given != separator:  # which stood within quotes too
+        whole = pl.col(pl.String).str.replace_all(separator.decode(), given.decode(), literal=True)
+        return Block(block.frame.with_columns(whole), block.malformed)
+    return block
 
 
 def _parsed_by_line(
@@ -359,6 +415,9 @@ def _check_quotes(text: np.ndarray, quotes: np.ndarray, separator: bytes, first:
             f"{path}, line {line}: a quote within a field; put the field in quotes and double the quote, or set "
             "`quotes: false`"
         )
+    if len(quotes) % 2:
+        line = first + int(np.count_nonzero(text[: quotes[-1]] == _LINE_END[0]))
+        raise StepError(f"{path}, line {line}: a quote is not closed; close it, and double quotes within quotes")
 
 
 def _frame(
@@ -375,6 +434,7 @@ def _frame(
             separator=separator.decode(),
             has_header=False,
             quote_char='"' if quoted else None,
+            null_values="" if quoted else None,
             truncate_ragged_lines=True,
         )
     except pl.exceptions.PolarsError:
@@ -394,7 +454,7 @@ def _json_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> Iter
     keys = {name: str(there or name) for name, there in columns.items() if name in wanted_columns(table)}
     line = 1
     for content in _records(path, block_bytes, quote=None):
-        content = _as_utf8(content, "utf-8", path, line).removeprefix(b"\xef\xbb\xbf" if line == 1 else b"")
+        content = _as_utf8(content, "utf-8", path, line)
         num_lines = _count(content, _LINE_END)
         yield partial(_parsed_json, content, num_lines, keys, line, path)
         line += num_lines
@@ -405,25 +465,33 @@ def _parsed_json(content: bytes, num_lines: int, keys: dict[str, str], first: in
         frame = pl.read_ndjson(content, schema=dict.fromkeys(keys.values(), pl.String))
     except pl.exceptions.PolarsError:
         frame = pl.DataFrame()
-    if len(frame) != num_lines:
+    if len(frame) != num_lines or _HALF_CHARACTER.search(content):
         _check_json(content, path, first)
+    if len(frame) != num_lines:
+        raise StepError(f"{path}: lines from {first} on cannot be read as JSON; write one object a line")
     if first == 1:
         _check_keys(content, keys, path)
     rows = pl.int_range(first, first + num_lines, eager=True).cast(pl.UInt32).alias("row")
-    return Block(pl.DataFrame([rows, *(frame[key].alias(name) for name, key in keys.items())]), [])
+    return Block(_present([rows, *(frame[key].alias(name) for name, key in keys.items())]), [])
+
+
+def _present(columns: list[pl.Series]) -> pl.DataFrame:
+    """A frame of the columns, in which empty texts are missing."""
+    return pl.DataFrame(columns).with_columns(pl.when(pl.col(pl.String) != "").then(pl.col(pl.String)))
 
 
 def _check_json(content: bytes, path: Path, first: int) -> None:
-    """Raise StepError that names the first line which is no JSON object."""
+    """Raise StepError that names the first line which is no JSON object, or has half a character."""
     for line, text in enumerate(content.decode().split("\n")[:-1], first):
         try:
-            if isinstance(json.loads(text), dict):
+            found = json.loads(text)
+            json.dumps(found, ensure_ascii=False).encode()
+            if isinstance(found, dict) and len(pl.read_ndjson(text.encode(), schema={"": pl.String})) == 1:
                 continue
             problem = "is no JSON object"
-        except ValueError as error:
+        except (ValueError, pl.exceptions.PolarsError) as error:
             problem = "is empty" if not text.strip() else f"is not JSON ({error})"
         raise StepError(f"{path}, line {line}: {problem}; write one object a line")
-    raise StepError(f"{path}: lines from {first} on cannot be read as JSON; write one object a line")
 
 
 def _check_keys(content: bytes, keys: dict[str, str], path: Path) -> None:
@@ -447,12 +515,16 @@ def _parquet_blocks(path: Path, table: Mapping[str, Any], block_bytes: int) -> I
         if schema[there].is_nested():
             raise StepError(f"{path}: column {there!r} is {schema[there]}; a column has one value a row")
     num_rows = int(pl.scan_parquet(path).select(pl.len()).collect().item())
+    texts = {there for there, kind in schema.items() if kind in _TEXTS}
     for start in range(0, num_rows, BLOCK_ROWS):
-        yield partial(_parsed_parquet, path, wanted, start)
+        yield partial(_parsed_parquet, path, wanted, texts, start)
 
 
-def _parsed_parquet(path: Path, wanted: dict[str, str], start: int) -> Block:
-    selected = pl.scan_parquet(path).select(pl.col(there).alias(name) for name, there in wanted.items())
+def _parsed_parquet(path: Path, wanted: dict[str, str], texts: set[str], start: int) -> Block:
+    selected = pl.scan_parquet(path).select(
+        (pl.col(there).cast(pl.String) if there in texts else pl.col(there)).alias(name)
+        for name, there in wanted.items()
+    )
     frame = selected.slice(start, BLOCK_ROWS).collect()
     rows = pl.int_range(start + 1, start + 1 + len(frame), eager=True).cast(pl.UInt32).alias("row")
-    return Block(pl.DataFrame([rows, *frame.get_columns()]), [])
+    return Block(_present([rows, *frame.get_columns()]), [])

@@ -4,6 +4,7 @@ import errno
 import glob
 import gzip
 import hashlib
+import lzma
 import os
 import shutil
 import stat
@@ -116,7 +117,9 @@ def _extract(archive: Path, called: str, folder: Path, limit: int) -> None:
     """Unpack a zip file member by member; every name is checked before the first member is written."""
     try:
         with zipfile.ZipFile(archive) as file:
-            members = [member for member in file.infolist() if not member.is_dir()]
+            members = [member for member in file.infolist() if not member.filename.endswith("/")]
+            if not members:
+                raise StepError(f"{called} holds no files. Fetch it again")
             names = Counter(member.filename for member in members)
             for member in members:
                 _check_member(called, member, names)
@@ -127,13 +130,23 @@ def _extract(archive: Path, called: str, folder: Path, limit: int) -> None:
                     limit -= _copy_within(content, output, limit, called)  # checks the member's CRC at its end
     except FileExistsError as error:
         raise StepError(f"{called}: {error.filename} is there twice; not unpacked") from error
-    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        OSError,
+        ValueError,
+        zlib.error,
+        lzma.LZMAError,
+        NotImplementedError,
+    ) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk
+            raise
         raise StepError(f"{called} is damaged or not a zip archive: {error}. Fetch it again") from error
 
 
 def _check_member(called: str, member: zipfile.ZipInfo, names: Counter[str]) -> None:
     name = PurePosixPath(member.filename.replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
+    if not name.parts or name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
         raise StepError(f"{called}: member {member.filename!r} would be written outside its folder; not unpacked")
     if stat.S_ISLNK(member.external_attr >> 16):
         raise StepError(f"{called}: member {member.filename!r} is a link; not unpacked")

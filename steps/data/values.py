@@ -16,24 +16,26 @@ TIME_WORDS = {
     "decimal-s": "a time in seconds, with up to 6 decimals",
     "iso": "an ISO 8601 time with a zone",
 }
+# `(?-u)`: \d is a digit of ASCII.
 _ISO = (
-    r"^(?<date>\d{4}-\d{2}-\d{2})(?:[T ](?<clock>\d{2}:\d{2})(?::(?<second>\d{2})(?:[.,](?<fraction>\d{1,6}))?)?)?"
-    r"(?<zone>Z|z|[+-]\d{2}:?\d{2})?$"
+    r"(?-u)^(?<date>\d{4}-\d{2}-\d{2})"
+    r"(?:[T ](?<clock>\d{2}:\d{2})(?::(?<second>\d{2})(?:[.,](?<fraction>\d{1,6}))?)?)?(?<zone>Z|z|[+-]\d{2}:?\d{2})?$"
 )
-_WHOLE = r"^-?\d+$"
-_WHOLE_DECIMAL = r"^(-?\d+)(?:\.0*)?$"
-_DECIMAL = r"^(-?)(\d+)(?:\.(\d{1,6})0*)?$"
+_WHOLE_DECIMAL = r"(?-u)^([+-]?\d+)(?:\.0*)?$"
+_DECIMAL = r"(?-u)^([+-]?)(\d+)(?:\.(\d{1,6})0*)?$"
+_MOST_SECONDS = 9_000_000_000_000  # whose microseconds Int64 holds
 
 
 def as_ids(values: pl.Series) -> pl.Series:
     """Int64 if every value is a whole number as one writes it, without leading zeros or signs; else String.
 
-    03 and 3 are two ids. Numbers with a fraction, as a program writes whole ones beside missing ones, are whole if all
-    of them are.
+    03 and 3 are two ids. Of a column of floating-point numbers, as a program writes whole ones beside missing ones, 3.0
+    is 3.
     """
     if values.dtype.is_float():
-        whole = values.cast(pl.Int64, strict=False)
-        return whole if (whole.cast(values.dtype) == values).all() else values.cast(pl.String)
+        value, whole = pl.first(), pl.first().cast(pl.Int64, strict=False)
+        text = pl.when(whole == value).then(whole.cast(pl.String)).otherwise(value.fill_nan(None).cast(pl.String))
+        values = values.to_frame().select(text.alias(values.name)).to_series()
     if values.dtype.is_integer() and values.dtype != pl.UInt64:
         return values.cast(pl.Int64)
     texts = values.cast(pl.String)
@@ -57,11 +59,11 @@ def _num_characters(numbers: pl.Series) -> int:
 
 
 def as_ratings(values: pl.Series) -> pl.Series:
-    """Float64; null where a value is no finite number."""
+    """Float64; null where a value is no number, or not finite as Float32, as which it is kept."""
     if not (values.dtype.is_numeric() or values.dtype == pl.String):
         return pl.Series(values.name, [None] * len(values), pl.Float64)
     numbers = values.cast(pl.Float64, strict=False)
-    return numbers.to_frame().select(pl.when(pl.first().is_finite()).then(pl.first())).to_series()
+    return numbers.to_frame().select(pl.when(pl.first().cast(pl.Float32).is_finite()).then(pl.first())).to_series()
 
 
 def as_ticks(values: pl.Series, time: str, zone: str | None = None) -> pl.Series:
@@ -71,10 +73,11 @@ def as_ticks(values: pl.Series, time: str, zone: str | None = None) -> pl.Series
         return _of_temporal(values, time, zone)
     if time == "iso":
         return _of_iso(values.cast(pl.String), zone)
-    if values.dtype.is_integer():
-        return values.cast(pl.Int64, strict=False) * (TICKS[time] if time == "decimal-s" else 1)
-    if values.dtype == pl.Float64 and time == "decimal-s":
-        return (values * TICKS[time]).round().cast(pl.Int64, strict=False)  # a double has 6 decimals until 2242
+    if values.dtype.is_float():
+        numbers = values.cast(pl.Float64)
+        numbers = (numbers * TICKS[time]).round() if time == "decimal-s" else numbers  # it has 6 decimals until 2242
+        whole = numbers.cast(pl.Int64, strict=False)
+        return whole.set(whole.cast(pl.Float64) != numbers, None)
     if time == "decimal-s":
         return _of_decimals(values.cast(pl.String))
     texts = values.cast(pl.String)
@@ -99,7 +102,8 @@ def _of_temporal(values: pl.Series, time: str, zone: str | None) -> pl.Series:
 def _of_decimals(texts: pl.Series) -> pl.Series:
     part = pl.col("part").struct
     sign = pl.when(part.field("1") == "-").then(-1).otherwise(1)
-    ticks = part.field("2").cast(pl.Int64, strict=False) * TICKS["decimal-s"]
+    seconds = part.field("2").cast(pl.Int64, strict=False)
+    ticks = pl.when(seconds <= _MOST_SECONDS).then(seconds) * TICKS["decimal-s"]
     fraction = part.field("3").fill_null("0").str.pad_end(6, "0").cast(pl.Int64)
     frame = texts.str.extract_groups(_DECIMAL).alias("part").to_frame()
     return frame.select((sign * (ticks + fraction)).alias(texts.name)).to_series()

@@ -91,7 +91,28 @@ def test_a_flipped_byte_inside_a_member_is_refused(project: Path) -> None:
     assert "damaged" in failure(project, publish(project, bytes(content)))
 
 
-@pytest.mark.parametrize("name", ["../evil.dat", "/evil.dat", "demo/../../evil.dat", "..\\evil.dat", "C:/evil.dat"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_flipped_byte_is_refused_whatever_packed_it(method: int, project: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as file:
+        file.writestr("demo/ratings.dat", b"1::2::3::4\n" * 100)
+    content = bytearray(buffer.getvalue())
+    content[80] ^= 1
+    assert "mine.zip is damaged" in failure(project, publish(project, bytes(content)))
+
+
+def test_an_archive_that_lacks_its_begin_is_refused(project: Path) -> None:
+    content = archive(**{"demo/ratings.dat": b"1::2::3::4\n" * 100})
+    assert "mine.zip is damaged" in failure(project, publish(project, content[:60] + content[64:]))
+
+
+def test_an_archive_without_a_file_is_refused(project: Path) -> None:
+    assert "mine.zip holds no files" in failure(project, publish(project, archive(**{"demo/": b""})))
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.dat", "/evil.dat", "demo/../../evil.dat", "..\\evil.dat", "C:/evil.dat", "."]
+)
 def test_a_member_outside_the_folder_is_refused(project: Path, name: str) -> None:
     line = failure(project, publish(project, archive(**{"demo/ratings.dat": b"x", name: b"evil"})))
     assert "outside its folder" in line

@@ -268,3 +268,38 @@ def test_user_ids_are_compared_as_texts_where_one_of_the_files_has_others(projec
     valid = project / "data/valid/demo"
     assert pl.read_parquet(valid / "interactions.parquet").schema["user"] == pl.String
     assert pl.read_parquet(valid / "users.parquet")["user"].to_list() == ["1", "anna"]
+
+
+def test_a_file_without_one_good_line_names_the_lines(project: Path) -> None:
+    change(
+        project,
+        interactions={**yaml_files.read(project / "params/datasets.yaml")["demo"]["files"]["interactions"]}
+        | {"header": True},
+    )
+    line = validate(project, ["user::item::rating::timestamp", "1::2::3", "1::2"])
+    assert "demo/ratings.dat: 2 lines do not have 4 fields (line 2, 3)" in line
+
+
+def filtered(project: Path, *rules: dict[str, Any]) -> str:
+    path = project / "params" / "datasets.yaml"
+    datasets = yaml_files.read(path)
+    del datasets["demo"]["checks"]["unique_user_item"]
+    datasets["demo"] |= {"filters": list(rules), "repeats": "leave-out"}
+    path.write_text(yaml_files.dump(datasets))
+    again = ["1::1::5::900", "1::2::5::1002", "2::3::1::2000"]
+    return validate(project, [*rows(1), *rows(2), *again])
+
+
+def test_of_rows_that_agree_the_first_in_time_is_kept(project: Path) -> None:
+    """And of those at one time the first in the file."""
+    assert filtered(project, {"first_of": ["user", "item"]}) == ""
+    frame = pl.read_parquet(project / "data/valid/demo/interactions.parquet")
+    assert frame["row"].to_list() == [*range(2, 42)]
+    assert json.loads((project / "data/valid/demo/validation.json").read_text())["filters"] == [
+        {"rule": {"first_of": ["user", "item"]}, "dropped": {"rows": 3, "users": 0, "items": 0}}
+    ]
+
+
+@pytest.mark.parametrize("rule", [{"min_rating": 6}, {"k_core": {"user": 50}}, {"min_interactions": {"item": 9}}])
+def test_filters_that_leave_nothing_are_named(project: Path, rule: dict[str, Any]) -> None:
+    assert "demo/ratings.dat: filters leave none of 43 rows" in filtered(project, rule, {"first_of": ["user"]})
