@@ -69,7 +69,7 @@ def between(log: pl.LazyFrame, bounds: list[int], counts: Tally, store: Store) -
 def first_of(log: pl.LazyFrame, columns: list[str], counts: Tally, store: Store) -> pl.LazyFrame:
     """Of rows that agree in `columns` the first in time, and of those at one time the first in the file."""
     keys = [name for name in ("timestamp", "row") if name not in columns]
-    first = log.group_by(columns).agg(pl.struct(keys).min().struct.field("row"))
+    first = log.group_by(columns).agg(pl.col("row").sort_by(keys).first())
     return store(log.join(first.select("row"), on="row", how="semi", maintain_order="left"))
 
 
