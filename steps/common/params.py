@@ -31,11 +31,11 @@ LOCAL = "local"
 #: Files with an entry for each name, to which those of params/local/ add theirs.
 _TABLES = ("datasets", "models", "protocols")
 #: What data sets, models, protocols and experiments may be called: names become folders, and parts of rules' names.
-_NAME = re.compile(r"[a-z0-9][a-z0-9+-]*")
+NAME = re.compile(r"[a-z0-9][a-z0-9+-]*")
 _NAMED = "is no name: lower-case letters, digits, '+' and '-' make one, a letter or digit first"
 _STEPS = Path(__file__).parents[1]
 #: Names of rules and folders beside those of experiments and studies.
-_RESERVED = {"all", "datasets", LOCAL, "studies", "tests"} | {path.stem for path in _STEPS.glob("*.py")}
+RESERVED = {"all", "datasets", LOCAL, "studies", "tests"} | {path.stem for path in _STEPS.glob("*.py")}
 #: What tables show of a protocol, beside its rules.
 _SHOWN_OF_PROTOCOLS = ("note", "published")
 #: What variants of a data set have in common.
@@ -307,10 +307,10 @@ def _named_files(kind: str, folders: list[Path]) -> dict[str, Path]:
         for path in sorted(folder.glob("*.yaml")):
             if path.name.startswith("."):  # an editor's
                 continue
-            if not _NAME.fullmatch(path.stem):
+            if not NAME.fullmatch(path.stem):
                 raise StepError(f"{path}: {path.stem!r} {_NAMED}; rename the file")
             article = "an" if kind == "experiment" else "a"
-            if path.stem in _RESERVED:
+            if path.stem in RESERVED:
                 raise StepError(f"{path}: {article} {kind} cannot be called {path.stem!r}, as a step or folder is")
             if path.stem in files:
                 raise StepError(f"{path}: {files[path.stem]} is {article} {kind} of this name; rename the file")
@@ -416,6 +416,6 @@ def _validator(schema: str) -> Any:
         }
     )
     names = jsonschema.FormatChecker(())
-    names.checks("name")(lambda value: isinstance(value, str) and _NAME.fullmatch(value) is not None)
+    names.checks("name")(lambda value: isinstance(value, str) and NAME.fullmatch(value) is not None)
     strict = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=checker)
     return strict(yaml_files.parse(schema, "schema"), format_checker=names)

@@ -5,6 +5,7 @@ write the same files follow YAML 1.2. Here every decimal number is a number,
 `true` and `false` alone are booleans, and a date is text.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,17 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+class _LineDumper(_Dumper):
+    """Writes texts on one line: those with signs that do not print in double quotes, where they have escapes."""
+
+
+def _one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_LineDumper.add_representer(str, _one_line)
+
+
 def parse(text: str, name: str) -> Any:
     """The content of the YAML `text`; StepError names the file `name` and the line of an error."""
     try:
@@ -122,6 +134,12 @@ def read(path: Path) -> Any:
 def dump(content: Any) -> str:
     """`content` as YAML, its keys in order, that `parse` and every reader of YAML 1.1 or 1.2 reads back as it was."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def flow(content: Any) -> str:
+    """`content` as YAML on one line, whatever its texts hold, that `parse` reads back as it was."""
+    written: str = yaml.dump(content, Dumper=_LineDumper, sort_keys=False, default_flow_style=True, width=math.inf)
+    return written.removesuffix("...\n").rstrip("\n")
 
 
 def scalar(value: str | int | float | bool) -> str:

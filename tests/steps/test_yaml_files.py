@@ -97,6 +97,16 @@ def test_content_comes_back_as_it_was_and_in_order(content: dict[str, Any]) -> N
     assert list(found) == list(content)
 
 
+@given(
+    st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=99) | texts, st.text(st.characters(codec="utf-8")))
+)
+def test_content_of_any_signs_stands_on_one_line(content: dict[str, str]) -> None:
+    written = yaml_files.flow(content)
+    assert len(written.splitlines()) == 1
+    assert yaml_files.parse(written, "line") == content
+    assert yaml_files.parse(yaml_files.flow(list(content)), "line") == list(content)
+
+
 @given(values)
 def test_what_is_written_is_the_same_to_a_reader_of_yaml_1_1(value: Any) -> None:
     """PyYAML's own loader, DVC's, is one."""
