@@ -90,7 +90,7 @@ def check_raw(raw: Path, files: Mapping[str, Any]) -> dict[str, str]:
     """
     manifest = raw / "manifest.json"
     with reading(manifest, "delete the folder, and run download"):
-        hashes: dict[str, str] = read_json(manifest, remedy="run download")["files"]
+        hashes: dict[str, str] = {**read_json(manifest, remedy="run download")["files"]}
     remedy = "delete the folder to fetch it again, or give edited data an entry of its own in params/datasets.yaml"
     require_files(raw, hashes, manifest, remedy)
     paths = [table["path"] for table in files.values()]

@@ -305,7 +305,7 @@ class _Maker:
             if len(moments) == len(texts):
                 kinds += [lambda: pa.array([moment and _at_utc(moment) for moment in moments], aware)] * 5
         chance.shuffle(kinds)
-        if chance.random() < 0.6:
+        if chance.random() < 0.6 and any(texts):
             for kind in kinds:
                 try:
                     return kind()

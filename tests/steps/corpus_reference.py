@@ -29,6 +29,7 @@ TICKS = {"none": 1, "s": 1, "ms": 1_000, "us": 1_000_000, "decimal-s": 1_000_000
 KEYS = {"interactions": ("user", "item"), "items": ("item",), "users": ("user",)}
 MEANT = ("user", "item", "rating", "timestamp", "title")
 MARK = b"\xef\xbb\xbf"  # of UTF-8
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 BLANKS = " \t"
 
 
@@ -93,8 +94,7 @@ def _text(content: bytes, table: Mapping[str, Any]) -> Table:
     path, encoding = table["path"], table.get("encoding", "utf-8")
     faults = [Fault(path, "carriage return", _at(line)) for line in _lone_returns(content)]
     content = content.replace(b"\r\n", b"\n")
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        faults.append(Fault(path, "utf-16"))
+    faults += [Fault(path, "utf-16")] * content.startswith(UTF_16)
     # Choice: no text has a NUL.
     faults += [Fault(path, "nul", _at(line)) for line, part in enumerate(content.split(b"\n"), 1) if b"\0" in part]
     if encoding == "utf-8":
@@ -271,6 +271,7 @@ def _records(text: str, separator: str, quoted: bool, begin: int) -> Iterator[tu
 def _jsonl(content: bytes, table: Mapping[str, Any]) -> Table:
     path = table["path"]
     faults = [Fault(path, "carriage return", _at(line)) for line in _lone_returns(content)]
+    faults += [Fault(path, "utf-16")] * content.startswith(UTF_16)
     content = content.replace(b"\r\n", b"\n").removeprefix(MARK)
     parts = content.split(b"\n")
     while parts and not parts[-1].strip(BLANKS.encode()):

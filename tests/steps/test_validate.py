@@ -118,6 +118,8 @@ def test_a_raw_file_that_download_did_not_write_is_refused_and_extra_ones_are_no
     assert "demo/ratings.dat is not the file that data/raw/demo/manifest.json describes" in line
     assert len(line.splitlines()) == 1
     assert {path.name: path.read_bytes() for path in valid.iterdir()} == before
+    write_json(raw / "manifest.json", {"files": ["demo/ratings.dat"]})
+    assert "manifest.json is damaged" in step("validate", *ARGUMENTS, cwd=project, check=False).stderr
     (raw / "manifest.json").unlink()
     assert "manifest.json does not exist; run download" in step("validate", *ARGUMENTS, cwd=project, check=False).stderr
 
