@@ -35,11 +35,13 @@ from steps.evaluation.retrieval import RetrievalEvaluation
 from steps.models import CountBasedModel, is_count_based
 from steps.models.weights import save_weights
 from steps.tasks import build
-from steps.training.loop import Training, reported_epoch, train_together
+from steps.training.loop import Training, doubts, reported_epoch, train_together
 from steps.training.validation import Validation
 
 #: In the order of deletion: those that mark a run as done come first, so that after a kill no run looks done.
 _RESULTS = ("metrics.json", "training.json", "ranks.safetensors", "history.jsonl", "model.safetensors")
+
+_FEW_USERS, _FEW_SHARE = 500, 0.5  # a test on fewer users, which are a smaller share of all, is pointed at
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,6 +133,13 @@ def _prepare(
                 else:
                     jobs[run] = Training(config, sequences, data_sha256, run, compute_dtype, title=name)
             require_split(sequences, jobs[run].split, config, run)
+            tested = len(jobs[run].split.held_out["test"].users)
+            if tested < min(_FEW_USERS, _FEW_SHARE * sequences.num_users):
+                print(
+                    f"{name}protocol {config['protocol']['name']} tests {tested} of {sequences.num_users} users: too "
+                    "few to mean much; raise test_share in params/protocols.yaml, or take another protocol",
+                    flush=True,
+                )
         except Exception as error:  # of one run; the message lists all
             failures[str(run)] = error
     raise_failures(failures, len(runs))
@@ -167,6 +176,8 @@ def _train(
                     how["precision"] = "tf32"
                 _write(run, training, training.history, about | how)
                 written.append(run)
+                for doubt in doubts(training.config, training.history):
+                    print(f"{training.config['row']}, seed {training.config['seed']}, {doubt}", flush=True)
             except Exception as error:
                 failures[str(run)] = error
     for run in written:  # at the end, so that a finished run is not trained again if another is killed

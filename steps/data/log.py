@@ -1,5 +1,6 @@
 """A log of interactions on disk: written block by block, and read as a lazy frame, whatever its size."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 
 #: Rows that are in memory at once where a log goes from one file to another.
 ROWS_AT_ONCE = 1 << 20
+_THREAD = ThreadPoolExecutor(1)
 _SEED_OF_USERS, _SEED_OF_ITEMS = 1, 2
 
 
@@ -23,15 +25,26 @@ class Writer:
         self._file: pq.ParquetWriter | None = None
         self._parts: list[Path] = []
         self._schema: pl.Schema | None = None
+        self._pending: Future[None] | None = None
 
     def write(self, frame: pl.DataFrame) -> None:
-        """Append the rows of a frame."""
+        """Append the rows of a frame, in a thread of its own; what went wrong with the frame before is raised."""
+        self._end()
+        self._pending = _THREAD.submit(self._append, frame)
+
+    def _end(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _append(self, frame: pl.DataFrame) -> None:
         if self._file is None or frame.schema != self._schema:
             self.begin(frame)
         self._writer.write_table(frame.to_arrow())
 
     def close(self) -> pl.LazyFrame:
         """End the file, and read it as a lazy frame."""
+        self._end()
         if self._file is not None:
             self._file.close()
         if len(self._parts) > 1:

@@ -39,6 +39,3 @@ def tensors_to_fill(path: Path, columns: Mapping[str, tuple[Any, int]]) -> Itera
         empty = np.empty(0, kind)
         arrays[name] = np.memmap(path, kind, "r+", position, (length,)) if length else empty
     yield arrays
-    for array in arrays.values():
-        if isinstance(array, np.memmap):
-            array.flush()

@@ -53,8 +53,10 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
             ours = _in_own_process(OURS, folder, dataset)
             if ours["sha256"] != found["sha256"]:
                 raise StepError(f"{case['dataset']}, {case['rows']} rows: pandas and this project differ in a byte")
-    units = {"peak": "bytes", "interactions": ""}
-    return [row(case, name, value, units.get(name, "s")) for name, value in found.items() if name != "sha256"]
+    digest = found.pop("sha256")
+    return [
+        row(case, name, value, "bytes" if name == "peak" else "s", data_sha256=digest) for name, value in found.items()
+    ]
 
 
 def scaled(synthesize: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -65,8 +67,9 @@ def scaled(synthesize: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _in_own_process(implementation: str, folder: Path, dataset: dict[str, Any]) -> dict[str, Any]:
-    """What `_run` measures in a new process, with `peak`, its largest memory in bytes."""
-    command = [sys.executable, "-m", __name__, implementation, str(folder), json.dumps(dataset)]
+    """What `timed` measures in a new process, with `peak`, its largest memory in bytes."""
+    code = f"from {__name__} import timed; timed()"
+    command = [sys.executable, "-c", code, implementation, str(folder), json.dumps(dataset)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         text = process.stdout.read() if process.stdout else b""
         _, status, usage = os.wait4(process.pid, 0)
@@ -76,8 +79,9 @@ def _in_own_process(implementation: str, folder: Path, dataset: dict[str, Any]) 
     return json.loads(text) | {"peak": usage.ru_maxrss * 1024}
 
 
-def _run(implementation: str, folder: Path, dataset: dict[str, Any]) -> dict[str, Any]:
-    """Seconds from raw files to sequences, and the SHA-256 of these."""
+def timed() -> None:
+    """What the new process does: print the seconds from raw files to sequences, and the SHA-256 of these."""
+    implementation, folder, dataset = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     processed = folder / implementation
     processed.mkdir()
     start = time.perf_counter()
@@ -95,7 +99,7 @@ def _run(implementation: str, folder: Path, dataset: dict[str, Any]) -> dict[str
         end = time.perf_counter()
         seconds = {"validate": middle - start, "preprocess": end - middle, "total": end - start}
     path = processed / "sequences.safetensors"
-    return {name: round(value, 3) for name, value in seconds.items()} | {"sha256": sha256(path)}
+    print(json.dumps({name: round(value, 3) for name, value in seconds.items()} | {"sha256": sha256(path)}))
 
 
 def by_pandas(raw: Path, dataset: dict[str, Any], processed: Path) -> None:
@@ -127,7 +131,3 @@ def by_pandas(raw: Path, dataset: dict[str, Any], processed: Path) -> None:
     save_file(tensors, processed / "sequences.safetensors")
     lengths.index.to_frame(index=False).to_parquet(processed / "users.parquet")
     movies.sort_values("item").to_parquet(processed / "items.parquet")
-
-
-if __name__ == "__main__":
-    print(json.dumps(_run(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))))

@@ -34,6 +34,9 @@ SEED_STRIDE = 1_000_003  # so that no two pairs (seed, epoch) have the same rand
 _STEP_STRIDE = 2**20  # likewise for steps, of which an epoch has fewer
 _COMPILE_FROM_STEPS = 20_000  # compiling takes half a minute, which a shorter training does not win back
 
+_EARLY, _LATE = 0.05, 0.95  # shares of the schedule in which a best epoch is suspicious
+_SHORTEST_DOUBTED = 20  # epochs
+
 
 class Training:
     """One run in training. `history` has a dict per finished epoch.
@@ -223,6 +226,22 @@ def train_together(trainings: list[Training]) -> Iterator[tuple[int, Exception |
 def reported_epoch(config: dict[str, Any], history: list[dict[str, Any]]) -> int:
     """The epoch whose weights the protocol reports: the last, or the first with the best validation NDCG@10."""
     return (history[-1] if config["protocol"]["report"] == "last" else max(history, key=_selection))["epoch"]
+
+
+def doubts(config: dict[str, Any], history: list[dict[str, Any]]) -> list[str]:
+    """What the place of the best epoch in the schedule says against the schedule, in sentences.
+
+    Of protocols that report the best epoch, and schedules of enough epochs to have an early and a late part.
+    """
+    epochs, last = config["training"]["epochs"], history[-1]["epoch"]
+    if config["protocol"]["report"] == "last" or epochs < _SHORTEST_DOUBTED:
+        return []
+    best = reported_epoch(config, history)
+    if best > _LATE * epochs:
+        return [f"was best at epoch {best} of {epochs}, and may still improve: raise training.epochs"]
+    if best <= _EARLY * epochs and last > best:
+        return [f"was best at epoch {best} of {epochs}, and overfits since: raise training.dropout, or lower the rate"]
+    return []
 
 
 def summary(line: dict[str, Any], epochs: int) -> str:

@@ -25,7 +25,7 @@ from steps.models import ENCODERS
 from steps.models.weights import load_weights, save_weights
 from steps.tasks import build
 from steps.training.checkpoint import State, read_state, write_state
-from steps.training.loop import Training, reported_epoch
+from steps.training.loop import Training, doubts, reported_epoch
 from tests.conftest import ROOT, step, write_processed
 from tests.steps.runs import PAPER, config, planned, reproducible
 
@@ -253,6 +253,18 @@ def test_strict_keeps_the_best_validation_epoch_and_paper_the_last(data: Path, t
 def test_ties_for_best_go_to_the_first_epoch() -> None:
     history = [{"epoch": epoch, "valid/ndcg@10": value} for epoch, value in [(1, 0.1), (2, 0.3), (3, 0.3)]]
     assert reported_epoch(config(), history) == 2
+
+
+@pytest.mark.parametrize(
+    ("best", "last", "said"),
+    [(97, 100, "was best at epoch 97 of 100"), (4, 100, "overfits since"), (5, 25, "overfits since"), (60, 100, None)],
+)
+def test_a_schedule_whose_best_epoch_is_early_or_late_is_doubted(best: int, last: int, said: str | None) -> None:
+    settings = config() | {"training": config()["training"] | {"epochs": 100}}
+    history = [{"epoch": epoch, "valid/ndcg@10": float(epoch == best)} for epoch in range(1, last + 1)]
+    strict = settings | {"protocol": settings["protocol"] | {"report": "best"}}
+    assert [said in doubt for doubt in doubts(strict, history)] == ([True] if said else [])
+    assert doubts(settings | {"protocol": settings["protocol"] | {"report": "last"}}, history) == []
 
 
 def test_train_and_evaluate_need_torch_numpy_and_safetensors_alone(data: Path, tmp_path: Path) -> None:
