@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from steps.data.log import Writer, batches
-from steps.data.tensors import tensors_to_fill
+from steps.data.tensors import TensorFile
 
 #: How rows of one user with equal timestamps are ordered.
 TIES = {
@@ -19,9 +19,10 @@ TIES = {
 #: The same where the file has no times.
 NO_TIMES = "the raw file's row order: it has no times"
 #: Rows that are sorted at once; more are parted by users on disk.
-ROWS_IN_MEMORY = 24_000_000
+ROWS_IN_MEMORY = 8_000_000
 _SHUFFLE_SEED = 0
 _KEY_BITS = 63
+_PARTS = 4  # parts that memory would hold at once: what is made of a part takes as much again, and more
 _LARGEST_TABLE = 1 << 26  # entries of a table by raw id, which is faster than a join
 
 
@@ -62,23 +63,25 @@ def build_sequences(
     if "rating" in log.collect_schema():
         columns["rating"] = (np.float32, num_rows)
     tied, last_tied = 0, 0
-    with tensors_to_fill(folder / "sequences.safetensors", columns) as tensors:
-        tensors["offsets"][:] = offsets
-        for start, end, rows in _parts(log, users, catalogue, offsets, folder, ties, rows_in_memory):
+    times_rated = np.zeros(len(catalogue) + 1, dtype=np.int64)
+    with TensorFile(folder / "sequences.safetensors", columns) as tensors:
+        tensors.write("offsets", 0, offsets)
+        for start, rows in _parts(log, users, catalogue, offsets, folder, ties, rows_in_memory):
             user, time, order = _sorted(rows, ties)
-            tensors["item"][start:end] = rows["item"].to_numpy()[order]
-            tensors["timestamp"][start:end] = time // ticks_per_second
-            if "rating" in tensors:
-                tensors["rating"][start:end] = rows["rating"].fill_null(np.nan).to_numpy()[order]
+            item = rows["item"].to_numpy()[order]
+            times_rated += np.bincount(item, minlength=len(times_rated))
+            tensors.write("item", start, item)
+            tensors.write("timestamp", start, time // ticks_per_second)
+            if "rating" in columns:
+                tensors.write("rating", start, rows["rating"].fill_null(np.nan).to_numpy()[order])
             same = np.zeros(len(rows), dtype=bool)
             same[1:] = (time[1:] == time[:-1]) & (user[1:] == user[:-1])
             tied += int(np.count_nonzero(same))
             last_tied += int(np.count_nonzero(same[:-1] & (user[1:] != user[:-1]))) + int(same[-1])
-        rated = int(np.count_nonzero(np.bincount(tensors["item"], minlength=1)))
     lengths = np.diff(offsets)
     told = {
         "users": len(lengths),
-        "rated_items": rated,
+        "rated_items": int(np.count_nonzero(times_rated)),
         "interactions": num_rows,
         "sequence_length": {
             "shortest": int(lengths.min()),
@@ -127,26 +130,25 @@ def _parts(
     folder: Path,
     ties: str,
     rows_in_memory: int,
-) -> Iterator[tuple[int, int, pl.DataFrame]]:
-    """The rows of one user after the other, as ids, in parts: where a part begins and ends in the sequences, and its
-    rows, which are not yet sorted."""
+) -> Iterator[tuple[int, pl.DataFrame]]:
+    """The rows of one user after the other, as ids, in parts: where a part begins in the sequences, and its rows, which
+    are not yet sorted."""
     coded = _coded(log, users, catalogue, ties)
     num_rows = int(offsets[-1])
     if num_rows <= rows_in_memory:
-        yield 0, num_rows, pl.concat(coded)
+        yield 0, pl.concat(coded)
         return
     first_users = [0]
     while offsets[first_users[-1]] < num_rows:
-        limit = offsets[first_users[-1]] + rows_in_memory
+        limit = offsets[first_users[-1]] + max(1, rows_in_memory // _PARTS)
         first_users.append(max(int(np.searchsorted(offsets, limit, side="right")) - 1, first_users[-1] + 1))
     writers = [Writer(folder / f"part-{number}.parquet") for number in range(len(first_users) - 1)]
     for frame in coded:
         number = pl.Series("part", np.searchsorted(first_users, frame["user"].to_numpy(), side="right") - 1)
         for (part,), rows in frame.with_columns(number).partition_by("part", as_dict=True, include_key=False).items():
             writers[part].write(rows)
-    for writer, first, after in zip(writers, first_users[:-1], first_users[1:], strict=True):
-        rows = writer.close().collect()
-        yield int(offsets[first]), int(offsets[after]), rows
+    for writer, first in zip(writers, first_users[:-1], strict=True):
+        yield int(offsets[first]), writer.close().collect()
         writer.path.unlink()
 
 

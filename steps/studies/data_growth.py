@@ -1,8 +1,9 @@
 """How time and memory of preprocessing grow with a log: from a generated file to sequences, each in its own process.
 
 Seconds do not count imports. Memory is the process's peak, with its libraries and the pages of files that it maps.
-`pandas` does the same as a reader of its documentation would, without blocks and threads: it is what the rest is
-compared with, and its sequences have to be ours, to the byte.
+`pandas` makes the same arrays, to the byte, as a reader of its documentation would, without blocks and threads. `lists
+as text` goes on as published code of recommenders does, the authors' of HSTU among it: a list per user, written as text
+into a CSV file.
 """
 
 import json
@@ -26,7 +27,7 @@ from steps.preprocess import read_validation, write_sequences
 from steps.studies.rows import Row, row
 from steps.validate import write_valid
 
-OURS, PANDAS = "this project", "pandas"
+OURS, PANDAS, LISTS = "this project", "pandas", "pandas, lists as text"
 
 
 def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -35,7 +36,7 @@ def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
         {"dataset": name, "rows": rows, "implementation": implementation, "cores": usable_cores()}
         for name, sizes in plan["settings"]["rows"].items()
         for rows in sizes
-        for implementation in (OURS, PANDAS)
+        for implementation in (OURS, PANDAS, LISTS)
         if implementation == OURS or rows in plan["settings"]["pandas"].get(name, [])
     ]
 
@@ -49,7 +50,7 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
         unpack(folder / "raw.zip", "raw.zip", folder / "raw")
         (folder / "raw.zip").unlink()
         found = _in_own_process(case["implementation"], folder, dataset)
-        if case["implementation"] == PANDAS:
+        if case["implementation"] != OURS:
             ours = _in_own_process(OURS, folder, dataset)
             if ours["sha256"] != found["sha256"]:
                 raise StepError(f"{case['dataset']}, {case['rows']} rows: pandas and this project differ in a byte")
@@ -85,8 +86,8 @@ def timed() -> None:
     processed = folder / implementation
     processed.mkdir()
     start = time.perf_counter()
-    if implementation == PANDAS:
-        by_pandas(folder / "raw", dataset, processed)
+    if implementation in (PANDAS, LISTS):
+        by_pandas(folder / "raw", dataset, processed, lists=implementation == LISTS)
         seconds = {"total": time.perf_counter() - start}
     else:
         valid = folder / "valid"
@@ -102,8 +103,9 @@ def timed() -> None:
     print(json.dumps({name: round(value, 3) for name, value in seconds.items()} | {"sha256": sha256(path)}))
 
 
-def by_pandas(raw: Path, dataset: dict[str, Any], processed: Path) -> None:
-    """The sequences of files in MovieLens' csv form, checked by the same rules, as pandas' documentation does it."""
+def by_pandas(raw: Path, dataset: dict[str, Any], processed: Path, lists: bool) -> None:
+    """The sequences of files in MovieLens' csv form, checked by the same rules, as pandas' documentation does it; and
+    `lists` of them as text."""
     import pandas as pd  # late, as imports are not counted
 
     files, checks = dataset["files"], dataset["checks"]
@@ -131,3 +133,9 @@ def by_pandas(raw: Path, dataset: dict[str, Any], processed: Path) -> None:
     save_file(tensors, processed / "sequences.safetensors")
     lengths.index.to_frame(index=False).to_parquet(processed / "users.parquet")
     movies.sort_values("item").to_parquet(processed / "items.parquet")
+    if lists:
+        columns = ["item", "rating", "timestamp"]
+        users = ratings.groupby("user")[columns].agg(list)
+        for column in columns:
+            users[column] = users[column].map(lambda values: ",".join(map(str, values)))
+        users.to_csv(processed / "sequences.csv")
