@@ -127,7 +127,7 @@ def test_what_is_checked_and_trained_is_inferred(house: Path) -> None:
     assert entry["checks"] == {
         "rating": [0.5, 5], "rating_step": 0.5, "unique_user_item": True, "min_user_interactions": 4,
     }  # fmt: skip
-    assert (entry["training"]["max_len"], entry["training"]["epochs"]) == (20, 100)
+    assert (entry["training"]["max_len"], entry["training"]["epochs"]) == (20, 200)
     assert list(params.load("datasets", house / "params"))[-1] == "shop"
 
 
@@ -150,7 +150,7 @@ def test_settings_of_training_go_with_the_size(rows: int, dim: int, monkeypatch:
     proposal = step_describe.Proposal({}, [], None, kept, np.full(10, 150))
     training, _ = step_describe._training(proposal, 1)
     assert training["base"]["dim"] == dim
-    assert training["max_len"] == (50 if rows < 10**6 else 200)
+    assert training["max_len"] == 200
     schema = yaml_files.read(ROOT / "params/schemas/datasets.yaml")
     validator = params.jsonschema.Draft202012Validator(
         {"$defs": schema["$defs"], **schema["additionalProperties"]["properties"]["training"]}
@@ -446,7 +446,7 @@ def test_of_a_large_file_a_part_is_looked_at(packed: bool, house: Path, monkeypa
     entry, found, _ = made(house, path)
     assert entry["filters"] == [{"min_interactions": {"user": 3}}]
     assert entry["checks"] == {"missing_ratings": True, "min_user_interactions": 3}
-    assert entry["training"]["max_len"] == 50
+    assert entry["training"]["max_len"] == 200
     assert found == plain(rows)
 
 
