@@ -19,10 +19,10 @@ TIES = {
 #: The same where the file has no times.
 NO_TIMES = "the raw file's row order: it has no times"
 #: Rows that are sorted at once; more are parted by users on disk.
-ROWS_IN_MEMORY = 8_000_000
+ROWS_IN_MEMORY = 24_000_000
 _SHUFFLE_SEED = 0
 _KEY_BITS = 63
-_PARTS = 4  # parts that memory would hold at once: what is made of a part takes as much again, and more
+_PARTS = 12  # parts that make `rows_in_memory`: several are in memory at once, with what is made of them
 _LARGEST_TABLE = 1 << 26  # entries of a table by raw id, which is faster than a join
 
 
