@@ -17,12 +17,12 @@ import numpy as np
 from steps.common import params, yaml_files
 from steps.common.cli import StepError, run_step
 from steps.common.files import sha256
-from steps.data.column_names import listed
-from steps.data.entry_text import printable, written
-from steps.data.inference import Doubt
-from steps.data.opening import opened
-from steps.data.proposal import Proposal, date_of, propose
-from steps.data.tables import Log, entity_of, log_of, tables_of
+from steps.data.description.column_names import listed
+from steps.data.description.entry_text import printable, written
+from steps.data.description.inference import Doubt
+from steps.data.description.opening import opened
+from steps.data.description.proposal import Proposal, date_of, propose
+from steps.data.description.tables import Log, entity_of, log_of, tables_of
 from steps.data.values import TICKS
 
 _ENTRIES = params.ROOT / params.LOCAL / "datasets.yaml"

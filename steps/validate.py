@@ -18,8 +18,9 @@ from steps.common.files import atomic_path, read_json, reading, sha256, write_js
 from steps.common.params import entry
 from steps.common.provenance import require_files
 from steps.data import filters
+from steps.data.blocks import named_columns, wanted_columns
 from steps.data.log import Store, repeats
-from steps.data.readers import named_columns, read_blocks, read_table, wanted_columns
+from steps.data.readers import read_blocks, read_table
 from steps.data.schemas import EXAMPLES, Report, features_schema, interactions_schema, shown, ticks_of
 from steps.data.values import TICKS, typed
 

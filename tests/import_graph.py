@@ -9,6 +9,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "steps/common": set(),
     "steps/data": {"steps/common", "kernels"},
+    "steps/data/description": {"steps/data", "steps/common"},
     "steps/data/generators": set(),
     "steps/models": {"steps/data", "steps/common", "kernels"},
     "steps/evaluation": {"steps/data", "steps/common", "kernels"},

@@ -51,9 +51,7 @@ def _num_characters(numbers: pl.Series) -> int:
     values = numbers.drop_nulls().to_numpy()
     if not len(values):
         return 0
-    sizes = np.abs(values) if values.min() < 0 else values
-    if sizes.min() < 0:  # the absolute value of -2**63 is not in 64 bits
-        return -1
+    sizes = np.abs(values).view(np.uint64)  # which holds the size of -2**63 too
     longer = sum(int(np.count_nonzero(sizes >= 10**power)) for power in range(1, len(str(int(sizes.max())))))
     return len(values) + longer + int(np.count_nonzero(values < 0))
 

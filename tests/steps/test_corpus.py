@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from steps import validate
 from steps.common.cli import StepError
-from steps.data import readers
+from steps.data import readers, records
 from steps.preprocess import write_sequences
 from tests.steps import corpus
 from tests.steps import corpus_reference as reference
@@ -53,7 +53,7 @@ def test_a_file_is_read_right_or_refused_with_its_place(group: int, tmp_path: Pa
 
 def test_a_quote_that_is_not_closed_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a sixty-fourth of the reader's bounds: at most 12 MB for a file of 8 MB that is one record."""
-    monkeypatch.setattr(readers, "_LONGEST_RECORD", readers._LONGEST_RECORD >> 6)
+    monkeypatch.setattr(records, "_LONGEST_RECORD", records._LONGEST_RECORD >> 6)
     (tmp_path / "t.csv").write_text('user,item\r\n1,2\r\n1,"3\r\n' + "1,2\r\n" * 1_600_000)
     table = {"path": "t.csv", "separator": ",", "header": True, "columns": ["user", "item"]}
     tracemalloc.start()

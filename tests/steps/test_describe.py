@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from steps import describe as step_describe
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
-from steps.data import opening, tables
-from steps.data.column_names import role_of
+from steps.data.description import opening, tables
+from steps.data.description.column_names import role_of
 from tests.conftest import ROOT, step
 from tests.steps.forms import (
     ALL,

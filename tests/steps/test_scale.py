@@ -91,7 +91,10 @@ def test_bytes_depend_on_no_thread_and_no_version_of_python(name: str, threads: 
         "entry = generated(name, 30_000, folder, **(SMALL if name == 'ml-20m-form' else {}))\n"
         "print(digest(made(folder / 'raw', entry, folder / 'made', 'file-order')))\n"
     )
-    environment = os.environ | {"POLARS_MA440c12c8d64eeb02fb81e818e6b188f31b120612765ad391f01c335411df9994_THREADS": threads, "OMP_NUM_THREADS": threads}
+    environment = os.environ | {
+        "POLARS_MAX_THREADS": threads,
+        "OMP_NUM_THREADS": threads,
+    }
     command = [sys.executable, "-c", code, str(tmp_path), name]
     found = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     assert found.strip() == PINNED[name]

@@ -38,9 +38,12 @@ rule download:
 rule validate:
     input:
         "steps/validate.py",
+        "steps/data/blocks.py",
+        "steps/data/delimited.py",
         "steps/data/filters.py",
         "steps/data/log.py",
         "steps/data/readers.py",
+        "steps/data/records.py",
         "steps/data/schemas.py",
         "steps/data/values.py",
         "data/raw/{dataset}/manifest.json",

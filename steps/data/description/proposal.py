@@ -11,7 +11,7 @@ import polars as pl
 
 from steps.common.cli import StepError
 from steps.data import filters
-from steps.data.inference import Doubt, Times, other_unit
+from steps.data.description.inference import Doubt, Times, other_unit
 from steps.data.schemas import EXAMPLES, USUAL_TIMES, shown, ticks_of
 from steps.data.values import TICKS
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from steps.data.column_names import role_of
+from steps.data.description.column_names import role_of
 from steps.data.schemas import shown
 from steps.data.values import TICKS, as_ratings, as_ticks
 

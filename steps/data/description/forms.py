@@ -14,9 +14,9 @@ import polars as pl
 
 from steps.common.cli import StepError
 from steps.common.files import reading
-from steps.data.column_names import listed, role_of
-from steps.data.inference import Doubt
-from steps.data.opening import Raw, check_text, encoding_of, is_parquet
+from steps.data.description.column_names import listed, role_of
+from steps.data.description.inference import Doubt
+from steps.data.description.opening import Raw, check_text, encoding_of, is_parquet
 from steps.data.readers import read_blocks
 
 _SEPARATORS = ("::", "\t", ";", ",", "|", " ")  # of those that part all lines alike the first counts

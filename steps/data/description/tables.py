@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import polars as pl
 
 from steps.common.cli import StepError
-from steps.data.column_names import listed
-from steps.data.forms import Form, columns_setting, form_of, not_utf8, with_other_quotes
-from steps.data.inference import Doubt, Found, Times, entities, events, times_of
-from steps.data.opening import PART, Raw, encoding_of, fetched
+from steps.data.description.column_names import listed
+from steps.data.description.forms import Form, columns_setting, form_of, not_utf8, with_other_quotes
+from steps.data.description.inference import Doubt, Found, Times, entities, events, times_of
+from steps.data.description.opening import PART, Raw, encoding_of, fetched
 from steps.data.readers import BLOCK_BYTES, read_blocks, read_table
 from steps.data.schemas import EXAMPLES, shown
 from steps.data.values import as_ratings, typed

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from steps.common import yaml_files
-from steps.data.inference import Doubt
+from steps.data.description.inference import Doubt
 
 #: Keys whose parts have lines of their own.
 _OPENED = ("files", "files.interactions", "files.items", "files.users", "checks", "filters", "training")

@@ -1,0 +1,1 @@
+"""What a file of one's own looks like, and the entry that reads it."""
