@@ -66,13 +66,19 @@ def write_sequences(
     write_json(folder / "made_of.json", validation["files"])
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, help="an entry of params/datasets.yaml")
     parser.add_argument("--valid", required=True, type=Path, help="folder that validate wrote")
     parser.add_argument("--output", required=True, type=Path, help="folder to make: data/processed/<dataset>")
     parser.add_argument(
         "--rows-in-memory",
-        type=int,
+        type=_count,
         default=ROWS_IN_MEMORY,
         help="interactions that are sorted at once, about 80 bytes each; of more, parts go through the disk",
     )

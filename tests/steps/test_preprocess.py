@@ -311,3 +311,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     settings = {"path": "a.dat", "separator": "::", "header": False, "columns": ["user", "item", "timestamp"]}
     with pytest.raises(Exception, match=r"a\.dat does not exist"):
         read_table(tmp_path, settings)
+
+
+@pytest.mark.parametrize("rows", ["0", "-5", "x", "1.5"])
+def test_a_number_of_rows_in_memory_that_is_none_is_refused(project: Path, rows: str) -> None:
+    arguments = ("--dataset", "demo", "--valid", "v", "--output", "o", f"--rows-in-memory={rows}")
+    refused = step("preprocess", *arguments, cwd=project, check=False)
+    assert refused.returncode == 2
+    assert f"{rows!r} is no whole number from 1" in refused.stderr
