@@ -23,6 +23,7 @@ ROWS_IN_MEMORY = 24_000_000
 _SHUFFLE_SEED = 0
 _KEY_BITS = 63
 _PARTS = 12  # parts that make `rows_in_memory`: several are in memory at once, with what is made of them
+_MOST_PARTS = 256  # files that are open at once
 _LARGEST_TABLE = 1 << 26  # entries of a table by raw id, which is faster than a join
 
 
@@ -139,8 +140,9 @@ def _parts(
         yield 0, pl.concat(coded)
         return
     first_users = [0]
+    rows_of_part = max(rows_in_memory // _PARTS, -(-num_rows // _MOST_PARTS))
     while offsets[first_users[-1]] < num_rows:
-        limit = offsets[first_users[-1]] + max(1, rows_in_memory // _PARTS)
+        limit = offsets[first_users[-1]] + rows_of_part
         first_users.append(max(int(np.searchsorted(offsets, limit, side="right")) - 1, first_users[-1] + 1))
     writers = [Writer(folder / f"part-{number}.parquet") for number in range(len(first_users) - 1)]
     for frame in coded:

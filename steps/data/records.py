@@ -99,8 +99,8 @@ def _last_end(content: bytes, quote: bytes | None) -> int:
 
 def outside(positions: np.ndarray, quotes: np.ndarray) -> np.ndarray:
     """Which positions are not within quotes: an even number of quotes is before them."""
-    outside: np.ndarray = np.searchsorted(quotes, positions) % 2 == 0
-    return outside
+    even: np.ndarray = np.searchsorted(quotes, positions) % 2 == 0
+    return even
 
 
 def as_utf8(content: bytes, encoding: str, path: Path, line: int) -> bytes:

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from steps.common import yaml_files
 from steps.common.cli import StepError
 from steps.common.files import sha256, write_json
-from steps.data.build import build_sequences
+from steps.data import build as build_module
+from steps.data.build import build_sequences, sorted_rows
 from steps.data.readers import read_table
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import split_sequences
@@ -319,3 +320,21 @@ def test_a_number_of_rows_in_memory_that_is_none_is_refused(project: Path, rows:
     refused = step("preprocess", *arguments, cwd=project, check=False)
     assert refused.returncode == 2
     assert f"{rows!r} is no whole number from 1" in refused.stderr
+
+
+@pytest.mark.parametrize("span", [3, 10**9, 2**61, 2**63 - 1])
+def test_users_and_times_as_one_number_are_in_the_order_of_both(span: int) -> None:
+    """Beside the sort by columns, which is taken where a span of times leaves no bits for the users."""
+    random = np.random.default_rng(0)
+    rows = pl.DataFrame(
+        {
+            "user": random.integers(0, 7, 500).astype(np.uint32),
+            "timestamp": random.integers(-(span // 2), span - span // 2, 500),
+            "row": np.arange(500),
+        }
+    )
+    user, time, order = build_module._sorted(rows, "file-order")
+    expected = sorted_rows(rows, "file-order")
+    assert order.tolist() == expected["index"].to_list()
+    assert user.tolist() == expected["user"].to_list()
+    assert time.tolist() == expected["timestamp"].to_list()
