@@ -35,7 +35,7 @@ from steps.evaluation.retrieval import RetrievalEvaluation
 from steps.models import CountBasedModel, is_count_based
 from steps.models.weights import save_weights
 from steps.tasks import build
-from steps.training.loop import Training, doubts, reported_epoch, train_together
+from steps.training.loop import Training, doubt, reported_epoch, train_together
 from steps.training.validation import Validation
 
 #: In the order of deletion: those that mark a run as done come first, so that after a kill no run looks done.
@@ -176,8 +176,8 @@ def _train(
                     how["precision"] = "tf32"
                 _write(run, training, training.history, about | how)
                 written.append(run)
-                for doubt in doubts(training.config, training.history):
-                    print(f"{training.config['row']}, seed {training.config['seed']}, {doubt}", flush=True)
+                if said := doubt(training.config, training.history):
+                    print(f"{training.config['row']}, seed {training.config['seed']}, {said}", flush=True)
             except Exception as error:
                 failures[str(run)] = error
     for run in written:  # at the end, so that a finished run is not trained again if another is killed

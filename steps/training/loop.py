@@ -228,20 +228,20 @@ def reported_epoch(config: dict[str, Any], history: list[dict[str, Any]]) -> int
     return (history[-1] if config["protocol"]["report"] == "last" else max(history, key=_selection))["epoch"]
 
 
-def doubts(config: dict[str, Any], history: list[dict[str, Any]]) -> list[str]:
-    """What the place of the best epoch in the schedule says against the schedule, in sentences.
+def doubt(config: dict[str, Any], history: list[dict[str, Any]]) -> str | None:
+    """What the place of the best epoch in the schedule says against the schedule, if anything.
 
     Of protocols that report the best epoch, and schedules of enough epochs to have an early and a late part.
     """
     epochs, last = config["training"]["epochs"], history[-1]["epoch"]
     if config["protocol"]["report"] == "last" or epochs < _SHORTEST_DOUBTED:
-        return []
+        return None
     best = reported_epoch(config, history)
     if best > _LATE * epochs:
-        return [f"was best at epoch {best} of {epochs}, and may still improve: raise training.epochs"]
+        return f"was best at epoch {best} of {epochs}, and may still improve: raise training.epochs"
     if best <= _EARLY * epochs and last > best:
-        return [f"was best at epoch {best} of {epochs}, and overfits since: raise training.dropout, or lower the rate"]
-    return []
+        return f"was best at epoch {best} of {epochs}, and overfits since: raise training.dropout, or lower the rate"
+    return None
 
 
 def summary(line: dict[str, Any], epochs: int) -> str:
