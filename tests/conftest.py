@@ -18,6 +18,7 @@ import torch
 from safetensors.numpy import save
 
 from steps.common.files import sha256, write_json
+from tests.browser import CHROMIUM
 
 # Before CUDA starts: without the first, deterministic mode refuses matrix products; without the second, every process
 # of pytest-xdist starts as many compilers as there are cores.
@@ -27,7 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # likewise for what computes on the CPU
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
-pytest_plugins = ["tests.gpu_report"]
+pytest_plugins = ["tests.browser", "tests.gpu_report"]
 _matmul = torch.backends.cuda.matmul
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,6 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("browser") and CHROMIUM is None:
+            item.add_marker(pytest.mark.skip(reason="needs Chromium"))
 
 
 def run(*command: str, cwd: Path, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:

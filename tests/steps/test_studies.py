@@ -130,7 +130,7 @@ def test_studies_and_experiments_share_their_names(project: Path) -> None:
     shutil.copyfile(project / "params/studies/kernels.yaml", project / "params/studies/train.yaml")
     with pytest.raises(StepError, match="a study cannot be called 'train', as a step or folder is"):
         params.studies(project / "params")
-    with pytest.raises(StepError, match="no study 'kernel'; there are .*kernels, null-models"):
+    with pytest.raises(StepError, match=r"no study 'kernel'; there are .*kernels, null-models"):
         params.load("studies/kernel", ROOT / "params")
 
 
