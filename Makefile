@@ -52,11 +52,12 @@ dvc: $(INSTALLED)  ## write the list of runs that workflow/dvc.yaml goes through
 	python -m workflow.generate
 
 tables: $(INSTALLED)  ## rebuild the tables of every committed record, the studies', and the pages that show them
-	for e in $(patsubst reports/%/records,%,$(wildcard reports/*/records)); do \
-		python -m steps.tabulate --experiment $$e --runs reports/$$e/records --output reports/$$e && \
-		python -m steps.compare --experiment $$e --runs reports/$$e/records --output reports/$$e || exit 1; done
-	for s in $(patsubst reports/studies/%/rows.json,%,$(wildcard reports/studies/*/rows.json)); do \
-		python -m steps.report_study --study $$s --output reports/studies/$$s || exit 1; done
+	@for e in $(patsubst reports/%/records,%,$(wildcard reports/*/records)); do for s in tabulate compare; do \
+		echo $$s --experiment $$e --runs reports/$$e/records --output reports/$$e; done; done \
+		| xargs -P $(CORES) -I {} sh -c 'python -m steps.{}'
+	@for s in $(patsubst reports/studies/%/rows.json,%,$(wildcard reports/studies/*/rows.json)); do \
+		echo --study $$s --output reports/studies/$$s; done | xargs -P $(CORES) -I {} sh -c 'python -m steps.report_study {}'
+	python -m steps.claims
 	python -m steps.docs
 
 clean:  ## remove what runs made; data stays

@@ -2,151 +2,29 @@
 
 For every (data set, protocol): each user's NDCG@10, averaged over seeds, gives every model a bootstrap
 interval and every pair of models a paired difference with its interval, a Wilcoxon signed-rank test, and
-Holm's correction over the pairs of the table. Writes `comparisons.csv`, `comparisons.md`, `intervals.svg`
-and `.png`, and `claims.md`, which says where a published ordering holds, and how near protocol `paper` comes to the
-published figures and to the authors' code. Reads runs or their records.
+Holm's correction over the pairs of the table. Writes `comparisons.csv`, `comparisons.md` and `.html`, the figure
+`intervals`, `intervals.csv` (every metric of the paper, and each model's gain over the baseline, with intervals), and
+`parity.md`, which says where a published ordering holds, and how near protocol `paper` comes to the published figures
+and to the authors' code. Reads runs or their records.
 """
 
 import argparse
-from itertools import combinations
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
-import torch
-from matplotlib.figure import Figure
-from scipy import stats
-from tabulate import tabulate as render
 
 from steps.common import params
-from steps.common.cli import StepError, run_step
+from steps.common.cli import run_step
 from steps.common.files import atomic_path, write_text
-from steps.evaluation.metrics import Ranks, user_values
 from steps.reporting.figures import save_figure
-from steps.reporting.parity import curve_table, independent_table, parity_table
-from steps.reporting.records import Record, TestRanks, by_row, labels, read_records
+from steps.reporting.parity import curve_table, independent_table, orderings, parity_table
+from steps.reporting.plots import Shown, draw_intervals, groups_of_rows
+from steps.reporting.records import Record, labels, read_records
+from steps.reporting.statistics import CONFIDENCE, RESAMPLES, compare_pairs, interval_rows, resample, values_of_models
+from steps.reporting.tables import Section, markdown, page_html, page_markdown
 from steps.reporting.task import load_task
-
-_RESAMPLES = 2000
-_CONFIDENCE = 0.95
-_ALPHA = 0.05
-_DIGITS = 12  # of a difference: the mean of equal gains over 6 seeds is not to the bit the mean over 5
-_BLOCK = 100  # resamples at once: 100 x 138,493 indices are 0.1 GB
-
-
-def compared_values(ranks: TestRanks) -> np.ndarray:
-    """Each test user's value of the metric that the task compares: (U,) float64."""
-    best, ties = torch.from_numpy(ranks.best), torch.from_numpy(ranks.ties)
-    return user_values(Ranks(best, ties), load_task().compared).numpy()
-
-
-def values_of_models(records: list[Record]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-    """Per (dataset, protocol) and model: each test user's gain, averaged over the seeds that are there.
-
-    Raises StepError if a run's ranks are missing, or of other users than another's.
-    """
-    found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    users: dict[tuple[str, str], np.ndarray] = {}
-    for (dataset, protocol, model), seeds in by_row(records).items():
-        of_seeds = []
-        for seed in seeds:
-            ranks = seed.ranks()
-            if not np.array_equal(ranks.users, users.setdefault((dataset, protocol), ranks.users)):
-                raise StepError(
-                    f"{seed.run.path} ranks other users than the runs before it; train and evaluate it again"
-                )
-            of_seeds.append(compared_values(ranks))
-        found.setdefault((dataset, protocol), {})[model] = np.mean(of_seeds, axis=0)
-    return found
-
-
-def resample(models: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
-    """Each model's mean (resamples,) over users drawn with replacement, the same draws for all models.
-
-    models: of the same users (U,). The resampled means of a difference are then the differences of these.
-    """
-    random = np.random.default_rng(seed)
-    users = len(next(iter(models.values())))
-    means: dict[str, list[np.ndarray]] = {name: [] for name in models}
-    for _ in range(_RESAMPLES // _BLOCK):
-        drawn = random.integers(0, users, (_BLOCK, users))
-        for name, values in models.items():
-            means[name].append(values[drawn].mean(axis=1))
-    return {name: np.concatenate(blocks) for name, blocks in means.items()}
-
-
-def interval(means: np.ndarray) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean, from its values (resamples,) over resampled users."""
-    tail = (1 - _CONFIDENCE) / 2
-    return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction: adjusted p-values, in the order given."""
-    order = np.argsort(p_values, kind="stable")
-    scaled = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
-    return adjusted.tolist()
-
-
-def compare_pairs(models: dict[str, np.ndarray], means: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """A row per pair of models, the better one first, with Holm-corrected p-values over all pairs.
-
-    means: what `resample` made of the models. p is of both sides, and 1 where the ranks speak against the mean: many
-    small gains can outrank a few large losses. Most users gain the same from both models; Pratt's treatment of these
-    zeros keeps the test's level, where splitting their ranks halves it.
-    """
-    rows: list[dict[str, Any]] = []
-    for one, other in combinations(models, 2):
-        better, worse = (one, other) if models[one].mean() >= models[other].mean() else (other, one)
-        difference = (models[better] - models[worse]).round(_DIGITS)
-        low, high = interval(means[better] - means[worse])
-        p = 1.0
-        if difference.any():
-            p = min(1.0, 2 * float(stats.wilcoxon(difference, zero_method="pratt", alternative="greater").pvalue))
-        rows.append(
-            {
-                "better": better,
-                "worse": worse,
-                "difference": float(difference.mean()),
-                "low": low,
-                "high": high,
-                "p": p,
-                "users": len(difference),
-            }
-        )
-    for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row["p_holm"] = adjusted
-    return rows
-
-
-def orderings(published: dict[str, Any], models: dict[str, np.ndarray], pairs: list[dict[str, Any]]) -> list[str]:
-    """A sentence per published pair that is in the table: whether it holds here, and with what certainty.
-
-    It is decided where the test of the ranks and the interval of the mean agree.
-    """
-    by_pair = {(row["better"], row["worse"]): row for row in pairs}
-    sentences, metric = [], load_task().compared
-    shown = sorted((name for name in published if name in models), key=lambda name: -published[name][metric])
-    for higher, lower in combinations(shown, 2):
-        said = f"{higher} > {lower} (published {published[higher][metric]:.4f} > {published[lower][metric]:.4f})"
-        row = by_pair.get((higher, lower))
-        if row is not None and _decided(row):
-            verdict = f"holds: +{row['difference']:.4f}, p = {row['p_holm']:.2g}"
-        elif row is not None:
-            verdict = f"not decided: +{row['difference']:.4f}, p = {row['p_holm']:.2g}"
-        else:
-            row = by_pair[lower, higher]
-            strength = "does not hold" if _decided(row) else "not decided"
-            verdict = f"{strength}: {-row['difference']:.4f}, p = {row['p_holm']:.2g}"
-        sentences.append(f"- {said}: {verdict}")
-    return sentences
-
-
-def _decided(row: dict[str, Any]) -> bool:
-    return bool(row["p_holm"] < _ALPHA and row["low"] > 0)
 
 
 def parity(records: list[Record], paper: dict[str, Any]) -> list[str]:
@@ -162,30 +40,8 @@ def parity(records: list[Record], paper: dict[str, Any]) -> list[str]:
         ("# Independent runs", _INDEPENDENT, independent_table(records, paper)),
     ):
         if lines:
-            parts += [heading, note, render(lines, headers, tablefmt="github", disable_numparse=True)]
+            parts += [heading, note, markdown(headers, lines)]
     return parts
-
-
-def draw_intervals(
-    found: dict[tuple[str, str], dict[str, np.ndarray]],
-    resampled: dict[tuple[str, str], dict[str, np.ndarray]],
-    names: dict[str, str],
-) -> Figure:
-    """NDCG@10 of every model with its interval: a panel per (dataset, protocol)."""
-    tallest = max(len(models) for models in found.values())
-    figure = Figure(figsize=(5 * len(found), 1 + 0.35 * tallest), layout="constrained")
-    axes = figure.subplots(1, len(found), squeeze=False)
-    for axis, ((dataset, protocol), models) in zip(axes[0], found.items(), strict=True):
-        rows = list(reversed(models))
-        for height, name in enumerate(rows):
-            low, high = interval(resampled[dataset, protocol][name])
-            axis.plot([low, high], [height, height], color="C0", linewidth=2)
-            axis.plot(models[name].mean(), height, "o", color="C0", markersize=4)
-        axis.set_yticks(range(len(rows)), [names[name] for name in rows])
-        axis.set(title=f"{dataset}, protocol {protocol}", xlabel="test NDCG@10, 95 % interval over users")
-        axis.set_xlim(left=0)
-        axis.grid(axis="x", alpha=0.3)
-    return figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,22 +52,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     records, _ = read_records(args.experiment, args.runs)
-    found, names = values_of_models(records), labels(records)
-    resampled = {table: resample(models) for table, models in found.items()}
-    paper = params.load("paper")
+    experiment, paper, names = params.load(f"experiments/{args.experiment}"), params.load("paper"), labels(records)
+    titles = {name: dataset["title"] for name, dataset in params.load("datasets").items()}
     metric = load_task().compared
-    text, claims, table = ["# Comparisons"], ["# Published orderings"], []
-    text.append(
-        f"Test {metric.upper()} per user, averaged over seeds. Intervals: {_CONFIDENCE:.0%} bootstrap over users "
-        f"({_RESAMPLES} resamples). p: Wilcoxon signed-rank, paired over users, Holm-corrected over the table's pairs."
-    )
-    for (dataset, protocol), models in found.items():
-        means = resampled[dataset, protocol]
-        pairs = compare_pairs(models, means)
-        table += [{"dataset": dataset, "protocol": protocol, **row} for row in pairs]
-        text.append(f"## {dataset}, protocol {protocol}")
-        rows = [[names[name], f"{values.mean():.4f}", _span(*interval(means[name]))] for name, values in models.items()]
-        text.append(render(rows, ["model", metric.upper(), "interval"], tablefmt="github", disable_numparse=True))
+    note = _NOTE.format(metric=metric.upper())
+    made: list[Section] = []
+    orders, intervals, table = ["# Published orderings"], [], []
+    for (dataset, protocol), models in values_of_models(records).items():
+        means = resample(models)
+        compared = {name: values[:, 0] for name, values in models.items()}
+        pairs = compare_pairs(compared, {name: values[:, 0] for name, values in means.items()})
+        key = {"dataset": dataset, "protocol": protocol}
+        table += [key | row for row in pairs]
+        rows = [key | row for row in interval_rows(models, means)]
+        intervals += rows
+        title = f"{titles[dataset]}, protocol {protocol}"
+        lines = [
+            [names[row["model"]], f"{row['mean']:.4f}", _span(row["low"], row["high"])]
+            for row in rows
+            if row["metric"] == metric
+        ]
+        made.append(Section(title, "" if made else note, ["model", metric.upper(), "interval"], lines))
         lines = [
             [
                 f"{names[row['better']]} > {names[row['worse']]}",
@@ -222,32 +83,50 @@ def main(args: argparse.Namespace) -> None:
             for row in pairs
         ]
         if lines:
-            text.append(
-                render(lines, ["pair", "difference", "interval", "p"], tablefmt="github", disable_numparse=True)
-            )
-        sentences = orderings(paper["public_datasets"].get(dataset, {}), models, pairs)
+            made.append(Section(f"{title}, pairs", "", ["pair", "difference", "interval", "p"], lines))
+        sentences = orderings(paper["public_datasets"].get(dataset, {}), compared, pairs)
         if sentences:
-            claims += [f"## {dataset}, protocol {protocol}", "\n".join(sentences)]
-    if len(claims) == 1:
-        claims.append("No pair of models of this experiment has a published ordering.")
-    claims += parity(records, paper)
-    save_figure(draw_intervals(found, resampled, names), args.output / "intervals")
-    with atomic_path(args.output / "comparisons.csv") as temporary:
-        pl.DataFrame(table, schema=_SCHEMA).write_csv(temporary)
-    write_text(args.output / "comparisons.md", "\n\n".join(text) + "\n")
-    write_text(args.output / "claims.md", "\n\n".join(claims) + "\n")
+            orders += [f"## {dataset}, protocol {protocol}", "\n".join(sentences)]
+    if len(orders) == 1:
+        orders.append("No pair of models of this experiment has a published ordering.")
+    shown = Shown(records, titles, groups_of_rows(experiment, records), paper)
+    drawn = {
+        (row["dataset"], row["protocol"], row["model"]): (row["mean"], row["low"], row["high"])
+        for row in intervals
+        if row["metric"] == metric
+    }
+    save_figure(partial(draw_intervals, shown, drawn), args.output / "intervals")
+    for name, rows, schema in (("comparisons", table, _PAIRS), ("intervals", intervals, _INTERVALS)):
+        with atomic_path(args.output / f"{name}.csv") as temporary:
+            _rounded(pl.DataFrame(rows, schema=schema)).write_csv(temporary)
+    title = f"{experiment['title']}: comparisons"
+    write_text(args.output / "comparisons.md", page_markdown(title, made, []))
+    write_text(args.output / "comparisons.html", page_html(title, made, []))
+    write_text(args.output / "parity.md", "\n\n".join(orders + parity(records, paper)) + "\n")
 
 
+_NOTE = (
+    f"Test {{metric}} per user, averaged over seeds. Intervals: {CONFIDENCE:.0%} bootstrap over users "
+    f"({RESAMPLES} resamples). p: Wilcoxon signed-rank, paired over users, Holm-corrected over the table's pairs."
+)
 _PARITY = (
     "Protocol paper. Rerun: the authors' code as it is, one run. Published figures lie nearer to the best epoch on "
-    "test than to the last, so each is compared with its like."
+    "test than to the last, so each is compared with its like. What is higher or lower is explained beside "
+    "[the claims](../claims.md)."
 )
 _INDEPENDENT = (
     "Other people's runs, each under its own protocol, beside ours under protocol strict. Not a comparison of models: "
     "splits, candidates and schedules differ."
 )
-_SCHEMA: dict[str, Any] = {"dataset": pl.String, "protocol": pl.String, "better": pl.String, "worse": pl.String}
-_SCHEMA |= dict.fromkeys(("difference", "low", "high", "p"), pl.Float64) | {"users": pl.Int64, "p_holm": pl.Float64}
+_PAIRS: dict[str, Any] = dict.fromkeys(("dataset", "protocol", "better", "worse"), pl.String)
+_PAIRS |= dict.fromkeys(("difference", "low", "high", "p"), pl.Float64) | {"users": pl.Int64, "p_holm": pl.Float64}
+_INTERVALS: dict[str, Any] = dict.fromkeys(("dataset", "protocol", "model", "metric"), pl.String)
+_INTERVALS |= dict.fromkeys(("mean", "low", "high", "gain", "gain_low", "gain_high"), pl.Float64)
+
+
+def _rounded(table: pl.DataFrame) -> pl.DataFrame:
+    """To nine digits: further ones depend on the order in which a processor adds."""
+    return table.with_columns(pl.selectors.float().round_sig_figs(9))
 
 
 def _span(low: float, high: float) -> str:

@@ -11,12 +11,12 @@ from typing import Any
 
 import jinja2
 import polars as pl
-from tabulate import tabulate as render
 
 from steps.common import params
 from steps.common.cli import StepError, run_step
 from steps.common.files import write_text
 from steps.reporting.records import cell
+from steps.reporting.tables import markdown
 
 #: A page by its template.
 PAGES = {"README.md.j2": "README.md", "results.md.j2": "docs/results.md", "findings.md.j2": "docs/findings.md"}
@@ -56,7 +56,7 @@ class Figures:
             published = self.paper.get(dataset, {}).get(model, {})
             lines.append([*line, *(f"{published[metric]:.4f}" if metric in published else "" for metric in metrics)])
         headers = [f"{name} {metric.upper()}" for name in [*protocols, "published"] for metric in metrics]
-        return render(lines, ["model", *headers], tablefmt="github", disable_numparse=True)
+        return markdown(["model", *headers], lines)
 
     def metric(self, experiment: str, dataset: str, protocol: str, model: str, name: str, part: str = "test") -> float:
         """A mean over seeds. part: test, valid, or test_best, the epoch that is best on test."""
@@ -77,6 +77,14 @@ class Figures:
     def published(self, dataset: str, model: str, name: str) -> float:
         """The paper's figure."""
         return float(self.paper[dataset][model][name])
+
+    def verdicts(self) -> dict[str, int]:
+        """How many claims of the paper have each verdict."""
+        path = self.reports / "claims.csv"
+        if not path.is_file():
+            raise StepError(f"{path} does not exist; run claims first")
+        counts = pl.read_csv(path, columns=["verdict"])["verdict"].value_counts()
+        return dict(counts.iter_rows())
 
     def users(self, experiment: str, dataset: str, protocol: str) -> int:
         """How many test users are compared."""
@@ -107,7 +115,8 @@ def render_page(template: Path, reports: Path) -> str:
     """The page that a template makes. Raises StepError that names the template if it asks for what is not there."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Markdown
     figures = Figures(reports)
-    names = {name: getattr(figures, name) for name in ("tables", "headline", "metric", "lead", "published", "users")}
+    called = ("tables", "headline", "metric", "lead", "published", "users", "verdicts")
+    names = {name: getattr(figures, name) for name in called}
     environment.filters |= {"four": "{:.4f}".format, "signed": "{:+.4f}".format, "p": p_value}
     environment.filters["percent"] = lambda share: f"{share:.1%}".replace("%", " %")
     try:

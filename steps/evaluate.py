@@ -22,7 +22,8 @@ from steps.common.provenance import commit, require_trained
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import require_split, split_sequences
 from steps.evaluation.beyond import beyond_accuracy
-from steps.evaluation.metrics import SELECTION_METRIC, metrics
+from steps.evaluation.metrics import metrics
+from steps.evaluation.names import SELECTION_METRIC
 from steps.evaluation.ranks import Rules, exclusions, rank
 from steps.models.weights import load_weights
 from steps.tasks import Task, build

@@ -2,7 +2,7 @@
 
 With --rows, rows measured on some machine are put into `rows.json` of the output first: they replace those of the same
 case and device, and stand beside those of other devices. Then writes `table.md`, `table.csv` (a line a case), and
-`figure.svg` and `figure.png`, of all rows that are there.
+`figure` as svg and png, light and dark, of all rows that are there.
 """
 
 import argparse
@@ -39,10 +39,10 @@ def main(args: argparse.Namespace) -> None:
             + (f", beside those of {others}" * bool(others))
         )
     module = importlib.import_module(f"steps.studies.{study['module']}_report")
-    text, figure, lines = module.report(rows, study)
+    text, _, lines = module.report(rows, study)
     if args.rows is not None:
         write_rows(kept, args.study, rows)
-    save_figure(figure, args.output / "figure")
+    save_figure(lambda: module.report(rows, study)[1], args.output / "figure")
     with atomic_path(args.output / "table.csv") as temporary:
         table = pl.DataFrame([dict(line, versions=None) for line in lines], infer_schema_length=None)
         last = [name for name in ORIGIN if name in table.columns and name != "versions"]

@@ -1,23 +1,25 @@
-"""Tables and learning curves of an experiment, beside the published numbers.
+"""Tables and figures of an experiment, beside the published numbers.
 
-Reads runs, or the small records of runs that are committed under reports/: both have the same files.
+Reads runs, or the small records of runs that are committed under reports/: both have the same files. `paper.*` have the
+paper's rows and columns, for data sets that it reports.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from jinja2 import Environment
-from matplotlib.figure import Figure
-from tabulate import tabulate as render
 
 from steps.common import params
 from steps.common.cli import run_step
 from steps.common.files import atomic_path, write_text
 from steps.reporting.details import beyond, beyond_table, variant_table, variants
 from steps.reporting.figures import save_figure
+from steps.reporting.paper_table import paper_rows, paper_sections
+from steps.reporting.plots import Shown, draw_curves, draw_groups, draw_speed, groups_of_rows
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records
+from steps.reporting.tables import Section, escaped, markdown, page_html, page_latex, page_markdown
 from steps.reporting.task import load_task
 
 _REPEATS = {
@@ -27,20 +29,7 @@ _REPEATS = {
 }
 _GRID = " Choose among the points of the grid by the columns of validation: the best on test is optimistic."
 _GRID_WITHOUT = " Without validation nothing chooses among the points of the grid: the best on test is optimistic."
-_PAGE = Environment(autoescape=True).from_string(
-    """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-body { font-family: sans-serif; margin: 2rem auto; max-width: 75rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd }
-td { font-variant-numeric: tabular-nums } footer { color: #666; font-size: .9rem }
-</style>
-<h1>{{ title }}</h1>
-{% for section in sections %}<h2>{{ section.title }}</h2><p>{{ section.note }}</p>{{ section.table | safe }}{% endfor %}
-<footer>{% for line in footer %}<p>{{ line }}</p>{% endfor %}</footer>
-</html>
-"""
-)
+_NO_PAPER = "No data set of this experiment has published figures under one of its protocols."
 
 
 def summarise(records: list[Record], grid: bool = False) -> pl.DataFrame:
@@ -67,8 +56,8 @@ def sections(
     names: dict[str, str],
     repeats: dict[str, str],
     grid: bool = False,
-) -> list[dict[str, Any]]:
-    """A table per (dataset, protocol): title, note, headers and rows of text.
+) -> list[Section]:
+    """A table per (dataset, protocol).
 
     titles, repeats: of each data set. names: of each model. grid: whether the models are points of a grid.
     """
@@ -99,58 +88,11 @@ def sections(
                 reported = published.get(row["model"], {})
                 line += [f"{reported[name]:.4f}" if name in reported else "" for name in task.headline]
             table.append(line)
-        made.append(
-            {
-                "title": f"{titles[dataset]}, protocol {protocol}",
-                "note": about.get("note", f"Protocol {protocol}.")
-                + _REPEATS[repeats[dataset]]
-                + (_GRID if chosen else _GRID_WITHOUT if grid else "")
-                + (" " + _sources(published, paper) if published else ""),
-                "headers": headers,
-                "rows": table,
-            }
-        )
+        note = about.get("note", f"Protocol {protocol}.") + _REPEATS[repeats[dataset]]
+        note += _GRID if chosen else _GRID_WITHOUT if grid else ""
+        note += " " + _sources(published, paper) if published else ""
+        made.append(Section(f"{titles[dataset]}, protocol {protocol}", note, headers, table))
     return made
-
-
-def draw_curves(records: list[Record], paper: dict[str, Any], titles: dict[str, str]) -> Figure:
-    """The compared metric after every epoch: a panel per (dataset, protocol), a colour per model, a line per seed.
-
-    Dashes: the published figure. Crosses: the authors' code, rerun.
-    """
-    panels = list(dict.fromkeys((record.run.dataset, record.run.protocol) for record in records))
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    models = list(dict.fromkeys(record.run.model for record in records))
-    metric = load_task().compared
-    for axis, (dataset, protocol) in zip(axes[0], panels, strict=True):
-        labelled = set()
-        beside = params.entry("protocols", protocol).get("published", False)
-        for record in records:
-            run = record.run
-            if (run.dataset, run.protocol) != (dataset, protocol):
-                continue
-            split = "valid" if f"valid/{metric}" in record.history[0] else "test"
-            colour = f"C{models.index(run.model)}"
-            curve = [(line["epoch"], line[f"{split}/{metric}"]) for line in record.history]
-            label = params.label(run.model) if run.model not in labelled else None
-            labelled.add(run.model)
-            if len(curve) == 1:  # a model without epochs
-                axis.axhline(curve[0][1], color=colour, linewidth=1, linestyle=":", label=label)
-            else:
-                axis.plot(*zip(*curve, strict=True), color=colour, linewidth=1.3, label=label)
-            reported = paper["public_datasets"].get(dataset, {}).get(run.model) if beside else None
-            if reported:
-                axis.axhline(reported[metric], color=colour, linewidth=0.8, linestyle="--")
-            rerun = paper["reruns"].get(dataset, {}).get(run.model) if beside else None
-            if rerun:
-                points = [(epoch, figures[metric]) for epoch, figures in rerun["epochs"].items()]
-                axis.plot(*zip(*points, strict=True), "x", color=colour, markersize=5)
-        axis.set(title=f"{titles[dataset]}, protocol {protocol}", xlabel="epoch", ylabel=f"{split} {metric.upper()}")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    return figure
 
 
 def provenance(records: list[Record], missing: list[params.Run]) -> list[str]:
@@ -189,20 +131,6 @@ def _sources(published: dict[str, Any], paper: dict[str, Any]) -> str:
     return "Published figures: " + "; ".join(paper["sources"][source] for source in used) + "."
 
 
-def _markdown(title: str, made: list[dict[str, Any]], footer: list[str]) -> str:
-    parts = [f"# {title}"]
-    for section in made:
-        table = render(section["rows"], section["headers"], tablefmt="github", disable_numparse=True)
-        parts += [f"## {section['title']}", section["note"], table]
-    return "\n\n".join(parts + footer) + "\n"
-
-
-def _html(title: str, made: list[dict[str, Any]], footer: list[str]) -> str:
-    for section in made:
-        section["table"] = render(section["rows"], section["headers"], tablefmt="html", disable_numparse=True)
-    return _PAGE.render(title=title, sections=made, footer=footer) + "\n"
-
-
 def _runs_table(records: list[Record]) -> pl.DataFrame:
     names = ("epoch", "train_seconds", "peak_bytes", "commit", "data_sha256", "device")
     rows = []
@@ -217,14 +145,35 @@ def _runs_table(records: list[Record]) -> pl.DataFrame:
 def _details(records: list[Record], title: str) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
     """The details as markdown, and the rows of both tables."""
     rules, others = variants(records), beyond(records)
-    parts = [f"# {title}: details"]
+    parts = [f"# {escaped(title)}: details"]
     for heading, rows, layout in (
         ("The same models under other rules (seen items left out / candidates)", rules, variant_table),
         ("Beyond accuracy", others, beyond_table),
     ):
         headers, lines = layout(rows, records)
-        parts += [f"## {heading}", render(lines, headers, tablefmt="github", disable_numparse=True)]
+        parts += [f"## {heading}", markdown(headers, lines)]
     return "\n\n".join(parts) + "\n", rules, others
+
+
+def _write_paper(records: list[Record], shown: Shown, title: str, footer: list[str], output: Path) -> None:
+    """The paper's tables in four forms; where the paper has none, pages that say so."""
+    made = paper_sections(records, shown.paper, shown.titles)
+    title, footer = f"{title}: the paper's table", footer if made else [_NO_PAPER]
+    rows: list[dict[str, Any]] = []
+    for dataset, protocol in shown.tables:
+        if shown.others("public_datasets", dataset, protocol):
+            of_table = [record for record in records if record.row[:2] == (dataset, protocol)]
+            rows += [
+                {"dataset": dataset, "protocol": protocol, **row}
+                for row in paper_rows(of_table, shown.paper["public_datasets"][dataset])
+            ]
+    names = ["dataset", "protocol", "model", "method", "whose", "seeds"]
+    table = pl.DataFrame(rows or {name: [] for name in names}, infer_schema_length=None)
+    with atomic_path(output / "paper.csv") as temporary:
+        table.write_csv(temporary)
+    write_text(output / "paper.md", page_markdown(title, made, footer))
+    write_text(output / "paper.html", page_html(title, made, footer))
+    write_text(output / "paper.tex", page_latex(made, footer))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -244,7 +193,9 @@ def main(args: argparse.Namespace) -> None:
     made = sections(summary, paper, titles, labels(records), repeats, grid)
     footer = provenance(records, missing)
     details, rules, others = _details(records, title)
-    save_figure(draw_curves(records, paper, titles), args.output / "curves")
+    shown = Shown(records, titles, groups_of_rows(experiment, records), paper)
+    for name, draw in {"curves": draw_curves, "groups": draw_groups, "speed": draw_speed}.items():
+        save_figure(partial(draw, shown), args.output / name)
     for name, table in {
         "runs": _runs_table(records),
         "table": summary,
@@ -253,9 +204,10 @@ def main(args: argparse.Namespace) -> None:
     }.items():
         with atomic_path(args.output / f"{name}.csv") as temporary:
             table.write_csv(temporary)
+    _write_paper(records, shown, title, footer, args.output)
     write_text(args.output / "details.md", details)
-    write_text(args.output / "table.html", _html(title, made, footer))
-    write_text(args.output / "table.md", _markdown(title, made, footer))
+    write_text(args.output / "table.html", page_html(title, made, footer))
+    write_text(args.output / "table.md", page_markdown(title, made, footer))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def results(folder: Path) -> dict[str, str]:
             content = json.dumps(tensors)
         elif path.name == "metrics.json":
             content = json.dumps(without_times(json.loads(path.read_text())), sort_keys=True)
-        elif path.name in ("config.json", "table.md", "table.csv", "comparisons.csv", "comparisons.md", "claims.md"):
+        elif path.name in ("config.json", "table.md", "table.csv", "comparisons.csv", "comparisons.md", "parity.md"):
             content = path.read_text()
         else:
             continue

@@ -16,7 +16,7 @@ from tests.reduced import edit, keep, planned_jobs
 OUTPUTS = ["table.md", "table.csv", "table.html", "runs.csv", "curves.svg", "curves.png", "mlflow.json"]
 MODELS = ("most-popular", "hstu")
 CARD = ["card.html", "card.json", "croissant.json"]
-OUTPUTS += ["details.md", "comparisons.md", "comparisons.csv", "claims.md", "intervals.svg"]
+OUTPUTS += ["details.md", "comparisons.md", "comparisons.csv", "parity.md", "intervals.svg"]
 
 
 def check_outputs(project: Path) -> None:

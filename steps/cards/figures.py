@@ -1,7 +1,6 @@
 """The figure of a data card, as SVG that stands inside a page and takes its colours."""
 
 import io
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from steps.common.svg import smaller
 
 _INK, _FILL = "#010203", "#4c78a8"  # the first stands for the page's own colour of text
 _STYLE: Any = {
@@ -43,7 +44,7 @@ def draw(numbers: Mapping[str, Any]) -> str:
             axis.remove()
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata=_NO_METADATA)
-    svg = _smaller(text.getvalue())
+    svg = smaller(text.getvalue())
     svg = svg.replace("<svg ", '<svg role="img" aria-label="Distributions; the tables below have their numbers" ', 1)
     return svg.replace(_INK, "currentColor")
 
@@ -55,14 +56,6 @@ def _ticks(low: int, high: int) -> tuple[list[int], list[str]]:
     ticks = [step * 10**decade for decade in decades for step in steps if low <= step * 10**decade <= high]
     ticks = ticks or [low]
     return ticks, [f"{tick:,}" for tick in ticks]
-
-
-def _smaller(svg: str) -> str:
-    """The element alone, at a third of its size: without what nothing refers to, and with hundredths of a point."""
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
-    svg = re.sub(r' id="[A-Za-z.]\w*[._]\w+"', "", svg)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
-    return re.sub(r"\s*\n\s*", "\n", svg)
 
 
 def _lengths(axis: Axes, numbers: Mapping[str, Any]) -> None:

@@ -323,6 +323,11 @@ def _experiment(name: str, root: Path) -> Any:
     content = _parse(str(path), _text(path), _schema("experiment", root))
     for table in _TABLES:
         _known(path, table, table, content[table], root)
+    if "groups" in content:
+        grouped = {model for models in content["groups"].values() for model in models}
+        for model in sorted(grouped ^ set(content["models"])):
+            what = "the experiment has no" if model in grouped else "no group has"
+            raise StepError(f"{path}, key groups: {what} {model!r}; groups have every model, and no other")
     return content
 
 

@@ -33,12 +33,20 @@ def beyond(records: list[Record]) -> list[dict[str, Any]]:
             if not isinstance(value, dict):
                 row[name] = mean_and_sd(seed.metrics["beyond"][name] for seed in seeds)[0]
                 continue
-            for group, content in value.items():
-                if metric in content:
-                    means = mean_and_sd(seed.metrics["beyond"][name][group][metric] for seed in seeds)
-                    row[f"{metric}, {_GROUPS[name]} {group}"] = means[0]
+            for group, mean in groups_of(seeds, name, metric).items():
+                row[f"{metric}, {_GROUPS[name]} {group}"] = mean
         rows.append(row)
     return rows
+
+
+def groups_of(seeds: list[Record], key: str, metric: str) -> dict[str, float]:
+    """The metric's mean over seeds in every group that has users. key: by_history_length or by_popularity."""
+    found = [seed.metrics.get("beyond", {}).get(key, {}) for seed in seeds]
+    return {
+        group: mean_and_sd(groups[group][metric] for groups in found)[0]
+        for group, content in found[0].items()
+        if metric in content
+    }
 
 
 _GROUPS = {"by_history_length": "history", "by_popularity": "target"}

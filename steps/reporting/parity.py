@@ -1,13 +1,17 @@
 """Protocol `paper` beside the published figures and the authors' code, and `strict` beside other people's runs."""
 
+from itertools import combinations
 from typing import Any
+
+import numpy as np
 
 from steps.common import params
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd
 from steps.reporting.task import load_task
 
-_BEST_AT_LEAST = 0.97  # of the published figure, as one run's best epoch
-_LAST_AT_LEAST = 0.98  # of the rerun's last epoch
+_ALPHA = 0.05
+BAND_OF_PUBLISHED = 0.03  # around the published figure, for the best epoch of a run
+_BAND_OF_RERUN = 0.02  # around the rerun's last epoch
 
 
 def parity_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -31,12 +35,12 @@ def parity_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str
                     *(_figure(figures.get(metric)) for figures in (published, rerun["best"], last)),
                     cell(*ours_best),
                     cell(*ours_last),
-                    _verdict(ours_best[0], published.get(metric), _BEST_AT_LEAST),
-                    _verdict(ours_last[0], last.get(metric), _LAST_AT_LEAST),
+                    _verdict(ours_best[0], published.get(metric), BAND_OF_PUBLISHED),
+                    _verdict(ours_last[0], last.get(metric), _BAND_OF_RERUN),
                 ]
             )
     headers = ["data set", "model", "metric", "published", "rerun best", "rerun last", "ours best", "ours last"]
-    best, last = f"best / published >= {_BEST_AT_LEAST}", f"last / rerun >= {_LAST_AT_LEAST}"
+    best, last = f"best / published, ± {BAND_OF_PUBLISHED:.0%}", f"last / rerun, ± {_BAND_OF_RERUN:.0%}"
     return [*headers, best, last], lines
 
 
@@ -76,6 +80,29 @@ def independent_table(records: list[Record], paper: dict[str, Any]) -> tuple[lis
     return headers, lines
 
 
+def orderings(published: dict[str, Any], models: dict[str, np.ndarray], pairs: list[dict[str, Any]]) -> list[str]:
+    """A sentence per published pair that is in the table: whether it holds here, and with what certainty.
+
+    It is decided where the test of the ranks and the interval of the mean agree.
+    """
+    by_pair = {(row["better"], row["worse"]): row for row in pairs}
+    sentences, metric = [], load_task().compared
+    shown = sorted((name for name in published if name in models), key=lambda name: -published[name][metric])
+    for higher, lower in combinations(shown, 2):
+        said = f"{higher} > {lower} (published {published[higher][metric]:.4f} > {published[lower][metric]:.4f})"
+        row = by_pair.get((higher, lower))
+        if row is not None and decided(row):
+            verdict = f"holds: +{row['difference']:.4f}, p = {row['p_holm']:.2g}"
+        elif row is not None:
+            verdict = f"not decided: +{row['difference']:.4f}, p = {row['p_holm']:.2g}"
+        else:
+            row = by_pair[lower, higher]
+            strength = "does not hold" if decided(row) else "not decided"
+            verdict = f"{strength}: {-row['difference']:.4f}, p = {row['p_holm']:.2g}"
+        sentences.append(f"- {said}: {verdict}")
+    return sentences
+
+
 def _compared(records: list[Record], paper: dict[str, Any]) -> dict[tuple[str, str], list[Record]]:
     """The records of models that others reported, under protocols that stand beside published figures."""
     return {
@@ -90,8 +117,17 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _verdict(ours: float, theirs: float | None, at_least: float) -> str:
-    """Ours as a share of theirs, and whether that is enough."""
-    if theirs is None:
-        return ""
-    return f"{'yes' if ours >= at_least * theirs else 'no'} ({ours / theirs:.3f})"
+def decided(row: dict[str, Any]) -> bool:
+    """Whether a row of `compare_pairs` is sure of its order: test of the ranks and interval of the mean agree."""
+    return bool(row["p_holm"] < _ALPHA and row["low"] > 0)
+
+
+def side(ours: float, theirs: float, band: float) -> str:
+    """On which side of the band around theirs ours lies: within, higher or lower."""
+    share = ours / theirs
+    return "within" if abs(share - 1) <= band else "higher" if share > 1 else "lower"
+
+
+def _verdict(ours: float, theirs: float | None, band: float) -> str:
+    """The side, and ours as a share of theirs."""
+    return "" if theirs is None else f"{side(ours, theirs, band)} ({ours / theirs:.3f})"

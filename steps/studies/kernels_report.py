@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jsonschema
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import StrMethodFormatter
@@ -208,7 +209,7 @@ def _draw_roofs(axis: Any, ceilings: dict[str, Any], intensities: list[float]) -
     slope, top = ceilings["copy"] / 1e12, ceilings["product"] / 1e12
     ridge = top / slope
     left, right = min([*intensities, ridge / 10]) / 2, max([*intensities, ridge * 10]) * 2
-    axis.plot([left, ridge, right], [left * slope, top, top], color="black", linewidth=1.2, zorder=1)
+    axis.plot([left, ridge, right], [left * slope, top, top], color=rcParams["text.color"], linewidth=1.2, zorder=1)
     axis.set_xlim(left, right)
     axis.set_ylim(top=top * 2)
     axis.annotate(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from tabulate import tabulate as render
 
@@ -123,10 +124,11 @@ def _draw(found: list[dict[str, Row]]) -> Figure:
     figure = Figure(figsize=(9, 0.4 * len(best) + 1.5), layout="constrained")
     axis = figure.subplots()
     left = [0.0] * len(best)
+    colours = len(rcParams["axes.prop_cycle"])  # further parts are hatched
     for index, name in enumerate([*names, _WAITING]):
         widths = [one.get(name, 0.0) for one in parts]
-        colour = "lightgrey" if name == _WAITING else f"C{index % 10}"
-        hatch = "//" if index >= 10 and name != _WAITING else None
+        colour = "lightgrey" if name == _WAITING else f"C{index % colours}"
+        hatch = "//" if index >= colours and name != _WAITING else None
         axis.barh(range(len(best)), widths, left=left, label=name, color=colour, hatch=hatch)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axis.set_yticks(range(len(best)), [f"{line['model']}, {line['blocks']} x d {line['dim']}" for line in best])

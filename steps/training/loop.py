@@ -21,7 +21,7 @@ from steps.common.provenance import commit, content_sha256
 from steps.common.typed import read
 from steps.data.sequences import Sequences
 from steps.data.split import split_sequences
-from steps.evaluation.metrics import SELECTION_METRIC
+from steps.evaluation.names import SELECTION_METRIC
 from steps.tasks import Task, build
 from steps.training.checkpoint import StateError, StateWriter, load_state, read_state
 from steps.training.execution import Execution, Mode

@@ -57,15 +57,15 @@ def test_best_stands_beside_published_and_last_beside_the_rerun_s_last() -> None
     assert [first[name] for name in ("published", "rerun best", "rerun last")] == ["0.3000", "0.2800", "0.2500"]
     assert first["ours best"].startswith("0.2948 ± 0.0068")
     assert first["ours last"].startswith("0.2460 ± 0.0057")
-    assert first["best / published >= 0.97"] == "yes (0.983)"
-    assert first["last / rerun >= 0.98"] == "yes (0.984)"
-    assert second["best / published >= 0.97"] == "no (0.737)"
+    assert first["best / published, ± 3%"] == "within (0.983)"
+    assert first["last / rerun, ± 2%"] == "within (0.984)"
+    assert second["best / published, ± 3%"] == "lower (0.737)"
 
 
 def test_last_epochs_of_other_numbers_are_not_compared() -> None:
     headers, lines = parity_table([record(0, 0.24, 0.29, epochs=4)], PAPER)
     found = dict(zip(headers, lines[0], strict=True))
-    assert (found["rerun last"], found["last / rerun >= 0.98"]) == ("", "")
+    assert (found["rerun last"], found["last / rerun, ± 2%"]) == ("", "")
 
 
 def test_the_curve_has_the_epochs_that_both_have() -> None:

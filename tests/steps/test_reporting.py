@@ -1,6 +1,7 @@
 """Tables, records and the MLflow store, from runs whose numbers are made up."""
 
 import csv
+import re
 import shutil
 import statistics
 import subprocess
@@ -13,18 +14,20 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import read_json, write_json, write_text
-from steps.evaluation.metrics import HR_CUTOFFS, NDCG_CUTOFFS
+from steps.evaluation.names import HR_CUTOFFS, NDCG_CUTOFFS
 from steps.reporting.records import LARGEST_RANK, RANKS, RUNS, read_records, write_records
 from steps.track import _CARD, _REPORTS
 from tests.conftest import run as run_command
 from tests.conftest import step
 from tests.steps.runs import seal
 
+FIGURE = (".svg", ".png", "-dark.svg", "-dark.png")
 METRICS = ("hr@1", "hr@10", "hr@50", "hr@100", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr")
 
 
@@ -116,22 +119,70 @@ def test_tables_are_the_same_bytes_from_runs_and_from_their_records(project: Pat
     for run in ml_1m:
         fake_run(project, run)
     tabulate(project, "mine")
-    names = [
-        "table.md",
-        "table.csv",
-        "table.html",
-        "runs.csv",
-        "curves.svg",
-        "details.md",
-        "variants.csv",
-        "beyond.csv",
-    ]
-    names += ["comparisons.md", "comparisons.csv", "claims.md", "intervals.svg"]
-    before = {name: (project / "reports/mine" / name).read_bytes() for name in names}
+    folder = project / "reports/mine"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    figures = {f"{name}{end}" for name in ("curves", "groups", "speed", "intervals") for end in FIGURE}
+    assert figures | {"table.md", "paper.tex", "paper.html", "intervals.csv", "parity.md"} <= set(before)
     step("record", "--experiment", "mine", "--runs", "runs/mine", "--output", "reports/mine/records", cwd=project)
-    assert sorted(path.name for path in (project / "reports/mine/records").iterdir()) == [RANKS, RUNS]
+    assert sorted(path.name for path in (folder / "records").iterdir()) == [RANKS, RUNS]
     tabulate(project, "mine", "reports/mine/records")
-    assert {name: (project / "reports/mine" / name).read_bytes() for name in names} == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_the_paper_s_table_has_both_gains_over_sasrec(project: Path, ml_1m: list[params.Run]) -> None:
+    for run in ml_1m:
+        fake_run(project, run)
+    tabulate(project, "mine")
+    ours = {}
+    for model in ("sasrec", "hstu"):
+        values = [value(run, "hr@10", 2) for run in ml_1m if (run.model, run.protocol) == (model, "paper")]
+        ours[model] = statistics.mean(values)
+    lines = [line.split("|") for line in (project / "reports/mine/paper.md").read_text().splitlines()]
+    rows = {(cells[1].strip(), cells[2].strip()): [cell.strip() for cell in cells] for cells in lines if len(cells) > 5}
+    assert rows["HSTU", "ours"][4].endswith(f"({ours['hstu'] / ours['sasrec'] - 1:+.1%})")
+    assert rows["HSTU", "theirs"][4] == "0.3097 (+8.6%)"  # as the paper prints it
+    assert rows["HSTU-large", "theirs"][4] == "0.3294 (+15.5%)"
+    assert ("HSTU-large", "ours") not in rows  # which was not run
+    assert rows["SASRec", "theirs"][4] == "0.2853"
+    latex = (project / "reports/mine/paper.tex").read_text()
+    assert r"0.3097 (+8.6\%)" in latex
+    assert latex.count(r"\begin{tabular}") == 1
+
+
+def test_labels_keep_their_characters(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    label = "A|B <i>*x*</i> $1 & $2 `c` [d](e)"
+    (project / "params/local").mkdir()
+    (project / "params/local/models.yaml").write_text(yaml_files.dump({"odd": {"like": "hstu", "label": label}}))
+    for run in experiment(project, "mine", datasets=["ml-1m"], models=["odd"], protocols=["strict"], seeds=[0]):
+        fake_run(project, run)
+    tabulate(project, "mine")
+    row = next(
+        line for line in (project / "reports/mine/table.md").read_text().splitlines() if "B" in line and "|" in line
+    )
+    cells = re.split(r"(?<!\\)\|", row)  # GitHub ends a column at a bar without backslash
+    assert re.sub(r"\\(.)", r"\1", cells[1].strip()) == label
+    assert len(cells) == len(re.split(r"(?<!\\)\|", "| model | seeds | a | b | c | d | e | f |"))
+    html = (project / "reports/mine/table.html").read_text()
+    assert "A|B &lt;i&gt;*x*&lt;/i&gt; $1 &amp; $2 `c` [d](e)" in html
+    assert "$1 &amp; $2" in (project / "reports/mine/curves.svg").read_text()
+
+
+def test_figures_are_the_same_drawing_on_dark_paper(project: Path, ml_1m: list[params.Run]) -> None:
+    for run in ml_1m:
+        fake_run(project, run)
+    tabulate(project, "mine")
+    light, dark = ((project / f"reports/mine/curves{end}").read_text() for end in (".svg", "-dark.svg"))
+    assert re.sub("#[0-9a-f]{6}", "#", light) == re.sub("#[0-9a-f]{6}", "#", dark)
+    assert "#ffffff" not in dark
+    assert "HSTU" in light  # text stays text
+    with (
+        Image.open(project / "reports/mine/curves.png") as one,
+        Image.open(project / "reports/mine/curves-dark.png") as other,
+    ):
+        assert one.size == other.size
+        assert one.convert("L").getpixel((0, 0)) == 255
+        assert other.convert("L").getpixel((0, 0)) < 40
 
 
 def test_records_hold_the_ranks_up_to_the_largest_that_counts(project: Path, ml_1m: list[params.Run]) -> None:

@@ -20,6 +20,7 @@ localrules:
     plan,
     tabulate,
     compare,
+    claims,
     track,
     plan_study,
     report_study,
@@ -52,7 +53,13 @@ MODEL_CODE = [
     "kernels/tensor_cores.py",
 ]
 TRAINING_CODE = code("steps/training")
-REPORTING_CODE = ["steps/common/params.py", "steps/common/dotted.py", *code("steps/reporting")]
+REPORTING_CODE = [
+    "steps/common/params.py",
+    "steps/common/dotted.py",
+    "steps/common/svg.py",
+    "steps/evaluation/names.py",
+    *code("steps/reporting"),
+]
 RUN = "runs/{experiment}/{dataset}/{model}/{protocol}/seed-{seed}"
 ALL_CORES = 1024  # Snakemake gives as many as there are
 
@@ -111,6 +118,12 @@ def shown(wildcards):
     titles = [content["title"], *(DATASETS[name]["title"] for name in content["datasets"])]
     labels = {run.model: params.label(run.model) for run in params.runs(wildcards.experiment)}
     return [titles, list(labels.items())]
+
+
+def tables_there(wildcards):
+    """The hashes of the tables that claims are decided by. No inputs: a claim does not make an experiment run."""
+    found = sorted(path for name in ("intervals", "comparisons") for path in Path("reports").glob(f"*/{name}.csv"))
+    return {str(path): sha256(path) for path in found}
 
 
 def cards(wildcards):

@@ -94,6 +94,7 @@ rule card:
     input:
         "steps/card.py",
         code("steps/cards"),
+        "steps/common/svg.py",
         lambda wildcards: f"data/raw/{params.valid_of(wildcards.dataset)}/manifest.json",
         lambda wildcards: f"data/valid/{params.valid_of(wildcards.dataset)}/validation.json",
         "data/processed/{dataset}/manifest.json",

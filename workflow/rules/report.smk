@@ -9,14 +9,28 @@ rule tabulate:
         files_of_runs("config.json", "metrics.json"),
     output:
         report("reports/{experiment}/table.html", caption="../report/table.rst", category="{experiment}"),
+        report("reports/{experiment}/paper.html", caption="../report/paper.rst", category="{experiment}"),
         report("reports/{experiment}/curves.svg", caption="../report/curves.rst", category="{experiment}"),
+        report("reports/{experiment}/groups.svg", caption="../report/groups.rst", category="{experiment}"),
+        report("reports/{experiment}/speed.svg", caption="../report/speed.rst", category="{experiment}"),
         "reports/{experiment}/table.md",
         "reports/{experiment}/table.csv",
         "reports/{experiment}/runs.csv",
-        "reports/{experiment}/curves.png",
+        "reports/{experiment}/paper.md",
+        "reports/{experiment}/paper.csv",
+        "reports/{experiment}/paper.tex",
         "reports/{experiment}/details.md",
         "reports/{experiment}/variants.csv",
         "reports/{experiment}/beyond.csv",
+        "reports/{experiment}/curves.png",
+        "reports/{experiment}/curves-dark.svg",
+        "reports/{experiment}/curves-dark.png",
+        "reports/{experiment}/groups.png",
+        "reports/{experiment}/groups-dark.svg",
+        "reports/{experiment}/groups-dark.png",
+        "reports/{experiment}/speed.png",
+        "reports/{experiment}/speed-dark.svg",
+        "reports/{experiment}/speed-dark.png",
     log:
         "logs/tabulate/{experiment}.log",
     conda:
@@ -37,10 +51,14 @@ rule compare:
         files_of_runs("config.json", "metrics.json"),
     output:
         report("reports/{experiment}/intervals.svg", caption="../report/intervals.rst", category="{experiment}"),
+        report("reports/{experiment}/comparisons.html", caption="../report/comparisons.rst", category="{experiment}"),
         "reports/{experiment}/comparisons.md",
         "reports/{experiment}/comparisons.csv",
-        "reports/{experiment}/claims.md",
+        "reports/{experiment}/intervals.csv",
+        "reports/{experiment}/parity.md",
         "reports/{experiment}/intervals.png",
+        "reports/{experiment}/intervals-dark.svg",
+        "reports/{experiment}/intervals-dark.png",
     log:
         "logs/compare/{experiment}.log",
     conda:
@@ -77,3 +95,24 @@ rule track:
     shell:
         "python -m steps.track --experiment {wildcards.experiment:q} --runs runs/{wildcards.experiment:q}"
         " --reports reports/{wildcards.experiment:q} --output {output:q} 2>&1 | tee {log:q}"
+
+
+rule claims:
+    input:
+        "steps/claims.py",
+        REPORTING_CODE,
+        "params/claims.yaml",
+        "params/paper.yaml",
+    output:
+        report("reports/claims.html", caption="../report/claims.rst", category="claims"),
+        "reports/claims.md",
+        "reports/claims.csv",
+        "reports/claims.json",
+    log:
+        "logs/claims.log",
+    conda:
+        "../../environment.yml"
+    params:
+        tables=tables_there,
+    shell:
+        "python -m steps.claims 2>&1 | tee {log:q}"

@@ -47,6 +47,7 @@ rule report_study:
         "steps/report_study.py",
         "steps/common/params.py",
         "steps/common/dotted.py",
+        "steps/common/svg.py",
         "steps/reporting/figures.py",
         "steps/studies/rows.py",
         lambda wildcards: f"steps/studies/{settings_of(wildcards)['module']}_report.py",
@@ -57,6 +58,8 @@ rule report_study:
         "reports/studies/{study}/table.md",
         "reports/studies/{study}/table.csv",
         "reports/studies/{study}/figure.png",
+        "reports/studies/{study}/figure-dark.svg",
+        "reports/studies/{study}/figure-dark.png",
     log:
         "logs/report_study/{study}.log",
     conda:

@@ -1,0 +1,69 @@
+"""Decide the paper's claims by the tables under reports/: reports/claims.md, .html, .csv and .json.
+
+params/claims.yaml lists the claims and how each is tested. Reads `intervals.csv` and `comparisons.csv` of the
+experiments that are there; a claim whose experiment was not run says so.
+"""
+
+import argparse
+import os
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+
+from steps.common.cli import run_step
+from steps.common.files import atomic_path, write_json, write_text
+from steps.reporting.claims import VERDICTS, Verdict, decide
+from steps.reporting.tables import Link, Section, page_html, page_markdown
+
+_TITLE = "What the paper claims, and what runs here say"
+_NOTE = (
+    "Ours: with its 95 % interval over users, under the protocol that the table names. Orders: differences in NDCG@10, "
+    "p of a paired test over users, corrected over the pairs of the table."
+)
+
+
+def _cells(verdict: Verdict, output: Path) -> list[str | Link]:
+    def figure(value: float | None) -> str:
+        return "" if value is None else f"{value:+.1%}" if verdict.share else f"{value:.4f}"
+
+    ours = figure(verdict.ours)
+    if verdict.low is not None:
+        ours += f" [{figure(verdict.low)}, {figure(verdict.high)}]"
+    run: str | Link = verdict.experiment or ""
+    if verdict.files:
+        run = Link(str(verdict.experiment), f"{verdict.experiment}/comparisons.md")
+    explained: str | Link = ""
+    if verdict.explained:
+        words, target = verdict.explained
+        explained = Link(words, os.path.relpath(target, output))
+    return [verdict.text, verdict.place, run, figure(verdict.published), ours, verdict.verdict, verdict.why, explained]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reports", type=Path, default=Path("reports"), help="folder of the experiments' tables")
+    parser.add_argument("--output", type=Path, default=Path("reports"), help="folder for claims.md and the others")
+
+
+def main(args: argparse.Namespace) -> None:
+    verdicts = decide(args.reports)
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    summary = [[name, counts[name], meaning] for name, meaning in VERDICTS.items() if counts[name]]
+    headers = ["claim", "place", "run", "published", "ours", "verdict", "", "explained by"]
+    made = [
+        Section("In short", "", ["verdict", "claims", "meaning"], summary),
+        Section("Every claim", _NOTE, headers, [_cells(verdict, args.output) for verdict in verdicts]),
+    ]
+    flat = [
+        {name: value for name, value in verdict.content().items() if name not in ("files", "explained")}
+        for verdict in verdicts
+    ]
+    with atomic_path(args.output / "claims.csv") as temporary:
+        pl.DataFrame(flat, infer_schema_length=None).write_csv(temporary)
+    write_json(args.output / "claims.json", [verdict.content() for verdict in verdicts])
+    write_text(args.output / "claims.html", page_html(_TITLE, made, []))
+    write_text(args.output / "claims.md", page_markdown(_TITLE, made, []))
+
+
+if __name__ == "__main__":
+    run_step("claims", __doc__, add_arguments, main)

@@ -1,0 +1,187 @@
+"""Verdicts on the paper's claims, from the tables under reports/."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from steps.common import params
+from steps.common.cli import StepError
+from steps.common.files import sha256
+from steps.reporting.parity import decided, side
+from steps.reporting.task import load_task
+
+#: What a verdict means, in the order of the summary.
+VERDICTS = {
+    "reproduced": "ours is what is claimed, within the band or the interval",
+    "higher": "ours is above what is claimed",
+    "lower": "ours is below what is claimed",
+    "partly": "it holds in some of the tables",
+    "contradicted": "it holds in no table, and its opposite in some",
+    "not decided": "our interval allows it and its opposite",
+    "not run": "public data can test it, and no run here does yet",
+    "not testable": "public data cannot test it",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A row of the claims' table.
+
+    claim: its key, with the model and metric where it is one of several. experiment: whose tables decide it, None where
+    none can. ours, low, high: our figure and its interval; published: theirs. files: SHA-256 of what decided it.
+    """
+
+    claim: str
+    text: str
+    place: str
+    verdict: str
+    experiment: str | None = None
+    ours: float | None = None
+    low: float | None = None
+    high: float | None = None
+    published: float | None = None
+    share: bool = False  # whether the figures are gains, as shares
+    why: str = ""
+    explained: tuple[str, str] | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    def content(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+class Tables:
+    """The csv files of experiments under `reports`, and the published figures."""
+
+    def __init__(self, reports: Path) -> None:
+        self.reports = reports
+        self.paper: dict[str, Any] = params.load("paper")["public_datasets"]
+        self.read = cache(self._read)
+
+    def row(self, experiment: str, table: str, **key: str) -> dict[str, Any] | None:
+        """The one row of a table with these values, None where the experiment was not run; StepError if it lacks it."""
+        rows = self.read(experiment, table)
+        if rows is None:
+            return None
+        found = rows.filter(**key)
+        if len(found) != 1:
+            raise StepError(
+                f"{self.path(experiment, table)} has {len(found)} rows of {key}, where params/claims.yaml wants one; "
+                "correct the claim, or run the experiment whole"
+            )
+        return found.row(0, named=True)
+
+    def path(self, experiment: str, table: str) -> Path:
+        """Of a table, which need not be there."""
+        return self.reports / experiment / f"{table}.csv"
+
+    def files(self, *tables: tuple[str, str]) -> dict[str, str]:
+        """SHA-256 of the files of (experiment, table), by their path below the reports' parent."""
+        paths = sorted({self.path(*table) for table in tables})
+        return {f"{self.reports.name}/{path.relative_to(self.reports).as_posix()}": sha256(path) for path in paths}
+
+    def _read(self, experiment: str, table: str) -> pl.DataFrame | None:
+        path = self.path(experiment, table)
+        return pl.read_csv(path, infer_schema_length=None) if path.is_file() else None
+
+
+def decide(reports: Path) -> list[Verdict]:
+    """The verdict on every claim of params/claims.yaml, in its order."""
+    settings, tables = params.load("claims"), Tables(reports)
+    return [
+        verdict for name, claim in settings["claims"].items() for verdict in _of(name, claim, settings["band"], tables)
+    ]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A figure that is claimed: of a table (experiment, data set, protocol). gain: over the baseline."""
+
+    table: tuple[str, str, str]
+    model: str
+    metric: str
+    gain: bool
+
+
+def _of(name: str, claim: dict[str, Any], band: float, tables: Tables) -> Iterator[Verdict]:
+    explained = tuple(claim["explained"]) if "explained" in claim else None
+    told: dict[str, Any] = {"text": claim["text"], "place": claim["place"], "explained": explained}
+    if "why" in claim:
+        yield Verdict(name, verdict="not run" if claim.get("open") else "not testable", why=claim["why"], **told)
+    elif "order" in claim:
+        yield _order(name, told, claim["order"], tables)
+    else:
+        asked = claim.get("figures") or claim["gains"]
+        for model in asked["models"]:
+            for metric in asked["metrics"]:
+                told["text"] = claim["text"].format(model=params.label(model), metric=metric.upper())
+                row = _Row(tuple(asked["table"]), model, metric, "gains" in claim)
+                yield _figure(f"{name}/{model}/{metric}", told, row, band, tables)
+
+
+def _figure(name: str, told: dict[str, Any], row: _Row, band: float, tables: Tables) -> Verdict:
+    """Ours beside the published figure, or gain, of a model."""
+    experiment, dataset, protocol = row.table
+    published = tables.paper[dataset][row.model][row.metric]
+    if row.gain:
+        published = round(published / tables.paper[dataset][load_task().baseline][row.metric] - 1, 6)
+    told = told | {"experiment": experiment, "published": published, "share": row.gain}
+    key = {"dataset": dataset, "protocol": protocol, "model": row.model, "metric": row.metric}
+    found = tables.row(experiment, "intervals", **key)
+    if found is None:
+        return Verdict(name, verdict="not run", why=_not_run(experiment), **told | {"explained": None})
+    ours, low, high = (
+        found[part] for part in (("gain", "gain_low", "gain_high") if row.gain else ("mean", "low", "high"))
+    )
+    inside = low <= published <= high
+    where = "higher" if ours > published else "lower"
+    if row.gain:
+        verdict, why = "reproduced" if inside else where, ""
+    else:
+        within = side(ours, published, band) == "within"
+        verdict = "reproduced" if within else "not decided" if inside else where
+        why = f"{ours / published:.3f} of the published figure"
+    if verdict != where:  # nothing is to be explained
+        told["explained"] = None
+    files = tables.files((experiment, "intervals"))
+    return Verdict(name, verdict=verdict, ours=ours, low=low, high=high, why=why, files=files, **told)
+
+
+def _order(name: str, told: dict[str, Any], order: dict[str, Any], tables: Tables) -> Verdict:
+    """Whether one row is above another, in every table, some or none."""
+    found, said, there = [], [], []
+    for experiment, dataset, protocol in order["tables"]:
+        of_table = {"dataset": dataset, "protocol": protocol}
+        rows = tables.read(experiment, "comparisons")
+        if rows is None:
+            said.append(f"{dataset} {protocol}: {_not_run(experiment)}")
+            continue
+        there.append((experiment, "comparisons"))
+        better, worse = order["rows"]
+        ahead = len(rows.filter(**of_table, better=better, worse=worse)) == 1
+        if not ahead:
+            better, worse = worse, better
+        row = tables.row(experiment, "comparisons", **of_table, better=better, worse=worse) or {}
+        sure, sign = decided(row), 1 if ahead else -1
+        found.append(sign if sure else 0)
+        doubt = "" if sure else ", not decided"
+        said.append(f"{dataset} {protocol} {sign * row['difference']:+.4f} (p {row['p_holm']:.2g}{doubt})")
+    verdict = "not run" if not found else "not decided"
+    if found and min(found) == 1:
+        verdict, told = "reproduced", told | {"explained": None}
+    elif 1 in found:
+        verdict = "partly"
+    elif -1 in found:
+        verdict = "contradicted"
+    experiment = order["tables"][0][0]
+    return Verdict(
+        name, verdict=verdict, experiment=experiment, why="; ".join(said), files=tables.files(*there), **told
+    )
+
+
+def _not_run(experiment: str) -> str:
+    return f"not run here; `snakemake {experiment}` does"

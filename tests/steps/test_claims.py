@@ -1,0 +1,136 @@
+"""Verdicts: each kind of claim against tables whose answer is known."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steps.common import yaml_files
+from steps.common.cli import StepError
+from steps.common.files import read_json, sha256
+from steps.reporting.claims import Verdict, decide
+from tests.conftest import step
+
+TABLE = ["e", "ml-1m", "paper"]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def figures(project: Path, model: str, mean: float, half: float, gain: float = 0.0) -> None:
+    """The interval of a model's HR@10, and of its gain."""
+    row = {"dataset": "ml-1m", "protocol": "paper", "model": model, "metric": "hr@10"}
+    row |= {"mean": mean, "low": mean - half, "high": mean + half}
+    row |= {"gain": gain, "gain_low": gain - 0.01, "gain_high": gain + 0.01}
+    write_csv(project / "reports/e/intervals.csv", [row])
+
+
+def pairs(project: Path, *rows: tuple[str, str, str, float]) -> None:
+    """Compared pairs (protocol, better, worse, corrected p): differences of 0.02, above 0 for sure where p is low."""
+    lines = [
+        {"dataset": "ml-1m", "protocol": protocol, "better": better, "worse": worse, "difference": 0.02}
+        | {"low": 0.01 if p < 0.05 else -0.01, "high": 0.03, "p": p, "users": 9, "p_holm": p}
+        for protocol, better, worse, p in rows
+    ]
+    write_csv(project / "reports/e/comparisons.csv", lines)
+
+
+def verdict(project: Path, **claim: Any) -> Verdict:
+    """The one verdict on a claim."""
+    content = {"band": 0.03, "claims": {"one": {"text": "{model} {metric}", "place": "table 4", **claim}}}
+    (project / "params/claims.yaml").write_text(yaml_files.dump(content))
+    (found,) = decide(project / "reports")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+
+
+FIGURES = {"table": TABLE, "models": ["hstu"], "metrics": ["hr@10"]}
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "expected"),  # published: 0.3097
+    [
+        (0.3050, 0.010, "reproduced"),  # within 3 %
+        (0.3180, 0.002, "reproduced"),  # within 3 %, though the interval leaves it out
+        (0.3300, 0.010, "higher"),
+        (0.2900, 0.010, "lower"),
+        (0.3200, 0.020, "not decided"),  # beyond the band, and the interval holds the published figure
+    ],
+)
+def test_a_figure_is_judged_on_both_sides(project: Path, mean: float, half: float, expected: str) -> None:
+    figures(project, "hstu", mean, half)
+    found = verdict(project, figures=FIGURES, explained=["why", "docs/x.md#y"])
+    assert (found.verdict, found.published, found.text) == (expected, 0.3097, "HSTU HR@10")
+    assert found.why == f"{mean / 0.3097:.3f} of the published figure"
+    assert (found.explained is not None) == (expected in ("higher", "lower"))
+    assert found.files == {"reports/e/intervals.csv": sha256(project / "reports/e/intervals.csv")}
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.09, "reproduced"), (0.10, "higher"), (0.05, "lower")])
+def test_a_gain_is_the_paper_s_own_ratio(project: Path, gain: float, expected: str) -> None:
+    figures(project, "hstu", 0.3, 0.01, gain)
+    found = verdict(project, gains=FIGURES)
+    assert found.published == pytest.approx(0.0855, abs=1e-4)  # printed as +8.6 %
+    assert found.verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([("strict", "hstu", "sasrec", 1e-9), ("paper", "hstu", "sasrec", 0.01)], "reproduced"),
+        ([("strict", "hstu", "sasrec", 1e-9), ("paper", "hstu", "sasrec", 0.6)], "partly"),
+        ([("strict", "hstu", "sasrec", 1e-9), ("paper", "sasrec", "hstu", 1e-9)], "partly"),
+        ([("strict", "sasrec", "hstu", 1e-9), ("paper", "hstu", "sasrec", 0.6)], "contradicted"),
+        ([("strict", "sasrec", "hstu", 0.9), ("paper", "hstu", "sasrec", 0.6)], "not decided"),
+    ],
+)
+def test_an_order_holds_in_all_tables_in_some_or_in_none(project: Path, rows: list[Any], expected: str) -> None:
+    pairs(project, *rows)
+    tables = [["e", "ml-1m", "strict"], ["e", "ml-1m", "paper"]]
+    found = verdict(project, order={"rows": ["hstu", "sasrec"], "tables": tables})
+    assert found.verdict == expected
+    assert found.why.count("ml-1m") == 2
+    sign = "+" if rows[0][1] == "hstu" else "-"
+    assert f"ml-1m strict {sign}0.0200" in found.why
+
+
+def test_what_was_not_run_says_which_command_runs_it(project: Path) -> None:
+    found = verdict(project, figures=FIGURES)
+    assert (found.verdict, found.why, found.files) == ("not run", "not run here; `snakemake e` does", {})
+    order = {"rows": ["hstu", "sasrec"], "tables": [TABLE]}
+    assert verdict(project, order=order).verdict == "not run"
+    assert verdict(project, why="no data", open=True).verdict == "not run"
+    assert verdict(project, why="no data").verdict == "not testable"
+
+
+def test_a_claim_about_a_row_that_the_table_lacks_is_an_error(project: Path) -> None:
+    figures(project, "sasrec", 0.28, 0.01)
+    with pytest.raises(StepError, match=r"intervals.csv has 0 rows of .*hstu.*; correct the claim"):
+        verdict(project, figures=FIGURES)
+
+
+def test_pages_name_every_claim_and_the_same_bytes_come_again(project: Path) -> None:
+    figures(project, "hstu", 0.33, 0.01)
+    verdict(project, figures=FIGURES, explained=["the order", "docs/findings.md#order"])
+    step("claims", cwd=project)
+    names = ("claims.md", "claims.html", "claims.csv", "claims.json")
+    before = [(project / "reports" / name).read_bytes() for name in names]
+    page = (project / "reports/claims.md").read_text()
+    assert "| HSTU HR@10 | table 4 | [e](e/comparisons.md) | 0.3097" in " ".join(page.split(" ")).replace("  ", " ")
+    assert "[the order](../docs/findings.md#order)" in page
+    assert "0.3300 [0.3200, 0.3400]" in page
+    assert '<a href="../docs/findings.md#order">the order</a>' in (project / "reports/claims.html").read_text()
+    (found,) = read_json(project / "reports/claims.json", list)
+    assert (found["claim"], found["verdict"]) == ("one/hstu/hr@10", "higher")
+    step("claims", cwd=project)
+    assert [(project / "reports" / name).read_bytes() for name in names] == before
