@@ -10,8 +10,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from steps.common.cli import StepError
+from steps.serving.forms import answer_of, history_of
 from steps.serving.recommender import History, Recommender
-from steps.serving.typed import history_of
 
 #: The params of a request: how many recommendations, and whether items of the history may be among them.
 DEFAULTS: dict[str, Any] = {"k": 10, "seen": False}
@@ -64,16 +64,7 @@ class Served:
             found = self._recommender.recommend(histories, top, bool(given["seen"]))
         except StepError as error:
             raise BadRequest(str(error)) from error
-        return [
-            {
-                "history": [catalogue.name(item) for item in history.items],
-                "recommendations": [
-                    {"item": catalogue.ids[one.item - 1], "title": catalogue.name(one.item), "score": one.score}
-                    for one in scored
-                ],
-            }
-            for history, scored in zip(histories, found, strict=True)
-        ]
+        return [answer_of(history, scored, catalogue) for history, scored in zip(histories, found, strict=True)]
 
 
 def _load_pyfunc(data_path: str) -> Served:

@@ -1,9 +1,10 @@
-"""Histories as JSON has them."""
+"""Histories, and what is recommended for them, as JSON has both."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from steps.common.cli import StepError
-from steps.serving.recommender import History
+from steps.serving.recommender import History, Scored
 from steps.serving.titles import Catalogue
 
 _KEYS = ("history", "timestamps", "at")
@@ -28,6 +29,17 @@ def history_of(content: Any, catalogue: Catalogue) -> History:
         raise StepError("at: a time in whole seconds since 1970 is wanted")
     items = [catalogue.find(one) if isinstance(one, str) else catalogue.with_id(str(one)) for one in typed]
     return History(items, timestamps, at)
+
+
+def answer_of(history: History, scored: Sequence[Scored], catalogue: Catalogue) -> dict[str, Any]:
+    """An object with the `history`, as the titles that it was taken for, and the `recommendations`, best first."""
+    return {
+        "history": [catalogue.name(item) for item in history.items],
+        "recommendations": [
+            {"item": catalogue.ids[one.item - 1], "title": catalogue.name(one.item), "score": one.score}
+            for one in scored
+        ],
+    }
 
 
 def _is_whole(value: Any) -> bool:
