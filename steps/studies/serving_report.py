@@ -1,0 +1,68 @@
+"""How fast trained runs are served, as tables and a figure."""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+from tabulate import tabulate as render
+
+from steps.studies.rows import Row, cases
+
+_LOAD = ("data", "model", "through", "histories", "at_once")
+
+
+def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Row]]:
+    """Markdown, latencies by load, and a line per case."""
+    lines = cases(rows)
+    loads = [line for line in lines if "through" in line]
+    table = [
+        [
+            *(str(line[name]) for name in _LOAD),
+            *(f"{line[name]:.1f}" for name in ("p50", "p99", "requests")),
+            f"{line['requests'] * line['histories']:.1f}",
+        ]
+        for line in loads
+    ]
+    headers = ["data", "model", "through", "histories a request", "requests at once", "p50 ms", "p99 ms"]
+    headers += ["requests a second", "histories a second"]
+    hits: dict[tuple[str, ...], dict[str, float]] = {}
+    for line in lines:
+        if "times" in line:
+            hits.setdefault((line["data"], line["model"], str(line["epochs"])), {})[line["times"]] = line["hr@10"]
+    kinds = list(dict.fromkeys(kind for values in hits.values() for kind in values))
+    tested = [[*key, *(f"{values[kind]:.4f}" for kind in kinds)] for key, values in hits.items()]
+    cores = ", ".join(dict.fromkeys(str(line["cores"]) for line in loads))
+    note = (
+        f"`mlflow models serve` on a CPU, {cores} cores, with the client on the same machine; a request has whole "
+        "histories of users, of which the model reads its window. Through Python: the loaded model, without HTTP."
+    )
+    text = [
+        f"# {study['title']}",
+        note,
+        render(table, headers, tablefmt="github", disable_numparse=True),
+        "HR@10 of the test users' targets, with the times that the data have and with none, as typed histories are.",
+        render(
+            tested,
+            ["data", "model", "epochs", *(f"times: {kind}" for kind in kinds)],
+            tablefmt="github",
+            disable_numparse=True,
+        ),
+    ]
+    return "\n\n".join(text) + "\n", _draw(loads), lines
+
+
+def _draw(loads: list[Row]) -> Figure:
+    """From p50 to p99 of every load, a line each."""
+    figure = Figure(figsize=(7, 0.3 * len(loads) + 1.2), layout="constrained")
+    axis = figure.subplots()
+    places = range(len(loads))
+    axis.hlines(places, [line["p50"] for line in loads], [line["p99"] for line in loads], color="grey")
+    axis.plot([line["p50"] for line in loads], places, "o", label="p50")
+    axis.plot([line["p99"] for line in loads], places, "|", markersize=10, label="p99")
+    names = [
+        f"{line['data']}, {line['through']}, {line['histories']} a request, {line['at_once']} at once" for line in loads
+    ]
+    axis.set_yticks(list(places), names)
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel="ms")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
