@@ -1,8 +1,8 @@
 """Recommend items with a trained run: for a user of its data, for titles that you type, or for a file of either.
 
-Prints a table, or writes csv or json. A title need not be spelt as the data has it; what it is taken for is printed.
-`id:` and an id name an item too. Made to be used by hand: no stage of the pipeline. docs/recommend.md has the forms of
-files, and how the same is served over HTTP.
+Prints a table, or writes csv or json; or writes the run as a model that MLflow serves. A title need not be spelt as the
+data has it; what it is taken for is printed. `id:` and an id name an item too. Made to be used by hand: no stage of the
+pipeline. docs/recommend.md has the forms of files, and how the same is served over HTTP.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from steps.common.cli import StepError, run_step
 from steps.common.config import read_config
 from steps.common.files import write_text
 from steps.serving.forms import answer_of
+from steps.serving.mlflow_model import save_model
 from steps.serving.queries import Query, read_queries
 from steps.serving.recommender import History
 from steps.serving.run import Users, load_run
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--history", nargs="+", metavar="TITLE", help="what somebody has seen, the latest last")
     asked.add_argument("--input", type=Path, metavar="FILE", help="csv, json or jsonl: many users or histories")
     asked.add_argument("--similar", metavar="TITLE", help="the items whose learnt embeddings are nearest to an item's")
+    asked.add_argument("--save", type=Path, metavar="FOLDER", help="write the run as an MLflow model, to be served")
     parser.add_argument("--top", type=int, default=10, help="how many recommendations (default: 10)")
     parser.add_argument("--seen", action="store_true", help="items of the history may be recommended")
     parser.add_argument("--output", type=Path, metavar="FILE", help="csv or json to write, by its suffix")
@@ -86,6 +88,10 @@ def main(args: argparse.Namespace) -> None:
     data = args.data or Path("data/processed", read_config(args.run)["dataset"])
     if not data.is_dir():
         raise StepError(f"{data} does not exist; run preprocess, or name the run's data with --data")
+    if args.save:
+        save_model(args.run, data, args.save)
+        print(f"MLflow model in {args.save}")
+        return
     recommender, users = load_run(args.run, data)
     catalogue = recommender.catalogue
     queries = queries_of(args, catalogue, users)

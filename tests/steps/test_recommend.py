@@ -439,7 +439,7 @@ def test_what_does_not_belong_together_is_refused(data: Path, run: Path, tmp_pat
 @pytest.fixture(scope="module")
 def saved(run: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tmp_path_factory.mktemp("models") / "model"
-    save_model(run, data, model)
+    recommend(run, data, "--save", model)
     return model
 
 
