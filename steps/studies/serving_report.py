@@ -39,7 +39,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"# {study['title']}",
         note,
         render(table, headers, tablefmt="github", disable_numparse=True),
-        "HR@10 of the test users' targets, with the times that the data have and with none, as typed histories are.",
+        "The share of test users whose target is among ten recommendations: with the times that the data have, and "
+        "with none, as typed histories are.",
         render(
             tested,
             ["data", "model", "epochs", *(f"times: {kind}" for kind in kinds)],
