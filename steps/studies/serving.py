@@ -78,7 +78,7 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
                 for through, connect in asking.items():
                     axes = case | {"through": through, "histories": load["histories"], "at_once": load["at_once"]}
                     axes |= {"max_len": config["training"]["max_len"], "cores": usable_cores()}
-                    numbers = timed(connect, bodies, load, settings["warm_up"])
+                    numbers = timed(connect, bodies, load, settings)
                     found += [row(axes, *number, data_sha256=digest) for number in numbers]
     return found
 
@@ -88,7 +88,10 @@ def _configs(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def timed(
-    connect: Callable[[], Callable[[list[Any]], None]], bodies: list[Any], load: dict[str, int], warm_up: int
+    connect: Callable[[], Callable[[list[Any]], None]],
+    bodies: list[Any],
+    load: dict[str, int],
+    settings: dict[str, Any],
 ) -> list[tuple[str, float, str]]:
     """Metric, value and unit of a load: latencies of its requests in ms, and how many are answered in a second.
 
@@ -108,7 +111,7 @@ def timed(
                 [bodies[(first + place) % len(bodies)] for place in range(size)]
                 for first in range(number * size, (number + each) * size, size)
             ]
-            for request in islice(requests, max(1, warm_up // at_once)):
+            for request in islice(requests, max(1, settings["warm_up"] // at_once)):
                 ask(request)
             ready.wait()
             for place, request in enumerate(requests):
@@ -130,10 +133,10 @@ def timed(
     total = time.perf_counter() - start
     if failures:
         raise failures[0]
-    p50, p99 = np.percentile(seconds * 1000, [50, 99])
+    wanted = settings["percentiles"]
+    found = zip(wanted, np.percentile(seconds * 1000, wanted), strict=True)
     return [
-        ("p50", round(float(p50), 3), "ms"),
-        ("p99", round(float(p99), 3), "ms"),
+        *((f"p{percentile}", round(float(ms), 3), "ms") for percentile, ms in found),
         ("requests", round(seconds.size / total, 2), "1/s"),
     ]
 

@@ -13,17 +13,18 @@ _LOAD = ("data", "model", "through", "histories", "at_once")
 def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Row]]:
     """Markdown, latencies by load, and a line per case."""
     lines = cases(rows)
+    percentiles = [f"p{percentile}" for percentile in study["measure"]["settings"]["percentiles"]]
     loads = [line for line in lines if "through" in line]
     table = [
         [
             *(str(line[name]) for name in _LOAD),
-            *(f"{line[name]:.1f}" for name in ("p50", "p99", "requests")),
+            *(f"{line[name]:.1f}" for name in (*percentiles, "requests")),
             f"{line['requests'] * line['histories']:.1f}",
         ]
         for line in loads
     ]
-    headers = ["data", "model", "through", "histories a request", "requests at once", "p50 ms", "p99 ms"]
-    headers += ["requests a second", "histories a second"]
+    headers = ["data", "model", "through", "histories a request", "requests at once"]
+    headers += [*(f"{name} ms" for name in percentiles), "requests a second", "histories a second"]
     hits: dict[tuple[str, ...], dict[str, float]] = {}
     for line in lines:
         if "times" in line:
@@ -48,17 +49,18 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
             disable_numparse=True,
         ),
     ]
-    return "\n\n".join(text) + "\n", _draw(loads), lines
+    return "\n\n".join(text) + "\n", _draw(loads, percentiles), lines
 
 
-def _draw(loads: list[Row]) -> Figure:
-    """From p50 to p99 of every load, a line each."""
+def _draw(loads: list[Row], percentiles: list[str]) -> Figure:
+    """The percentiles of every load's latencies, a line a load."""
     figure = Figure(figsize=(7, 0.3 * len(loads) + 1.2), layout="constrained")
     axis = figure.subplots()
     places = range(len(loads))
-    axis.hlines(places, [line["p50"] for line in loads], [line["p99"] for line in loads], color="grey")
-    axis.plot([line["p50"] for line in loads], places, "o", label="p50")
-    axis.plot([line["p99"] for line in loads], places, "|", markersize=10, label="p99")
+    low, high = percentiles[0], percentiles[-1]
+    axis.hlines(places, [line[low] for line in loads], [line[high] for line in loads], color="grey")
+    for marker, name in zip("o|x+", percentiles, strict=False):
+        axis.plot([line[name] for line in loads], places, marker, label=name)
     names = [
         f"{line['data']}, {line['through']}, {line['histories']} a request, {line['at_once']} at once" for line in loads
     ]
