@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import signal
 import sqlite3
 import sys
 from contextlib import closing
@@ -14,6 +15,7 @@ from steps.common.cli import StepError
 from steps.common.datasets import TOLD
 from steps.common.files import read_json, sha256
 from steps.common.threads import cpu_threads
+from workflow.display import Display
 
 
 localrules:
@@ -207,3 +209,11 @@ def lost_from_the_store(targets):
     made = {name: f"reports/{name}/mlflow.json" for name in EXPERIMENTS}
     wanted = set(targets) or {"demo"}
     return [path for name, path in made.items() if wanted & {name, path} and not is_tracked(name)]
+
+
+display = Display(workflow.output_settings.quiet or (), dry=lambda: workflow.dryrun)
+if workflow.is_main_process:
+    logger.addFilter(display)
+    signal.signal(signal.SIGINT, display.interrupt)
+    if display.brief:
+        shell.prefix("set -euo pipefail; exec >/dev/null; ")  # the steps' words go to their logs
