@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 reproduce: $(INSTALLED)  ## the experiment from raw data to its tables (EXPERIMENT=ml-1m for MovieLens-1M)
 	@python -m steps.doctor || echo "going on with plain torch"
 	snakemake --cores $(CORES) --quiet rules -- $(EXPERIMENT)
-	@snakemake --cores 1 --quiet all --report reports/$(EXPERIMENT)/report.html -- $(EXPERIMENT)
+	@snakemake --cores 1 --quiet rules --report reports/$(EXPERIMENT)/report.html -- $(EXPERIMENT)
 	@echo; cat reports/$(EXPERIMENT)/table.md; echo
 	@echo "Report:       reports/$(EXPERIMENT)/report.html (and table.csv, table.html, curves.svg beside it)"
 	@echo "MLflow store: sqlite:///mlflow.db; 'make ui' shows it on http://127.0.0.1:5000"

@@ -1,5 +1,6 @@
 """The demo end to end, reduced, under each orchestrator: every output, and no more to do than a change concerns."""
 
+import csv
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from steps.common import yaml_files
 from steps.common.files import read_json, read_jsonl
+from tests.browser import Watched
 from tests.conftest import ROOT, copy_project, run
 from tests.reduced import edit, keep, planned_jobs
 
@@ -91,9 +93,6 @@ def test_snakemake_makes_the_demo_once(by_snakemake: Path, tmp_path: Path) -> No
     project = copy(by_snakemake, tmp_path)
     again = run("snakemake", "--cores", "2", cwd=project)
     assert "Nothing to be done" in again.stdout + again.stderr
-    run("snakemake", "--cores", "1", "--report", "report.html", cwd=project)
-    loaded = re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.?https?:", (project / "report.html").read_text())
-    assert loaded == []  # whole without a network
     # A parameter of the training leaves the data alone and trains again; one of another data set does nothing.
     path = project / "params/datasets.yaml"
     edit(path, "max_len: 200", "max_len: 100")
@@ -102,6 +101,44 @@ def test_snakemake_makes_the_demo_once(by_snakemake: Path, tmp_path: Path) -> No
     jobs = planned_jobs(project)
     assert jobs["train"] == 4
     assert not {"download", "validate", "preprocess", "synthesize"} & set(jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_report_is_one_page_that_introduces_itself(by_snakemake: Path, browser_page: Watched) -> None:
+    run("snakemake", "--cores", "1", "--report", "report.html", cwd=by_snakemake)
+    page = browser_page.page
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((by_snakemake / "report.html").as_uri())
+    page.get_by_role("heading", name="Next-item recommendation").wait_for()
+    row = page.get_by_role("row", name="HSTU").first
+    [summary] = [
+        line
+        for line in csv.DictReader((by_snakemake / "reports/demo/table.csv").read_text().splitlines())
+        if (line["model"], line["protocol"]) == ("hstu", "strict")
+    ]
+    assert f"{float(summary['test/ndcg@10']):.4f}" in row.inner_text()
+    shown = page.inner_text("body")
+    order = ["1. Results", "2. Comparisons and claims", "3. Training", "4. Data sets"]
+    assert [line.strip() for line in shown.splitlines() if line.strip() in order] == order
+    assert page.locator('a[href^="mailto:"]').count() == 0
+
+    page.get_by_role("link", name="3. Training").last.click()
+    page.get_by_text("Learning curves").first.wait_for()
+    results = page.evaluate("results")
+    assert {path.rsplit("/", 1)[1] for path in results} >= {"table.html", "curves.svg", "intervals.svg", "card.html"}
+    assert not [path for path, result in results.items() if "mailto:" in result["caption"] or not result["labels"]]
+    for path, result in results.items():
+        kind = {"text/html": "html", "image/svg+xml": "img"}.get(result["mime_type"])
+        if kind:
+            page.evaluate(
+                "([path, kind]) => app.setView({content: kind, contentPath: results[path].data_uri})", [path, kind]
+            )
+            page.locator("iframe" if kind == "html" else "#app img").last.wait_for()
+    page.evaluate("app.setView({content: 'stats'})")
+    page.locator("#runtimes canvas").wait_for()
+    assert (browser_page.refused, browser_page.failed, problems) == ([], [], [])  # whole without a network
 
 
 @pytest.mark.slow

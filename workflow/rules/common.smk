@@ -59,6 +59,11 @@ RUN = "runs/{experiment}/{dataset}/{model}/{protocol}/seed-{seed}"
 ALL_CORES = 1024  # Snakemake gives as many as there are
 
 
+# The sections of Snakemake's report, in the order in which one reads them.
+RESULTS, COMPARISONS, TRAINING = "1. Results", "2. Comparisons and claims", "3. Training"
+DATA, MEASURED = "4. Data sets", "5. Studies"
+
+
 def any_of(names):
     """A regular expression of exactly these names."""
     return "|".join(map(re.escape, names))
@@ -113,6 +118,23 @@ def shown(wildcards):
     titles = [content["title"], *(DATASETS[name]["title"] for name in content["datasets"])]
     labels = {run.model: params.label(run.model) for run in params.runs(wildcards.experiment)}
     return [titles, list(labels.items())]
+
+
+def about(wildcards):
+    """The title of what an output belongs to; none for data sets, which are items of their own."""
+    for key, kind in (("experiment", "experiments"), ("study", "studies")):
+        if key in wildcards.keys():
+            return params.load(f"{kind}/{wildcards[key]}")["title"]
+
+
+def shown_as(path, section, item):
+    """An output that Snakemake's report shows as an item of a section; its caption has the file's name.
+
+    item: what it is called there, or a function of the wildcards that says so.
+    """
+    caption = f"../report/{Path(path).name}.rst"
+    labels = lambda wildcards: {"item": item(wildcards) if callable(item) else item}
+    return report(path, caption=caption, category=section, subcategory=about, labels=labels)
 
 
 def cards(wildcards):

@@ -8,10 +8,10 @@ rule tabulate:
         "params/paper.yaml",
         files_of_runs("config.json", "metrics.json"),
     output:
-        report("reports/{experiment}/table.html", caption="../report/table.rst", category="{experiment}"),
-        report("reports/{experiment}/curves.svg", caption="../report/curves.rst", category="{experiment}"),
+        shown_as("reports/{experiment}/table.html", RESULTS, "Tables of every model"),
+        shown_as("reports/{experiment}/curves.svg", TRAINING, "Learning curves"),
         "reports/{experiment}/table.md",
-        "reports/{experiment}/table.csv",
+        shown_as("reports/{experiment}/table.csv", RESULTS, "Tables with all metrics, to save as csv"),
         "reports/{experiment}/runs.csv",
         "reports/{experiment}/curves.png",
         "reports/{experiment}/details.md",
@@ -36,10 +36,10 @@ rule compare:
         "params/paper.yaml",
         files_of_runs("config.json", "metrics.json"),
     output:
-        report("reports/{experiment}/intervals.svg", caption="../report/intervals.rst", category="{experiment}"),
-        "reports/{experiment}/comparisons.md",
+        shown_as("reports/{experiment}/intervals.svg", COMPARISONS, "Intervals of every model"),
+        shown_as("reports/{experiment}/comparisons.md", COMPARISONS, "Differences, pair by pair, to save as text"),
         "reports/{experiment}/comparisons.csv",
-        "reports/{experiment}/claims.md",
+        shown_as("reports/{experiment}/claims.md", COMPARISONS, "Published claims, to save as text"),
         "reports/{experiment}/intervals.png",
     log:
         "logs/compare/{experiment}.log",
