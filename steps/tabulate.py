@@ -17,6 +17,7 @@ from steps.common.cli import run_step
 from steps.common.files import atomic_path, write_text
 from steps.reporting.details import beyond, beyond_table, variant_table, variants
 from steps.reporting.figures import save_figure
+from steps.reporting.headline import write_headline
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records
 from steps.reporting.task import load_task
 
@@ -253,6 +254,7 @@ def main(args: argparse.Namespace) -> None:
     }.items():
         with atomic_path(args.output / f"{name}.csv") as temporary:
             table.write_csv(temporary)
+    write_headline(summary, args.output / "metrics.json")
     write_text(args.output / "details.md", details)
     write_text(args.output / "table.html", _html(title, made, footer))
     write_text(args.output / "table.md", _markdown(title, made, footer))

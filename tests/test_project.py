@@ -18,7 +18,7 @@ from tests import import_graph
 from tests.conftest import ROOT, copy_project, run, step
 from workflow import generate
 
-STUDIES = params.studies(ROOT / "params")
+EXPERIMENTS, STUDIES = params.experiments(ROOT / "params"), params.studies(ROOT / "params")
 NOT_CONDA = {
     "pip",
     "fbgemm-gpu",
@@ -143,7 +143,7 @@ def add_local_experiment(project: Path) -> None:
     (folder / "own.yaml").write_text(
         "title: My own\ndatasets: [my+own]\nmodels: [mine, sasrec]\nprotocols: [strict]\nseeds: [0, 1]\n"
     )
-    run("python", "-m", "workflow.generate", cwd=project)
+    run("python", "-m", "workflow.generate", *EXPERIMENTS, *STUDIES, cwd=project)
 
 
 def in_experiments(project: Path) -> set[str]:
@@ -226,7 +226,7 @@ def test_what_a_step_imports_is_a_dependency_of_it(graphs: Graphs, imports: dict
 def test_an_experiment_with_a_wrong_name_gets_no_stages(project: Path) -> None:
     content = (project / "params/experiments/demo.yaml").read_text()
     (project / "params/experiments/x; touch broken.yaml").write_text(content)
-    refused = run("python", "-m", "workflow.generate", cwd=project, check=False)
+    refused = run("python", "-m", "workflow.generate", "x; touch broken", cwd=project, check=False)
     assert refused.returncode == 1
     assert "x; touch broken" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -17,6 +17,7 @@ rule tabulate:
         "reports/{experiment}/details.md",
         "reports/{experiment}/variants.csv",
         "reports/{experiment}/beyond.csv",
+        "reports/{experiment}/metrics.json",
     log:
         "logs/tabulate/{experiment}.log",
     conda:
