@@ -1,6 +1,7 @@
 """The demo end to end, reduced, under each orchestrator: every output, and no more to do than a change concerns."""
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from tests.reduced import edit, keep, planned_jobs
 OUTPUTS = ["table.md", "table.csv", "table.html", "runs.csv", "curves.svg", "curves.png", "mlflow.json"]
 MODELS = ("most-popular", "hstu")
 CARD = ["card.html", "card.json", "croissant.json"]
-OUTPUTS += ["details.md", "comparisons.md", "comparisons.csv", "claims.md", "intervals.svg"]
+OUTPUTS += ["metrics.json", "details.md", "comparisons.md", "comparisons.csv", "claims.md", "intervals.svg"]
 
 
 def check_outputs(project: Path) -> None:
@@ -151,6 +152,41 @@ def test_dvc_makes_the_demo_once(by_dvc: Path, tmp_path: Path) -> None:
     planned = run("dvc", "repro", "--dry", cwd=project).stdout
     assert planned.count("Running stage 'workflow/dvc.yaml:plan@") == 4
     assert not [line for line in planned.splitlines() if line.startswith("Running") and "preprocess" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_dvc_shows_what_people_can_read(by_dvc: Path, tmp_path: Path, browser_page: Watched) -> None:
+    project = copy(by_dvc, tmp_path)
+    stages = [line for line in run("dvc", "status", cwd=project).stdout.splitlines() if not line.startswith("\t")]
+    assert stages == ["workflow/dvc.yaml:check@demo:", "workflow/dvc.yaml:track@demo:"]  # which always run
+
+    [shown] = json.loads(run("dvc", "metrics", "show", "--json", cwd=project).stdout)[""]["data"].values()
+    with (project / "reports/demo/table.csv").open() as file:
+        for row in csv.DictReader(file):
+            for name in ("hr@10", "ndcg@10"):
+                found = shown["data"][row["dataset"]][row["protocol"]][row["model"]].pop(name)
+                assert found == pytest.approx(float(row[f"test/{name}"]), abs=1e-6)
+    assert not [left for of in shown["data"]["demo"].values() for left in of.values() if left]
+
+    run("dvc", "plots", "show", cwd=project)
+    browser_page.page.goto((project / "dvc_plots/index.html").as_uri())
+    pictures = browser_page.page.locator("img")
+    assert pictures.count() == 2
+    assert all(picture.evaluate("image => image.naturalWidth") > 300 for picture in pictures.all())
+    assert (browser_page.refused, browser_page.failed) == ([], [])
+
+
+@pytest.mark.slow
+def test_dvc_takes_over_what_snakemake_made(by_snakemake: Path, tmp_path: Path) -> None:
+    project = copy(by_snakemake, tmp_path)
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    makefile = (ROOT / "Makefile").read_text()
+    [recipe] = re.findall(r"^share: .*\n((?:\t.*\n)+)", makefile, re.M)
+    for command in recipe.replace("$(EXPERIMENT)", "demo").splitlines():
+        run(*command.strip().removeprefix("@").split(), cwd=project)
+    planned = run("dvc", "repro", "--dry", cwd=project).stdout
+    assert set(re.findall(r"^Running stage 'workflow/dvc.yaml:([^']+)'", planned, re.M)) == {"check@demo", "track@demo"}
 
 
 @pytest.mark.slow
