@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from steps.common import params, yaml_files
+from steps.common.cli import StepError
 from steps.common.studies import PLUMBING
 from steps.docs import PAGES
 from steps.reporting.records import read_records, write_records
@@ -56,6 +57,16 @@ def test_dvc_goes_through_the_runs_of_params() -> None:
 
 def committed_experiments() -> list[str]:
     return sorted(path.parent.name for path in (ROOT / "reports").glob("*/records"))
+
+
+def test_dvc_lists_what_is_named_and_no_more() -> None:
+    made = generate.lists(local=False, names=["ml-1m", "training-speed"])
+    assert {name for kind in ("published", "validated", "processed") for name in made[kind]} == {"ml-1m"}
+    assert {item["experiment"] for item in made["runs"].values()} == {"ml-1m"} == set(made["experiments"])
+    assert len(made["runs"]) == len(list(params.runs("ml-1m", ROOT / "params")))
+    assert list(made["studies"]) == ["training-speed"]
+    with pytest.raises(StepError, match=r"ml-2m is no experiment or study; there are .*ml-1m"):
+        generate.main(["ml-2m"])
 
 
 def test_committed_tables_and_pages_are_those_of_the_committed_records(tmp_path: Path) -> None:
