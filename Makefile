@@ -10,12 +10,12 @@ INSTALLED := .venv/installed-$(EXTRA)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: reproduce test lint types pytest doctor experiments ui clean environment.yml dvc tables
+.PHONY: reproduce test lint types pytest doctor experiments ui clean environment.yml dvc share tables
 
 reproduce: $(INSTALLED)  ## the experiment from raw data to its tables (EXPERIMENT=ml-1m for MovieLens-1M)
 	@python -m steps.doctor || echo "going on with plain torch"
 	snakemake --cores $(CORES) --quiet rules -- $(EXPERIMENT)
-	@snakemake --cores 1 --quiet all --report reports/$(EXPERIMENT)/report.html -- $(EXPERIMENT)
+	@snakemake --cores 1 --quiet rules --report reports/$(EXPERIMENT)/report.html -- $(EXPERIMENT)
 	@echo; cat reports/$(EXPERIMENT)/table.md; echo
 	@echo "Report:       reports/$(EXPERIMENT)/report.html (and table.csv, table.html, curves.svg beside it)"
 	@echo "MLflow store: sqlite:///mlflow.db; 'make ui' shows it on http://127.0.0.1:5000"
@@ -48,8 +48,12 @@ environment.yml: constraints.txt  ## write conda's pins again from constraints.t
 	@sed -i '/^      - /d' $@
 	@grep -vE '^(#|pip==|fbgemm-gpu==|nvidia-ml-py==|snakemake-executor-plugin-slurm)' $< | sed 's/^/      - /' >> $@
 
-dvc: $(INSTALLED)  ## write the list of runs that workflow/dvc.yaml goes through, after a change of params/
-	python -m workflow.generate
+dvc: $(INSTALLED)  ## let DVC go through the runs of the experiment or study (EXPERIMENT=ml-1m), as params/ has them
+	python -m workflow.generate $(EXPERIMENT)
+
+share: dvc  ## let DVC take over what Snakemake made of the experiment, so that `dvc repro` trains nothing again
+	@python -m steps.check --experiment $(EXPERIMENT) --listed workflow/runs.yaml --output runs/$(EXPERIMENT)/checked.json
+	dvc commit --quiet --force --with-deps workflow/dvc.yaml:track@$(EXPERIMENT)
 
 tables: $(INSTALLED)  ## rebuild the tables of every committed record, the studies', and the pages that show them
 	@for e in $(patsubst reports/%/records,%,$(wildcard reports/*/records)); do for s in tabulate compare; do \

@@ -6,6 +6,9 @@ from snakemake.utils import min_version
 min_version("9.0")
 
 
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 
 
@@ -33,6 +36,7 @@ for experiment in EXPERIMENTS:
         input:
             f"reports/{experiment}/mlflow.json",
             f"reports/{experiment}/table.md",
+            "reports/claims.html",
 
 
 for study in STUDIES:

@@ -18,6 +18,7 @@ from steps.reporting.details import beyond, beyond_table, variant_table, variant
 from steps.reporting.figures import save_figure
 from steps.reporting.paper_table import paper_rows, paper_sections
 from steps.reporting.plots import Shown, draw_curves, draw_groups, draw_speed, groups_of_rows
+from steps.reporting.headline import write_headline
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records
 from steps.reporting.tables import Section, escaped, markdown, page_html, page_latex, page_markdown
 from steps.reporting.task import load_task
@@ -205,6 +206,7 @@ def main(args: argparse.Namespace) -> None:
         with atomic_path(args.output / f"{name}.csv") as temporary:
             table.write_csv(temporary)
     _write_paper(records, shown, title, footer, args.output)
+    write_headline(summary, args.output / "metrics.json")
     write_text(args.output / "details.md", details)
     write_text(args.output / "table.html", page_html(title, made, footer))
     write_text(args.output / "table.md", page_markdown(title, made, footer))

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -113,6 +114,45 @@ def test_a_killed_snakemake_goes_on_with_the_same_command(project: Path) -> None
     (project / ".snakemake/incomplete" / marker).write_text('{"external_jobid": null}')
     jobs = planned_jobs(project)
     assert (jobs["train"], jobs["evaluate"]) == (1, 1)
+
+
+@pytest.mark.slow
+def test_a_quiet_run_says_a_line_a_step_and_ends_clearly(project: Path) -> None:
+    keep_one_run(project)
+    command = ["snakemake", "--cores", "1", "--quiet", "rules", "--", "data/valid/demo/validation.json"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with subprocess.Popen(
+        command,
+        cwd=project,
+        env=environment | {"PYTHONPATH": str(project)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as interrupted:
+        assert interrupted.stdout is not None
+        printed = [interrupted.stdout.readline(), interrupted.stdout.readline()]
+        os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal's Ctrl-C, which reaches the step too
+        printed += interrupted.stdout.readlines()
+    assert interrupted.returncode != 0
+    assert printed[0].startswith("3 steps: synthesize, download, validate.")
+    assert printed[1].startswith("1/3  synthesize demo")
+    assert "run the same command again" in printed[-1]
+    assert len(printed) <= 5  # one more step may have ended
+
+    again = run(*command, cwd=project)
+    printed = (again.stdout + again.stderr).splitlines()
+    assert printed[-1].split()[1:3] == ["validate", "demo"]
+    assert len(printed) <= 3
+
+    (project / "data/raw/demo/demo/ratings.dat").unlink()
+    failed = run(*command, cwd=project, check=False)
+    assert failed.returncode == 1
+    said = (failed.stdout + failed.stderr).splitlines()[1:]
+    assert len(said) == 1
+    assert said[0].startswith("validate demo failed: validate: data/raw/demo/demo/ratings.dat")
+    assert said[0].endswith("(log: logs/validate/demo.log)")
+    assert (project / "logs/validate/demo.log").is_file()
 
 
 @pytest.mark.slow

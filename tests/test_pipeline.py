@@ -1,5 +1,7 @@
 """The demo end to end, reduced, under each orchestrator: every output, and no more to do than a change concerns."""
 
+import csv
+import json
 import re
 import shutil
 import subprocess
@@ -10,13 +12,14 @@ import pytest
 
 from steps.common import yaml_files
 from steps.common.files import read_json, read_jsonl
+from tests.browser import Watched
 from tests.conftest import ROOT, copy_project, run
 from tests.reduced import edit, keep, planned_jobs
 
 OUTPUTS = ["table.md", "table.csv", "table.html", "runs.csv", "curves.svg", "curves.png", "mlflow.json"]
 MODELS = ("most-popular", "hstu")
 CARD = ["card.html", "card.json", "croissant.json"]
-OUTPUTS += ["details.md", "comparisons.md", "comparisons.csv", "parity.md", "intervals.svg"]
+OUTPUTS += ["metrics.json", "details.md", "comparisons.md", "comparisons.csv", "parity.md", "intervals.svg"]
 
 
 def check_outputs(project: Path) -> None:
@@ -91,9 +94,6 @@ def test_snakemake_makes_the_demo_once(by_snakemake: Path, tmp_path: Path) -> No
     project = copy(by_snakemake, tmp_path)
     again = run("snakemake", "--cores", "2", cwd=project)
     assert "Nothing to be done" in again.stdout + again.stderr
-    run("snakemake", "--cores", "1", "--report", "report.html", cwd=project)
-    loaded = re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.?https?:", (project / "report.html").read_text())
-    assert loaded == []  # whole without a network
     # A parameter of the training leaves the data alone and trains again; one of another data set does nothing.
     path = project / "params/datasets.yaml"
     edit(path, "max_len: 200", "max_len: 100")
@@ -102,6 +102,44 @@ def test_snakemake_makes_the_demo_once(by_snakemake: Path, tmp_path: Path) -> No
     jobs = planned_jobs(project)
     assert jobs["train"] == 4
     assert not {"download", "validate", "preprocess", "synthesize"} & set(jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_report_is_one_page_that_introduces_itself(by_snakemake: Path, browser_page: Watched) -> None:
+    run("snakemake", "--cores", "1", "--report", "report.html", cwd=by_snakemake)
+    page = browser_page.page
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((by_snakemake / "report.html").as_uri())
+    page.get_by_role("heading", name="Next-item recommendation").wait_for()
+    row = page.get_by_role("row", name="HSTU").first
+    [summary] = [
+        line
+        for line in csv.DictReader((by_snakemake / "reports/demo/table.csv").read_text().splitlines())
+        if (line["model"], line["protocol"]) == ("hstu", "strict")
+    ]
+    assert f"{float(summary['test/ndcg@10']):.4f}" in row.inner_text()
+    shown = page.inner_text("body")
+    order = ["1. Results", "2. Comparisons and claims", "3. Training", "4. Data sets"]
+    assert [line.strip() for line in shown.splitlines() if line.strip() in order] == order
+    assert page.locator('a[href^="mailto:"]').count() == 0
+
+    page.get_by_role("link", name="3. Training").last.click()
+    page.get_by_text("Learning curves").first.wait_for()
+    results = page.evaluate("results")
+    assert {path.rsplit("/", 1)[1] for path in results} >= {"table.html", "curves.svg", "intervals.svg", "card.html"}
+    assert not [path for path, result in results.items() if "mailto:" in result["caption"] or not result["labels"]]
+    for path, result in results.items():
+        kind = {"text/html": "html", "image/svg+xml": "img"}.get(result["mime_type"])
+        if kind:
+            page.evaluate(
+                "([path, kind]) => app.setView({content: kind, contentPath: results[path].data_uri})", [path, kind]
+            )
+            page.locator("iframe" if kind == "html" else "#app img").last.wait_for()
+    page.evaluate("app.setView({content: 'stats'})")
+    page.locator("#runtimes canvas").wait_for()
+    assert (browser_page.refused, browser_page.failed, problems) == ([], [], [])  # whole without a network
 
 
 @pytest.mark.slow
@@ -114,6 +152,41 @@ def test_dvc_makes_the_demo_once(by_dvc: Path, tmp_path: Path) -> None:
     planned = run("dvc", "repro", "--dry", cwd=project).stdout
     assert planned.count("Running stage 'workflow/dvc.yaml:plan@") == 4
     assert not [line for line in planned.splitlines() if line.startswith("Running") and "preprocess" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_dvc_shows_what_people_can_read(by_dvc: Path, tmp_path: Path, browser_page: Watched) -> None:
+    project = copy(by_dvc, tmp_path)
+    stages = [line for line in run("dvc", "status", cwd=project).stdout.splitlines() if not line.startswith("\t")]
+    assert stages == ["workflow/dvc.yaml:check@demo:", "workflow/dvc.yaml:track@demo:"]  # which always run
+
+    [shown] = json.loads(run("dvc", "metrics", "show", "--json", cwd=project).stdout)[""]["data"].values()
+    with (project / "reports/demo/table.csv").open() as file:
+        for row in csv.DictReader(file):
+            for name in ("hr@10", "ndcg@10"):
+                found = shown["data"][row["dataset"]][row["protocol"]][row["model"]].pop(name)
+                assert found == pytest.approx(float(row[f"test/{name}"]), abs=1e-6)
+    assert not [left for of in shown["data"]["demo"].values() for left in of.values() if left]
+
+    run("dvc", "plots", "show", cwd=project)
+    browser_page.page.goto((project / "dvc_plots/index.html").as_uri())
+    pictures = browser_page.page.locator("img")
+    assert pictures.count() == 2
+    assert all(picture.evaluate("image => image.naturalWidth") > 300 for picture in pictures.all())
+    assert (browser_page.refused, browser_page.failed) == ([], [])
+
+
+@pytest.mark.slow
+def test_dvc_takes_over_what_snakemake_made(by_snakemake: Path, tmp_path: Path) -> None:
+    project = copy(by_snakemake, tmp_path)
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    makefile = (ROOT / "Makefile").read_text()
+    [recipe] = re.findall(r"^share: .*\n((?:\t.*\n)+)", makefile, re.M)
+    for command in recipe.replace("$(EXPERIMENT)", "demo").splitlines():
+        run(*command.strip().removeprefix("@").split(), cwd=project)
+    planned = run("dvc", "repro", "--dry", cwd=project).stdout
+    assert set(re.findall(r"^Running stage 'workflow/dvc.yaml:([^']+)'", planned, re.M)) == {"check@demo", "track@demo"}
 
 
 @pytest.mark.slow

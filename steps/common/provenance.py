@@ -28,6 +28,7 @@ _LEFT_OUT = ("model.safetensors", "ranks.safetensors")
 def commit() -> str:
     """The commit of this checkout, with `-dirty` when tracked files differ from it.
 
+    Reports are no code, and what DVC lists changes no result.
     On a machine that received the files without git, or with another commit's, the environment variable
     `HSTU_COMMIT` says it; with neither, `unknown`.
     """
@@ -35,7 +36,7 @@ def commit() -> str:
         return os.environ["HSTU_COMMIT"]
     try:
         head = _git("rev-parse", "HEAD")
-        dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ":!reports")
+        dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ":!reports", ":!workflow/runs.yaml")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("-dirty" if dirty else "")

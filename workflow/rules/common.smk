@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import signal
 import sqlite3
 import sys
 from contextlib import closing
@@ -14,6 +15,8 @@ from steps.common.cli import StepError
 from steps.common.datasets import TOLD
 from steps.common.files import read_json, sha256
 from steps.common.threads import cpu_threads
+from steps.reporting import claims
+from workflow.display import Display
 
 
 localrules:
@@ -62,6 +65,11 @@ REPORTING_CODE = [
 ]
 RUN = "runs/{experiment}/{dataset}/{model}/{protocol}/seed-{seed}"
 ALL_CORES = 1024  # Snakemake gives as many as there are
+
+
+# The sections of Snakemake's report, in the order in which one reads them.
+RESULTS, COMPARISONS, TRAINING = "1. Results", "2. Comparisons and claims", "3. Training"
+DATA, MEASURED = "4. Data sets", "5. Studies"
 
 
 def any_of(names):
@@ -120,10 +128,41 @@ def shown(wildcards):
     return [titles, list(labels.items())]
 
 
+WANTED = []  # the experiments of the command line; filled before Snakemake asks for inputs
+
+
+def tables_of(names):
+    """The tables by which claims about these experiments are decided."""
+    claimed = claims.experiments()
+    return [f"reports/{name}/{table}.csv" for name in names if name in claimed for table in claims.TABLES]
+
+
+def tables_made(wildcards):
+    """What `claims` waits for: the tables of the experiments that are being made. Others it takes as they are."""
+    return tables_of(WANTED)
+
+
 def tables_there(wildcards):
-    """The hashes of the tables that claims are decided by. No inputs: a claim does not make an experiment run."""
-    found = sorted(path for name in ("intervals", "comparisons") for path in Path("reports").glob(f"*/{name}.csv"))
-    return {str(path): sha256(path) for path in found}
+    """The hashes of the other tables that are there: a claim does not make an experiment run."""
+    found = tables_of(name for name in EXPERIMENTS if name not in WANTED)
+    return {path: sha256(Path(path)) for path in found if Path(path).is_file()}
+
+
+def about(wildcards):
+    """The title of what an output belongs to; none for data sets, which are items of their own."""
+    for key, kind in (("experiment", "experiments"), ("study", "studies")):
+        if key in wildcards.keys():
+            return params.load(f"{kind}/{wildcards[key]}")["title"]
+
+
+def shown_as(path, section, item):
+    """An output that Snakemake's report shows as an item of a section; its caption has the file's name.
+
+    item: what it is called there, or a function of the wildcards that says so.
+    """
+    caption = f"../report/{Path(path).name}.rst"
+    labels = lambda wildcards: {"item": item(wildcards) if callable(item) else item}
+    return report(path, caption=caption, category=section, subcategory=about, labels=labels)
 
 
 def cards(wildcards):
@@ -153,6 +192,7 @@ def prepared(prepare):
         settings = workflow.dag_settings
         if workflow.is_main_process:
             check_targets(settings.targets)
+            WANTED.extend(name for name in EXPERIMENTS if name in (set(settings.targets) or {"demo"}))
             settings.forcerun = {*settings.forcerun, *lost_from_the_store(settings.targets)}
             settings.force_incomplete = True  # what a killed Snakemake did not finish is made again
             settings.max_checksum_file_size = 2**40  # files are compared by content: generated archives are large
@@ -220,3 +260,11 @@ def lost_from_the_store(targets):
     made = {name: f"reports/{name}/mlflow.json" for name in EXPERIMENTS}
     wanted = set(targets) or {"demo"}
     return [path for name, path in made.items() if wanted & {name, path} and not is_tracked(name)]
+
+
+display = Display(workflow.output_settings.quiet or (), dry=lambda: workflow.dryrun)
+if workflow.is_main_process:
+    logger.addFilter(display)
+    signal.signal(signal.SIGINT, display.interrupt)
+    if display.brief:
+        shell.prefix("set -euo pipefail; exec >/dev/null; ")  # the steps' words go to their logs

@@ -99,7 +99,7 @@ rule card:
         lambda wildcards: f"data/valid/{params.valid_of(wildcards.dataset)}/validation.json",
         "data/processed/{dataset}/manifest.json",
     output:
-        report("reports/datasets/{dataset}/card.html", caption="../report/card.rst", category="data sets"),
+        shown_as("reports/datasets/{dataset}/card.html", DATA, lambda wildcards: DATASETS[wildcards.dataset]["title"]),
         "reports/datasets/{dataset}/card.json",
         "reports/datasets/{dataset}/croissant.json",
     log:

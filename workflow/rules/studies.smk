@@ -53,7 +53,7 @@ rule report_study:
         lambda wildcards: f"steps/studies/{settings_of(wildcards)['module']}_report.py",
         "runs/studies/{study}/rows.json",
     output:
-        report("reports/studies/{study}/figure.svg", caption="../report/study.rst", category="{study}"),
+        shown_as("reports/studies/{study}/figure.svg", MEASURED, "Figure"),
         update("reports/studies/{study}/rows.json"),
         "reports/studies/{study}/table.md",
         "reports/studies/{study}/table.csv",
