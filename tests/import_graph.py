@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "steps/evaluation": {"steps/data", "steps/common", "kernels"},
     "steps/tasks": {"steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"},
     "steps/training": {"steps/tasks", "steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"},
+    "steps/serving": {"steps/tasks", "steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"},
     "steps/cards": {"steps/common"},
     "steps/reporting": {"steps/evaluation", "steps/common"},
     "steps/studies": {"steps/training", "steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"}

@@ -77,7 +77,7 @@ class Ranker:
         self.sequences, self.rules, self.max_len, self.top = sequences, rules, max_len, top
         if sequences.item.device.type == "cuda":
             batch_size = max(batch_size, min(_USERS_AT_ONCE, _SCORES_AT_ONCE // (sequences.num_items + 1)))
-        self._candidates = {rule: _candidates(sequences, rule) for rule in {rule.candidates for rule in rules}}
+        self._candidates = {rule: candidates(sequences, rule) for rule in {rule.candidates for rule in rules}}
         users, num_after = held_out.users.split(batch_size), held_out.num_after.split(batch_size)
         sizes = _sizes(sequences, held_out, max_len, batch_size)
         self._batches = list(zip(users, num_after, sizes, strict=True))
@@ -111,12 +111,12 @@ class Ranker:
                 is_ranked = ~excluded.gather(1, target)[:, 0]
                 best = (1 + (ranked > target_score).sum(1)) * is_ranked
                 ties = ((ranked == target_score).sum(1) - 1) * is_ranked  # the target ties with itself
-                part.append((best, ties, _best(ranked, self.top)))
+                part.append((best, ties, best_items(ranked, self.top)))
         rankings = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
         return finite, [Ranking(Ranks(best, ties), top) for best, ties, top in rankings]
 
 
-def _best(ranked: torch.Tensor, count: int) -> torch.Tensor:
+def best_items(ranked: torch.Tensor, count: int) -> torch.Tensor:
     """The items (K, count) with the highest scores, best first; 0 where there are fewer candidates."""
     if not count:
         return ranked.new_zeros(len(ranked), 0, dtype=torch.int64)
@@ -155,7 +155,7 @@ def _sizes(sequences: Sequences, held_out: HeldOut, max_len: int, batch_size: in
     return [(Size(int(part.sum()), int(part.max())), int(histories.sum())) for part, histories in parts]
 
 
-def _candidates(sequences: Sequences, rule: str) -> torch.Tensor:
+def candidates(sequences: Sequences, rule: str) -> torch.Tensor:
     """Which items may be ranked: (num_items + 1,) bool."""
     if rule == "rated":
         return sequences.counts(torch.zeros_like(sequences.offsets[1:])) > 0

@@ -1,0 +1,116 @@
+"""Recommend items with a trained run: for a user of its data, for titles that you type, or for a file of either.
+
+Prints a table, or writes csv or json. A title need not be spelt as the data has it; what it is taken for is printed.
+`id:` and an id name an item too. Made to be used by hand: no stage of the pipeline. docs/recommend.md has the forms of
+files, and how the same is served over HTTP.
+"""
+
+import argparse
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate as render
+
+from steps.common.cli import StepError, run_step
+from steps.common.config import read_config
+from steps.common.files import write_text
+from steps.serving.forms import answer_of
+from steps.serving.queries import Query, read_queries
+from steps.serving.recommender import History, Recommender, Scored
+from steps.serving.run import Users, load_run
+
+_LAST = 5  # items of a history that are printed
+
+
+def queries_of(args: argparse.Namespace, recommender: Recommender, users: Users) -> list[Query]:
+    """What the arguments ask for; prints what typed titles were taken for."""
+    if args.input:
+        return read_queries(args.input, recommender.catalogue, users)
+    if args.user:
+        return [Query(args.user, users.history(args.user))]
+    return [Query("1", History([_taken(text, recommender) for text in args.history]))]
+
+
+def _taken(text: str, recommender: Recommender) -> int:
+    item = recommender.catalogue.find(text)
+    print(f"{text!r} is {recommender.catalogue.name(item)}")
+    return item
+
+
+def _table(answer: dict[str, Any]) -> str:
+    rows = [[rank, one["title"], one["item"], one["score"]] for rank, one in _ranked(answer)]
+    return render(rows, ["rank", "title", "id", "score"], floatfmt=".4f", disable_numparse=[1, 2])
+
+
+def _ranked(answer: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    return list(enumerate(answer["recommendations"], start=1))
+
+
+def _about(query: Query, answer: dict[str, Any]) -> str:
+    titles = answer["history"]
+    return f"{query.name}, {len(titles)} in the history: {'... ' * (len(titles) > _LAST)}{'; '.join(titles[-_LAST:])}"
+
+
+def _csv(answers: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["query", "rank", "item", "title", "score"])
+    for answer in answers:
+        for rank, one in _ranked(answer):
+            writer.writerow([answer["query"], rank, one["item"], one["title"], one["score"]])
+    return text.getvalue()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run", required=True, type=Path, help="a trained run: runs/<experiment>/<dataset>/<model>/<protocol>/seed-N"
+    )
+    parser.add_argument("--data", type=Path, help="default: data/processed/<the run's data set>")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--user", metavar="ID", help="a user of the data, by the id that the raw data has")
+    asked.add_argument("--history", nargs="+", metavar="TITLE", help="what somebody has seen, the latest last")
+    asked.add_argument("--input", type=Path, metavar="FILE", help="csv, json or jsonl: many users or histories")
+    asked.add_argument("--similar", metavar="TITLE", help="the items whose learnt embeddings are nearest to an item's")
+    parser.add_argument("--top", type=int, default=10, help="how many recommendations (default: 10)")
+    parser.add_argument("--seen", action="store_true", help="items of the history may be recommended")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="csv or json to write, by its suffix")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.output and args.output.suffix not in (".csv", ".json"):
+        raise StepError(f"--output {args.output}: .csv or .json, please")
+    if args.top < 1:
+        raise StepError(f"--top {args.top}: at least 1, please")
+    if not args.run.is_dir():
+        raise StepError(f"--run {args.run} does not exist; it is runs/<experiment>/<dataset>/<model>/<protocol>/seed-N")
+    data = args.data or Path("data/processed", read_config(args.run)["dataset"])
+    if not data.is_dir():
+        raise StepError(f"{data} does not exist; run preprocess, or name the run's data with --data")
+    recommender, users = load_run(args.run, data)
+    print(recommender.label)
+    catalogue = recommender.catalogue
+    if args.similar:
+        item = _taken(args.similar, recommender)
+        scored: list[tuple[Query, list[Scored]]] = [
+            (Query(catalogue.name(item), History([item])), recommender.similar(item, args.top))
+        ]
+    else:
+        queries = queries_of(args, recommender, users)
+        found = recommender.recommend([query.history for query in queries], args.top, args.seen)
+        scored = list(zip(queries, found, strict=True))
+    answers = [{"query": query.name} | answer_of(query.history, found, catalogue) for query, found in scored]
+    if args.output is None:
+        for (query, _), answer in zip(scored, answers, strict=True):
+            about = "" if args.history or args.similar else f"\n{_about(query, answer)}"
+            print(f"{about}\n{_table(answer)}")
+        return
+    text = _csv(answers) if args.output.suffix == ".csv" else json.dumps(answers, indent=2, ensure_ascii=False) + "\n"
+    write_text(args.output, text)
+    print(f"recommendations for {len(answers)} in {args.output}")
+
+
+if __name__ == "__main__":
+    run_step("recommend", __doc__, add_arguments, main)
