@@ -16,14 +16,31 @@ from steps.common import params
 from steps.common.cli import StepError, run_step
 from steps.common.files import write_json
 from steps.reporting.records import Record, read_records
+from steps.tracking.models import register
 from steps.tracking.runs import CARD, log_experiment
 from steps.tracking.store import AwayError, experiment_of, opened, remove_unfinished, shown_uri, tracking_uri
 from steps.tracking.views import set_views
 
-REQUIRED = ("table.md", "table.html", "table.csv", "runs.csv", "curves.svg", "curves.png", "comparisons.md")
+REQUIRED: tuple[str, ...] = (
+    "table.md",
+    "table.html",
+    "table.csv",
+    "runs.csv",
+    "curves.svg",
+    "curves.png",
+    "comparisons.md",
+)
 REQUIRED += ("comparisons.csv", "intervals.svg")
 #: Attached where they are there.
-OPTIONAL = ("details.md", "claims.md", "paper.md", "variants.csv", "beyond.csv", "intervals.png", "claims.csv")
+OPTIONAL: tuple[str, ...] = (
+    "details.md",
+    "claims.md",
+    "paper.md",
+    "variants.csv",
+    "beyond.csv",
+    "intervals.png",
+    "claims.csv",
+)
 OPTIONAL += ("curves-dark.svg", "intervals-dark.svg")
 
 
@@ -32,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", required=True, type=Path, help="runs/<experiment> or reports/<experiment>/records")
     parser.add_argument("--reports", required=True, type=Path, help="the tables and figures to attach")
     parser.add_argument("--cards", type=Path, default=Path("reports/datasets"), help="the data sets' cards to attach")
+    parser.add_argument("--data", type=Path, help="data/processed: register the models of runs that have weights")
     parser.add_argument("--output", required=True, type=Path, help="json to write: the MLflow id of every run")
 
 
@@ -49,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
             experiment_id = experiment_of(client, uri, args.experiment)
             remove_unfinished(client, experiment_id, uri)
             parent, runs = log_experiment(client, experiment_id, records, reports, args.cards)
-            set_views(client, experiment_id, params.load(f"experiments/{args.experiment}")["title"])
+            models = register(client, experiment_id, records, args.runs, args.data, runs) if args.data else {}
+            set_views(client, experiment_id, params.load(f"experiments/{args.experiment}")["title"], records)
     except AwayError as error:
         print(
             f"track: the MLflow server {shown_uri(uri)} does not answer; the runs of {args.experiment} are brought in "
@@ -58,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
         )
         write_json(args.output, made | {"pending": str(error), "runs": {}})
         return
-    write_json(args.output, made | {"parent": parent, "runs": runs})
+    write_json(args.output, made | {"parent": parent, "runs": runs, "models": models})
 
 
 def _point_at_missing_cards(records: list[Record], cards: Path) -> None:

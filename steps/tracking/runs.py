@@ -154,11 +154,13 @@ def _child(record: Record, dataset: Any, several: bool, colour: str) -> _Content
     run, result = record.run, record.metrics
     start, end, said = _times(record)
     label = params.label(run.model)
+    group = f"{f'{run.dataset}, ' if several else ''}{label}, {run.protocol}"
     tags = {
         "kind": "run",
         "dataset": run.dataset,
         "protocol": run.protocol,
         "model": label,
+        "group": group,
         "seed": str(run.seed),
         "times": said,
         "mlflow.runColor": colour,
@@ -174,7 +176,7 @@ def _child(record: Record, dataset: Any, several: bool, colour: str) -> _Content
     variants = [{"rule": rule, **values} for rule, values in result.get("variants", {}).items()]
     return _Content(
         key=str(run.path),
-        name=f"{f'{run.dataset}, ' if several else ''}{label}, {run.protocol}, seed {run.seed}",
+        name=f"{group}, seed {run.seed}",
         digest=hashlib.sha256("".join(record.texts.values()).encode()).hexdigest(),
         times=(start, end),
         tags=tags,

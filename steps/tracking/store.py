@@ -45,7 +45,7 @@ def is_server(uri: str) -> bool:
 def shown_uri(uri: str) -> str:
     """The address without the user and password that it may hold."""
     parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
 
 
 @contextmanager

@@ -8,23 +8,30 @@ from typing import Any
 from urllib.parse import quote
 
 from steps.common import params
+from steps.reporting.records import Record
 from steps.tracking.store import NEWEST, search
 
 #: The newest runs alone, without their parent.
 _RUNS = f"tags.state = '{NEWEST}' and tags.kind = 'run'"
+#: What runs that differ in their seed alone share.
+_ROWS = {
+    "aggregateFunction": "average",
+    "groupByKeys": [{"mode": "tag", "groupByData": "group"}],
+}
 _TABLE, _CHARTS, _PAIR = "table", "charts", "pair"
 
 
-def set_views(client: Any, experiment_id: str, title: str) -> None:
-    """Describe the experiment, and set its shared views."""
+def set_views(client: Any, experiment_id: str, title: str, records: list[Record]) -> None:
+    """Describe the experiment, and set its shared views; the charts show means where rows have several seeds."""
     task = params.load("tasks")["retrieval"]
     headline, compared = [_logged(name) for name in task["headline"]], _logged(task["compared"])
     charts = _charts(headline, compared)
+    means = {"groupBy": _ROWS, "runsHiddenMode": "SHOW_ALL"} if len({one.run.seed for one in records}) > 1 else {}
     tags = {
         "mlflow.note.content": title,
         "mlflow.experimentKind": "custom_model_development",  # not GenAI, whose page has no runs
         f"mlflow.sharedViewState.{_TABLE}": json.dumps(_table(headline)),
-        f"mlflow.sharedViewState.{_CHARTS}": json.dumps(charts),
+        f"mlflow.sharedViewState.{_CHARTS}": json.dumps(charts | means),
     }
     if pair := compared_runs(client, experiment_id):
         chosen = f"attributes.run_id IN ({', '.join(map(repr, pair))})"
@@ -117,7 +124,7 @@ def _card(kind: str, section: str, metric: str, title: str) -> dict[str, Any]:
         "displayName": title,
         "runsCountToCompare": 20,
         "deleted": False,
-        "isGenerated": kind != "PARALLEL",
+        "isGenerated": False,
     }
     if kind == "PARALLEL":
         return card | {"showAllRuns": True}
