@@ -5,12 +5,13 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from steps.common.files import atomic_path, sha256
 from steps.serving.recommender import Recommender
-from steps.serving.run import Users, load_run
+from steps.serving.run import load_run, popular
 
 _PROJECT = Path(__file__).resolve().parents[2]
 #: The code that goes with a model, and files and folders of it that do not.
@@ -48,11 +49,17 @@ def save_model(run: Path, data: Path, output: Path) -> None:
 
     The same run, data, code and libraries give the same bytes. Raises StepError if run and data do not belong together.
     """
+    recommender, users = load_run(run, data)
+    write_model(recommender, popular(users.sequences, _EXAMPLE_LENGTH), output)
+
+
+def write_model(recommender: Recommender, example: Sequence[int], output: Path) -> None:
+    """What `save_model` writes, of a recommender. example: the items of the history that is the input example."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow.pyfunc  # late: seconds
     from mlflow.models import Model
 
-    recommender, users = load_run(run, data)
+    history = [recommender.catalogue.typed(item) for item in example]
     with tempfile.TemporaryDirectory() as temporary, atomic_path(output) as unfinished:
         staged = Path(temporary)
         (staged / "recommender").mkdir()
@@ -64,7 +71,7 @@ def save_model(run: Path, data: Path, output: Path) -> None:
             data_path=str(staged / "recommender"),
             code_paths=[str(staged / "kernels"), str(staged / "steps")],
             mlflow_model=Model(signature=_signature(), model_uuid=_id(staged), utc_time_created=_NO_TIME),
-            input_example=(_example(recommender, users), {"k": 3}),
+            input_example=([{"history": history}], {"k": 3}),
             pip_requirements=_requirements(),
         )
 
@@ -109,13 +116,6 @@ def _signature() -> Any:
     # lines of links around what is wrong. Of a class with a typed `predict` MLflow sets it itself.
     signature._is_signature_from_type_hint = True
     return signature
-
-
-def _example(recommender: Recommender, users: Users) -> list[dict[str, Any]]:
-    """A history of the items that have most interactions, and so is nobody's."""
-    counts = users.sequences.counts(users.sequences.offsets.diff() * 0)
-    items = counts.argsort(descending=True, stable=True)[:_EXAMPLE_LENGTH].tolist()
-    return [{"history": [recommender.catalogue.typed(item) for item in items]}]
 
 
 def _requirements() -> list[str]:

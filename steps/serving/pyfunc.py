@@ -3,9 +3,11 @@
 Every check of a request is made here, so that whatever is wrong with one is said in one line, with HTTP status 400.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
@@ -68,5 +70,12 @@ class Served:
 
 
 def _load_pyfunc(data_path: str) -> Served:
-    """Called by MLflow. data_path: a folder that `Recommender.save` filled."""
-    return Served(Recommender.load(Path(data_path)))
+    """Called by MLflow. data_path: a folder that `Recommender.save` filled.
+
+    Each request computes on one thread, unless OMP_NUM_THREADS says otherwise: requests at once share the cores.
+    """
+    recommender = Recommender.load(Path(data_path))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    recommender.catalogue.prepare()
+    return Served(recommender)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
@@ -50,22 +51,38 @@ def load_run(run: Path, data: Path) -> tuple[Recommender, Users]:
     sequences, digest = load_sequences(data, torch.device("cpu"))
     if trained.get("data_sha256") != digest:
         raise StepError(f"{run} was trained on other sequences than {data} has; name its own with --data")
-    manifest = data / "manifest.json"
-    hashes = {f"{name}.parquet": str(read_json(manifest).get(f"{name}_sha256")) for name in ("items", "users")}
-    require_files(data, hashes, manifest, _REMEDY)
-    with reading(data / "items.parquet", _REMEDY):
-        items = pl.read_parquet(data / "items.parquet").sort("id")
-        catalogue = Catalogue(items["raw_id"].cast(pl.String).to_list(), items["title"].fill_null("").to_list())
-    with reading(data / "users.parquet", _REMEDY):
-        users = pl.read_parquet(data / "users.parquet")
-        number = dict(zip(users["raw_id"].cast(pl.String), users["id"], strict=True))
     model = trained_model(run, config, sequences.num_items)
-    candidate = candidates(sequences, Rules.of(config).candidates)
-    return Recommender(config, model, catalogue, candidate, typical_gap(sequences)), Users(number, sequences)
+    users = _read(data, "users")
+    number = dict(zip(users["raw_id"].cast(pl.String), users["id"], strict=True))
+    return recommender_of(config, model, sequences, data), Users(number, sequences)
+
+
+def recommender_of(config: dict[str, Any], model: torch.nn.Module, sequences: Sequences, data: Path) -> Recommender:
+    """What recommends with a model that was trained on the sequences of the folder `data`."""
+    items = _read(data, "items").sort("id")
+    catalogue = Catalogue(items["raw_id"].cast(pl.String).to_list(), items["title"].fill_null("").to_list())
+    return Recommender(
+        config, model, catalogue, candidates(sequences, Rules.of(config).candidates), typical_gap(sequences)
+    )
+
+
+def popular(sequences: Sequences, count: int) -> list[int]:
+    """The items, from 1, with the most interactions: a history to show as an example, which is nobody's."""
+    counts = sequences.counts(torch.zeros_like(sequences.offsets[1:]))
+    return counts.argsort(descending=True, stable=True)[:count].tolist()
+
+
+def _read(data: Path, name: str) -> pl.DataFrame:
+    """A table of the processed data, as its manifest describes it."""
+    manifest, path = data / "manifest.json", data / f"{name}.parquet"
+    require_files(data, {path.name: str(read_json(manifest).get(f"{name}_sha256"))}, manifest, _REMEDY)
+    with reading(path, _REMEDY):
+        return pl.read_parquet(path)
 
 
 def typical_gap(sequences: Sequences) -> int:
-    """The median time between successive interactions of a user, in seconds."""
+    """The median time from an interaction of a user to the next that has another time, in seconds; 0 if none has."""
     user, _ = sequence_and_position(sequences.offsets, len(sequences.item))
     gaps = sequences.timestamp.diff()[user.diff() == 0]
+    gaps = gaps[gaps > 0]
     return int(gaps.median()) if len(gaps) else 0

@@ -40,6 +40,11 @@ class Catalogue:
         """Whether any item has a title."""
         return any(self.titles)
 
+    def prepare(self) -> None:
+        """Make the tables of titles beforehand, which the first search makes otherwise."""
+        for table in (self._by_id, self._as_written, self._all_names, self._owners):
+            len(table)
+
     def name(self, item: int) -> str:
         """What an item is called: its title, else its id."""
         return self.titles[item - 1] or self.ids[item - 1]
