@@ -16,32 +16,16 @@ from steps.common import params
 from steps.common.cli import StepError, run_step
 from steps.common.files import write_json
 from steps.reporting.records import Record, read_records
-from steps.tracking.models import register
 from steps.tracking.runs import CARD, log_experiment
 from steps.tracking.store import AwayError, experiment_of, opened, remove_unfinished, shown_uri, tracking_uri
 from steps.tracking.views import set_views
 
-REQUIRED: tuple[str, ...] = (
-    "table.md",
-    "table.html",
-    "table.csv",
-    "runs.csv",
-    "curves.svg",
-    "curves.png",
-    "comparisons.md",
-)
-REQUIRED += ("comparisons.csv", "intervals.svg")
+REQUIRED = ("table.md", "table.html", "table.csv", "runs.csv", "curves.svg", "comparisons.md", "comparisons.csv")
 #: Attached where they are there.
-OPTIONAL: tuple[str, ...] = (
-    "details.md",
-    "claims.md",
-    "paper.md",
-    "variants.csv",
-    "beyond.csv",
-    "intervals.png",
-    "claims.csv",
+OPTIONAL = (
+    *("details.md", "claims.md", "paper.md", "variants.csv", "beyond.csv", "claims.csv", "intervals.svg"),
+    *("curves.png", "intervals.png", "curves-dark.svg", "intervals-dark.svg"),
 )
-OPTIONAL += ("curves-dark.svg", "intervals-dark.svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +51,11 @@ def main(args: argparse.Namespace) -> None:
             experiment_id = experiment_of(client, uri, args.experiment)
             remove_unfinished(client, experiment_id, uri)
             parent, runs = log_experiment(client, experiment_id, records, reports, args.cards)
-            models = register(client, experiment_id, records, args.runs, args.data, runs) if args.data else {}
+            models = {}
+            if args.data:
+                from steps.tracking.models import register  # it loads torch
+
+                models = register(client, experiment_id, records, args.runs, args.data, runs)
             set_views(client, experiment_id, params.load(f"experiments/{args.experiment}")["title"], records)
     except AwayError as error:
         print(

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from steps.common import params
+from steps.evaluation.metrics import SELECTION_METRIC
 from steps.reporting.records import Record, by_row
 from steps.serving.mlflow_model import save_model
 
-_SELECTED = "ndcg@10"
+_VALID_TAG = f"valid.{SELECTION_METRIC.replace('@', '_at_')}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class _Candidate:
 
     @property
     def valid(self) -> float:
-        return float(self.record.metrics["valid"][_SELECTED])
+        return float(self.record.metrics["valid"][SELECTION_METRIC])
 
 
 def register(
@@ -47,7 +48,7 @@ def register(
         _Candidate(best, runs / best.run.path, data / best.run.dataset, ids[str(best.run.path)])
         for row in by_row(records).values()
         if "valid" in row[0].metrics
-        for best in [max(row, key=lambda record: record.metrics["valid"][_SELECTED])]
+        for best in [max(row, key=lambda record: record.metrics["valid"][SELECTION_METRIC])]
     ]
     chosen = [
         one for one in chosen if (one.folder / "model.safetensors").is_file() and (one.data / "manifest.json").is_file()
@@ -128,19 +129,18 @@ def _tags(candidate: _Candidate) -> dict[str, str]:
     run, result = candidate.record.run, candidate.record.metrics
     tags = {"run": str(run.path), "experiment": run.experiment, "protocol": run.protocol, "seed": str(run.seed)}
     tags |= {name: str(result[name]) for name in ("weights_sha256", "data_sha256", "commit")}
-    return tags | {f"valid.{_SELECTED.replace('@', '_at_')}": str(candidate.valid)}
+    return tags | {_VALID_TAG: str(candidate.valid)}
 
 
 def _set_alias(client: Any, candidate: _Candidate, first: bool) -> None:
     """Point the alias at the best version of this protocol on the same data, of whatever experiment."""
     run, data = candidate.record.run, candidate.record.metrics["data_sha256"]
-    tag = f"valid.{_SELECTED.replace('@', '_at_')}"
     versions = [
         one
         for one in client.search_model_versions(f"name = '{candidate.name}'")
         if one.tags.get("protocol") == run.protocol and one.tags.get("data_sha256") == data
     ]
-    best = max(versions, key=lambda one: (float(one.tags[tag]), -int(one.version)))
+    best = max(versions, key=lambda one: (float(one.tags[_VALID_TAG]), -int(one.version)))
     alias = "best" if first else f"best-{run.protocol}"
     if client.get_registered_model(candidate.name).aliases.get(alias) != str(best.version):
         client.set_registered_model_alias(candidate.name, alias, str(best.version))

@@ -147,7 +147,7 @@ def _open_file(store: Path) -> Any:
         with atomic_path(store) as temporary:
             _client(f"sqlite:///{temporary}").search_experiments()
     try:
-        client = _client(f"sqlite:///{store}")
+        client = _client(f"sqlite:///{store.resolve()}")
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError) as error:
         raise StepError(
