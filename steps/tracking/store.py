@@ -4,6 +4,7 @@ Every run, an experiment's parent among them, has tags that say what it is:
 `key` (its path in the experiment), `content` (the hash of what was logged), `state` (newest or earlier).
 """
 
+import logging
 import os
 import socket
 import sqlite3
@@ -60,15 +61,16 @@ def opened(uri: str) -> Iterator[Any]:
         from mlflow.exceptions import MlflowException, RestException  # 1.2 s: only when needed
         from requests.exceptions import RequestException
 
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it reports every try
         client = _open_file(local) if local else _client(uri)
         try:
             yield client
         except RestException as error:
-            raise StepError(f"the MLflow store {shown_uri(uri)} refuses: {_first_line(error)}") from error
+            raise StepError(f"the MLflow store {shown_uri(uri)} refuses: {_first_line(error, uri)}") from error
         except (MlflowException, RequestException) as error:
             if not is_server(uri):
                 raise
-            raise AwayError(_first_line(error)) from error
+            raise AwayError(_first_line(error, uri)) from error
 
 
 def experiment_of(client: Any, uri: str, name: str) -> str:
@@ -166,5 +168,6 @@ def _make_relative(experiment_id: str, location: Path) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _first_line(error: Exception, uri: str = LOCAL) -> str:
+    """What MLflow says, without the password that an address may hold."""
+    return str(error).splitlines()[0].replace(uri.rstrip("/"), shown_uri(uri).rstrip("/"))
