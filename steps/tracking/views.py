@@ -43,17 +43,17 @@ def set_views(client: Any, experiment_id: str, title: str, records: list[Record]
 def addresses(client: Any, base: str, experiment: Any) -> dict[str, str]:
     """Where the UI at `base` shows the experiment's runs as a list and as charts, by what is shown there."""
     place = f"{base}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
-    found = {
-        "all runs, below their tables": place,
-        "the newest runs as a table": f"{place}&viewStateShareKey={_TABLE}",
-        "the newest runs as charts": f"{place}&viewStateShareKey={_CHARTS}&compareRunsMode=CHART",
-    }
+    found = {}
     pair = compared_runs(client, experiment.experiment_id)
     if pair:
-        runs, ids = quote(json.dumps(pair, separators=(",", ":"))), quote(json.dumps([experiment.experiment_id]))
+        runs, ids = (quote(json.dumps(some, separators=(",", ":"))) for some in (pair, [experiment.experiment_id]))
         found["SASRec and HSTU: curves"] = f"{place}&viewStateShareKey={_PAIR}&compareRunsMode=CHART"
         found["SASRec and HSTU: parameters and results"] = f"{base}/#/compare-runs?runs={runs}&experiments={ids}"
-    return found
+    return found | {
+        "the newest runs as charts": f"{place}&viewStateShareKey={_CHARTS}&compareRunsMode=CHART",
+        "the newest runs as a table": f"{place}&viewStateShareKey={_TABLE}",
+        "all runs, below their tables": place,
+    }
 
 
 def compared_runs(client: Any, experiment_id: str) -> list[str]:
