@@ -5,6 +5,7 @@ change the template, not the page. A figure that no table has is an error: no pa
 """
 
 import argparse
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from tabulate import tabulate as render
 
 from steps.common import params
 from steps.common.cli import StepError, run_step
-from steps.common.files import write_text
+from steps.common.files import read_json, write_text
 from steps.reporting.records import cell
 
 #: A page by its template.
-PAGES = {"README.md.j2": "README.md", "results.md.j2": "docs/results.md", "findings.md.j2": "docs/findings.md"}
+PAGES = {"README.md.j2": "README.md"} | {
+    f"{name}.md.j2": f"docs/{name}.md" for name in ("results", "findings", "recommend")
+}
+_CALLED = ("tables", "headline", "recommended", "metric", "lead", "published", "users")  # by templates
 
 
 class Figures:
@@ -57,6 +61,20 @@ class Figures:
             lines.append([*line, *(f"{published[metric]:.4f}" if metric in published else "" for metric in metrics)])
         headers = [f"{name} {metric.upper()}" for name in [*protocols, "published"] for metric in metrics]
         return render(lines, ["model", *headers], tablefmt="github", disable_numparse=True)
+
+    def recommended(self, experiment: str) -> dict[str, Any]:
+        """An example that steps.recommend wrote: the `typed` titles in quotes, `top`, how many were asked for, the
+        answer as a `table`, and as the `json` that a server gives."""
+        (answer,) = read_json(self.reports / experiment / "recommendations.json", list)
+        del answer["query"]
+        found = answer["recommendations"]
+        rows = [[rank, one["title"], f"{one['score']:.4f}"] for rank, one in enumerate(found, start=1)]
+        return {
+            "typed": [f'"{text}"' for text in answer["understood"]],
+            "top": len(found),
+            "table": render(rows, ["rank", "title", "score"], tablefmt="github"),
+            "json": json.dumps({"predictions": [answer]}, indent=1),
+        }
 
     def metric(self, experiment: str, dataset: str, protocol: str, model: str, name: str, part: str = "test") -> float:
         """A mean over seeds. part: test, valid, or test_best, the epoch that is best on test."""
@@ -107,7 +125,7 @@ def render_page(template: Path, reports: Path) -> str:
     """The page that a template makes. Raises StepError that names the template if it asks for what is not there."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701 - Markdown
     figures = Figures(reports)
-    names = {name: getattr(figures, name) for name in ("tables", "headline", "metric", "lead", "published", "users")}
+    names = {name: getattr(figures, name) for name in _CALLED}
     environment.filters |= {"four": "{:.4f}".format, "signed": "{:+.4f}".format, "p": p_value}
     environment.filters["percent"] = lambda share: f"{share:.1%}".replace("%", " %")
     try:

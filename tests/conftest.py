@@ -44,6 +44,7 @@ LONGEST = (
     "test_training.py",
     "test_project.py",
     "test_studies.py",
+    "test_recommend.py",
 )
 
 

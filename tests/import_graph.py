@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "steps/reporting": {"steps/evaluation", "steps/common"},
     "steps/tracking": {"steps/serving", "steps/reporting", "steps/evaluation", "steps/common"},
     "steps/studies": {"steps/training", "steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"}
-    | {"steps/data/generators"},
+    | {"steps/data/generators", "steps/serving"},
 }
 ROOMS = frozenset(ALLOWED)
 ALLOWED |= {"steps": set(ROOMS), "workflow": {"steps/common"}}  # `steps` are the steps themselves, each a command line

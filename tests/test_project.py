@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def test_committed_tables_and_pages_are_those_of_the_committed_records(tmp_path:
                 assert (tmp_path / experiment / name).read_text() == committed.read_text(), (
                     f"run `make tables`: {committed}"
                 )
+    shutil.copyfile(ROOT / "reports/demo/recommendations.json", tmp_path / "demo/recommendations.json")
     step("docs", "--reports", tmp_path, "--output", tmp_path, cwd=ROOT)
     for page in PAGES.values():
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"run `make tables`: {page}"

@@ -10,10 +10,10 @@ from steps.serving.titles import Catalogue
 _KEYS = ("history", "timestamps", "at")
 
 
-def history_of(content: Any, catalogue: Catalogue) -> History:
-    """The history of an object with `history`, and perhaps `timestamps` and `at`. Numbers among items are ids.
+def history_of(content: Any, catalogue: Catalogue) -> tuple[History, dict[str, str]]:
+    """The history of an object with `history`, and perhaps `timestamps` and `at`; and what titles were taken for.
 
-    Raises StepError that names the key, if one is missing, unknown or wrong.
+    Numbers among items are ids. Raises StepError that names the key, if one is missing, unknown or wrong.
     """
     if not isinstance(content, dict) or "history" not in content:
         raise StepError('an object with the key "history" is wanted')
@@ -28,13 +28,13 @@ def history_of(content: Any, catalogue: Catalogue) -> History:
     if at is not None and not _is_whole(at):
         raise StepError("at: a time in whole seconds since 1970 is wanted")
     items = [catalogue.find(one) if isinstance(one, str) else catalogue.with_id(str(one)) for one in typed]
-    return History(items, timestamps, at)
+    return History(items, timestamps, at), catalogue.understood(typed, items)
 
 
-def answer_of(history: History, scored: Sequence[Scored], catalogue: Catalogue) -> dict[str, Any]:
-    """An object with the `history`, as the titles that it was taken for, and the `recommendations`, best first."""
+def answer_of(understood: dict[str, str], scored: Sequence[Scored], catalogue: Catalogue) -> dict[str, Any]:
+    """An object with `understood`, what typed titles were taken for, and the `recommendations`, best first."""
     return {
-        "history": [catalogue.name(item) for item in history.items],
+        "understood": understood,
         "recommendations": [
             {"item": catalogue.ids[one.item - 1], "title": catalogue.name(one.item), "score": one.score}
             for one in scored

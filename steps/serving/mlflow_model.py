@@ -41,11 +41,12 @@ def save_model(run: Path, data: Path, output: Path) -> None:
 
     The input is a list of histories, the output a list with an object for each:
 
-        {"history": [title, ...], "recommendations": [{"item": id, "title": title, "score": number}, ...]}
+        {"understood": {typed: title}, "recommendations": [{"item": id, "title": title, "score": number}, ...]}
 
-    with the titles that the typed ones were taken for. Optional in an input: `timestamps`, as many as items, and `at`,
-    when to recommend, in seconds since 1970. Params: `k` (10), how many; `seen` (false), whether items of the history
-    may be recommended. What is wrong with a request is one line of text and HTTP status 400.
+    `understood` has the titles that texts were taken for which are none as they stand. Optional in an input:
+    `timestamps`, as many as items, and `at`, when to recommend, in seconds since 1970. Params: `k` (10), how many;
+    `seen` (false), whether items of the history may be recommended. What is wrong with a request is one line of text
+    and HTTP status 400.
 
     The same run, data, code and libraries give the same bytes. Raises StepError if run and data do not belong together.
     """
@@ -94,7 +95,7 @@ def _id(folder: Path) -> str:
 
 def _signature() -> Any:
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
+    from mlflow.types.schema import Array, ColSpec, DataType, Map, Object, ParamSchema, ParamSpec, Property, Schema
 
     history = [
         Property("history", Array(DataType.string)),
@@ -106,7 +107,7 @@ def _signature() -> Any:
         Property("title", DataType.string),
         Property("score", DataType.double),
     ]
-    answer = [Property("history", Array(DataType.string)), Property("recommendations", Array(Object(recommendation)))]
+    answer = [Property("understood", Map(DataType.string)), Property("recommendations", Array(Object(recommendation)))]
     signature = ModelSignature(
         inputs=Schema([ColSpec(Object(history))]),
         outputs=Schema([ColSpec(Object(answer))]),

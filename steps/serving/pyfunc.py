@@ -14,6 +14,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from steps.common.cli import StepError
 from steps.serving.forms import answer_of, history_of
 from steps.serving.recommender import History, Recommender
+from steps.serving.together import Together
 
 #: The params of a request: how many recommendations, and whether items of the history may be among them.
 DEFAULTS: dict[str, Any] = {"k": 10, "seen": False}
@@ -43,9 +44,10 @@ class Served:
 
     def __init__(self, recommender: Recommender) -> None:
         self._recommender = recommender
+        self._together = Together(recommender)
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """An object with `history` and `recommendations` for each object with a `history` in `model_input`.
+        """An object with `understood` and `recommendations` for each object with a `history` in `model_input`.
 
         Raises BadRequest.
         """
@@ -56,17 +58,14 @@ class Served:
         top, most = given["k"], len(catalogue)
         if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= most:
             raise BadRequest(f"params.k: {top!r} is no whole number from 1 to {most}, the number of items")
-        histories: list[History] = []
+        read: list[tuple[History, dict[str, str]]] = []
         for place, one in enumerate(model_input):
             try:
-                histories.append(history_of(one, catalogue))
+                read.append(history_of(one, catalogue))
             except StepError as error:
                 raise BadRequest(f"inputs[{place}]: {error}") from error
-        try:
-            found = self._recommender.recommend(histories, top, bool(given["seen"]))
-        except StepError as error:
-            raise BadRequest(str(error)) from error
-        return [answer_of(history, scored, catalogue) for history, scored in zip(histories, found, strict=True)]
+        found = self._together.recommend([history for history, _ in read], top, bool(given["seen"]))
+        return [answer_of(understood, scored, catalogue) for (_, understood), scored in zip(read, found, strict=True)]
 
 
 def _load_pyfunc(data_path: str) -> Served:

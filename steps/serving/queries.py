@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from steps.common.files import read_json, read_jsonl, reading
 from steps.serving.forms import history_of
 from steps.serving.recommender import History
 from steps.serving.run import Users
-from steps.serving.titles import Catalogue
+from steps.serving.titles import ID, Catalogue
 
 _REMEDY = "give it as docs/recommend.md says"
 _CSV = "a column user, or the columns history and title (or item, an id), and perhaps timestamp"
@@ -19,10 +19,14 @@ _CSV = "a column user, or the columns history and title (or item, an id), and pe
 
 @dataclass(frozen=True)
 class Query:
-    """What recommendations are asked for. name: the user's id, the history's name, or its number in the file."""
+    """What recommendations are asked for.
+
+    name: the user's id, the history's name, or its number in the file. understood: what typed titles were taken for.
+    """
 
     name: str
     history: History
+    understood: dict[str, str] = field(default_factory=dict)
 
 
 def read_queries(path: Path, catalogue: Catalogue, users: Users) -> list[Query]:
@@ -60,7 +64,7 @@ def _of_object(content: Any, name: str, catalogue: Catalogue, users: Users) -> Q
         if len(content) > 1:
             raise StepError("a user's history is that of the data; leave out the other keys")
         return Query(str(content["user"]), users.history(str(content["user"])))
-    return Query(name, history_of(content, catalogue))
+    return Query(name, *history_of(content, catalogue))
 
 
 def _of_csv(path: Path, catalogue: Catalogue, users: Users) -> list[Query]:
@@ -79,9 +83,11 @@ def _of_csv(path: Path, catalogue: Catalogue, users: Users) -> list[Query]:
     key = kind.pop()
     find = catalogue.find if key == "title" else catalogue.with_id
     items: dict[str, list[int]] = {}
+    texts: dict[str, list[str]] = {}
     times: dict[str, list[int]] = {}
     for line, row in rows:
         items.setdefault(row["history"], []).append(_located(f"{path}, line {line}", find, row[key]))
+        texts.setdefault(row["history"], []).append(row[key] if key == "title" else f"{ID}{row[key]}")
         if "timestamp" in row:
             if not row["timestamp"].isdecimal():
                 raise StepError(
@@ -89,6 +95,10 @@ def _of_csv(path: Path, catalogue: Catalogue, users: Users) -> list[Query]:
                 )
             times.setdefault(row["history"], []).append(int(row["timestamp"]))
     return [
-        Query(name, _located(f"{path}, history {name!r}", History, found, times.get(name)))
+        Query(
+            name,
+            _located(f"{path}, history {name!r}", History, found, times.get(name)),
+            catalogue.understood(texts[name], found),
+        )
         for name, found in items.items()
     ]

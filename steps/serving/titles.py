@@ -70,6 +70,15 @@ class Catalogue:
                 return self._only(text, items)
         return self._only(text, self._near(text))
 
+    def understood(self, texts: Iterable[str | int], items: Iterable[int]) -> dict[str, str]:
+        """The title that a text was taken for, of each that is neither a title as it stands nor an id.
+
+        items: what `find` gave for the texts.
+        """
+        pairs = zip(texts, items, strict=True)
+        named = [(text, self.titles[item - 1]) for text, item in pairs if isinstance(text, str)]
+        return {text: title for text, title in named if title and text != title and not text.startswith(ID)}
+
     def with_id(self, raw_id: str) -> int:
         """The item, from 1, with an id of the raw data. Raises StepError if there is none."""
         if raw_id not in self._by_id:

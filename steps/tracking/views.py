@@ -18,6 +18,10 @@ _ROWS = {
     "aggregateFunction": "average",
     "groupByKeys": [{"mode": "tag", "groupByData": "group"}],
 }
+_SECTIONS = [
+    {"uuid": uuid, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": True}
+    for uuid, name in (("results", "Results"), ("system", "What an epoch takes"), ("curves", "Curves"))
+]
 _TABLE, _CHARTS, _PAIR = "table", "charts", "pair"
 
 
@@ -35,7 +39,9 @@ def set_views(client: Any, experiment_id: str, title: str, records: list[Record]
     }
     if pair := compared_runs(client, experiment_id):
         chosen = f"attributes.run_id IN ({', '.join(map(repr, pair))})"
-        tags[f"mlflow.sharedViewState.{_PAIR}"] = json.dumps(charts | {"searchFilter": chosen})
+        tags[f"mlflow.sharedViewState.{_PAIR}"] = json.dumps(
+            charts | {"searchFilter": chosen, "compareRunSections": _SECTIONS[::-1]}
+        )
     for name, value in tags.items():
         client.set_experiment_tag(experiment_id, name, value)
 
@@ -100,7 +106,6 @@ def _charts(headline: list[str], compared: str) -> dict[str, Any]:
         )
     ]
     system = [_card("LINE", "system", f"system/{name}", name) for name in ("seconds", "step_milliseconds")]
-    sections = [("results", "Results"), ("curves", "Curves"), ("system", "What an epoch takes")]
     return {
         "searchFilter": _RUNS,
         "orderByKey": f"metrics.`reported/test/{headline[-1]}`",
@@ -108,10 +113,7 @@ def _charts(headline: list[str], compared: str) -> dict[str, Any]:
         "runsHiddenMode": "FIRST_20_RUNS",
         "isAccordionReordered": True,  # otherwise sections are sorted by their names
         "compareRunCharts": [*bars, parallel, *curves, *system],
-        "compareRunSections": [
-            {"uuid": uuid, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": True}
-            for uuid, name in sections
-        ],
+        "compareRunSections": _SECTIONS,
     }
 
 

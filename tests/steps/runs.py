@@ -72,6 +72,19 @@ def planned(settings: dict[str, Any], data: Path) -> dict[str, Any]:
     return settings | {"split": split_sha256(sequences, split_sequences(sequences, settings["protocol"]))}
 
 
+def add_tables(data: Path, users: list[str], titles: list[str]) -> Path:
+    """Put items.parquet, whose ids are 1001 and so on, and users.parquet beside processed sequences."""
+    import polars as pl  # not at the top: there is none on a bare GPU machine
+
+    ids = range(1, len(titles) + 1)
+    items = pl.DataFrame({"id": ids, "raw_id": [1000 + item for item in ids], "title": titles})
+    items.write_parquet(data / "items.parquet")
+    pl.DataFrame({"id": range(len(users)), "raw_id": users}).write_parquet(data / "users.parquet")
+    hashes = {f"{name}_sha256": sha256(data / f"{name}.parquet") for name in ("items", "users")}
+    write_json(data / "manifest.json", read_json(data / "manifest.json") | hashes)
+    return data
+
+
 def seal(run: Path) -> None:
     """Put the hashes of a run's files into its metrics.json, as train and evaluate would."""
     hashes = {"config_sha256": content_sha256(read_json(run / "config.json"))}

@@ -10,23 +10,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 import requests
 from safetensors.numpy import load_file
 
 from steps.common.cli import StepError
-from steps.common.files import read_json, sha256, write_json
+from steps.common.files import read_json, write_json
 from steps.serving.mlflow_model import save_model
 from steps.serving.recommender import History, Recommender
 from steps.serving.run import Users, load_run
 from steps.serving.titles import Catalogue
+from steps.serving.together import Together
 from tests.conftest import ROOT, step, write_processed
-from tests.steps.runs import PAPER, STRICT, config, planned
+from tests.steps.runs import PAPER, STRICT, add_tables, config, planned
 
 NUM_ITEMS, NUM_USERS, MAX_LEN = 60, 40, 9
 MODELS = ["hstu", "hstu-rowwise", "sasrec", "bert4rec", "gru4rec", "popular", "markov", "item-knn"]
@@ -42,16 +43,12 @@ def user_id(user: int) -> str:
 
 
 def describe(data: Path, titles: bool = True) -> Path:
-    """Put items.parquet and users.parquet beside sequences, as preprocess does."""
-    ids = range(1, NUM_ITEMS + 1)
-    names = [TITLES.get(item, f"Film {'ABCDEFGHIJ'[item % 10] * 3} {item} (1990)") if titles else "" for item in ids]
-    items = {"id": ids, "raw_id": [item_id(item) for item in ids], "title": names}
-    pl.DataFrame(items).write_parquet(data / "items.parquet")
-    users = {"id": range(NUM_USERS), "raw_id": [user_id(user) for user in range(NUM_USERS)]}
-    pl.DataFrame(users).write_parquet(data / "users.parquet")
-    hashes = {f"{name}_sha256": sha256(data / f"{name}.parquet") for name in ("items", "users")}
-    write_json(data / "manifest.json", read_json(data / "manifest.json") | hashes)
-    return data
+    """Put items and users beside sequences."""
+    numbers = range(1, NUM_ITEMS + 1)
+    names = [
+        TITLES.get(item, f"Film {'ABCDEFGHIJ'[item % 10] * 3} {item} (1990)") if titles else "" for item in numbers
+    ]
+    return add_tables(data, [user_id(user) for user in range(NUM_USERS)], names)
 
 
 def train(run: Path, data: Path, model: str, protocol: dict[str, Any] = STRICT, **changes: Any) -> Path:
@@ -179,6 +176,43 @@ def test_a_history_without_times_goes_at_the_pace_of_the_data(loaded: tuple[Reco
     untimed, without_at, paced, late = (recommender.recommend([history], 5)[0] for history in timed)
     assert untimed == without_at == paced
     assert [one.score for one in late] != [one.score for one in paced]  # HSTU is told when the next item comes
+
+
+def test_requests_at_once_get_what_each_gets_alone(loaded: tuple[Recommender, Users]) -> None:
+    recommender, _ = loaded
+    calls: list[int] = []
+
+    class Slow:
+        def recommend(self, histories: list[History], top: int, seen: bool) -> Any:
+            calls.append(len(histories))
+            time.sleep(0.05)  # meanwhile the others come
+            return recommender.recommend(histories, top, seen)
+
+    together = Together(Slow())  # type: ignore[arg-type]
+    asked = [
+        ([History([1 + place, 2]), History([3])][: 1 + place % 2], 1 + place % 4, place % 5 == 0) for place in range(40)
+    ]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(lambda one: together.recommend(*one), asked))
+    for one, answer in zip(asked, found, strict=True):
+        alone = recommender.recommend(*one)
+        assert [[scored.item for scored in each] for each in answer] == [
+            [scored.item for scored in each] for each in alone
+        ]
+    assert sum(calls) == sum(len(histories) for histories, _, _ in asked)
+    assert len(calls) < len(asked)
+
+
+def test_a_failure_is_that_of_every_request_that_was_computed_with_it() -> None:
+    class Failing:
+        def recommend(self, *_: Any) -> Any:
+            time.sleep(0.05)
+            raise StepError("scores are not finite")
+
+    together = Together(Failing())  # type: ignore[arg-type]
+    with ThreadPoolExecutor(5) as pool:
+        asked = [pool.submit(together.recommend, [History([1])], 3, False) for _ in range(5)]
+    assert [str(one.exception()) for one in asked] == ["scores are not finite"] * 5
 
 
 @pytest.mark.parametrize(
@@ -341,7 +375,7 @@ def test_csv_and_json_go_in_and_come_out(
     histories = [users.history("u3"), History([4, 1], [5, 6], 9), History([2])]
     for text, suffix in ((json.dumps(objects), ".json"), ("\n".join(map(json.dumps, objects)), ".jsonl")):
         answers = written(text, suffix, ".json")
-        assert answers[1]["history"] == ["Heat (1995)", "Matrix, The (1999)"]
+        assert [answer["understood"] for answer in answers] == [{}, {"heat": "Heat (1995)"}, {}]
         rows = [
             [one["query"], str(rank), found["item"], found["title"]]
             for one in answers
@@ -405,7 +439,7 @@ def test_what_does_not_belong_together_is_refused(data: Path, run: Path, tmp_pat
 @pytest.fixture(scope="module")
 def saved(run: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tmp_path_factory.mktemp("models") / "model"
-    save_model(run, data, model)
+    recommend(run, data, "--save", model)
     return model
 
 
@@ -511,7 +545,7 @@ def test_a_saved_model_answers_outside_this_clone_as_the_run_does(
         [sys.executable, "-c", LOADED, str(saved)], cwd=tmp_path, env=outside(tmp_path), capture_output=True, text=True
     )
     (answer,) = json.loads(python.stdout)
-    assert answer["history"] == ["Matrix, The (1999)", recommender.catalogue.titles[4]]
+    assert answer["understood"] == {"the matrix": "Matrix, The (1999)"}
     assert [one["item"] for one in answer["recommendations"]] == [str(item_id(one.item)) for one in found]
     np.testing.assert_allclose([one["score"] for one in answer["recommendations"]], [one.score for one in found])
 

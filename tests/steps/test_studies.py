@@ -17,6 +17,7 @@ from steps.common.cli import StepError
 from steps.common.files import read_json, write_json
 from steps.studies.rows import FIELDS, Row, cases, merged, read_rows, row, write_rows
 from tests.conftest import ROOT, run, step, write_processed
+from tests.steps.runs import add_tables
 
 STUDIES = params.studies(ROOT / "params")
 MACHINE = {"device": "H200", "commit": "a" * 40}
@@ -169,6 +170,14 @@ def small(study: str, data: Path) -> dict[str, Any]:
         for config in (group["configs"][0] for group in plan["runs"]):
             config["training"] |= {"max_len": 8, "batch": 4, "negatives": 4, "epochs": 2}
             config["model"] |= {"dim": 8, "blocks": 1, "dqk": 8, "dv": 8}
+    if study == "serving":
+        plan["runs"] = plan["runs"][:1]  # a server starts in ten seconds
+        add_tables(write_processed(data / "processed/demo", [9] * 12, 30), [*"abcdefghijkl"], [*map(str, range(30))])
+        (config,) = plan["runs"][0]["configs"]
+        config["training"] |= {"max_len": 8, "batch": 4, "negatives": 4, "epochs": 1}
+        config["model"] |= {"dim": 8, "blocks": 1, "dqk": 8, "dv": 8}
+        loads = [{"histories": 2, "at_once": 1, "requests": 3}, {"histories": 1, "at_once": 3, "requests": 6}]
+        settings |= {"warm_up": 1, "loads": loads}
     if study == "null-models":
         write_processed(data / "processed/ml-1m", [30] * 40, 300)
         settings |= {"seeds": 2, "generated": settings["generated"] | {"users": 60}}
