@@ -20,7 +20,7 @@ _ROWS = {
 }
 _SECTIONS = [
     {"uuid": uuid, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": True}
-    for uuid, name in (("results", "Results"), ("system", "What an epoch takes"), ("curves", "Curves"))
+    for uuid, name in (("results", "Results"), ("curves", "Curves"), ("system", "What an epoch takes"))
 ]
 _TABLE, _CHARTS, _PAIR = "table", "charts", "pair"
 
@@ -40,7 +40,7 @@ def set_views(client: Any, experiment_id: str, title: str, records: list[Record]
     if pair := compared_runs(client, experiment_id):
         chosen = f"attributes.run_id IN ({', '.join(map(repr, pair))})"
         tags[f"mlflow.sharedViewState.{_PAIR}"] = json.dumps(
-            charts | {"searchFilter": chosen, "compareRunSections": _SECTIONS[::-1]}
+            charts | {"searchFilter": chosen, "compareRunSections": [_SECTIONS[place] for place in (1, 0, 2)]}
         )
     for name, value in tags.items():
         client.set_experiment_tag(experiment_id, name, value)
@@ -65,7 +65,7 @@ def addresses(client: Any, base: str, experiment: Any) -> dict[str, str]:
 def compared_runs(client: Any, experiment_id: str) -> list[str]:
     """The ids of the newest SASRec and HSTU of one protocol, data set and seed; none where one of them lacks."""
     newest: dict[tuple[str, ...], dict[str, str]] = {}
-    for run in reversed(search(client, experiment_id, f"{_RUNS} and attributes.status = 'FINISHED'")):
+    for run in search(client, experiment_id, f"{_RUNS} and attributes.status = 'FINISHED'"):
         what = run.data.params.get("row", "")
         place = tuple(run.data.tags.get(name, "") for name in ("protocol", "dataset", "seed"))
         newest.setdefault(place, {})[what] = run.info.run_id

@@ -208,7 +208,7 @@ def is_tracked(experiment):
             there = {row[0] for row in store.execute("SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'")}
     except sqlite3.Error:
         return False
-    return there.issuperset([content["parent"], *content["runs"].values()])
+    return there.issuperset([content.get("parent"), *content["runs"].values()])
 
 
 def lost_from_the_store(targets):
