@@ -112,7 +112,6 @@ def _logged_model(client: Any, experiment_id: str, candidate: _Candidate) -> str
         folder = Path(temporary, "model")
         save_model(candidate.folder, candidate.data, folder)
         client.log_model_artifacts(model.model_id, str(folder))
-    client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(candidate.run_id, [LoggedModelOutput(model.model_id, result["epoch"])])
     moment = client.get_run(candidate.run_id).info.end_time
     points = [
@@ -121,6 +120,7 @@ def _logged_model(client: Any, experiment_id: str, candidate: _Candidate) -> str
         for name, value in result[part].items()
     ]
     client.log_batch(candidate.run_id, metrics=points)  # as the run has them: this adds them to the model
+    client.finalize_logged_model(model.model_id, "READY")
     model_id: str = model.model_id
     return model_id
 

@@ -21,6 +21,8 @@ from steps.common.files import read_json
 from steps.reporting.records import Record
 from steps.tracking.store import NEWEST, here, mark_newest, search
 
+#: What a data set's card is.
+CARD = ("card.html", "card.json", "croissant.json")
 _BATCH = 1000  # metrics that MLflow takes in one call
 _PARENT = "all"  # the key of an experiment's parent
 _GIB = 2**30
@@ -273,10 +275,6 @@ def _dataset(name: str, records: list[Record], cards: Path) -> Any:
 
 def _card(folder: Path) -> list[Path]:
     return [folder / name for name in CARD if (folder / name).is_file()]
-
-
-#: What a data set's card is.
-CARD = ("card.html", "card.json", "croissant.json")
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
