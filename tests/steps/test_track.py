@@ -474,8 +474,8 @@ def test_the_best_seed_of_a_row_is_registered_and_recommends(trained: Path, monk
         set_registry_uri(None)
     assert loaded.metadata.signature is not None
     assert loaded.metadata.saved_input_example_info is not None
-    (answer,) = loaded.predict([{"history": ["the matrix", "heat"]}], params={"k": 3})
-    assert answer["history"] == [TITLES[1], TITLES[4]]
+    (answer,) = loaded.predict([{"history": ["the matrix", TITLES[4]]}], params={"k": 3})
+    assert answer["understood"]["the matrix"] == TITLES[1]
     assert len({one["title"] for one in answer["recommendations"]}) == 3
 
 
