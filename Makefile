@@ -10,7 +10,7 @@ INSTALLED := .venv/installed-$(EXTRA)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: reproduce test lint types pytest doctor experiments ui clean environment.yml dvc share tables
+.PHONY: reproduce test lint types pytest doctor experiments ui track clean environment.yml dvc share tables
 
 reproduce: $(INSTALLED)  ## the experiment from raw data to its tables (EXPERIMENT=ml-1m for MovieLens-1M)
 	@python -m steps.doctor || echo "going on with plain torch"
@@ -18,7 +18,7 @@ reproduce: $(INSTALLED)  ## the experiment from raw data to its tables (EXPERIME
 	@snakemake --cores 1 --quiet rules --report reports/$(EXPERIMENT)/report.html -- $(EXPERIMENT)
 	@echo; cat reports/$(EXPERIMENT)/table.md; echo
 	@echo "Report:       reports/$(EXPERIMENT)/report.html (and table.csv, table.html, curves.svg beside it)"
-	@echo "MLflow store: sqlite:///mlflow.db; 'make ui' shows it on http://127.0.0.1:5000"
+	@echo "MLflow store: 'make ui' shows it, and prints where runs are compared"
 
 test: lint types pytest  ## what CI runs
 
@@ -41,8 +41,14 @@ experiments: $(INSTALLED)  ## list the experiments: what they are about, how lon
 	@python -m steps.experiments
 
 ui: $(INSTALLED)  ## compare runs in the MLflow UI
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
-		--host 127.0.0.1 --port 5000 --workers 1
+	@python -m steps.ui --address http://127.0.0.1:5000
+	@case "$$MLFLOW_TRACKING_URI" in http*) ;; *) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+		mlflow server --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" \
+		--host 127.0.0.1 --port 5000 --workers 1 ;; esac
+
+track: $(INSTALLED)  ## bring an experiment's committed records into the MLflow store (EXPERIMENT=ml-1m)
+	python -m steps.track --experiment $(EXPERIMENT) --runs reports/$(EXPERIMENT)/records \
+		--reports reports/$(EXPERIMENT) --output reports/$(EXPERIMENT)/mlflow.json
 
 environment.yml: constraints.txt  ## write conda's pins again from constraints.txt
 	@sed -i '/^      - /d' $@
@@ -66,7 +72,7 @@ tables: $(INSTALLED)  ## rebuild the tables of every committed record, the studi
 
 clean:  ## remove what runs made; data stays
 	rm -rf runs logs .snakemake mlflow.db mlartifacts
-	find reports/demo -mindepth 1 -maxdepth 1 ! -name records -exec rm -rf {} +
+	find reports/demo -mindepth 1 -maxdepth 1 ! -name records ! -name recommendations.json -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12 (python3 on the PATH, or PYTHON=...)" >&2; exit 1; }

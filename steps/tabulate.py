@@ -16,9 +16,9 @@ from steps.common.cli import run_step
 from steps.common.files import atomic_path, write_text
 from steps.reporting.details import beyond, beyond_table, variant_table, variants
 from steps.reporting.figures import save_figure
+from steps.reporting.headline import write_headline
 from steps.reporting.paper_table import paper_rows, paper_sections
 from steps.reporting.plots import Shown, draw_curves, draw_groups, draw_speed, groups_of_rows
-from steps.reporting.headline import write_headline
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records
 from steps.reporting.tables import Section, escaped, markdown, page_html, page_latex, page_markdown
 from steps.reporting.task import load_task

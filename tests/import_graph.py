@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "steps/serving": {"steps/tasks", "steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"},
     "steps/cards": {"steps/common"},
     "steps/reporting": {"steps/evaluation", "steps/common"},
+    "steps/tracking": {"steps/serving", "steps/reporting", "steps/evaluation", "steps/common"},
     "steps/studies": {"steps/training", "steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"}
     | {"steps/data/generators", "steps/serving"},
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from steps.common import yaml_files
-from steps.common.files import read_json
+from steps.common.files import read_json, write_json
 from tests.conftest import run
 from tests.reduced import edit, keep, keep_one_run, planned_jobs
 
@@ -72,6 +72,11 @@ def test_snakemake_runs_again_what_a_change_concerns(project: Path) -> None:
     run("snakemake", "--cores", "2", cwd=project)
     assert (project / "mlflow.db").is_file()
     assert planned_jobs(project) == {}
+    tracked = project / "reports/demo/mlflow.json"
+    content = read_json(tracked)
+    write_json(tracked, content | {"pending": "the server did not answer"})
+    assert planned_jobs(project) == {"track": 1, "demo": 1}
+    write_json(tracked, content)
 
     new_times(project)
     assert planned_jobs(project) == {}

@@ -1,12 +1,9 @@
-"""Tables, records and the MLflow store, from runs whose numbers are made up."""
+"""Tables and records, from runs whose numbers are made up."""
 
 import csv
 import re
 import shutil
 import statistics
-import subprocess
-import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,9 @@ from safetensors.torch import save_file
 
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
-from steps.common.files import read_json, write_json, write_text
+from steps.common.files import write_json, write_text
 from steps.evaluation.names import HR_CUTOFFS, NDCG_CUTOFFS
 from steps.reporting.records import LARGEST_RANK, RANKS, RUNS, read_records, write_records
-from steps.track import _CARD, _REPORTS
-from tests.conftest import run as run_command
 from tests.conftest import step
 from tests.steps.runs import seal
 
@@ -326,88 +321,6 @@ def test_no_runs_is_an_error(project: Path, ml_1m: list[params.Run]) -> None:
     assert not (project / "reports/mine").exists()
 
 
-def store(project: Path):
-    from mlflow import MlflowClient
-
-    return MlflowClient(f"sqlite:///{project}/mlflow.db")
-
-
-def track(name: str) -> list[str]:
-    folders = ["--runs", f"runs/{name}", "--reports", f"reports/{name}", "--output", f"reports/{name}/mlflow.json"]
-    return [sys.executable, "-m", "steps.track", "--experiment", name, *folders]
-
-
-def test_four_writers_at_once_lose_no_record(project: Path) -> None:
-    names = [f"part-{number}" for number in range(4)]
-    for name in names:
-        chosen = {"datasets": ["ml-1m"], "models": ["hstu"], "protocols": ["strict", "paper"], "seeds": [0, 1]}
-        for run in experiment(project, name, **chosen):
-            fake_run(project, run)
-        tabulate(project, name)
-    processes = [subprocess.Popen(track(name), cwd=project) for name in names]
-    assert [process.wait() for process in processes] == [0] * 4
-    client = store(project)
-    for name in names:
-        found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
-        assert len(found) == 4
-        ids = read_json(project / f"reports/{name}/mlflow.json")["runs"]
-        assert sorted(ids.values()) == sorted(one.info.run_id for one in found)
-        for run in params.runs(name, project / "params"):
-            logged = client.get_run(ids[str(run.path)])
-            split = "valid" if run.protocol == "strict" else "test"
-            points = client.get_metric_history(logged.info.run_id, f"{split}/hr_at_10")
-            assert [(point.step, point.value) for point in points] == [
-                (1, value(run, "hr@10", 1)),
-                (2, value(run, "hr@10", 2)),
-            ]
-            assert logged.data.metrics["reported/test/mrr"] == value(run, "mrr", 2)
-            assert logged.data.params["model.dim"] == "50"
-            assert logged.data.params["seed"] == str(run.seed)
-            tags = logged.data.tags
-            assert (tags["commit"], tags["data_sha256"], tags["device"]) == ("a" * 40, "d" * 64, "CPU, 2 threads")
-            assert logged.inputs.dataset_inputs[0].dataset.digest == "d" * 36
-            artifacts = {file.path for file in client.list_artifacts(logged.info.run_id)}
-            assert {"config.json", "model.safetensors", "metrics.json", "history.jsonl", "report"} <= artifacts
-            reports = {file.path for file in client.list_artifacts(logged.info.run_id, "report")}
-            assert reports == {f"report/{file}" for file in _REPORTS}
-
-
-def test_a_run_has_the_card_of_its_data_set_where_there_is_one(project: Path) -> None:
-    chosen = {"datasets": ["ml-1m"], "models": ["hstu"], "protocols": ["paper"], "seeds": [0]}
-    fake_run(project, experiment(project, "mine", **chosen)[0])
-    tabulate(project, "mine")
-    assert "reports/datasets/ml-1m lacks its data card" in run_command(*track("mine"), cwd=project).stderr
-    (run_id,) = read_json(project / "reports/mine/mlflow.json")["runs"].values()
-    assert store(project).list_artifacts(run_id, "dataset") == []
-    card = project / "reports/datasets/ml-1m"
-    card.mkdir(parents=True)
-    for name in _CARD:
-        (card / name).write_text(name)
-    for _ in range(2):
-        assert run_command(*track("mine"), cwd=project).stderr == ""
-        assert list(read_json(project / "reports/mine/mlflow.json")["runs"].values()) == [run_id]
-        found = {file.path for file in store(project).list_artifacts(run_id, "dataset")}
-        assert found == {f"dataset/{name}" for name in _CARD}
-
-
-def test_tracking_again_adds_nothing_and_a_changed_run_replaces_its_record(project: Path) -> None:
-    chosen = {"datasets": ["ml-1m"], "models": ["hstu"], "protocols": ["paper"], "seeds": [0, 1]}
-    runs = experiment(project, "mine", **chosen)
-    for run in runs:
-        fake_run(project, run)
-    tabulate(project, "mine")
-    ids = []
-    for change in (False, False, True):
-        if change:
-            fake_run(project, runs[0], commit="b" * 40)
-        run_command(*track("mine"), cwd=project)
-        ids.append(read_json(project / "reports/mine/mlflow.json")["runs"])
-    assert ids[0] == ids[1]
-    assert [ids[2][str(run.path)] == ids[1][str(run.path)] for run in runs] == [False, True]
-    client = store(project)
-    assert len(client.search_runs([client.get_experiment_by_name("mine").experiment_id])) == 2
-
-
 def test_a_protocol_of_one_s_own_has_its_table(project: Path) -> None:
     path = project / "params/protocols.yaml"
     protocols = yaml_files.read(path)
@@ -433,35 +346,3 @@ def test_ranks_that_cannot_be_compared_are_named(project: Path, ml_1m: list[para
     result = step("compare", *arguments, cwd=project, check=False)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
     assert ("ranks other users" if users else "does not exist") in result.stderr
-
-
-def test_a_store_whose_making_was_interrupted_stops_no_later_tracking(project: Path) -> None:
-    """MLflow never opens such a store again: it is made beside its place, and renamed."""
-    chosen = {"datasets": ["ml-1m"], "models": ["hstu"], "protocols": ["paper"], "seeds": [0]}
-    for run in experiment(project, "mine", **chosen):
-        fake_run(project, run)
-    tabulate(project, "mine")
-    process = subprocess.Popen(track("mine"), cwd=project, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(project.glob("*mlflow.db*partial")) and not list(project.glob(".mlflow.db*partial")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (project / "mlflow.db").exists()
-    run_command(*track("mine"), cwd=project)
-    assert len(read_json(project / "reports/mine/mlflow.json")["runs"]) == 1
-    assert not list(project.glob(".mlflow.db.*partial*"))
-
-
-def test_a_store_that_mlflow_cannot_open_is_named(project: Path) -> None:
-    chosen = {"datasets": ["ml-1m"], "models": ["hstu"], "protocols": ["paper"], "seeds": [0]}
-    for run in experiment(project, "mine", **chosen):
-        fake_run(project, run)
-    tabulate(project, "mine")
-    (project / "mlflow.db").write_bytes(b"no database" * 100)
-    result = run_command(*track("mine"), cwd=project, check=False)
-    assert result.returncode == 1
-    assert "cannot open mlflow.db" in result.stderr.splitlines()[-1]
-    assert (project / "mlflow.db").read_bytes() == b"no database" * 100

@@ -16,6 +16,7 @@ from steps.common.datasets import TOLD
 from steps.common.files import read_json, sha256
 from steps.common.threads import cpu_threads
 from steps.reporting import claims
+from steps.tracking.store import LOCAL, shown_uri, tracking_uri
 from workflow.display import Display
 
 
@@ -243,16 +244,24 @@ def refuse_to_share(dag):
 
 
 def is_tracked(experiment):
-    """Whether the MLflow store has the runs that were brought there; true before they are."""
+    """Whether the MLflow store has the runs that were brought there; true before they are.
+
+    A server is not asked. It lacks them where it did not answer, or where MLFLOW_TRACKING_URI names another store.
+    """
     made = Path("reports", experiment, "mlflow.json")
     if not made.is_file():
+        return True
+    content = read_json(made)
+    if "pending" in content or content["store"] != shown_uri(tracking_uri()):
+        return False
+    if content["store"] != LOCAL:
         return True
     try:
         with closing(sqlite3.connect("file:mlflow.db?mode=ro", uri=True)) as store:
             there = {row[0] for row in store.execute("SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'")}
     except sqlite3.Error:
         return False
-    return there.issuperset(read_json(made)["runs"].values())
+    return there.issuperset([content.get("parent"), *content["runs"].values()])
 
 
 def lost_from_the_store(targets):

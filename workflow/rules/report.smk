@@ -77,13 +77,18 @@ rule track:
         "steps/common/params.py",
         "steps/common/dotted.py",
         "steps/reporting/records.py",
+        code("steps/tracking", "steps/serving"),
+        MODEL_CODE,
         files_of_runs("config.json", "metrics.json"),
         cards,
         "reports/{experiment}/table.md",
         "reports/{experiment}/table.html",
+        "reports/{experiment}/table.csv",
+        "reports/{experiment}/runs.csv",
         "reports/{experiment}/curves.svg",
         "reports/{experiment}/curves.png",
         "reports/{experiment}/comparisons.md",
+        "reports/{experiment}/comparisons.csv",
         "reports/{experiment}/intervals.svg",
     output:
         "reports/{experiment}/mlflow.json",
@@ -95,7 +100,7 @@ rule track:
         shown=shown,
     shell:
         "python -m steps.track --experiment {wildcards.experiment:q} --runs runs/{wildcards.experiment:q}"
-        " --reports reports/{wildcards.experiment:q} --output {output:q} 2>&1 | tee {log:q}"
+        " --reports reports/{wildcards.experiment:q} --data data/processed --output {output:q} 2>&1 | tee {log:q}"
 
 
 rule claims:

@@ -1,0 +1,1 @@
+"""An experiment's finished runs in an MLflow store."""
