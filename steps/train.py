@@ -28,7 +28,7 @@ from steps.common.config import building, read_config
 from steps.common.device import device_name, pick_device, pick_precision, use_threads
 from steps.common.files import sha256, write_json, write_text
 from steps.common.locks import locked
-from steps.common.provenance import commit, content_sha256, versions
+from steps.common.provenance import commit, content_sha256, utc_now, versions
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import require_split, split_sequences
 from steps.evaluation.retrieval import RetrievalEvaluation
@@ -157,7 +157,8 @@ def _train(
         print(f"training {title}, {about['device']}", flush=True)
         if isinstance(job, Fitting):
             try:
-                _write(run, job, [job.fit()], about)
+                started = utc_now()
+                _write(run, job, [job.fit()], about | {"started": started})
             except Exception as error:
                 failures[str(run)] = error
     trainings = {run: job for run, job in jobs.items() if isinstance(job, Training)}
@@ -195,6 +196,7 @@ def _write(run: Path, job: Fitting | Training, history: list[dict[str, Any]], ab
         "epoch": reported_epoch(job.config, history),
         "train_seconds": round(sum(line["train/seconds"] for line in history), 3),
         "peak_bytes": max(line.get("train/peak_bytes", 0) for line in history) or None,  # none on a CPU
+        "ended": utc_now(),
     }
     hashes = {
         "config_sha256": content_sha256(job.config),

@@ -40,6 +40,7 @@ MADE = ("data", "runs", "logs", f"reports/{NAME}", "mlflow.db", "mlartifacts", "
 SETTINGS = {"seed": 1, "users": 60, "movies": 120, "genres": 5, "mean_ratings": 30}
 #: What differs between equal runs: times, and how a run came to be.
 VARYING = {"seconds", "train_seconds", "step_ms", "steps_per_second", "peak_bytes", "commit", "training_sha256"}
+VARYING |= {"started", "ended", "cpu_seconds", "resident_peak_bytes"}
 VARYING |= {"history_sha256"}  # of seconds too
 _IN_A_ROUND = 5
 LOG = "killed.log"

@@ -1,6 +1,8 @@
 """The device a step computes on."""
 
 import os
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,9 @@ def pick_precision(precision: str | None, device: torch.device) -> tuple[str, to
     if device.type != "cuda":
         return "float32", None
     return (precision or "bf16", torch.bfloat16 if precision != "tf32" else None)
+
+
+def resident_peak_bytes() -> int:
+    """The most main memory that this process has taken so far, as the operating system counts it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # elsewhere in units of 1024 bytes

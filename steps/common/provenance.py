@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def utc_now() -> str:
+    """The time in UTC as ISO 8601 writes it, to the millisecond: `2024-02-17T09:30:00.123+00:00`."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def content_sha256(content: Any) -> str:

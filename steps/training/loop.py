@@ -16,8 +16,9 @@ import torch
 
 from steps.common.cli import StepError
 from steps.common.config import TrainingConfig
+from steps.common.device import resident_peak_bytes
 from steps.common.progress import progress
-from steps.common.provenance import commit, content_sha256
+from steps.common.provenance import commit, content_sha256, utc_now
 from steps.common.typed import read
 from steps.data.sequences import Sequences
 from steps.data.split import split_sequences
@@ -97,6 +98,7 @@ class Training:
         self._identity = content_sha256([self.config, data_sha256, *how])
         self._states = StateWriter(path, self.device)
         self.commits, self.threads = [commit()], [torch.get_num_threads()]
+        self.started: str | None = None
         self._start_message = ""
         try:
             state = read_state(path, self._identity)
@@ -110,6 +112,7 @@ class Training:
         self.history = state.progress["history"]
         self.commits = list(dict.fromkeys([*state.progress["commits"], *self.commits]))
         self.threads = list(dict.fromkeys([*state.progress["threads"], *self.threads]))
+        self.started = state.progress.get("started")  # states of earlier code have none
         self._start_message = f"resuming after epoch {self.done} from {path}"
 
     @property
@@ -132,10 +135,12 @@ class Training:
         After every `eval_every` epochs, and after the last, the model is evaluated and the history gets a line.
         """
         epochs, every = self.settings.epochs, self.settings.eval_every
+        if not self.history:
+            self.started = utc_now()
         if self._start_message:
             print(self.title + self._start_message, flush=True)
         while not self.finished:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             num_steps = 0
             self.execution.total.zero_()
             for epoch in range(self.done + 1, min(self.done + every, epochs) + 1):
@@ -152,6 +157,8 @@ class Training:
                 "train/loss": round(loss, 6),
                 "train/steps": num_steps,
                 "train/seconds": round(seconds, 3),
+                "train/cpu_seconds": round(time.process_time() - cpu_start, 3),
+                "train/resident_peak_bytes": resident_peak_bytes(),
             }
             if self.device.type == "cuda":  # of all runs that share the device
                 line["train/peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
@@ -162,7 +169,7 @@ class Training:
             if self.config["protocol"]["report"] == "best" and line == max(self.history, key=_selection):
                 self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
             state: dict[str, Any] = {"identity": self._identity, "history": self.history}
-            state |= {"commits": self.commits, "threads": self.threads}
+            state |= {"commits": self.commits, "threads": self.threads, "started": self.started}
             self._states.save(self.model, self.optimizer, self.best, state, self.finished)
         if self.best:
             self.model.load_state_dict(self.best)
@@ -201,6 +208,7 @@ class Training:
             "commit": "+".join(self.commits),
             "threads": "+".join(map(str, self.threads)),
             "stopped_early": self.done if self.done < self.settings.epochs else None,
+            "started": self.started,
         }
 
 

@@ -19,7 +19,7 @@ from steps.common.config import building, read_config
 from steps.common.files import read_json, read_jsonl, sha256, write_json
 from steps.common.locks import locked
 from steps.common.params import Run, load, resolve
-from steps.common.provenance import check_run
+from steps.common.provenance import check_run, utc_now
 from steps.data.sequences import load_sequences
 from steps.models import ENCODERS
 from steps.models.weights import load_weights, save_weights
@@ -248,6 +248,25 @@ def test_strict_keeps_the_best_validation_epoch_and_paper_the_last(data: Path, t
     assert load_file(paper / "ranks.safetensors")["test"].shape == (150,)
     for name in ("commit", "data_sha256", "device", "versions", "train_seconds", "peak_bytes"):
         assert name in metrics
+
+
+def test_a_training_says_when_it_began_and_ended_also_after_a_kill(data: Path, tmp_path: Path) -> None:
+    settings = config(epochs=3)
+    run = make_run(tmp_path / "run", settings, data)
+    before = utc_now()
+    begun, _ = states(run, settings, data)
+    between = utc_now()
+    finish(run, data)
+    trained = read_json(run / "training.json")
+    assert trained["started"] == begun.started
+    assert before <= trained["started"] <= between <= trained["ended"] <= utc_now()
+    others = [make_run(tmp_path / name, config("popular"), data) for name in ("one", "other")]
+    step("train", "--run", *others, "--data", data, cwd=ROOT)
+    first, second = (read_json(other / "training.json") for other in others)
+    assert first["started"] <= first["ended"] <= second["started"] <= second["ended"]
+    for line in read_jsonl(run / "history.jsonl"):
+        assert line["train/cpu_seconds"] >= 0
+        assert 2**20 < line["train/resident_peak_bytes"] < 2**40
 
 
 def test_ties_for_best_go_to_the_first_epoch() -> None:
