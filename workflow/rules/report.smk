@@ -57,6 +57,7 @@ rule track:
         "steps/track.py",
         "steps/common/params.py",
         "steps/common/dotted.py",
+        "steps/reporting/pinned.py",
         "steps/reporting/records.py",
         files_of_runs("config.json", "metrics.json"),
         cards,
