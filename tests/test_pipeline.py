@@ -27,7 +27,7 @@ def check_outputs(project: Path) -> None:
         for protocol in ("strict", "paper"):
             folder = project / "runs/demo/demo" / model / protocol / "seed-0"
             names = {path.name for path in folder.iterdir()}
-            expected = {"config.json", "history.jsonl", "model.safetensors", "training.json"}
+            expected = {"config.json", "history.jsonl", "mllog.txt", "model.safetensors", "training.json"}
             assert names == expected | {"ranks.safetensors", "metrics.json"}
     table = (project / "reports/demo/table.md").read_text()
     assert "HSTU" in table
