@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +29,13 @@ def test_a_data_set_may_have_a_plus_in_its_name(project: Path) -> None:
 @pytest.mark.parametrize("command", ["--unlock", "--dag", "--rulegraph", "--summary", "--lint", "--list"])
 def test_what_runs_nothing_needs_no_cores(project: Path, command: str) -> None:
     run("snakemake", command, cwd=project)
+
+
+def test_the_snakefile_for_the_catalogue_makes_the_same(project: Path) -> None:
+    dry = run("snakemake", "--cores", "2", "--dry-run", "--snakefile", "workflow/Snakefile", cwd=project)
+    jobs = {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", dry.stdout, re.M) if rule != "total"}
+    assert jobs.pop("all") == 1
+    assert jobs | {"demo": 1} == planned_jobs(project)
 
 
 def test_a_wrong_name_gets_the_right_ones(project: Path) -> None:
