@@ -54,7 +54,10 @@ dvc: $(INSTALLED)  ## write the list of runs that workflow/dvc.yaml goes through
 tables: $(INSTALLED)  ## rebuild the tables of every committed record, the studies', and the pages that show them
 	for e in $(patsubst reports/%/records,%,$(wildcard reports/*/records)); do \
 		python -m steps.tabulate --experiment $$e --runs reports/$$e/records --output reports/$$e && \
-		python -m steps.compare --experiment $$e --runs reports/$$e/records --output reports/$$e || exit 1; done
+		python -m steps.compare --experiment $$e --runs reports/$$e/records --output reports/$$e && \
+		python -m steps.crate --experiment $$e --runs reports/$$e/records --reports reports/$$e \
+			$(addprefix --claims ,$(wildcard reports/claims.json)) --output reports/$$e/crate || exit 1; done
+	python -m steps.crate --repository --output .
 	for s in $(patsubst reports/studies/%/rows.json,%,$(wildcard reports/studies/*/rows.json)); do \
 		python -m steps.report_study --study $$s --output reports/studies/$$s || exit 1; done
 	python -m steps.docs

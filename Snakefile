@@ -32,6 +32,7 @@ for experiment in EXPERIMENTS:
         default_target: experiment == "demo"
         input:
             f"reports/{experiment}/mlflow.json",
+            f"reports/{experiment}/crate/ro-crate-metadata.json",
             f"reports/{experiment}/table.md",
 
 

@@ -57,7 +57,7 @@ def new_times(folder: Path) -> None:
         os.utime(path, (time.time() - place, time.time() - place))
 
 
-SHOWN = {"tabulate", "compare", "track", "demo"}
+SHOWN = {"tabulate", "compare", "crate", "track", "demo"}
 
 
 @pytest.mark.slow

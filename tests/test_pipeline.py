@@ -17,6 +17,7 @@ OUTPUTS = ["table.md", "table.csv", "table.html", "runs.csv", "curves.svg", "cur
 MODELS = ("most-popular", "hstu")
 CARD = ["card.html", "card.json", "croissant.json"]
 OUTPUTS += ["details.md", "comparisons.md", "comparisons.csv", "claims.md", "intervals.svg"]
+OUTPUTS += ["crate/ro-crate-metadata.json"]
 
 
 def check_outputs(project: Path) -> None:
@@ -126,7 +127,7 @@ def test_dvc_runs_again_what_a_change_concerns(by_dvc: Path, tmp_path: Path) -> 
 
     assert ran() == {"check", "track"}  # these two always run
     edit(project / "params/models.yaml", "label: Most popular", "label: Popularity")
-    assert ran() == {"check", "plan", "tabulate", "compare", "track", "demo"}
+    assert ran() == {"check", "plan", "tabulate", "compare", "crate", "track", "demo"}
     assert "Popularity" in (project / "reports/demo/table.md").read_text()
     (project / "mlflow.db").unlink()
     run("dvc", "commit", "--force", "workflow/dvc.yaml:track@demo", cwd=project)

@@ -215,7 +215,7 @@ def imports() -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("download", "validate", "preprocess", "card", "plan", "train", "evaluate", "compare", "track"),
+        *("download", "validate", "preprocess", "card", "plan", "train", "evaluate", "compare", "crate", "track"),
         *("plan_study", "study", "report_study"),
     ],
 )

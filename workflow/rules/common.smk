@@ -20,6 +20,7 @@ localrules:
     plan,
     tabulate,
     compare,
+    crate,
     track,
     plan_study,
     report_study,
@@ -53,6 +54,7 @@ MODEL_CODE = [
 ]
 TRAINING_CODE = code("steps/training")
 REPORTING_CODE = ["steps/common/params.py", "steps/common/dotted.py", *code("steps/reporting")]
+RULES = sorted(str(path) for path in Path("workflow/rules").glob("*.smk"))
 RUN = "runs/{experiment}/{dataset}/{model}/{protocol}/seed-{seed}"
 ALL_CORES = 1024  # Snakemake gives as many as there are
 
