@@ -35,6 +35,7 @@ for experiment in EXPERIMENTS:
         default_target: experiment == "demo"
         input:
             f"reports/{experiment}/mlflow.json",
+            f"reports/{experiment}/crate/ro-crate-metadata.json",
             f"reports/{experiment}/table.md",
             "reports/claims.html",
 

@@ -1,6 +1,7 @@
 """Train runs: the models that their `config.json` describe, on processed sequences.
 
-Writes `history.jsonl` (a line per epoch), `model.safetensors` and `training.json` beside each `config.json`.
+Writes `history.jsonl` (a line per epoch), `mllog.txt` (the same in MLPerf's form), `model.safetensors` and
+`training.json` beside each `config.json`.
 A training that was killed resumes from its last saved epoch when the same command runs again, and ends with the
 weights of an uninterrupted one. Several runs are trained at once on a GPU, on a CPU one after the other; each ends as
 it would alone. All runs are checked before the first begins. A run that fails later does not stop the others. Earlier
@@ -36,10 +37,11 @@ from steps.models import CountBasedModel, is_count_based
 from steps.models.weights import save_weights
 from steps.tasks import build
 from steps.training.loop import Training, doubt, reported_epoch, train_together
+from steps.training.mllog import mllog
 from steps.training.validation import Validation
 
 #: In the order of deletion: those that mark a run as done come first, so that after a kill no run looks done.
-_RESULTS = ("metrics.json", "training.json", "ranks.safetensors", "history.jsonl", "model.safetensors")
+_RESULTS = ("metrics.json", "training.json", "ranks.safetensors", "mllog.txt", "history.jsonl", "model.safetensors")
 
 _FEW_USERS, _FEW_SHARE = 500, 0.5  # a test on fewer users, which are a smaller share of all, is pointed at
 
@@ -203,7 +205,19 @@ def _write(run: Path, job: Fitting | Training, history: list[dict[str, Any]], ab
         "weights_sha256": sha256(run / "model.safetensors"),
         "history_sha256": sha256(run / "history.jsonl"),
     }
-    write_json(run / "training.json", record | about | hashes)
+    training = record | about | hashes
+    write_text(run / "mllog.txt", mllog(job.config, history, training, *_samples(job), _optimizer(job)))
+    write_json(run / "training.json", training)
+
+
+def _samples(job: Fitting | Training) -> tuple[int, int]:
+    """How many sequences an epoch goes over, and how many users an evaluation."""
+    trained = len(job.schedule.lengths) if isinstance(job, Training) else job.sequences.num_users
+    return trained, len(job.split.held_out[job.split.eval_part].users)
+
+
+def _optimizer(job: Fitting | Training) -> str | None:
+    return job.model.optimizer if isinstance(job, Training) else None
 
 
 def _remove_state(run: Path) -> None:

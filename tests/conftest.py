@@ -130,6 +130,7 @@ def copy_project(folder: Path) -> Path:
         "params",
         "workflow",
         "Snakefile",
+        "CITATION.cff",
         "dvc.yaml",
         ".dvc",
         ".dvcignore",

@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "steps/cards": {"steps/common"},
     "steps/reporting": {"steps/evaluation", "steps/common"},
     "steps/tracking": {"steps/serving", "steps/reporting", "steps/evaluation", "steps/common"},
+    "steps/crates": {"steps/reporting", "steps/common"},
     "steps/studies": {"steps/training", "steps/models", "steps/evaluation", "steps/data", "steps/common", "kernels"}
     | {"steps/data/generators", "steps/serving"},
 }

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,13 @@ def test_what_runs_nothing_needs_no_cores(project: Path, command: str) -> None:
     run("snakemake", command, cwd=project)
 
 
+def test_the_snakefile_for_the_catalogue_makes_the_same(project: Path) -> None:
+    dry = run("snakemake", "--cores", "2", "--dry-run", "--snakefile", "workflow/Snakefile", cwd=project)
+    jobs = {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", dry.stdout, re.M) if rule != "total"}
+    assert jobs.pop("all") == 1
+    assert jobs | {"demo": 1} == planned_jobs(project)
+
+
 def test_a_wrong_name_gets_the_right_ones(project: Path) -> None:
     for target in ("ml-2m", "reports/ml-2m/table.md", "data/processed/ml-2m/manifest.json"):
         refused = run("snakemake", "--cores", "2", "--", target, cwd=project, check=False)
@@ -50,7 +58,7 @@ def new_times(folder: Path) -> None:
         os.utime(path, (time.time() - place, time.time() - place))
 
 
-SHOWN = {"tabulate", "compare", "track", "demo"}
+SHOWN = {"tabulate", "compare", "crate", "track", "demo"}
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ OUTPUTS = ["table.md", "table.csv", "table.html", "runs.csv", "curves.svg", "cur
 MODELS = ("most-popular", "hstu")
 CARD = ["card.html", "card.json", "croissant.json"]
 OUTPUTS += ["metrics.json", "details.md", "comparisons.md", "comparisons.csv", "parity.md", "intervals.svg"]
+OUTPUTS += ["crate/ro-crate-metadata.json"]
 
 
 def check_outputs(project: Path) -> None:
@@ -30,7 +31,7 @@ def check_outputs(project: Path) -> None:
         for protocol in ("strict", "paper"):
             folder = project / "runs/demo/demo" / model / protocol / "seed-0"
             names = {path.name for path in folder.iterdir()}
-            expected = {"config.json", "history.jsonl", "model.safetensors", "training.json"}
+            expected = {"config.json", "history.jsonl", "mllog.txt", "model.safetensors", "training.json"}
             assert names == expected | {"ranks.safetensors", "metrics.json"}
     table = (project / "reports/demo/table.md").read_text()
     assert "HSTU" in table
@@ -199,7 +200,7 @@ def test_dvc_runs_again_what_a_change_concerns(by_dvc: Path, tmp_path: Path) -> 
 
     assert ran() == {"check", "track"}  # these two always run
     edit(project / "params/models.yaml", "label: Most popular", "label: Popularity")
-    assert ran() == {"check", "plan", "tabulate", "compare", "track", "demo"}
+    assert ran() == {"check", "plan", "tabulate", "compare", "crate", "track", "demo"}
     assert "Popularity" in (project / "reports/demo/table.md").read_text()
     (project / "mlflow.db").unlink()
     run("dvc", "commit", "--force", "workflow/dvc.yaml:track@demo", cwd=project)

@@ -88,11 +88,19 @@ def test_committed_tables_and_pages_are_those_of_the_committed_records(tmp_path:
 
 
 def test_links_of_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "findings/README.md"]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            path = (page.parent / target).resolve()
+    pages = [ROOT / name for name in ("README.md", "ARTIFACT.md", "config/README.md", "findings/README.md")]
+    for page in [*pages, *(ROOT / "docs").glob("*.md")]:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+            path = (page.parent / target).resolve() if target else page
             made = path.relative_to(ROOT).parts[:2] == ("reports", "demo")
             assert path.exists() or made, f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors(path), f"{page.name} links to {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub links to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def snakemake_jobs(project: Path, *targets: str) -> dict[str, dict]:
@@ -224,7 +232,7 @@ def imports() -> dict[str, set[str]]:
     "name",
     [
         *("download", "validate", "preprocess", "card", "plan", "train", "evaluate", "tabulate", "compare"),
-        *("claims", "track", "plan_study", "study", "report_study"),
+        *("claims", "crate", "track", "plan_study", "study", "report_study"),
     ],
 )
 def test_what_a_step_imports_is_a_dependency_of_it(graphs: Graphs, imports: dict[str, set[str]], name: str) -> None:

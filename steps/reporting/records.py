@@ -25,6 +25,7 @@ from steps.common import params
 from steps.common.cli import StepError
 from steps.common.files import atomic_path, parse_jsonl, reading
 from steps.common.provenance import check_run, content_sha256
+from steps.reporting.pinned import require_pinned
 
 LARGEST_RANK = 500  # no cut of HR or NDCG is larger
 #: Ranks of more test users stay in runs/: the tree stays small.
@@ -74,8 +75,8 @@ class Record:
 def read_records(experiment: str, folder: Path) -> tuple[list[Record], list[params.Run]]:
     """The finished runs in table order, and the runs that are missing.
 
-    folder: runs/<experiment> or reports/<experiment>/records. Raises StepError if no run is finished, or if a run's
-    files do not belong together.
+    folder: runs/<experiment> or reports/<experiment>/records. Raises StepError if no run is finished, if a run's files
+    do not belong together, or if runs of one row differ in more than their seed.
     """
     recorded = recorded_texts(folder)
     found, missing = [], []
@@ -88,6 +89,7 @@ def read_records(experiment: str, folder: Path) -> tuple[list[Record], list[para
             missing.append(run)
     if not found:
         raise StepError(f"{folder} holds no finished run of experiment {experiment}; train and evaluate first")
+    require_pinned((record.row, folder / record.run.path, record.config, record.metrics) for record in found)
     return found, missing
 
 

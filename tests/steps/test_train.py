@@ -126,7 +126,7 @@ def test_earlier_results_stay_until_new_ones_are_written_and_are_not_taken_for_t
         check_run(run)
     make_run(run, config(epochs=2), data)
     finish(run, data)
-    assert sorted(contents(run)) == ["config.json", "history.jsonl", "model.safetensors", "training.json"]
+    assert sorted(contents(run)) == ["config.json", "history.jsonl", "mllog.txt", "model.safetensors", "training.json"]
 
 
 def contents(run: Path) -> dict[str, bytes]:

@@ -25,6 +25,7 @@ localrules:
     tabulate,
     compare,
     claims,
+    crate,
     track,
     plan_study,
     report_study,
@@ -64,6 +65,7 @@ REPORTING_CODE = [
     "steps/evaluation/names.py",
     *code("steps/reporting"),
 ]
+RULES = sorted(str(path) for path in Path("workflow/rules").glob("*.smk"))
 RUN = "runs/{experiment}/{dataset}/{model}/{protocol}/seed-{seed}"
 ALL_CORES = 1024  # Snakemake gives as many as there are
 

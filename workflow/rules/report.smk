@@ -71,11 +71,48 @@ rule compare:
         " --output reports/{wildcards.experiment:q} 2>&1 | tee {log:q}"
 
 
+rule crate:
+    input:
+        "steps/crate.py",
+        code("steps/crates"),
+        REPORTING_CODE,
+        "CITATION.cff",
+        "Snakefile",
+        RULES,
+        files_of_runs("config.json", "metrics.json"),
+        "reports/{experiment}/table.md",
+        "reports/{experiment}/table.csv",
+        "reports/{experiment}/runs.csv",
+        "reports/{experiment}/details.md",
+        "reports/{experiment}/variants.csv",
+        "reports/{experiment}/beyond.csv",
+        "reports/{experiment}/curves.svg",
+        "reports/{experiment}/comparisons.md",
+        "reports/{experiment}/comparisons.csv",
+        "reports/{experiment}/intervals.csv",
+        "reports/{experiment}/parity.md",
+        "reports/{experiment}/paper.md",
+        "reports/{experiment}/paper.csv",
+        "reports/{experiment}/intervals.svg",
+    output:
+        "reports/{experiment}/crate/ro-crate-metadata.json",
+    log:
+        "logs/crate/{experiment}.log",
+    conda:
+        "../../environment.yml"
+    params:
+        shown=shown,
+    shell:
+        "python -m steps.crate --experiment {wildcards.experiment:q} --runs runs/{wildcards.experiment:q}"
+        " --reports reports/{wildcards.experiment:q} --output reports/{wildcards.experiment:q}/crate 2>&1 | tee {log:q}"
+
+
 rule track:
     input:
         "steps/track.py",
         "steps/common/params.py",
         "steps/common/dotted.py",
+        "steps/reporting/pinned.py",
         "steps/reporting/records.py",
         code("steps/tracking", "steps/serving"),
         MODEL_CODE,

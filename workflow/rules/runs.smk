@@ -31,6 +31,7 @@ rule train:
         "data/processed/{dataset}/manifest.json",
     output:
         f"{RUN}/history.jsonl",
+        f"{RUN}/mllog.txt",
         f"{RUN}/model.safetensors",
         f"{RUN}/training.json",
     log:

@@ -1,0 +1,1 @@
+"""RO-Crates: what ran, on what, with which result, in the entities that archives and workflow registries read."""
