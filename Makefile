@@ -6,7 +6,6 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 INSTALLED := .venv/installed-$(EXTRA)
-COMMITTED = $(patsubst reports/%/records,%,$(wildcard reports/*/records))
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -62,17 +61,8 @@ share: dvc  ## let DVC take over what Snakemake made of the experiment, so that 
 	@python -m steps.check --experiment $(EXPERIMENT) --listed workflow/runs.yaml --output runs/$(EXPERIMENT)/checked.json
 	dvc commit --quiet --force --with-deps workflow/dvc.yaml:track@$(EXPERIMENT)
 
-tables: $(INSTALLED)  ## rebuild the tables of every committed record, the studies', and the pages that show them
-	@for e in $(COMMITTED); do for s in tabulate compare; do \
-		echo $$s --experiment $$e --runs reports/$$e/records --output reports/$$e; done; done \
-		| xargs -P $(CORES) -I {} sh -c 'python -m steps.{}'
-	@for s in $(patsubst reports/studies/%/rows.json,%,$(wildcard reports/studies/*/rows.json)); do \
-		echo --study $$s --output reports/studies/$$s; done | xargs -P $(CORES) -I {} sh -c 'python -m steps.report_study {}'
-	python -m steps.claims
-	@for e in $(COMMITTED); do echo --experiment $$e --runs reports/$$e/records --reports reports/$$e \
-		--claims reports/claims.json --output reports/$$e/crate; done | xargs -P $(CORES) -I {} sh -c 'python -m steps.crate {}'
-	python -m steps.crate --repository --output .
-	python -m steps.docs
+tables: $(INSTALLED)  ## rebuild the tables of every committed record, the studies', claims, crates, and the pages
+	python -m workflow.rebuild --cores $(CORES)
 
 clean:  ## remove what runs made; data stays
 	rm -rf runs logs .snakemake mlflow.db mlartifacts
