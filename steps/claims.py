@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     verdicts = decide(args.reports)
     counts = Counter(verdict.verdict for verdict in verdicts)
     summary = [[name, counts[name], meaning] for name, meaning in VERDICTS.items() if counts[name]]
-    headers = ["claim", "place", "run", "published", "ours", "verdict", "", "explained by"]
+    headers = ["claim", "place", "run", "published", "ours", "verdict", "in detail", "explained by"]
     made = [
         Section("In short", "", ["verdict", "claims", "meaning"], summary),
         Section("Every claim", _NOTE, headers, [_cells(verdict, args.output) for verdict in verdicts]),

@@ -26,8 +26,8 @@ td { font-variant-numeric: tabular-nums } footer { opacity: .7; font-size: .9rem
 </style>
 <h1>{{ title }}</h1>
 {% for section in sections %}<h2>{{ section.title }}</h2>
-<p>{{ section.note }}</p>
-<div class="table">{{ html(section.headers, section.rows) | safe }}</div>
+{% if section.note %}<p>{{ code(section.note) | safe }}</p>
+{% endif %}<div class="table">{{ html(section.headers, section.rows) | safe }}</div>
 {% endfor %}<footer>{% for line in footer %}<p>{{ line }}</p>{% endfor %}</footer>
 </html>
 """
@@ -62,7 +62,7 @@ def page_markdown(title: str, sections: Sequence[Section], footer: Sequence[str]
 
 def page_html(title: str, sections: Sequence[Section], footer: Sequence[str]) -> str:
     """A page of tables that asks no other host for anything, for light and dark screens."""
-    return _PAGE.render(title=title, sections=sections, footer=footer, html=html) + "\n"
+    return _PAGE.render(title=title, sections=sections, footer=footer, html=html, code=_code) + "\n"
 
 
 def page_latex(sections: Sequence[Section], footer: Sequence[str]) -> str:
@@ -95,6 +95,11 @@ def escaped(cell: Any) -> str:
     if isinstance(cell, Link):
         return f"[{escaped(cell.text)}]({cell.target})"
     return _MARKUP.sub(r"\\\1", " ".join(str(cell).split()))
+
+
+def _code(note: str) -> str:
+    """A note as HTML: what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(note))
 
 
 def _anchor(cell: Any) -> str:
