@@ -59,7 +59,7 @@ dvc: $(INSTALLED)  ## let DVC go through the runs of the experiment or study (EX
 
 share: dvc  ## let DVC take over what Snakemake made of the experiment, so that `dvc repro` trains nothing again
 	@python -m steps.check --experiment $(EXPERIMENT) --listed workflow/runs.yaml --output runs/$(EXPERIMENT)/checked.json
-	dvc commit --quiet --force --with-deps workflow/dvc.yaml:track@$(EXPERIMENT)
+	dvc commit --quiet --force --with-deps workflow/dvc.yaml:track@$(EXPERIMENT) workflow/dvc.yaml:crate@$(EXPERIMENT)
 
 tables: $(INSTALLED)  ## rebuild the tables of every committed record, the studies', claims, crates, and the pages
 	python -m workflow.rebuild --cores $(CORES)
