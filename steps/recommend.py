@@ -94,6 +94,8 @@ def main(args: argparse.Namespace) -> None:
         return
     recommender, users = load_run(args.run, data)
     catalogue = recommender.catalogue
+    if args.top > len(catalogue):
+        raise StepError(f"--top {args.top}: the data set has {len(catalogue)} items; ask for at most as many")
     queries = queries_of(args, catalogue, users)
     if args.similar:
         found = [recommender.similar(queries[0].history.items[0], args.top)]

@@ -20,11 +20,11 @@ from steps.tracking.runs import CARD, log_experiment
 from steps.tracking.store import AwayError, experiment_of, opened, remove_unfinished, shown_uri, tracking_uri
 from steps.tracking.views import set_views
 
-REQUIRED = ("table.md", "table.html", "table.csv", "runs.csv", "curves.svg", "comparisons.md", "comparisons.csv")
+REQUIRED = ("table.md", "table.csv", "runs.csv", "curves.svg", "comparisons.md", "comparisons.csv")
 #: Attached where they are there.
 OPTIONAL = (
-    *("details.md", "claims.md", "paper.md", "variants.csv", "beyond.csv", "claims.csv", "intervals.svg"),
-    *("curves.png", "intervals.png", "curves-dark.svg", "intervals-dark.svg"),
+    *("table.html", "details.md", "paper.md", "paper.html", "parity.md", "variants.csv", "beyond.csv"),
+    *("intervals.csv", "intervals.svg", "groups.svg", "speed.svg", "curves.png", "intervals.png"),
 )
 
 

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from steps.common import params
-from steps.common.cli import run_step
+from steps.common.cli import StepError, run_step
 from steps.reporting.records import RUNS
-from steps.tracking.store import is_server, opened, tracking_uri
+from steps.tracking.store import AwayError, is_server, opened, shown_uri, tracking_uri
 from steps.tracking.views import addresses
 
 _REPORTS = Path("reports")
@@ -19,13 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     uri = tracking_uri()
     base = uri.rstrip("/") if is_server(uri) else args.address
-    with opened(uri) as client:
-        there = {one.name: one for one in client.search_experiments()}
-        for name in params.experiments():
-            if name in there:
-                print(f"{name}: {params.load(f'experiments/{name}')['title']}")
-                for what, address in addresses(client, base, there[name]).items():
-                    print(f"  {what}\n    {address}")
+    try:
+        with opened(uri) as client:
+            there = {one.name: one for one in client.search_experiments()}
+            for name in params.experiments():
+                if name in there:
+                    print(f"{name}: {params.load(f'experiments/{name}')['title']}")
+                    for what, address in addresses(client, base, there[name]).items():
+                        print(f"  {what}\n    {address}")
+    except AwayError as error:
+        raise StepError(
+            f"the MLflow server {shown_uri(uri)} does not answer; start it, or correct the address"
+        ) from error
     lacking = [name for name in params.experiments() if name not in there and _is_recorded(name)]
     if lacking:
         print("Committed records that the store lacks, and how to bring them in:")

@@ -75,13 +75,24 @@ def test_committed_tables_and_pages_are_those_of_the_committed_records(tmp_path:
         arguments = ("--runs", f"reports/{experiment}/records", "--output", str(tmp_path / experiment))
         for table in ("tabulate", "compare"):
             step(table, "--experiment", experiment, *arguments, cwd=ROOT)
-        for name in ("table.md", "table.csv", "runs.csv", "details.md", "comparisons.csv", "parity.md"):
+        for name in (
+            "table.md",
+            "table.csv",
+            "runs.csv",
+            "details.md",
+            "comparisons.csv",
+            "intervals.csv",
+            "paper.md",
+            "parity.md",
+        ):
             committed = ROOT / "reports" / experiment / name
             if experiment != "demo":  # whose tables are a user's own; the README shows the record's
                 assert (tmp_path / experiment / name).read_text() == committed.read_text(), (
                     f"run `make tables`: {committed}"
                 )
     shutil.copyfile(ROOT / "reports/demo/recommendations.json", tmp_path / "demo/recommendations.json")
+    step("claims", "--reports", tmp_path, "--output", tmp_path, cwd=ROOT)
+    assert (tmp_path / "claims.csv").read_text() == (ROOT / "reports/claims.csv").read_text(), "run `make tables`"
     step("docs", "--reports", tmp_path, "--output", tmp_path, cwd=ROOT)
     for page in PAGES.values():
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"run `make tables`: {page}"

@@ -96,9 +96,37 @@ class Tables:
 def decide(reports: Path) -> list[Verdict]:
     """The verdict on every claim of params/claims.yaml, in its order."""
     settings, tables = params.load("claims"), Tables(reports)
+    for name, claim in settings["claims"].items():
+        _check(f"params/claims.yaml, key claims.{name}", claim, tables)
     return [
         verdict for name, claim in settings["claims"].items() for verdict in _of(name, claim, settings["band"], tables)
     ]
+
+
+def _check(where: str, claim: dict[str, Any], tables: Tables) -> None:
+    """Raise StepError if a claim names an experiment, a row, a figure or a page that is not there."""
+    asked = claim.get("figures") or claim.get("gains")
+    for experiment, *_ in [asked["table"]] if asked else claim.get("order", {}).get("tables", []):
+        if experiment not in params.experiments():
+            raise StepError(f"{where}: no experiment {experiment!r}; there are {', '.join(params.experiments())}")
+    for model in asked["models"] if asked else claim.get("order", {}).get("rows", []):
+        params.entry("models", model)
+    if asked:
+        try:
+            claim["text"].format(model="", metric="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise StepError(f"{where}.text: {{model}} and {{metric}} are all that it can name ({error})") from error
+        published = tables.paper.get(asked["table"][1], {})
+        for model in asked["models"]:
+            for metric in asked["metrics"]:
+                if metric not in published.get(model, {}):
+                    raise StepError(
+                        f"{where}: params/paper.yaml has no {metric} of {model} on {asked['table'][1]}; add the "
+                        "published figure, or leave it out of the claim"
+                    )
+    page = Path(claim["explained"][1].partition("#")[0]) if "explained" in claim else None
+    if page and not page.is_file():
+        raise StepError(f"{where}.explained: {page} does not exist; name a page of docs/")
 
 
 @dataclass(frozen=True)
@@ -183,7 +211,7 @@ def _order(name: str, told: dict[str, Any], order: dict[str, Any], tables: Table
         doubt = "" if sure else ", not decided"
         said.append(f"{dataset} {protocol} {sign * row['difference']:+.4f} (p {row['p_holm']:.2g}{doubt})")
     verdict = "not run" if not found else "not decided"
-    if found and min(found) == 1:
+    if found and min(found) == 1 and len(found) == len(order["tables"]):
         verdict, told = "reproduced", told | {"explained": None}
     elif 1 in found:
         verdict = "partly"
@@ -196,4 +224,4 @@ def _order(name: str, told: dict[str, Any], order: dict[str, Any], tables: Table
 
 
 def _not_run(experiment: str) -> str:
-    return f"not run here; `snakemake {experiment}` does"
+    return f"not run here; snakemake {experiment} does"

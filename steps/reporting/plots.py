@@ -16,6 +16,7 @@ from steps.reporting.records import Record, by_row, mean_and_sd
 from steps.reporting.task import load_task
 
 _WIDTH, _HEIGHT = 4.2, 3.3  # inches of a panel, without the labels at its right
+_LONGEST = 60  # characters of a label
 _GAP, _TOP = 0.062, 0.97  # of a panel's height: the least between two labels, and the highest place of one
 
 
@@ -54,8 +55,9 @@ class Shown:
         return self.paper[kind].get(dataset, {}) if beside else {}
 
     def label(self, model: str, group: str = "") -> str:
-        """Of a row, without what the group's title says."""
-        return literal(params.label(model).removeprefix(f"{group}, "))
+        """Of a row, without what the group's title says; the beginning of a long one."""
+        text = params.label(model).removeprefix(f"{group}, ")
+        return literal(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
 
     def title(self, dataset: str, protocol: str, group: str = "") -> str:
         """Of a panel."""
@@ -107,7 +109,9 @@ def draw_curves(shown: Shown) -> Figure:
             if model in reruns:
                 points = [(epoch, figures[metric]) for epoch, figures in reruns[model]["epochs"].items()]
                 axis.plot(*zip(*points, strict=True), "x", color=colour, markersize=4.5)
-        axis.set(title=shown.title(dataset, protocol, group), xlabel="epoch", ylabel=f"{split} {metric.upper()}")
+        marks = [("◇ published", published), ("× the authors' code, rerun", reruns)]
+        named = ", ".join(["epoch", *(words for words, others in marks if others)])
+        axis.set(title=shown.title(dataset, protocol, group), xlabel=named, ylabel=f"{split} {metric.upper()}")
         _logarithmic(axis)
         axis.set_ylim(bottom=0)
         _label_ends(axis, labels)

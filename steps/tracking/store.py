@@ -27,7 +27,6 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 LOCAL = "sqlite:///mlflow.db"
 #: What a run is in the comparison: its content is that of the files it was made of, or was before they changed.
 NEWEST, EARLIER = "newest", "earlier"
-_ARTIFACTS = Path("mlartifacts")
 
 
 class AwayError(Exception):
@@ -77,13 +76,16 @@ def experiment_of(client: Any, uri: str, name: str) -> str:
     """The id of the experiment, which is made if it is not there, and restored if it was deleted."""
     found = client.get_experiment_by_name(name)
     if found is None:
-        location = _ARTIFACTS / name
-        made: str = client.create_experiment(name, str(location) if _is_ours(uri) else None)
-        if _is_ours(uri):
+        file = _file_of(uri)
+        location = file.with_name("mlartifacts") / name if file else None
+        made: str = client.create_experiment(name, str(location) if location else None)
+        if location and _is_ours(uri):
             _make_relative(made, location)
         return made
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
+        for run in search(client, found.experiment_id, "attributes.status = 'KILLED'"):  # restored with it
+            client.delete_run(run.info.run_id)
     experiment_id: str = found.experiment_id
     return experiment_id
 

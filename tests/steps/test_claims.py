@@ -1,6 +1,7 @@
 """Verdicts: each kind of claim against tables whose answer is known."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def pairs(project: Path, *rows: tuple[str, str, str, float]) -> None:
 
 def verdict(project: Path, **claim: Any) -> Verdict:
     """The one verdict on a claim."""
-    content = {"band": 0.03, "claims": {"one": {"text": "{model} {metric}", "place": "table 4", **claim}}}
+    content = {"band": 0.03, "claims": {"one": {"text": "{model} {metric}", "place": "table 4"} | claim}}
     (project / "params/claims.yaml").write_text(yaml_files.dump(content))
     (found,) = decide(project / "reports")
     return found
@@ -51,7 +52,11 @@ def verdict(project: Path, **claim: Any) -> Verdict:
 
 @pytest.fixture(autouse=True)
 def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an experiment `e`, and a page that explains."""
     monkeypatch.chdir(project)
+    (project / "params/experiments/e.yaml").write_text((project / "params/experiments/demo.yaml").read_text())
+    (project / "docs").mkdir()
+    (project / "docs/findings.md").touch()
 
 
 FIGURES = {"table": TABLE, "models": ["hstu"], "metrics": ["hr@10"]}
@@ -69,7 +74,7 @@ FIGURES = {"table": TABLE, "models": ["hstu"], "metrics": ["hr@10"]}
 )
 def test_a_figure_is_judged_on_both_sides(project: Path, mean: float, half: float, expected: str) -> None:
     figures(project, "hstu", mean, half)
-    found = verdict(project, figures=FIGURES, explained=["why", "docs/x.md#y"])
+    found = verdict(project, figures=FIGURES, explained=["why", "docs/findings.md#y"])
     assert (found.verdict, found.published, found.text) == (expected, 0.3097, "HSTU HR@10")
     assert found.why == f"{mean / 0.3097:.3f} of the published figure"
     assert (found.explained is not None) == (expected in ("higher", "lower"))
@@ -106,11 +111,37 @@ def test_an_order_holds_in_all_tables_in_some_or_in_none(project: Path, rows: li
 
 def test_what_was_not_run_says_which_command_runs_it(project: Path) -> None:
     found = verdict(project, figures=FIGURES)
-    assert (found.verdict, found.why, found.files) == ("not run", "not run here; `snakemake e` does", {})
+    assert (found.verdict, found.why, found.files) == ("not run", "not run here; snakemake e does", {})
     order = {"rows": ["hstu", "sasrec"], "tables": [TABLE]}
     assert verdict(project, order=order).verdict == "not run"
     assert verdict(project, why="no data", open=True).verdict == "not run"
     assert verdict(project, why="no data").verdict == "not testable"
+
+
+def test_an_order_of_which_a_table_is_missing_holds_in_part(project: Path) -> None:
+    pairs(project, ("paper", "hstu", "sasrec", 1e-9))
+    found = verdict(project, order={"rows": ["hstu", "sasrec"], "tables": [TABLE, ["demo", "demo", "strict"]]})
+    assert found.verdict == "partly"
+    assert "demo strict: not run here" in found.why
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ({"figures": FIGURES | {"table": ["f", "ml-1m", "paper"]}}, "no experiment 'f'; there are"),
+        ({"figures": FIGURES | {"models": ["hstv"]}}, "no entry 'hstv'"),
+        ({"figures": FIGURES | {"models": ["markov"]}}, "has no hr@10 of markov on ml-1m"),
+        ({"gains": FIGURES | {"metrics": ["mrr"]}}, "has no mrr of hstu on ml-1m"),
+        ({"figures": FIGURES | {"table": ["e", "nowhere", "paper"]}}, "has no hr@10 of hstu on nowhere"),
+        ({"figures": FIGURES, "text": "{name}"}, "text: {model} and {metric} are all"),
+        ({"order": {"rows": ["hstu", "hstv"], "tables": [TABLE]}}, "no entry 'hstv'"),
+        ({"figures": FIGURES, "explained": ["x", "docs/none.md"]}, "docs/none.md does not exist"),
+    ],
+)
+def test_what_a_claim_names_has_to_be_there(project: Path, claim: dict[str, Any], said: str) -> None:
+    figures(project, "hstu", 0.3, 0.01)
+    with pytest.raises(StepError, match=re.escape(said)):
+        verdict(project, **claim)
 
 
 def test_a_claim_about_a_row_that_the_table_lacks_is_an_error(project: Path) -> None:

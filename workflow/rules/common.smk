@@ -152,10 +152,11 @@ def tables_there(wildcards):
 
 
 def about(wildcards):
-    """The title of what an output belongs to; none for data sets, which are items of their own."""
+    """The title of what an output belongs to, or all; none for data sets, which are items of their own."""
     for key, kind in (("experiment", "experiments"), ("study", "studies")):
         if key in wildcards.keys():
             return params.load(f"{kind}/{wildcards[key]}")["title"]
+    return None if "dataset" in wildcards.keys() else "All experiments"
 
 
 def shown_as(path, section, item):
