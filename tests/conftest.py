@@ -43,6 +43,8 @@ LONGEST = (
     "test_compilation.py",
     "test_training.py",
     "test_project.py",
+    "test_track.py",
+    "test_reporting.py",
     "test_studies.py",
     "test_recommend.py",
 )
