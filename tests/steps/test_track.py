@@ -235,11 +235,13 @@ def test_tracking_again_adds_nothing(changing: Path) -> None:
 def test_a_changed_run_is_kept_beside_the_earlier_one(changing: Path) -> None:
     before = read_json(changing / "reports/mine/mlflow.json")
     runs = list(params.runs("mine", changing / "params"))
-    key, other = str(runs[0].path), str(runs[1].path)
-    config = changing / "runs/mine" / key / "config.json"
-    content = read_json(config)
-    write_json(config, content | {"training": content["training"] | {"dropout": 0.5}})
-    seal(config.parent)
+    row = [run for run in runs if (run.model, run.protocol) == (runs[0].model, runs[0].protocol)]
+    key, other = str(row[0].path), str(next(run for run in runs if run not in row).path)
+    configs = [changing / "runs/mine" / run.path / "config.json" for run in row]  # seeds of a row share their settings
+    contents = [read_json(config) for config in configs]
+    for path, content in zip(configs, contents, strict=True):
+        write_json(path, content | {"training": content["training"] | {"dropout": 0.5}})
+        seal(path.parent)
     table = changing / "reports/mine/table.md"
     text = table.read_text()
     table.write_text("changed")
@@ -255,12 +257,13 @@ def test_a_changed_run_is_kept_beside_the_earlier_one(changing: Path) -> None:
         assert states(name) == sorted([(old, "earlier"), (new, "newest")])
     by_id = {one.info.run_id: one for one in found[key]}
     dropouts = [by_id[made["runs"][key]].data.params["training.dropout"] for made in (before, after)]
-    assert dropouts == [str(content["training"]["dropout"]), "0.5"]
+    assert dropouts == [str(contents[0]["training"]["dropout"]), "0.5"]
     assert after["runs"][other] == before["runs"][other]
     assert client.get_run(after["runs"][other]).data.tags["mlflow.parentRunId"] == after["parent"]
 
-    write_json(config, content)  # and back: the first is the newest again
-    seal(config.parent)
+    for path, content in zip(configs, contents, strict=True):  # and back: the first is the newest again
+        write_json(path, content)
+        seal(path.parent)
     table.write_text(text)
     track(changing)
     assert read_json(changing / "reports/mine/mlflow.json") == before
@@ -416,7 +419,7 @@ def test_a_server_that_is_away_stops_nothing_and_gets_the_runs_once_it_is_back(c
         assert found["ml-1m/hstu/strict/seed-1"][0].info.start_time == START
         reports = {Path(file.path).name for file in client.list_artifacts(made[0]["parent"], "report")}
         assert reports >= set(REQUIRED)
-    assert list((there / "kept").rglob("table.html"))
+    assert list((there / "kept").rglob("table.md"))
     assert sorted((changing / "mlartifacts").rglob("*")) == local
     assert len(active(store(changing))) == 9  # the file of this folder is as it was
 
