@@ -31,7 +31,7 @@ def queries_of(args: argparse.Namespace, catalogue: Catalogue, users: Users) -> 
     """What the arguments ask for."""
     if args.input:
         return read_queries(args.input, catalogue, users)
-    if args.user:
+    if args.user is not None:
         return [Query(args.user, users.history(args.user))]
     texts = args.history or [args.similar]
     items = [catalogue.find(text) for text in texts]

@@ -424,6 +424,8 @@ def test_what_does_not_belong_together_is_refused(data: Path, run: Path, tmp_pat
     untrained = tmp_path / "untrained"
     write_json(untrained / "config.json", read_json(run / "config.json"))
     assert "is not trained; run train first" in failure(untrained, data, "--user", "u3")
+    assert "no user has the id ''" in failure(run, data, "--user", "")
+    assert "ask for at most as many" in failure(run, data, "--user", "u3", "--top", "1000000000")
     assert "does not exist; it is runs/" in failure(tmp_path / "nothing", data, "--user", "u3")
     changed = shutil.copytree(run, tmp_path / "changed")
     shutil.copyfile(changed / "history.jsonl", changed / "model.safetensors")
