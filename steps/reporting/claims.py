@@ -104,11 +104,8 @@ def decide(reports: Path) -> list[Verdict]:
 
 
 def _check(where: str, claim: dict[str, Any], tables: Tables) -> None:
-    """Raise StepError if a claim names an experiment, a row, a figure or a page that is not there."""
+    """Raise StepError if a claim names a row or a figure that is not there."""
     asked = claim.get("figures") or claim.get("gains")
-    for experiment, *_ in [asked["table"]] if asked else claim.get("order", {}).get("tables", []):
-        if experiment not in params.experiments():
-            raise StepError(f"{where}: no experiment {experiment!r}; there are {', '.join(params.experiments())}")
     for model in asked["models"] if asked else claim.get("order", {}).get("rows", []):
         params.entry("models", model)
     if asked:
@@ -124,9 +121,6 @@ def _check(where: str, claim: dict[str, Any], tables: Tables) -> None:
                         f"{where}: params/paper.yaml has no {metric} of {model} on {asked['table'][1]}; add the "
                         "published figure, or leave it out of the claim"
                     )
-    page = Path(claim["explained"][1].partition("#")[0]) if "explained" in claim else None
-    if page and not page.is_file():
-        raise StepError(f"{where}.explained: {page} does not exist; name a page of docs/")
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from steps.common import yaml_files
+from steps.common import params, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import read_json, sha256
-from steps.reporting.claims import Verdict, decide
-from tests.conftest import step
+from steps.reporting.claims import Verdict, decide, experiments
+from tests.conftest import ROOT, step
 
 TABLE = ["e", "ml-1m", "paper"]
 
@@ -128,14 +128,12 @@ def test_an_order_of_which_a_table_is_missing_holds_in_part(project: Path) -> No
 @pytest.mark.parametrize(
     ("claim", "said"),
     [
-        ({"figures": FIGURES | {"table": ["f", "ml-1m", "paper"]}}, "no experiment 'f'; there are"),
         ({"figures": FIGURES | {"models": ["hstv"]}}, "no entry 'hstv'"),
         ({"figures": FIGURES | {"models": ["markov"]}}, "has no hr@10 of markov on ml-1m"),
         ({"gains": FIGURES | {"metrics": ["mrr"]}}, "has no mrr of hstu on ml-1m"),
         ({"figures": FIGURES | {"table": ["e", "nowhere", "paper"]}}, "has no hr@10 of hstu on nowhere"),
         ({"figures": FIGURES, "text": "{name}"}, "text: {model} and {metric} are all"),
         ({"order": {"rows": ["hstu", "hstv"], "tables": [TABLE]}}, "no entry 'hstv'"),
-        ({"figures": FIGURES, "explained": ["x", "docs/none.md"]}, "docs/none.md does not exist"),
     ],
 )
 def test_what_a_claim_names_has_to_be_there(project: Path, claim: dict[str, Any], said: str) -> None:
@@ -165,3 +163,11 @@ def test_pages_name_every_claim_and_the_same_bytes_come_again(project: Path) -> 
     assert (found["claim"], found["verdict"]) == ("one/hstu/hr@10", "higher")
     step("claims", cwd=project)
     assert [(project / "reports" / name).read_bytes() for name in names] == before
+
+
+def test_the_project_s_claims_name_experiments_and_pages_that_are_there() -> None:
+    assert experiments() <= set(params.experiments(ROOT / "params"))
+    for claim in params.load("claims", ROOT / "params")["claims"].values():
+        page, _, heading = claim.get("explained", ["", "README.md#hstu-reproduced"])[1].partition("#")
+        headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.M)
+        assert heading in {re.sub(r"[^a-z0-9 -]", "", one.lower()).replace(" ", "-") for one in headings}
