@@ -17,7 +17,7 @@ from steps.common.files import atomic_path, write_text
 from steps.reporting.details import beyond, beyond_table, variant_table, variants
 from steps.reporting.figures import save_figure
 from steps.reporting.headline import write_headline
-from steps.reporting.paper_table import paper_rows, paper_sections
+from steps.reporting.paper_table import paper_tables
 from steps.reporting.plots import Shown, draw_curves, draw_groups, draw_speed, groups_of_rows
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records
 from steps.reporting.tables import Section, escaped, markdown, page_html, page_latex, page_markdown
@@ -158,23 +158,16 @@ def _details(records: list[Record], title: str) -> tuple[str, list[dict[str, Any
 
 def _write_paper(records: list[Record], shown: Shown, title: str, footer: list[str], output: Path) -> None:
     """The paper's tables in four forms; where the paper has none, pages that say so."""
-    made = paper_sections(records, shown.paper, shown.titles)
+    made = paper_tables(records, shown.paper, shown.titles)
+    tables, rows = [section for section, _ in made], [row for _, of_table in made for row in of_table]
     title, footer = f"{title}: the paper's table", footer if made else [_NO_PAPER]
-    rows: list[dict[str, Any]] = []
-    for dataset, protocol in shown.tables:
-        if shown.others("public_datasets", dataset, protocol):
-            of_table = [record for record in records if record.row[:2] == (dataset, protocol)]
-            rows += [
-                {"dataset": dataset, "protocol": protocol, **row}
-                for row in paper_rows(of_table, shown.paper["public_datasets"][dataset])
-            ]
     names = ["dataset", "protocol", "model", "method", "whose", "seeds"]
     table = pl.DataFrame(rows or {name: [] for name in names}, infer_schema_length=None)
     with atomic_path(output / "paper.csv") as temporary:
         table.write_csv(temporary)
-    write_text(output / "paper.md", page_markdown(title, made, footer))
-    write_text(output / "paper.html", page_html(title, made, footer))
-    write_text(output / "paper.tex", page_latex(made, footer))
+    write_text(output / "paper.md", page_markdown(title, tables, footer))
+    write_text(output / "paper.html", page_html(title, tables, footer))
+    write_text(output / "paper.tex", page_latex(tables, footer))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

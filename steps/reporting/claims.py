@@ -27,10 +27,6 @@ VERDICTS = {
 }
 
 
-#: The csv files of an experiment that decide claims.
-TABLES = ("comparisons", "intervals")
-
-
 @dataclass(frozen=True)
 class Verdict:
     """A row of the claims' table.
@@ -131,14 +127,6 @@ class _Row:
     model: str
     metric: str
     gain: bool
-
-
-def experiments() -> set[str]:
-    """The experiments whose tables decide a claim."""
-    claims = params.load("claims")["claims"].values()
-    asked = [table for claim in claims for table in claim.get("order", {}).get("tables", [])]
-    asked += [claim[kind]["table"] for claim in claims for kind in ("figures", "gains") if kind in claim]
-    return {table[0] for table in asked}
 
 
 def _of(name: str, claim: dict[str, Any], band: float, tables: Tables) -> Iterator[Verdict]:

@@ -13,8 +13,10 @@ _NOTE = (
 )
 
 
-def paper_sections(records: list[Record], paper: dict[str, Any], titles: dict[str, str]) -> list[Section]:
-    """A table for each (dataset, protocol) that published figures stand beside; none where there is none."""
+def paper_tables(
+    records: list[Record], paper: dict[str, Any], titles: dict[str, str]
+) -> list[tuple[Section, list[dict[str, Any]]]]:
+    """A table for each (dataset, protocol) that published figures stand beside, with its rows as numbers."""
     made = []
     for dataset, protocol in dict.fromkeys(record.row[:2] for record in records):
         published = paper["public_datasets"].get(dataset)
@@ -24,7 +26,8 @@ def paper_sections(records: list[Record], paper: dict[str, Any], titles: dict[st
             note = _NOTE.format(protocol=protocol) + "Theirs: " + "; ".join(sources) + "."
             headers = ["method", "whose", "seeds", *(name.upper() for name in load_task().paper)]
             lines = [[row["method"], row["whose"], row["seeds"] or "", *_cells(row)] for row in rows]
-            made.append(Section(titles[dataset], note, headers, lines))
+            key = {"dataset": dataset, "protocol": protocol}
+            made.append((Section(titles[dataset], note, headers, lines), [key | row for row in rows]))
     return made
 
 

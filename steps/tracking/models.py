@@ -14,8 +14,9 @@ from steps.common import params
 from steps.evaluation.names import SELECTION_METRIC
 from steps.reporting.records import Record, by_row
 from steps.serving.mlflow_model import save_model
+from steps.tracking.store import logged
 
-_VALID_TAG = f"valid.{SELECTION_METRIC.replace('@', '_at_')}"
+_VALID_TAG = f"valid.{logged(SELECTION_METRIC)}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _logged_model(client: Any, experiment_id: str, candidate: _Candidate) -> str
     client.log_outputs(candidate.run_id, [LoggedModelOutput(model.model_id, result["epoch"])])
     moment = client.get_run(candidate.run_id).info.end_time
     points = [
-        Metric(f"reported/{part}/{name.replace('@', '_at_')}", value, moment, 0, model_id=model.model_id)
+        Metric(f"reported/{part}/{logged(name)}", value, moment, 0, model_id=model.model_id)
         for part in ("valid", "test")
         for name, value in result[part].items()
     ]

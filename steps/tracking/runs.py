@@ -19,7 +19,7 @@ import polars as pl
 from steps.common import params
 from steps.common.files import read_json
 from steps.reporting.records import Record
-from steps.tracking.store import NEWEST, here, mark_newest, search
+from steps.tracking.store import NEWEST, here, logged, mark_newest, search
 
 #: What a data set's card is.
 CARD = ("card.html", "card.json", "croissant.json")
@@ -211,7 +211,7 @@ def _metrics(record: Record, start: int, end: int) -> list[Any]:
     from mlflow.entities import Metric
 
     def metric(name: str, value: float, moment: int, step: int) -> Any:
-        return Metric(name.replace("@", "_at_"), value, moment, step)
+        return Metric(logged(name), value, moment, step)
 
     result, points, moment = record.metrics, [], float(start)
     for line in record.history:

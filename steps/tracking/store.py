@@ -120,6 +120,11 @@ def mark_newest(client: Any, run_id: str, known: list[Any]) -> None:
             client.set_tag(other.info.run_id, "state", state)
 
 
+def logged(metric: str) -> str:
+    """A metric's name as MLflow takes it."""
+    return metric.replace("@", "_at_")
+
+
 def here() -> str:
     """This machine and folder."""
     return f"{socket.gethostname()}:{Path.cwd()}"

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from steps.common import params
 from steps.reporting.records import Record
-from steps.tracking.store import NEWEST, search
+from steps.tracking.store import NEWEST, logged, search
 
 #: The newest runs alone, without their parent.
 _RUNS = f"tags.state = '{NEWEST}' and tags.kind = 'run'"
@@ -28,7 +28,7 @@ _TABLE, _CHARTS, _PAIR = "table", "charts", "pair"
 def set_views(client: Any, experiment_id: str, title: str, records: list[Record]) -> None:
     """Describe the experiment, and set its shared views; the charts show means where rows have several seeds."""
     task = params.load("tasks")["retrieval"]
-    headline, compared = [_logged(name) for name in task["headline"]], _logged(task["compared"])
+    headline, compared = [logged(name) for name in task["headline"]], logged(task["compared"])
     charts = _charts(headline, compared)
     means = {"groupBy": _ROWS, "runsHiddenMode": "SHOW_ALL"} if len({one.run.seed for one in records}) > 1 else {}
     tags = {
@@ -73,10 +73,6 @@ def compared_runs(client: Any, experiment_id: str) -> list[str]:
         if {"sasrec", "hstu"} <= set(rows):
             return [rows["sasrec"], rows["hstu"]]
     return []
-
-
-def _logged(metric: str) -> str:
-    return metric.replace("@", "_at_")
 
 
 def _table(headline: list[str]) -> dict[str, Any]:

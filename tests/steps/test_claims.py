@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from steps.common import params, yaml_files
+from steps.common.claims import experiments
 from steps.common.cli import StepError
 from steps.common.files import read_json, sha256
-from steps.reporting.claims import Verdict, decide, experiments
+from steps.reporting.claims import Verdict, decide
 from tests.conftest import ROOT, step
 
 TABLE = ["e", "ml-1m", "paper"]

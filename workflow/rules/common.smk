@@ -10,12 +10,11 @@ from contextlib import closing
 from functools import cache
 from pathlib import Path
 
-from steps.common import params, studies
+from steps.common import claims, params, studies
 from steps.common.cli import StepError
 from steps.common.datasets import TOLD
 from steps.common.files import read_json, sha256
 from steps.common.threads import cpu_threads
-from steps.reporting import claims
 from steps.tracking.store import LOCAL, shown_uri, tracking_uri
 from workflow.display import Display
 
