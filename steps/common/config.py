@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from steps.common.cli import StepError
 from steps.common.files import read_json
-from steps.common.typed import Below1, BelowHalf, Count, EntryError, Seed, Sha256, Text, read
+from steps.common.typed import Below1, BelowHalf, Count, EntryError, Seed, Sha256, Text, To2, read
 
 _REMEDY = "run plan again"
 #: Models that count instead of learning: equal whatever the seed.
@@ -19,8 +19,17 @@ COUNT_BASED = ("popular", "markov", "item-knn")
 
 
 @dataclass(frozen=True)
+class StochasticLength:
+    """How much of long windows training reads: `steps.data.stochastic_length`."""
+
+    alpha: To2
+    rule: Literal["recent", "random", "weighted"]
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
-    """How a run is trained. schedule: see `steps.training.schedule`; None: what the model's task is trained by."""
+    """How a run is trained. schedule: see `steps.training.schedule`; None: what the model's task is trained by.
+    stochastic_length: None: windows are read whole."""
 
     max_len: Count
     epochs: Count
@@ -30,6 +39,7 @@ class TrainingConfig:
     patience: Count | None = None
     eval_every: Count = 1
     schedule: Literal["windows", "one-pass"] | None = None
+    stochastic_length: StochasticLength | None = None
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ NotNegative = Annotated[float, Rule("a number from 0", lambda value: _is_number(
 Share = Annotated[float, Rule("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)]
 Inside01 = Annotated[float, Rule("a number between 0 and 1", lambda value: _is_number(value) and 0 < value < 1)]
 Below1 = Annotated[float, Rule("a number from 0 to below 1", _is_share_below_1)]
+To2 = Annotated[float, Rule("a number above 0, at most 2", lambda value: _is_number(value) and 0 < value <= 2)]
 BelowHalf = Annotated[float, Rule("a number between 0 and 0.5", lambda value: _is_number(value) and 0 < value < 0.5)]
 PairBelow1 = Annotated[
     list[float],

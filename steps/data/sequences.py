@@ -13,6 +13,7 @@ from kernels.jagged import offsets_from_lengths, to_padded
 from kernels.jagged.naive import sequence_and_position
 from steps.common.files import read_json, reading
 from steps.common.provenance import require_files
+from steps.data.stochastic_length import Rule, chosen_positions
 
 
 @dataclass(frozen=True)
@@ -185,17 +186,39 @@ class Sequences:
             index=index,
         )
 
-    def padded_batch(self, users: torch.Tensor, num_dropped: torch.Tensor, shape: StaticShape) -> Batch:
-        """The same windows in a shape that is known beforehand, so that the host need not wait for the device."""
+    def padded_batch(
+        self,
+        users: torch.Tensor,
+        num_dropped: torch.Tensor,
+        shape: StaticShape,
+        kept: torch.Tensor | None = None,
+        rule: Rule = "recent",
+    ) -> Batch:
+        """The same windows in a shape that is known beforehand, so that the host need not wait for the device.
+
+        kept: of each window so many tokens (B,), which `rule` chooses; each still predicts the user's next item.
+        """
         lengths = self.window_lengths(users, num_dropped, shape.max_len)
+        start = self.offsets[users + 1] - num_dropped - lengths - 1
+        chosen = None
+        if kept is not None:
+            times = None
+            if rule == "weighted":
+                place = start[:, None] + torch.arange(shape.max_len, device=start.device)
+                times = self.timestamp[place.clamp(max=len(self.timestamp) - 1)]
+            chosen = chosen_positions(rule, lengths, kept, shape.max_len, times)
+            lengths = kept
         offsets = offsets_from_lengths(lengths)
         total = offsets[-1]
         padding = torch.arange(1, shape.num_sequences - shape.num_users + 1, device=offsets.device)
         offsets = torch.cat([offsets, (total + padding * shape.max_len).clamp(max=shape.num_tokens)])
         sequence_id, position = sequence_and_position(offsets, shape.num_tokens)
         token_mask = torch.arange(shape.num_tokens, device=offsets.device) < total
-        first = torch.nn.functional.pad(self.offsets[users + 1] - num_dropped - lengths - 1, (0, len(padding)))
-        index = torch.where(token_mask, first[sequence_id] + position, 0)
+        first = torch.nn.functional.pad(start, (0, len(padding)))
+        place = position
+        if chosen is not None:
+            place = chosen[sequence_id.clamp(max=len(users) - 1), position.clamp(max=shape.max_len - 1)]
+        index = torch.where(token_mask, first[sequence_id] + place, 0)
         return Batch(
             item=self.item[index] * token_mask,
             timestamp=self.timestamp[index] * token_mask,

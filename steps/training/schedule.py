@@ -17,6 +17,7 @@ from steps.common.cli import StepError
 from steps.common.config import TrainingConfig
 from steps.common.typed import EntryError
 from steps.data.sequences import Events, Sequences, StaticShape
+from steps.data.stochastic_length import draw_lengths
 
 #: Buckets of tokens in the largest batch. On ML-1M all batches of 101 epochs then have one of ten sizes, with 3.8 %
 #: padding.
@@ -80,7 +81,7 @@ class Windows(Schedule):
     """Each user's latest window once, in random order, `batch` windows a step.
 
     A batch is padded to a multiple of `bucket` tokens, by padding sequences behind the windows. inputs: (2, B), columns
-    of `windows`.
+    of `windows`; with Stochastic Length (3, B), below them how many tokens are read.
     """
 
     def __init__(self, sequences: Sequences, num_held_out: torch.Tensor, config: TrainingConfig) -> None:
@@ -94,15 +95,23 @@ class Windows(Schedule):
     def steps(self, order: torch.Tensor) -> list[Step]:
         num_padding = -(-self.bucket // self.config.max_len)
         found = []
-        windows = self.windows[:, order.to(self.windows.device)].split(self.config.batch, dim=1)
-        for inputs, lengths in zip(windows, self.lengths[order].split(self.config.batch), strict=True):
+        windows, read = self.windows[:, order.to(self.windows.device)], self.lengths[order]
+        sampled = self.config.stochastic_length
+        if sampled:
+            read = draw_lengths(read, self.config.max_len, sampled.alpha)
+            windows = torch.cat([windows, read.to(windows.device)[None]])
+        batches = windows.split(self.config.batch, dim=1), read.split(self.config.batch)
+        for inputs, lengths in zip(*batches, strict=True):
             tokens = -(-int(lengths.sum()) // self.bucket) * self.bucket
             shape = StaticShape(len(lengths), tokens, len(lengths) + num_padding, self.config.max_len)
             found.append(Step(shape, inputs))
         return found
 
     def batch(self, shape: StaticShape, inputs: torch.Tensor) -> Any:
-        return self.sequences.padded_batch(inputs[0], inputs[1], shape)
+        sampled = self.config.stochastic_length
+        if not sampled:
+            return self.sequences.padded_batch(inputs[0], inputs[1], shape)
+        return self.sequences.padded_batch(inputs[0], inputs[1], shape, inputs[2], sampled.rule)
 
 
 class OnePass(Windows):
@@ -180,6 +189,8 @@ def make_schedule(
         raise EntryError(
             f"key training.schedule: {name!r} does not fit: the model is trained on {', '.join(schedules)}"
         )
+    if config.stochastic_length and name == "sessions":
+        raise EntryError("key training.stochastic_length: does not fit: event by event, windows are read whole")
     return _SCHEDULES[name](sequences, num_held_out, config)
 
 
