@@ -37,27 +37,23 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
     settings = plan["settings"]
     digest = None
     if case["data"] == NEAREST:
-        lengths, shares = nearest(settings["nearest"])
+        lengths = nearest(settings["nearest"])
     else:
         sequences, digest = load_sequences(data / "processed" / case["data"], torch.device("cpu"))
         lengths = sequences.offsets.diff()
-        shares = torch.full(lengths.shape, 1 / len(lengths), dtype=torch.float64)
     if case["part"] == BALANCE:
-        return [one | ({"data_sha256": digest} if digest else {}) for one in balance(case, lengths, shares, settings)]
+        return [one | ({"data_sha256": digest} if digest else {}) for one in balance(case, lengths, settings)]
     published = {(one["alpha"], one["longest"]): one["value"] for one in settings["nearest"]["sparsity"]}
     found = []
     for longest in settings["longest"].get(case["data"]) or sorted({longest for _, longest in published}):
         for alpha in settings["alphas"]:
             axes = case | {"longest": longest, "alpha": alpha}
             cut = lengths.clamp(max=longest)
-            expected = sparsity(expected_lengths(cut, longest, alpha), shares, longest)
+            expected = sparsity(expected_lengths(cut, longest, alpha), longest)
             found.append(row(axes, "expected", round(expected, 6), "fraction", data_sha256=digest))
             random = torch.Generator().manual_seed(0)
             drawn = torch.tensor(
-                [
-                    sparsity(draw_lengths(cut, longest, alpha, random).double(), shares, longest)
-                    for _ in range(settings["draws"])
-                ]
+                [sparsity(draw_lengths(cut, longest, alpha, random), longest) for _ in range(settings["draws"])]
             )
             half = settings["deviations"] * float(drawn.std()) / math.sqrt(len(drawn))
             middle = float(drawn.mean())
@@ -66,26 +62,26 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
             if case["data"] == NEAREST:
                 found.append(row(axes, "published", published[alpha, longest], "fraction"))
     if case["data"] == NEAREST:
-        there = shares > 1e-6
-        for length, share in zip(lengths[there].tolist(), shares[there].tolist(), strict=True):
-            found.append(row(case | {"length": length}, "share", round(share, 6), "fraction"))
+        there, counts = lengths.unique(return_counts=True)
+        for length, count in zip(there.tolist(), counts.tolist(), strict=True):
+            found.append(row(case | {"length": length}, "share", round(count / len(lengths), 6), "fraction"))
     return found
 
 
-def sparsity(kept: torch.Tensor, shares: torch.Tensor, longest: int) -> float:
+def sparsity(kept: torch.Tensor, longest: int) -> float:
     """1 - the mean length over the longest."""
-    return 1 - float((kept * shares).sum()) / longest
+    return 1 - float(kept.double().mean()) / longest
 
 
-def nearest(settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lengths, and the shares of sequences that have them, of whose expected sparsities the one that is furthest from
-    its published value is as near to it as any distribution allows: a linear program."""
+def nearest(settings: dict[str, Any]) -> torch.Tensor:
+    """Lengths of so many `sequences`, of whose expected sparsities the one that is furthest from its published value
+    is as near to it as any distribution of lengths allows: a linear program."""
     points = tuple((one["alpha"], one["longest"], one["value"]) for one in settings["sparsity"])
-    return _nearest(points, settings["step"])
+    return _nearest(points, settings["step"], settings["sequences"])
 
 
 @cache
-def _nearest(points: tuple[tuple[float, int, float], ...], step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest(points: tuple[tuple[float, int, float], ...], step: int, sequences: int) -> torch.Tensor:
     most = max(longest for _, longest, _ in points)
     lengths = torch.arange(step, most + step, step).clamp(max=most)
     of_length = np.stack(
@@ -104,11 +100,10 @@ def _nearest(points: tuple[tuple[float, int, float], ...], step: int) -> tuple[t
         A_eq=np.append(np.ones(len(lengths)), 0.0)[None],
         b_eq=[1.0],
     )
-    shares = torch.from_numpy(found.x[:-1]).clamp(min=0)
-    return lengths, shares / shares.sum()
+    return lengths.repeat_interleave(torch.from_numpy(sequences * found.x[:-1]).round().long())
 
 
-def balance(case: dict[str, Any], lengths: torch.Tensor, shares: torch.Tensor, settings: dict[str, Any]) -> list[Row]:
+def balance(case: dict[str, Any], lengths: torch.Tensor, settings: dict[str, Any]) -> list[Row]:
     """By number of ranks and method: the slowest rank's load over the mean, the share of time that ranks wait in, and
     the share of tokens that is read.
 
@@ -121,8 +116,7 @@ def balance(case: dict[str, Any], lengths: torch.Tensor, shares: torch.Tensor, s
     for ranks in sizes["ranks"]:
         random = torch.Generator().manual_seed(0)
         shape = sizes["steps"], ranks, sizes["batch"]
-        drawn = torch.multinomial(shares, math.prod(shape), replacement=True, generator=random)
-        whole = cut[drawn].view(shape)
+        whole = cut[torch.randint(len(cut), shape, generator=random)]
         stochastic = draw_lengths(whole, longest, sizes["alpha"], random)
         balanced = cut_to(whole, load(stochastic).mean(1, keepdim=True))
         for method, read in zip(METHODS, (whole, stochastic, balanced), strict=True):

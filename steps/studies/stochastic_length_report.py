@@ -60,7 +60,7 @@ def _sparsity_table(lines: list[Row]) -> str:
         for most in longest:
             line = found[alpha, most]
             half = (line["drawn/high"] - line["drawn/low"]) / 2
-            cell = f"{line['expected']:.3f} ({line['drawn']:.3f} ± {half:.3f})"
+            cell = f"{line['expected']:.3f} ({line['drawn']:.3f} ± {half:.4f})"
             cells.append(cell + (f"; published {line['published']:.3f}" if published else ""))
         table.append([f"{alpha:.1f}", *cells])
     headers = ["alpha", *(f"N {most:,}" for most in longest)]
@@ -94,7 +94,7 @@ def _draw(sparsities: list[Row], loads: list[Row]) -> Figure:
         (drawn,) = left.plot(alphas, [line["expected"] for line in members], label=f"N {most:,}")
         left.plot(alphas, [line["published"] for line in members], "o", color=drawn.get_color(), markerfacecolor="none")
     left.set(xlabel="alpha", ylabel="sparsity", title="Expected (lines), published (points)")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="lower left")
     for data, style in zip(dict.fromkeys(line["data"] for line in loads), ("-", "--", ":"), strict=False):
         for number, method in enumerate(METHODS):
             members = [line for line in loads if line["data"] == data and line["method"] == method]
