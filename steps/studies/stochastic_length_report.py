@@ -18,8 +18,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
     worst = max((abs(line["expected"] - line["published"]) for line in sparsities if "published" in line), default=0.0)
     parts = [
         f"# {study['title']}",
-        "Sparsity, 1 - mean kept length / longest: as expected from the lengths (drawn, the mean of "
-        f"{settings['draws']} draws ± {settings['deviations']} standard errors).",
+        "Sparsity, the share of the longest length that is not read in the mean: as expected from the lengths (drawn, "
+        f"the mean of {settings['draws']} draws ± {settings['deviations']} standard errors).",
     ]
     for data in dict.fromkeys(line["data"] for line in sparsities):
         parts += [f"## {_title(data)}", _sparsity_table([line for line in sparsities if line["data"] == data])]
@@ -36,8 +36,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
             "## Ranks that wait for the slowest",
             f"{sizes['batch']} windows a rank, alpha {sizes['alpha']}, means over {sizes['steps']} steps; a batch's "
             "load is the sum of its squared lengths. Whole: all of every window. Stochastic: each rank draws by "
-            "itself. Balanced: every rank's batch is cut to the mean load of these, its longest windows first "
-            "(arXiv 2602.16986).",
+            "itself. Balanced, as ULTRA-HSTU does: every rank's batch is cut to the mean load of these, its longest "
+            "windows first.",
             _balance_table(loads),
         ]
     digests = ", ".join(dict.fromkeys(line["data_sha256"] for line in lines if "data_sha256" in line))
@@ -47,7 +47,7 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
 
 
 def _title(data: str) -> str:
-    return "The distribution nearest to the paper's table 3" if data == NEAREST else data
+    return "The distribution nearest to the paper's table" if data == NEAREST else data
 
 
 def _sparsity_table(lines: list[Row]) -> str:

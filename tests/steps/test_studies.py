@@ -182,6 +182,11 @@ def small(study: str, data: Path) -> dict[str, Any]:
     if study == "null-models":
         write_processed(data / "processed/ml-1m", [30] * 40, 300)
         settings |= {"seeds": 2, "generated": settings["generated"] | {"users": 60}}
+    if study == "stochastic-length":
+        for name in settings["longest"]:
+            write_processed(data / "processed" / name, [9] * 12, 30)
+        settings |= {"draws": 2, "nearest": settings["nearest"] | {"step": 512, "sequences": 1000}}
+        settings["balance"] |= {"ranks": [2], "batch": 4, "steps": 2}
     if study == "preprocessing":
         settings["repetitions"] = 2
         plan["data"]["raw"]["ml-1m"]["checks"] = {"min_user_interactions": 1}

@@ -50,6 +50,7 @@ MODEL_CODE = [
     "steps/common/top.py",
     "steps/data/sequences.py",
     "steps/data/split.py",
+    "steps/data/stochastic_length.py",
     *code("steps/models", "steps/tasks", "steps/evaluation"),
     "kernels/common.py",
     *code(*(path for path in Path("kernels").iterdir() if path.is_dir() and path.name != "tools")),
