@@ -41,6 +41,7 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
     else:
         sequences, digest = load_sequences(data / "processed" / case["data"], torch.device("cpu"))
         lengths = sequences.offsets.diff()
+    case = case | {"sequences": len(lengths)}
     if case["part"] == BALANCE:
         return [one | ({"data_sha256": digest} if digest else {}) for one in balance(case, lengths, settings)]
     published = {(one["alpha"], one["longest"]): one["value"] for one in settings["nearest"]["sparsity"]}

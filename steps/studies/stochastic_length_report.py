@@ -22,7 +22,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"the mean of {settings['draws']} draws ± {settings['deviations']} standard errors).",
     ]
     for data in dict.fromkeys(line["data"] for line in sparsities):
-        parts += [f"## {_title(data)}", _sparsity_table([line for line in sparsities if line["data"] == data])]
+        members = [line for line in sparsities if line["data"] == data]
+        parts += [f"## {_title(data)}, {members[0]['sequences']:,} sequences", _sparsity_table(members)]
         if data == NEAREST:
             lengths = ", ".join(f"{line['share']:.1%} of {line['length']:,}" for line in shares)
             parts.append(
@@ -42,7 +43,7 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         ]
     digests = ", ".join(dict.fromkeys(line["data_sha256"] for line in lines if "data_sha256" in line))
     if digests:
-        parts.append(f"Data sha256 {digests}.")
+        parts.append(f"Hashes of the data: {digests}.")
     return "\n\n".join(parts) + "\n", _draw(sparsities, loads), lines
 
 
