@@ -108,8 +108,8 @@ def balance(case: dict[str, Any], lengths: torch.Tensor, settings: dict[str, Any
     """By number of ranks and method: the slowest rank's load over the mean, the share of time that ranks wait in, and
     the share of tokens that is read.
 
-    Whole windows; Stochastic Length, by each rank alone; and, as arXiv 2602.16986 has it, every rank's batch cut to the
-    mean load of these, its longest windows first: none waits, but where a batch is lighter as a whole.
+    Whole windows; Stochastic Length, by each rank alone; and every rank's batch cut to the mean load of these, an idea
+    of arXiv 2602.16986, here its longest windows first: none waits, but where a batch is lighter as a whole.
     """
     sizes, longest = settings["balance"], settings["balance"]["longest"][case["data"]]
     cut = lengths.clamp(max=longest)

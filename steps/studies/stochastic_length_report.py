@@ -27,9 +27,10 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         if data == NEAREST:
             lengths = ", ".join(f"{line['share']:.1%} of {line['length']:,}" for line in shares)
             parts.append(
-                "The paper's lengths are not public. Of all distributions of lengths the one whose expected sparsities "
-                f"come nearest to its table, in the worst of them, is {worst:.3f} off there, more than the table "
-                f"rounds: no distribution has them all. Shares of sequences, by length: {lengths}."
+                "The paper's lengths are not public. Of all distributions of lengths, multiples of "
+                f"{settings['nearest']['step']}, the one whose expected sparsities come nearest to its table, in the "
+                f"worst of them, is {worst:.3f} off there; the table has three digits. Shares of sequences, by length: "
+                f"{lengths}."
             )
     if loads:
         sizes = settings["balance"]
@@ -37,8 +38,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
             "## Ranks that wait for the slowest",
             f"{sizes['batch']} windows a rank, alpha {sizes['alpha']}, means over {sizes['steps']} steps; a batch's "
             "load is the sum of its squared lengths. Whole: all of every window. Stochastic: each rank draws by "
-            "itself. Balanced, as ULTRA-HSTU does: every rank's batch is cut to the mean load of these, its longest "
-            "windows first.",
+            "itself. Balanced, an idea of ULTRA-HSTU's: every rank's batch is cut to the mean load of these; that its "
+            "longest windows are cut first is a choice made here.",
             _balance_table(loads),
         ]
     digests = ", ".join(dict.fromkeys(line["data_sha256"] for line in lines if "data_sha256" in line))
