@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from ..common import configuration, first_derivatives_only, reverse_mode_only
+from .hopper import backward as hopper_backward
+from .hopper import fits as hopper_fits
 from .inputs import Inputs, shape_class, token_rows
 from .launch import Gradient, backward_bias, backward_kv, backward_q, forward
 from .prepare import BiasTables, Handed, Needs
@@ -102,8 +104,11 @@ def attention_backward(
             q, k, v, offsets, max_len, alpha, attention_scale, position_bias, time_bias, query_time, key_time,
             max_attn_len, contextual_seq_len, num_targets, softmax,
         )  # fmt: skip
-        bias = BiasTables(inputs, Handed(*handed))
         grad = token_rows(grad)
+        if not deterministic and hopper_fits(inputs, grad):
+            dq, dk, dv = hopper_backward(inputs, grad)
+            return dq.to(q.dtype), dk, dv, lse.new_empty(0), lse.new_empty(0)
+        bias = BiasTables(inputs, Handed(*handed))
         delta = (inputs.multiplied(grad) * output.float()).sum(-1).T.contiguous() if softmax else None
         gradient = Gradient(grad, lse, delta)
         config = inputs.configuration("bwd_dkdv")

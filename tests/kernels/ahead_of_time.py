@@ -24,6 +24,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kernels import common
@@ -78,7 +79,8 @@ def specialise(launch: Launch, capability: int) -> tuple[dict[str, str], ASTSour
     bound, specialisation, options = bind(**launch.arguments)
     key = dict(zip(kernel.arg_names, map(str, specialisation), strict=True)) | {"options": str(options)}
     options, *source = kernel._pack_args(backend, launch.arguments, bound, specialisation, options)
-    return key, ASTSource(kernel, *source), vars(options)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    return key, language(kernel, *source), vars(options)
 
 
 def compile_launch(launch: Launch, capability: int) -> dict[str, int]:
@@ -241,6 +243,7 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
     "attention d 64": _attention(_BF16, 4, 64, _LONG),
     "attention d 64, no bias": _attention(_BF16, 4, 64, _LONG, bias="none"),
+    "attention d 32, no bias": _attention(_BF16, 4, 32, _LONG, bias="none"),
     "attention d 64, deterministic": _attention(_BF16, 4, 64, _LONG, deterministic=True),
     "attention d 64, softmax": _attention(_BF16, 4, 64, _LONG, softmax=True),
     "attention d 64, masks": _attention(_BF16, 4, 64, _LONG, masks=True),

@@ -229,6 +229,82 @@ def test_every_shape_class(dim: int, bias: str, dtype: torch.dtype) -> None:
     check(Case(lengths=(700, 333), dqk=dim, dv=dim, bias=bias, targets=(5, 0), window=300), dtype)
 
 
+@pytest.fixture
+def hopper_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What went to Hopper's own backward kernel, call by call."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
+    calls: list[Any] = []
+    original = op.hopper_backward
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(op, "hopper_backward", counted)
+    return calls
+
+
+HOPPER = Case(lengths=(700, 333), heads=3, dqk=64, dv=64, bias="none")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        HOPPER,
+        replace(HOPPER, lengths=(300,), heads=1),
+        replace(HOPPER, lengths=(257, 0, 1, 63, 64, 65, 127, 128, 129, 0, 191, 192, 193)),
+        replace(HOPPER, dqk=32, dv=32, attention_scale=None),
+        replace(HOPPER, dqk=32, dv=64),
+        replace(HOPPER, dqk=64, dv=32, attention_scale=None),
+        replace(HOPPER, lengths=(4_000, 5), heads=1),
+    ],
+    ids=["even", "one head", "edges", "d 32, by length", "d 32 and 64", "d 64 and 32", "long"],
+)
+def test_hoppers_backward_kernel(case: Case, hopper_calls: list[Any]) -> None:
+    check(case, torch.bfloat16)
+    assert len(hopper_calls) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_hoppers_backward_kernel_keeps_what_is_not_finite_in_its_row(value: float, hopper_calls: list[Any]) -> None:
+    """The second row's: rows before and after it get what they get without it."""
+    case = replace(HOPPER, lengths=(300, 77, 301))
+    inputs = case.inputs(torch.bfloat16)
+    clean = run("triton", case, inputs, torch.bfloat16)
+    for name in ("q", "k", "v", "grad"):
+        inputs[name][300:377] = value
+    dirty = run("triton", case, inputs, torch.bfloat16)
+    assert len(hopper_calls) == 2
+    for name, one, other in zip(NAMES[1:4], clean[1:4], dirty[1:4], strict=True):
+        for rows in (slice(0, 300), slice(377, None)):
+            # dq is a sum in no fixed order.
+            torch.testing.assert_close(
+                one[rows], other[rows], rtol=2**-7, atol=2**-12 * one.abs().max().item(), msg=name
+            )
+        assert not other[300:377].isfinite().all(), name
+
+
+@pytest.mark.gpu
+def test_hoppers_backward_kernel_leaves_a_gradient_without_strides_to_the_others(hopper_calls: list[Any]) -> None:
+    """As that of `output.sum(0)` has none, which the copy engine does not take."""
+    inputs = HOPPER.inputs(torch.bfloat16)
+    grad = inputs.pop("grad").bfloat16()[:1]
+    for name in ("q", "k", "v"):
+        inputs[name] = inputs[name].bfloat16()
+    arguments = [*op.Inputs(**inputs, softmax=False).__dict__.values()]
+    outputs = op.attention(*arguments)
+    rows = grad.expand(len(inputs["q"]), -1, -1)
+    found = op.gradients(rows, outputs, arguments, False)
+    assert not hopper_calls
+    expected = op.gradients(rows.contiguous(), outputs, arguments, False)
+    assert len(hopper_calls) == 1
+    for one, other in zip(found[:3], expected[:3], strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-8 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("case", [CASES["both"], CASES["targets, window, prefix"]], ids=["both", "masks"])
 def test_deterministic_mode_is_right_and_equal_to_the_bit(case: Case) -> None:
     case = replace(case, dqk=16, dv=16, lengths=(60, 0, 1, 70) if not ON_GPU else (900, 0, 1, 700))

@@ -1,0 +1,317 @@
+"""Backward kernel for Hopper in Gluon: one sweep over the queries, five products.
+
+A program has 128 keys of one sequence and head, and walks over the queries that see them, 64 at a time. Four groups of
+warps share the work:
+
+    producer         copies tiles of q and of the output's gradient into a ring of shared memory
+    two score groups 64 keys each: scores and weights, held transposed (keys, queries); dv and dk in registers; score
+                     gradients ds into shared memory
+    dq group         dq of the tile from ds, added to memory by the copy engine
+
+Tokens are read through ragged descriptors, which end where a sequence does: what is beyond is zero, and nothing of
+another sequence enters a product.
+"""
+# A kernel's arguments have no Python types.
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_names import async_add, async_load, async_store, barrier
+
+#: Where a ragged descriptor ends: row BILLION - n + i of its third dimension is a sequence's row i.
+BILLION = gl.constexpr(1 << 30)
+#: Keys of a score group; two groups a program.
+GROUP = gl.constexpr(64)
+
+
+class Memory(NamedTuple):
+    """Tiles in shared memory."""
+
+    k: Any  # (2, 1, 1, GROUP, DQK)
+    v: Any  # (2, 1, 1, GROUP, DV)
+    q: Any  # (STAGES, 1, 1, M, DQK)
+    do: Any  # (STAGES, 1, 1, M, DV)
+    ds: Any  # (2 BUFFERS, GROUP, M)
+    dq: Any  # (1, 1, M, DQK) float32
+
+
+class Barriers(NamedTuple):
+    """Of each tile that groups hand over: it is there; it was read."""
+
+    kept: Any  # k and v
+    q: Any  # (STAGES,)
+    do: Any  # (STAGES,)
+    read: Any  # (STAGES,): q and do
+    ds: Any  # (BUFFERS,)
+    ds_read: Any  # (BUFFERS,)
+
+
+class Place(NamedTuple):
+    """What a program works on."""
+
+    end: Any  # the sequence's last token, and one
+    n: Any  # length
+    first: Any  # key
+    head: Any
+    begin: Any  # tiles of queries
+    tiles: Any
+
+
+@gluon.jit
+def _ragged(place, row, column):
+    """Coordinates of a sequence's row in a ragged descriptor."""
+    return [BILLION, place.end, BILLION - place.n + row, column]
+
+
+@gluon.jit
+def _load(memory, barriers, place, q, k, v, do, M: gl.constexpr, DQK: gl.constexpr, DV: gl.constexpr,
+          STAGES: gl.constexpr):  # fmt: skip
+    """The producer."""
+    mbarrier.expect(barriers.kept, 2 * GROUP * (DQK + DV) * 2)
+    for half in gl.static_range(2):
+        row = place.first + half * GROUP
+        async_load(k, _ragged(place, row, place.head * DQK), barriers.kept, memory.k.index(half))
+        async_load(v, _ragged(place, row, place.head * DV), barriers.kept, memory.v.index(half))
+    for tile in range(place.begin, place.tiles):
+        step = tile - place.begin
+        stage = step % STAGES
+        mbarrier.wait(barriers.read.index(stage), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(barriers.q.index(stage), M * DQK * 2)
+        async_load(q, _ragged(place, tile * M, place.head * DQK), barriers.q.index(stage), memory.q.index(stage))
+        mbarrier.expect(barriers.do.index(stage), M * DV * 2)
+        async_load(do, _ragged(place, tile * M, place.head * DV), barriers.do.index(stage), memory.do.index(stage))
+
+
+@gluon.jit
+def _silu_and_derivative(x):
+    # Not pure, so that scores are read before the next product's fence: else ptxas lets products wait for each other.
+    tanh = gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=gl.float32, is_pure=False, pack=1
+    )
+    sigma = 0.5 + 0.5 * tanh
+    value = x * sigma
+    return value, sigma + value * (1.0 - sigma)
+
+
+@gluon.jit
+def _bfloat16(x):
+    """x in bfloat16, before the next product's fence, as an operand in registers must be."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=False, pack=2
+    )
+
+
+@gluon.jit
+def _flat(tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """A tile (1, 1, ROWS, COLUMNS) as products take it."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], tile.dtype)
+    return tile._reinterpret(tile.dtype, [ROWS, COLUMNS], LAYOUT)
+
+
+@gluon.jit
+def _scores(k, q, zeros, M: gl.constexpr, DQK: gl.constexpr):
+    """Begins the product of keys and a tile of queries."""
+    return warpgroup_mma(k, _flat(q, M, DQK).permute([1, 0]), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _step(
+    s, dk, dv, step, memory, barriers, place, k, v, group, alpha,
+    NEXT: gl.constexpr, M: gl.constexpr, DQK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
+):  # fmt: skip
+    """One tile of queries, whose scores are `s`. NEXT: calculates those of the next one."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    OF_DV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    OF_DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQK, 16])
+    stage = step % STAGES
+    zeros = gl.zeros([GROUP, M], gl.float32, SCORES)
+    do = _flat(memory.do.index(stage), M, DV)
+    mbarrier.wait(barriers.do.index(stage), step // STAGES & 1)
+    dp = warpgroup_mma(v, do.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    x = s * alpha
+    first_query = (place.begin + step) * M
+    if first_query < place.first + 2 * GROUP:
+        i = first_query + gl.arange(0, M, gl.SliceLayout(0, SCORES))
+        j = place.first + group * GROUP + gl.arange(0, GROUP, gl.SliceLayout(1, SCORES))
+        x = gl.where(gl.expand_dims(j, 1) <= gl.expand_dims(i, 0), x, -30000.0)
+    weights, dact = _silu_and_derivative(x)
+    weights = gl.convert_layout(_bfloat16(weights), gl.DotOperandLayout(0, OF_DV, 2))
+    dv = warpgroup_mma(weights, do, dv, is_async=True)
+    if NEXT:
+        following = (step + 1) % STAGES
+        mbarrier.wait(barriers.q.index(following), (step + 1) // STAGES & 1)
+        s = _scores(k, memory.q.index(following), zeros, M, DQK)
+        dp = warpgroup_mma_wait(2, [dp])
+    else:
+        dp = warpgroup_mma_wait(1, [dp])
+    ds = _bfloat16(dp * dact)
+    dk = warpgroup_mma(
+        gl.convert_layout(ds, gl.DotOperandLayout(0, OF_DK, 2)), _flat(memory.q.index(stage), M, DQK), dk, is_async=True
+    )
+    buffer = step % BUFFERS
+    mbarrier.wait(barriers.ds_read.index(buffer), (step // BUFFERS & 1) ^ 1)
+    memory.ds.index(2 * buffer + group).store(ds)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(barriers.ds.index(buffer))
+    # None may be under way when the loop begins again: ptxas would let all wait for each other.
+    if NEXT:
+        s, dk, dv = warpgroup_mma_wait(0, [s, dk, dv])
+    else:
+        dk, dv = warpgroup_mma_wait(0, [dk, dv])
+    barrier()
+    mbarrier.arrive(barriers.read.index(stage))
+    return s, dk, dv
+
+
+@gluon.jit
+def _score_group(
+    memory, barriers, place, dk_out, dv_out, alpha, scale, group,
+    M: gl.constexpr, DQK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+):  # fmt: skip
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    OF_DV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    OF_DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQK, 16])
+    k = _flat(memory.k.index(group), GROUP, DQK)
+    v = _flat(memory.v.index(group), GROUP, DV)
+    dk = gl.zeros([GROUP, DQK], gl.float32, OF_DK)
+    dv = gl.zeros([GROUP, DV], gl.float32, OF_DV)
+    mbarrier.wait(barriers.kept, 0)
+    steps = place.tiles - place.begin
+    zeros = gl.zeros([GROUP, M], gl.float32, SCORES)
+    mbarrier.wait(barriers.q.index(0), 0)
+    s = warpgroup_mma_wait(0, [_scores(k, memory.q.index(0), zeros, M, DQK)])
+    for step in range(steps - 1):
+        s, dk, dv = _step(
+            s, dk, dv, step, memory, barriers, place, k, v, group, alpha, True, M, DQK, DV, STAGES, BUFFERS
+        )
+    _, dk, dv = _step(
+        s, dk, dv, steps - 1, memory, barriers, place, k, v, group, alpha, False, M, DQK, DV, STAGES, BUFFERS
+    )
+    # v is read by this group alone; k by the dq group too, up to its last tile.
+    v.store((dv * scale).to(gl.bfloat16))
+    mbarrier.wait(barriers.ds_read.index((steps - 1) % BUFFERS), (steps - 1) // BUFFERS & 1)
+    k.store((dk * (alpha * scale)).to(gl.bfloat16))
+    fence_async_shared()
+    barrier()
+    row = place.first + group * GROUP
+    async_store(dv_out, _ragged(place, row, place.head * DV), memory.v.index(group))
+    async_store(dk_out, _ragged(place, row, place.head * DQK), memory.k.index(group))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _first_group(
+    memory, barriers, place, dk, dv, alpha, scale,
+    M: gl.constexpr, DQK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+):  # fmt: skip
+    _score_group(memory, barriers, place, dk, dv, alpha, scale, 0, M, DQK, DV, STAGES, BUFFERS)
+
+
+@gluon.jit
+def _second_group(
+    memory, barriers, place, dk, dv, alpha, scale,
+    M: gl.constexpr, DQK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+):  # fmt: skip
+    _score_group(memory, barriers, place, dk, dv, alpha, scale, 1, M, DQK, DV, STAGES, BUFFERS)
+
+
+@gluon.jit
+def _dq_group(
+    memory, barriers, place, dq, factor, M: gl.constexpr, DQK: gl.constexpr, BUFFERS: gl.constexpr
+):  # fmt: skip
+    OF_DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQK, 16])
+    zeros = gl.zeros([M, DQK], gl.float32, OF_DQ)
+    out = _flat(memory.dq, M, DQK)
+    for tile in range(place.begin, place.tiles):
+        step = tile - place.begin
+        buffer = step % BUFFERS
+        mbarrier.wait(barriers.ds.index(buffer), step // BUFFERS & 1)
+        sums = warpgroup_mma(
+            memory.ds.index(2 * buffer).permute([1, 0]),
+            _flat(memory.k.index(0), GROUP, DQK),
+            zeros,
+            use_acc=False,
+            is_async=True,
+        )
+        sums = warpgroup_mma(
+            memory.ds.index(2 * buffer + 1).permute([1, 0]), _flat(memory.k.index(1), GROUP, DQK), sums, is_async=True
+        )
+        sums = warpgroup_mma_wait(0, [sums])
+        barrier()
+        mbarrier.arrive(barriers.ds_read.index(buffer))
+        tma.store_wait(0)
+        barrier()
+        out.store(sums * factor)
+        fence_async_shared()
+        barrier()
+        async_add(dq, _ragged(place, tile * M, place.head * DQK), memory.dq)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_tiles"])
+def hopper_backward_kernel(
+    q, k, v, do, dq, dk, dv, offsets, alpha, attention_scale, num_tiles, BY_LENGTH: gl.constexpr, M: gl.constexpr,
+    DQK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
+    DQ_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dk, dv, and dq by addition. Grid (tiles of 128 keys of the longest sequence x heads, sequences)."""
+    head = gl.program_id(0) // num_tiles
+    first = gl.program_id(0) % num_tiles * (2 * GROUP)
+    start = gl.load(offsets + gl.program_id(1))
+    end = gl.load(offsets + gl.program_id(1) + 1)
+    n = (end - start).to(gl.int32)
+    if first < n:
+        scale = 1.0 / attention_scale
+        if BY_LENGTH:
+            scale = 1.0 / n.to(gl.float32)
+        place = Place(end.to(gl.int32), n, first, head, first // M, gl.cdiv(n, M))
+        DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, M], gl.bfloat16)
+        memory = Memory(
+            gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, GROUP, DQK], k.layout),
+            gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, GROUP, DV], v.layout),
+            gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, 1, M, DQK], q.layout),
+            gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, 1, M, DV], do.layout),
+            gl.allocate_shared_memory(gl.bfloat16, [2 * BUFFERS, GROUP, M], DS_LAYOUT),
+            gl.allocate_shared_memory(gl.float32, [1, 1, M, DQK], dq.layout),
+        )
+        BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+        barriers = Barriers(
+            gl.allocate_shared_memory(gl.int64, [1], BARRIER),
+            gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+            gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+            gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+            gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER),
+            gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER),
+        )
+        mbarrier.init(barriers.kept, count=1)
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(barriers.q.index(stage), count=1)
+            mbarrier.init(barriers.do.index(stage), count=1)
+            mbarrier.init(barriers.read.index(stage), count=2)
+        for buffer in gl.static_range(BUFFERS):
+            mbarrier.init(barriers.ds.index(buffer), count=2)
+            mbarrier.init(barriers.ds_read.index(buffer), count=1)
+        fence_async_shared()
+        barrier()
+        gl.warp_specialize(
+            [
+                (_first_group, (memory, barriers, place, dk, dv, alpha, scale, M, DQK, DV, STAGES, BUFFERS)),
+                (_second_group, (memory, barriers, place, dk, dv, alpha, scale, M, DQK, DV, STAGES, BUFFERS)),
+                (_dq_group, (memory, barriers, place, dq, alpha * scale, M, DQK, BUFFERS)),
+                (_load, (memory, barriers, place, q, k, v, do, M, DQK, DV, STAGES)),
+            ],
+            [4, 4, 1],
+            [SCORE_REGISTERS, DQ_REGISTERS, 24],
+        )
