@@ -1,24 +1,15 @@
-"""`pytest --gpu-report FILE`: what the tests that need a GPU said, for a commit; and whether a report still holds.
+"""`pytest --gpu-report FILE`: what the tests that need a GPU said, for a commit.
 
-A plugin, which tests/conftest.py names. CI has no GPU: there a test reads the committed report (REPORT).
+A plugin, which tests/conftest.py names. CI has no GPU: there a test reads the committed report.
 """
 
-import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-REPORT = "reports/tests/gpu.json"
-#: What is tested on a GPU.
-TESTED = ("tests/kernels", "tests/steps/test_training.py")
-#: Folders whose content a report names. It is older than the kernels where the first has another content since.
-HASHED = ("kernels", "steps/models", "steps/tasks", "steps/training", "tests/kernels")
-COMMAND = f"pytest -o addopts= --gpu-report {REPORT} {' '.join(TESTED)}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,12 +49,13 @@ class _Report:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         import torch
 
+        from steps.common.gpu_record import ROOT, contents
         from steps.common.provenance import commit, versions
 
         counts = Counter(self.outcomes.values())
         content: dict[str, Any] = {
             "commit": commit(),
-            "sha256": contents(Path(__file__).resolve().parents[1]),
+            "sha256": contents(ROOT),
             "device": torch.cuda.get_device_name(),
             "versions": versions(),
             "tested": [str(argument) for argument in session.config.args],
@@ -74,29 +66,3 @@ class _Report:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def contents(root: Path) -> dict[str, str]:
-    """The hash of each folder's Python and JSON files, of the folders that exist."""
-    return {name: _content(root / name) for name in HASHED if (root / name).is_dir()}
-
-
-def _content(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for ending in ("*.py", "*.json") for path in folder.rglob(ending)):
-        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def problems(path: Path, root: Path) -> Iterator[str]:
-    """Why the report at `path` does not show that the kernels in `root` work on a GPU, if so."""
-    if not path.is_file():
-        yield "is missing"
-        return
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if report["failed"] or report["exit"]:
-        yield f"has {report['failed']} failures (pytest ended with {report['exit']}): {', '.join(report['failures'])}"
-    if not report["passed"] or sorted(report["tested"]) != sorted(TESTED):
-        yield f"is of {report['passed']} passed tests of {' '.join(report['tested'])}, not of all"
-    if report["sha256"]["kernels"] != contents(root)["kernels"]:
-        yield f"is older than kernels/, whose files have changed since {report['commit'][:9]}"

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from tests import gpu_report
+from steps.common import gpu_record
+from steps.common.cli import StepError
 from tests.conftest import ROOT, run
 
-REMEDY = f"on a machine with a GPU run, and commit what it writes: {gpu_report.COMMAND}"
+REMEDY = f"on a machine with a GPU run, and commit what it writes: {gpu_record.COMMAND}"
 
 
 def test_the_kernels_have_passed_on_a_gpu_as_they_are() -> None:
-    found = list(gpu_report.problems(ROOT / gpu_report.REPORT, ROOT))
-    assert found == [], f"{gpu_report.REPORT} {'; '.join(found)}; {REMEDY}"
+    found = list(gpu_record.problems(ROOT / gpu_record.REPORT, ROOT))
+    assert found == [], f"{gpu_record.REPORT} {'; '.join(found)}; {REMEDY}"
 
 
 TORCH = """
@@ -62,7 +63,7 @@ def test_a_report_has_each_test_once(workers: str, tmp_path: Path) -> None:
     assert (report["passed"], report["failed"], report["skipped"]) == (6, 2, 1)
     assert report["failures"] == ["test_it.py::test_fails", "test_it.py::test_fails_at_its_end"]
     assert (report["commit"], report["device"], report["tested"]) == ("a" * 40, "NVIDIA H0", ["test_it.py"])
-    assert report["sha256"] == gpu_report.contents(ROOT)
+    assert report["sha256"] == gpu_record.contents(ROOT)
     assert {"kernels", "steps/models", "steps/training", "tests/kernels"} <= set(report["sha256"])
     assert {"torch", "numpy"} <= set(report["versions"])
     assert report["seconds"] > 0
@@ -90,12 +91,12 @@ def test_what_would_be_no_report_of_a_gpu_is_refused(
 def test_a_report_holds_while_the_kernels_stay_as_they_are(tmp_path: Path) -> None:
     for name in ("kernels", "steps/models"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    report = {"commit": "a" * 40, "sha256": gpu_report.contents(tmp_path), "tested": list(gpu_report.TESTED)}
+    report = {"commit": "a" * 40, "sha256": gpu_record.contents(tmp_path), "tested": list(gpu_record.TESTED)}
     report |= {"exit": 0, "passed": 9, "failed": 0, "skipped": 1, "failures": []}
 
     def problems(**changes: Any) -> str:
         (tmp_path / "gpu.json").write_text(json.dumps(report | changes))
-        return "; ".join(gpu_report.problems(tmp_path / "gpu.json", tmp_path))
+        return "; ".join(gpu_record.problems(tmp_path / "gpu.json", tmp_path))
 
     assert problems() == ""
     assert problems(exit=1, failed=1, failures=["a.py::b"]) == "has 1 failures (pytest ended with 1): a.py::b"
@@ -115,4 +116,42 @@ def test_a_report_holds_while_the_kernels_stay_as_they_are(tmp_path: Path) -> No
 
 
 def test_a_missing_report_is_said_to_be_missing(tmp_path: Path) -> None:
-    assert list(gpu_report.problems(tmp_path / "gpu.json", ROOT)) == ["is missing"]
+    assert list(gpu_record.problems(tmp_path / "gpu.json", ROOT)) == ["is missing"]
+
+
+def test_an_operation_is_measured_only_if_its_tests_passed_on_a_gpu(tmp_path: Path) -> None:
+    for name in ("layer_norm", "hstu_attention"):
+        (tmp_path / "kernels" / name).mkdir(parents=True)
+    (tmp_path / "kernels/common.py").write_text("")
+    report = {"commit": "a" * 40, "sha256": gpu_record.contents(tmp_path), "tested": list(gpu_record.TESTED)}
+    report |= {"exit": 0, "passed": 9, "failed": 0, "skipped": 1, "failures": []}
+
+    def require(operation: str, **changes: Any) -> None:
+        (tmp_path / "gpu.json").write_text(json.dumps(report | changes))
+        gpu_record.require_passed([operation], tmp_path / "gpu.json", tmp_path)
+
+    def failed(*names: str) -> dict[str, Any]:
+        return {"exit": 1, "failed": len(names), "failures": list(names)}
+
+    require("layer_norm")
+    require("layer_norm", **failed("tests/kernels/test_hstu_attention.py::test_a[1]"))
+    require("layer_norm", **failed("tests/kernels/test_attention_triton.py"))
+    for operation, name in (
+        ("layer_norm", "tests/kernels/test_layer_norm.py::test_a"),
+        ("hstu_attention", "tests/kernels/test_attention_triton.py::test_a"),
+        ("layer_norm", "tests/kernels/test_compilation.py::test_a"),  # of all kernels
+        ("layer_norm", "tests/steps/test_training.py::test_a"),
+    ):
+        with pytest.raises(StepError, match=f"^{operation} is not measured, as its tests failed on a GPU: {name}"):
+            require(operation, **failed(name))
+    with pytest.raises(StepError, match=r"gpu.json is of tests that did not end \(pytest said 2\); run pytest"):
+        require("layer_norm", exit=2)
+    with pytest.raises(StepError, match="is of 9 passed tests of tests/kernels, not of all"):
+        require("layer_norm", tested=["tests/kernels"])
+    (tmp_path / "kernels/common.py").write_text("another")
+    with pytest.raises(
+        StepError, match=r"is older than kernels/, .*since aaaaaaaaa, so nothing is measured; run pytest"
+    ):
+        require("layer_norm")
+    with pytest.raises(StepError, match=r"none.json does not exist; run pytest"):
+        gpu_record.require_passed(["layer_norm"], tmp_path / "none.json", tmp_path)

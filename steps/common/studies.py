@@ -18,7 +18,18 @@ _READ: dict[str, dict[str, Any]] = {
     "processed": {"repeats": "none"},
 }
 #: Code that changes how a step runs, not what it measures.
-PLUMBING = {"cli", "files", "progress", "provenance", "yaml_files", "locks", "config", "datasets", "typed"}
+PLUMBING = {
+    "cli",
+    "files",
+    "progress",
+    "provenance",
+    "yaml_files",
+    "locks",
+    "config",
+    "datasets",
+    "typed",
+    "gpu_record",
+}
 
 
 def plan(study: str, root: Path = params.ROOT) -> dict[str, Any]:
