@@ -1,8 +1,10 @@
 """Measure a study on the device at hand: a row per number, by `steps/studies/<module>.py`.
 
 Reads the `settings.json` that plan_study resolved. A study is measured on the kind of device that it names, and refused
-elsewhere. Writes this machine's rows alone; report_study puts them beside those of other devices. Needs what the module
-needs: torch, triton, numpy and safetensors, for all but preprocessing.
+elsewhere. Writes this machine's rows alone; report_study puts them beside those of other devices. Until all cases are
+measured, the rows so far are in `<output>.partial.json`: the same command goes on from there, if commit, versions,
+device and card are the same. Needs what the module needs: torch, triton, numpy and safetensors, for all but
+preprocessing.
 """
 
 import argparse
@@ -13,10 +15,10 @@ from typing import Any
 import torch
 
 from steps.common.cli import StepError, run_step
-from steps.common.device import device_name
+from steps.common.device import card, device_name
 from steps.common.files import read_json
 from steps.common.provenance import commit, versions
-from steps.studies.rows import Row, write_rows
+from steps.studies.rows import Row, case_of, read_rows, write_rows
 
 
 def chosen(cases: list[dict[str, Any]], only: list[str]) -> list[dict[str, Any]]:
@@ -26,6 +28,33 @@ def chosen(cases: list[dict[str, Any]], only: list[str]) -> list[dict[str, Any]]
     if not found:
         raise StepError(f"--only {' '.join(only)}: no case is so; the first is {_words(cases[0])}")
     return found
+
+
+def partial_of(output: Path) -> Path:
+    """Where the rows are until all cases are measured."""
+    return output.with_name(f"{output.stem}.partial.json")
+
+
+def kept(path: Path, study: str, cases: list[dict[str, Any]], origin: dict[str, Any]) -> list[Row]:
+    """Rows of these cases that an earlier run, which was cut, left at `path`, if it was of the same origin.
+
+    Not those of data, which may be others now; nor any of code that no commit names.
+    """
+    if not path.exists() or origin["commit"] == "unknown" or origin["commit"].endswith("-dirty"):
+        return []
+    same = ("device", "card", "commit", "versions")
+    return [
+        one
+        for one in read_rows(path, study)
+        if all(one.get(key) == origin.get(key) for key in same)
+        and "data_sha256" not in one
+        and any(is_of(one, case) for case in cases)
+    ]
+
+
+def is_of(row: Row, case: dict[str, Any]) -> bool:
+    """Whether a row is of a case: it has all of the case's axes."""
+    return case.items() <= case_of(row).items()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,16 +74,24 @@ def main(args: argparse.Namespace) -> None:
         )
     torch.backends.cuda.matmul.allow_tf32 = True  # as in training
     module = importlib.import_module(f"steps.studies.{plan['module']}")
+    every = module.cases(plan)
+    cases = chosen(every, args.only)
+    if hasattr(module, "require"):
+        module.require(cases, plan)
     # Of a CPU no threads: a module whose figures depend on their number has it as an axis.
-    name = device_name(device) if device.type == "cuda" else "CPU"
-    origin = {"device": name, "commit": commit(), "versions": versions()}
-    rows: list[Row] = []
-    cases = chosen(module.cases(plan), args.only)
+    origin: dict[str, Any] = {"device": "CPU", "commit": commit(), "versions": versions()}
+    if device.type == "cuda":
+        origin |= {"device": device_name(device), "card": card(device)}
+    partial = partial_of(args.output)
+    rows = kept(partial, plan["study"], every, origin)
     for number, case in enumerate(cases, start=1):
-        rows += [one | origin for one in module.measure(case, plan, args.data)]
-        print(f"{number}/{len(cases)}  {_words(case)}", flush=True)
-    write_rows(args.output, plan["study"], rows)
-    print(f"study {plan['study']}: {len(rows)} rows on {name}")
+        found = any(is_of(one, case) for one in rows)
+        if not found:
+            rows += [one | origin for one in module.measure(case, plan, args.data)]
+            write_rows(partial, plan["study"], rows)
+        print(f"{number}/{len(cases)}  {_words(case)}{', measured before' * found}", flush=True)
+    partial.replace(args.output)
+    print(f"study {plan['study']}: {len(rows)} rows on {origin['device']}")
 
 
 def _words(case: dict[str, Any]) -> str:

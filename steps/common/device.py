@@ -62,6 +62,11 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def card(device: torch.device) -> str:
+    """Which one of its kind a CUDA device is: the first eight digits of its UUID."""
+    return str(torch.cuda.get_device_properties(device).uuid)[:8]
+
+
 def pick_precision(precision: str | None, device: torch.device) -> tuple[str, torch.dtype | None]:
     """The precision of a sequence model's matrix products, as its name and torch type; None: the weights' own type.
 

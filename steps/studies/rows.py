@@ -1,8 +1,9 @@
 """The rows of a study: one measured number each, all of one schema, and the small file that keeps them.
 
 A row is a flat dict. Its axes, under names of the study's own, say which case was measured; FIELDS are the number, its
-unit, which repetition it is and the interval around it; ORIGIN is where it comes from. What does not apply is absent.
-The file has the rows by case, with the origins that they share once. Needs nothing beside Python.
+unit, which repetition it is, the interval around it, and what was seen in place of a measurement; ORIGIN is where it
+comes from. What does not apply is absent. The file has the rows by case, with the origins that they share once. Needs
+nothing beside Python.
 """
 
 import json
@@ -16,17 +17,20 @@ from steps.common.files import read_json, write_text
 
 Row = dict[str, Any]
 
-FIELDS = ("metric", "value", "unit", "repetition", "low", "high")
-ORIGIN = ("device", "commit", "data_sha256", "versions")
+FIELDS = ("metric", "value", "unit", "repetition", "low", "high", "seen")
+#: `card` is the one device of its kind, which only a GPU says.
+ORIGIN = ("device", "card", "commit", "data_sha256", "versions")
 #: The case that stands for the device's own copy and matrix product, whose metrics are `copy` and `product`.
 ROOFS = "roofs"
 #: What names of metrics begin with that are milliseconds of a part, and of one kernel, of the case's time.
 PART, KERNEL = "part: ", "kernel: "
+#: The metric of a case that does not run: 1, with what was `seen`.
+FAILED = "failed"
 _REMEDY = "take it from git again, or measure again"
 
 
 def row(case: dict[str, Any], metric: str, value: float, unit: str, **more: Any) -> Row:
-    """A row of a case (its axes), without its origin. more: repetition, low, high, data_sha256; None: absent."""
+    """A row of a case (its axes), without its origin. more: repetition, low, high, seen, data_sha256; None: absent."""
     fields = {"metric": metric, "value": value, "unit": unit, **more}
     return {key: content for key, content in (case | fields).items() if content is not None}
 
@@ -39,14 +43,14 @@ def case_of(row: Row) -> dict[str, Any]:
 def cases(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """A dict per case, device and repetition, in order of appearance: axes, origin, and a key per metric.
 
-    A metric with an interval has `<metric>/low` and `<metric>/high` beside it.
+    A metric with an interval has `<metric>/low` and `<metric>/high` beside it; FAILED has `failed/seen`.
     """
     found: dict[str, dict[str, Any]] = {}
     for one in rows:
         shared = case_of(one) | {key: one[key] for key in ("repetition", *ORIGIN) if key in one}
         wide = found.setdefault(json.dumps(shared, sort_keys=True), shared)
         wide[one["metric"]] = one["value"]
-        wide |= {f"{one['metric']}/{end}": one[end] for end in ("low", "high") if end in one}
+        wide |= {f"{one['metric']}/{end}": one[end] for end in ("low", "high", "seen") if end in one}
     return list(found.values())
 
 
@@ -78,10 +82,11 @@ def write_rows(path: Path, study: str, rows: list[Row]) -> None:
             values.pop()
         blocks.setdefault(head, []).append(_json(values))
     text = ",\n".join(f"  {head}\n   {f',{chr(10)}   '.join(lines)}]}}" for head, lines in blocks.items())
+    fields = [name for name in FIELDS if name != "seen" or any("seen" in one for one in rows)]
     shared = ",\n".join(f"  {_json(origin)}" for origin in origins)
     write_text(
         path,
-        f'{{\n "study": {_json(study)},\n "fields": {_json(FIELDS)},\n'
+        f'{{\n "study": {_json(study)},\n "fields": {_json(fields)},\n'
         f' "origins": [\n{shared}\n ],\n "cases": [\n{text}\n ]\n}}\n',
     )
 
