@@ -7,9 +7,12 @@ from typing import Any
 import torch
 
 from kernels.tools import benchmark
-from steps.studies.rows import ROOFS, Row, row
+from kernels.tools.timing import Unwritten
+from steps.common import gpu_record
+from steps.common.cli import StepError
+from steps.studies.rows import FAILED, ROOFS, Row, row
 
-_UNITS = {"ms": "ms", "flops": "FLOP", "bytes": "B", "peak_bytes": "B"}
+_UNITS = {"ms": "ms", "captured": "of 1", "flops": "FLOP", "bytes": "B", "peak_bytes": "B"}
 
 
 def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -24,21 +27,43 @@ def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def require(cases: list[dict[str, Any]], plan: dict[str, Any]) -> None:
+    """Raise StepError unless the operations of the cases have passed their tests on a GPU, as their code is now."""
+    if plan["device"] == "cuda":
+        operations = dict.fromkeys(case["operation"] for case in cases if case["operation"] != ROOFS)
+        gpu_record.require_passed(operations, gpu_record.ROOT / gpu_record.REPORT, gpu_record.ROOT)
+
+
 def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]:
-    """Rows of a case: of each implementation and pass its time, its operations and bytes as counted, and its peak."""
+    """Rows of a case: of each implementation and pass its time, whether that is a CUDA graph's, its operations and
+    bytes as counted, and its peak; or what was seen in their place. Raises StepError if one wrote no outputs."""
+    device = plan["device"]
+    if device != "cuda":
+        return _rows(case, device)
+    torch.cuda.empty_cache()
+    # Not the default stream, as a graph is captured on the stream that its backward pass had its forward pass on.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return _rows(case, device)
+
+
+def _rows(case: dict[str, Any], device: str) -> list[Row]:
     shape = dict(case)
-    operation, device = shape.pop("operation"), plan["device"]
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    operation = shape.pop("operation")
     if operation == ROOFS:
         return roofs({"operation": ROOFS}, device, shape)
+    try:
+        lines = benchmark.OPERATIONS[operation](device, **shape)
+    except Unwritten as error:
+        raise StepError(f"{operation} {shape}: {error}; no time of it is kept") from error
     found = []
-    for measured in benchmark.OPERATIONS[operation](device, **shape):
-        axes = {name: value for name, value in measured.items() if name not in _UNITS}
+    for line in lines:
+        axes = {"operation": operation} | {name: line[name] for name in line if name not in {*_UNITS, "seen"}}
+        if "seen" in line:
+            found.append(row(axes, FAILED, 1, "of 1", seen=line["seen"]))
         found += [
-            row({"operation": operation, **axes}, name, measured[name], unit)
+            row(axes, name, int(value) if isinstance(value, bool) else value, unit)
             for name, unit in _UNITS.items()
-            if measured[name] is not None
+            if (value := line.get(name)) is not None
         ]
     return found
 

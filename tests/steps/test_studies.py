@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from steps.common import params, studies, yaml_files
+from steps.common import gpu_record, params, studies, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import read_json, write_json
+from steps.studies import kernels
 from steps.studies.rows import FIELDS, Row, cases, merged, read_rows, row, write_rows
 from tests.conftest import ROOT, run, step, write_processed
 from tests.steps.runs import add_tables
@@ -26,18 +27,21 @@ MACHINE = {"device": "H200", "commit": "a" * 40}
 
 def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     versions = {"torch": "2.13.0"}
+    seen = {"device": "H200", "card": "0a1b2c3d", "commit": "a" * 40}
     rows = [
         row({"dim": 50, "captured": True}, "step", 1.5, "ms") | MACHINE,
         row({"dim": 50, "captured": True}, "peak", 2**40, "B") | MACHINE,
         row({"data": "x"}, "hr@10", 0.25, "fraction", low=0.0, high=0.5, data_sha256="b" * 64) | MACHINE,
         row({"data": "x"}, "total", 3.0, "s", repetition=2) | MACHINE | {"versions": versions},
+        row({"dim": 64}, "failed", 1, "of 1", seen="torch 2.11.0: it does not compile") | seen,
     ]
     write_rows(tmp_path / "rows.json", "speed", rows)
     assert read_rows(tmp_path / "rows.json", "speed") == rows
-    first, second, third = cases(rows)
+    first, second, third, fourth = cases(rows)
     assert (first["step"], first["peak"], first["dim"]) == (1.5, 2**40, 50)
     assert (second["hr@10/low"], second["hr@10/high"]) == (0.0, 0.5)
     assert (third["repetition"], third["versions"]) == (2, versions)
+    assert (fourth["failed/seen"], fourth["card"]) == ("torch 2.11.0: it does not compile", "0a1b2c3d")
 
 
 def test_measuring_again_replaces_the_same_case_of_the_same_device_alone() -> None:
@@ -154,13 +158,14 @@ def small(study: str, data: Path) -> dict[str, Any]:
     if study == "kernels":
         settings["ceilings"] = {"copied": 4096, "product": 16}
         sizes = {"dtype": "float32", "tokens": 8, "dim": 8}
-        attention = {"n": 8, "batch": 2, "heads": 1, "dim": 8, "bias": ["none", "both"], "dtype": "float32"}
+        attention = {"n": 8, "batch": 2, "heads": 1, "dqk": 8, "dv": 8, "dtype": "float32"}
+        kinds = [{"lengths": "ragged", "bias": "both"}, {"lengths": "full", "bias": "none"}]
         settings["operations"] = {
             "layer_norm": [sizes | {"dim": [8, 16]}],
             "norm_gate": [sizes],
             "projection": [sizes | {"columns": 16}],
             "sampled_softmax": [sizes | {"items": 20, "negatives": 4}],
-            "hstu_attention": [attention | {"lengths": "ragged"}],
+            "hstu_attention": [attention | kind for kind in kinds],
         }
     if study == "training-speed":
         settings |= {"steps": 2, "ceilings": {"copied": 4096, "product": 16}}
@@ -252,6 +257,51 @@ def test_some_cases_are_measured_alone(tmp_path: Path) -> None:
     }
     refused = step("study", *arguments, "operation=layer", cwd=tmp_path, check=False)
     assert "no case is so; the first is operation roofs, copied 4096" in refused.stderr
+
+
+def test_kernels_are_not_measured_before_their_tests_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_record, "REPORT", str(tmp_path / "gpu.json"))
+    write_json(tmp_path / "settings.json", studies.plan("kernels", ROOT / "params"))
+    arguments = ("--settings", "settings.json", "--output", "rows.json")
+    refused = step("study", *arguments, cwd=tmp_path, check=False)
+    assert refused.returncode == 1
+    assert "gpu.json does not exist; run pytest -o addopts= --gpu-report" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("rows*"))
+
+
+def test_a_study_that_was_cut_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "settings.json", small("kernels", tmp_path))
+    arguments = ("--settings", "settings.json", "--output", "rows.json", "--only", "operation=layer_norm")
+    begun: list[int] = []
+
+    def measure(case: dict[str, Any], *_: Any) -> list[Row]:
+        begun.append(case["dim"])
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return [row(case | {"implementation": name}, "ms", len(begun), "ms") for name in ("ours", "torch")]
+
+    def dims_measured(commit: str) -> list[int]:
+        begun.clear()
+        step("study", *arguments, cwd=tmp_path, check=False, HSTU_COMMIT=commit)
+        return begun
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    assert dims_measured("a" * 40) == [8, 16]
+    partial = tmp_path / "rows.partial.json"
+    first = read_rows(partial, "kernels")
+    assert [one["implementation"] for one in first] == ["ours", "torch"]
+    assert not (tmp_path / "rows.json").exists()
+    for other in ("b" * 40, "unknown", f"{'a' * 40}-dirty"):  # another one measures all
+        assert dims_measured(other) == [8, 16]
+    write_rows(partial, "kernels", [one | {"card": "0a1b2c3d"} for one in first])
+    assert dims_measured("a" * 40) == [8, 16]
+    assert dims_measured("a" * 40) == [16]
+    rows = read_rows(tmp_path / "rows.json", "kernels")
+    assert rows[:2] == first
+    assert [one["dim"] for one in rows] == [8, 8, 16, 16]
+    assert not partial.exists()
 
 
 @pytest.mark.parametrize("study", STUDIES)
