@@ -12,7 +12,7 @@ from matplotlib.ticker import StrMethodFormatter
 from tabulate import tabulate as render
 
 from steps.common.cli import StepError
-from steps.studies.rows import ROOFS, Row, cases
+from steps.studies.rows import FAILED, ROOFS, Row, cases
 
 _ATTENTION = "hstu_attention"
 _MARKERS = {"fwd": "o", "bwd": "s", "fwd+bwd": "^"}
@@ -20,6 +20,7 @@ _BIASES = ("none", "position", "time", "both")
 _SHAPE = ("tokens", "negatives", "items", "dim", "columns")  # of the operations beside attention
 _CASE = ("lengths", "dtype", "dqk", "dv", "heads")  # what one table of attention has in common
 _PROBLEM = ("batch", "heads", "n", "dqk", "dv", "lengths", "bias")
+_SEEN = f"{FAILED}/seen"
 
 _SIZE = {"type": "integer", "minimum": 1}
 _POSITIVE = {"type": "number", "exclusiveMinimum": 0}
@@ -31,13 +32,18 @@ _ROW_PROPERTIES: dict[str, Any] = {
     "bytes": _POSITIVE,
     "flops": _POSITIVE,
     "peak_bytes": {"type": "number", "minimum": 0},
+    "captured": {"enum": [0, 1]},
+    _SEEN: {"type": "string", "minLength": 1},
 }
 _ROW = {
     "required": ["implementation", "dtype", "pass", "ms", "bytes"],
     "properties": _ROW_PROPERTIES | dict.fromkeys(_SHAPE, _SIZE),
 }
 _ATTENTION_ROW = {
-    "required": ["implementation", "dtype", "pass", "ms", "bytes", *_PROBLEM],
+    "required": ["implementation", "dtype", "pass", *_PROBLEM],
+    "if": {"required": [FAILED]},
+    "then": {"required": [_SEEN], "not": {"required": ["ms"]}},
+    "else": {"required": ["ms", "bytes"]},
     "properties": _ROW_PROPERTIES
     | dict.fromkeys(_PROBLEM[:5], _SIZE)
     | {"lengths": {"enum": ["full", "ragged"]}, "bias": {"enum": list(_BIASES)}},
@@ -73,7 +79,7 @@ def operations_of(lines: list[Row]) -> tuple[dict[str, list[Row]], dict[str, Row
 
 
 def attention_sections(rows: list[Row], device: str) -> list[Section]:
-    """A table per case, with a column per N, and one of what both biases cost."""
+    """A table per case, with a column per N; one of what both biases cost; and ours beside causal softmax."""
     made = []
     for case, members in _grouped(rows, *_CASE).items():
         lengths, dtype, dqk, dv, heads = case
@@ -88,8 +94,9 @@ def attention_sections(rows: list[Row], device: str) -> list[Section]:
             found = {_pick(row, "n", "batch"): _time_and_speed(row) for row in cells}
             lines.append([*line, *(found.get(column, "") for column in columns)])
         headers = ["implementation", "bias", "pass", *map(_size, columns)]
-        made.append(Section(f"{title}: ms (TFLOP/s)", _commits(members), headers, lines))
-    return made + _ratios([row for row in rows if row["implementation"] == "ours"], device)
+        made.append(Section(f"{title}: ms (TFLOP/s)", _marks(members) + _commits(members), headers, lines))
+    made += _ratios([row for row in rows if row["implementation"] == "ours"], device)
+    return made + _beside_softmax([row for row in rows if row["lengths"] == "full"], device)
 
 
 def operation_section(operation: str, rows: list[Row], device: str) -> Section:
@@ -204,6 +211,45 @@ def _ratios(rows: list[Row], device: str) -> list[Section]:
     return [Section(title, _commits(rows), [*_CASE, "pass", *map(_size, columns)], lines)]
 
 
+def _beside_softmax(rows: list[Row], device: str) -> list[Section]:
+    """How many times as long others take as ours with the same bias, of rows of one run: a column per N."""
+    same = (*_CASE, "pass", "bias", "n", "batch", "commit", "card")
+    ours = {_pick(row, *same): row["ms"] for row in rows if row["implementation"] == "ours" and "ms" in row}
+    theirs = [row for row in rows if not _is_ours(row) and "card" in row and _pick(row, *same) in ours]
+    if not theirs:
+        return []
+
+    def ratio(row: Row) -> str:
+        return f"{row['ms'] / ours[_pick(row, *same)]:.2f}{_star(row)}" if "ms" in row else "failed"
+
+    columns = sorted({_pick(row, "n", "batch") for row in theirs})
+    lines = []
+    for line, members in sorted(
+        _grouped(theirs, "dtype", "dqk", "heads", "pass", "implementation", "bias").items(),
+        key=lambda item: (*item[0][:3], _pass_order(item[0][3])),
+    ):
+        cells = {_pick(row, "n", "batch"): ratio(row) for row in members}
+        lines.append([*map(str, line), *(cells.get(column, "") for column in columns)])
+    title = f"HSTU attention beside causal softmax: their time / ours with the same bias, full lengths, {device}"
+    note = "Theirs is causal softmax, ours silu / N. Each ratio is of one commit and one card. "
+    headers = ["dtype", "dqk", "heads", "pass", "theirs", "bias", *map(_size, columns)]
+    return [Section(title, note + _marks(theirs) + _commits(theirs), headers, lines)]
+
+
+def _marks(rows: list[Row]) -> str:
+    """What was seen of the rows that failed, and what a star means."""
+    seen: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if _SEEN in row:
+            seen.setdefault(row[_SEEN], {})[f"{row['implementation']}, bias {row['bias']}, {row['pass']}"] = None
+    failed = "".join(f"Failed: {'; '.join(names)}: `{text.replace('`', chr(39))}`. " for text, names in seen.items())
+    return failed + "\\*: launches included, as no CUDA graph was made. " * any(map(_star, rows))
+
+
+def _star(row: Row) -> str:
+    return "*" * (row.get("captured") == 0)
+
+
 def _draw_roofs(axis: Any, ceilings: dict[str, Any], intensities: list[float]) -> None:
     """Both roofs from left of the points to right of them, each with its name."""
     slope, top = ceilings["copy"] / 1e12, ceilings["product"] / 1e12
@@ -285,8 +331,10 @@ def _digits(value: float) -> str:
 
 
 def _time_and_speed(row: Row) -> str:
+    if "ms" not in row:
+        return "failed"
     speed = _rate(_speed(row))
-    return _digits(row["ms"]) + (f" ({speed})" if speed else "")
+    return _digits(row["ms"]) + (f" ({speed})" if speed else "") + _star(row)
 
 
 def _size(column: tuple[int, int]) -> str:

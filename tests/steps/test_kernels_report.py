@@ -11,12 +11,15 @@ from steps.studies.kernels_report import report
 from steps.studies.rows import Row, row
 
 MACHINE = {"device": "NVIDIA H200", "commit": "a" * 40}
-UNITS = {"ms": "ms", "flops": "FLOP", "bytes": "B", "peak_bytes": "B"}
+UNITS = {"ms": "ms", "captured": "of 1", "flops": "FLOP", "bytes": "B", "peak_bytes": "B"}
 
 
 def rows_of(operation: str, line: dict[str, Any], machine: dict[str, str] = MACHINE) -> list[Row]:
     axes = {"operation": operation} | {name: value for name, value in line.items() if name not in UNITS}
+    seen = axes.pop("seen", None)
     found = [row(axes, name, line[name], unit) for name, unit in UNITS.items() if line.get(name) is not None]
+    if seen:
+        found = [row(axes, "failed", 1, "of 1", seen=seen)]
     return [one | machine for one in found]
 
 
@@ -90,6 +93,37 @@ def test_attention_has_a_table_per_case_and_what_the_biases_cost() -> None:
     ratios = tables["HSTU attention, what both biases cost: time with both / time without, ours, NVIDIA H200"]
     # 0.1755 / 0.117 and 0.36 / 0.3; the backward pass has no row with both.
     assert ratios[1:] == [["full", "bfloat16", "64", "64", "4", "fwd", "1.50", "1.20"]]
+
+
+def test_ours_stands_beside_causal_softmax_of_the_same_run() -> None:
+    lines = [
+        attention("ours", "fwd", "none", 1024, 0.2, 300.0),
+        attention("cuDNN (sdpa)", "fwd", "none", 1024, 0.3, 200.0),
+        attention("FlexAttention", "fwd", "none", 1024, 0.5, 120.0, captured=0),
+        attention("ours", "bwd", "both", 1024, 0.5, 170.0),
+        attention("FlexAttention", "bwd", "both", 1024, 0.0, None, seen="torch 2.11.0: `int` is no `float`"),
+        attention("ours", "fwd", "both", 1024, 0.4, 150.0),
+        attention("FlexAttention", "fwd", "both", 1024, 0.6, 100.0, captured=1),
+    ]
+    card = MACHINE | {"card": "0a1b2c3d"}
+    rows = [one for line in lines for one in rows_of("hstu_attention", line, card)]
+    title = "HSTU attention beside causal softmax: their time / ours with the same bias, full lengths, NVIDIA H200"
+    tables = tables_of([*roofs(), *rows])
+    assert tables[title] == [
+        ["dtype", "dqk", "heads", "pass", "theirs", "bias", "N 1,024 (B 64)"],
+        ["bfloat16", "64", "4", "fwd", "cuDNN (sdpa)", "none", "1.50"],
+        ["bfloat16", "64", "4", "fwd", "FlexAttention", "none", "2.50*"],
+        ["bfloat16", "64", "4", "fwd", "FlexAttention", "both", "1.50"],
+        ["bfloat16", "64", "4", "bwd", "FlexAttention", "both", "failed"],
+    ]
+    text, _, _ = report([*roofs(), *rows], {"title": "Kernels"})
+    assert text.count("Failed: FlexAttention, bias both, bwd: `torch 2.11.0: 'int' is no 'float'`.") == 2
+    assert text.count("launches included, as no CUDA graph was made") == 2
+    assert "| 0.500 (120.0)* " in text
+    # Ours of another card, or of another commit, is no measure; nor is one whose card is not known.
+    for other in (MACHINE | {"card": "ffffffff"}, card | {"commit": "b" * 40}, MACHINE):
+        theirs = [one for line in lines[1:3] for one in rows_of("hstu_attention", line, other)]
+        assert title not in tables_of([*roofs(), *rows_of("hstu_attention", lines[0], card), *theirs])
 
 
 def test_other_operations_stand_beside_the_slowest_reference() -> None:
