@@ -212,11 +212,16 @@ def _sampled_softmax(dtype: torch.dtype, dim: int, corrected: bool) -> Case:
     return Case(call, _SHORT)
 
 
-def _norm_gate(dtype: torch.dtype, width: int, dropout: float) -> Case:
+def _norm_gate(
+    dtype: torch.dtype, width: int, dropout: float, entries: int = 0, heads: int | None = None, concat_ux: bool = False
+) -> Case:
+    """entries: of weight and bias, where there are any."""
+
     def call(lengths: torch.Tensor) -> None:
         mixed = torch.randn(int(lengths.sum()), 4 * width, dtype=dtype, requires_grad=True)  # U and what else UVQK is
         attended = torch.randn(len(mixed), width, dtype=dtype, requires_grad=True)
-        norm_gate.norm_gate(mixed[:, :width], attended, dropout, True).sum().backward()
+        affine = [torch.randn(entries, dtype=dtype, requires_grad=True) if entries else None for _ in range(2)]
+        norm_gate.norm_gate(mixed[:, :width], attended, dropout, True, *affine, heads, concat_ux).sum().backward()
 
     return Case(call, _SHORT)
 
@@ -269,6 +274,10 @@ CASES = {
     "norm gate D 256": _norm_gate(_BF16, 256, 0.2),
     "norm gate D 512, no dropout": _norm_gate(_BF16, 512, 0.0),
     "norm gate D 8192": _norm_gate(_BF16, 8192, 0.2),
+    "norm gate D 512, affine, concatenated": _norm_gate(_BF16, 512, 0.2, 512, concat_ux=True),
+    "norm gate D 8192, affine, concatenated": _norm_gate(_BF16, 8192, 0.2, 8192, concat_ux=True),
+    "norm gate of 4 heads of 128, affine, concatenated": _norm_gate(_BF16, 512, 0.2, 4, 4, concat_ux=True),
+    "norm gate of 2 heads of 25, fp32": _norm_gate(_FP32, 50, 0.0, heads=2),
     "layer norm D 50, fp32": _layer_norm(_FP32, 50),
     "layer norm D 1024": _layer_norm(_BF16, 1024),
     "projection d 50, fp32": _projection(_FP32, 50),

@@ -92,10 +92,13 @@ def test_tokens_beyond_32_bits() -> None:
         torch.testing.assert_close(out[-5:].float(), expected, rtol=1e-3, atol=1e-3)
         layer_norm.layer_norm_backward_kernel[(1,)](u, x, None, dx, None, **common, **blocks, EPS=1e-6, AFFINE=False)
         assert dx[-5:].isfinite().all()
-        gate = {"threshold": 0, "scale": 1.0, "U_STRIDE": width, "DROPOUT": False}
-        norm_gate.norm_gate_forward_kernel[(1,)](u, x, None, out, **common, **gate, **blocks)
+        gate = {"threshold": 0, "scale": 1.0, "U_STRIDE": width, "HEADS": 1, "DROPOUT": False, "AFFINE": "none"}
+        gate |= {"CONCAT_UX": False}
+        norm_gate.norm_gate_forward_kernel[(1,)](u, x, None, None, None, out, **common, **gate, **blocks)
         torch.testing.assert_close(out[-5:].float(), u[-5:].float() * expected, rtol=1e-2, atol=1e-2)
-        norm_gate.norm_gate_backward_kernel[(1,)](u, u, x, None, du, dx, **common, **gate, **blocks)
+        norm_gate.norm_gate_backward_kernel[(1,)](
+            u, u, x, None, None, None, du, dx, None, **common, **gate, **blocks, STEPS=1
+        )
         torch.testing.assert_close(du[-5:].float(), u[-5:].float() * expected, rtol=1e-2, atol=1e-2)
 
 
@@ -132,8 +135,9 @@ def test_rows_of_a_gate_far_apart() -> None:
     attended = torch.randn(rows, 2)
     out = torch.empty(rows, 2)
     norm_gate.norm_gate_forward_kernel[(1,)](
-        u, attended, None, out, rows, 0, 1.0, U_STRIDE=stride, D=2, ROWS=rows, COLUMNS=16, DROPOUT=False
-    )
+        u, attended, None, None, None, out, rows, 0, 1.0, U_STRIDE=stride, D=2, HEADS=1, ROWS=rows, COLUMNS=16,
+        DROPOUT=False, AFFINE="none", CONCAT_UX=False,
+    )  # fmt: skip
     torch.testing.assert_close(out, u.float() * torch.nn.functional.layer_norm(attended, (2,), eps=1e-6))
 
 
