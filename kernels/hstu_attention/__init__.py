@@ -65,7 +65,7 @@ def hstu_attention(
 
     Raises:
         ValueError: a time bias without times, shapes other than these, a negative `max_attn_len` or
-            `contextual_seq_len`; where Triton runs, more than 65,535 sequences.
+            `contextual_seq_len`.
         NotImplementedError, RuntimeError: a forward-mode, or a second derivative, where Triton runs.
     """
     _check_times(time_bias, query_time, key_time)
@@ -165,8 +165,7 @@ def cached_attention(
         (T, h, dv). Not differentiable where Triton runs: this is inference.
 
     Raises:
-        ValueError: a time bias without times, shapes other than these, a negative `max_attn_len`; where Triton runs,
-            more than 65,535 sequences.
+        ValueError: a time bias without times, shapes other than these, a negative `max_attn_len`.
     """
     _check_times(time_bias, query_time, key_time, cached_time)
     _check(

@@ -18,7 +18,7 @@ from .bias_tiles import (
     times_since,
     unpack_tile,
 )
-from .tiles import load_tile, one_over_n, query_tiles, sequence_of, store_tile, visible
+from .tiles import load_tile, one_over_n, query_tiles, sequence_id, sequence_of, store_tile, visible
 
 
 class Sums(NamedTuple):
@@ -165,7 +165,7 @@ def _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE,
                     False, ADD_DQ,
                 )  # fmt: skip
             FAR: tl.constexpr = not (CUT_KEYS and FLAGS.DESCRIPTOR)  # a cut tile of keys sees none beyond the band
-            entry = bias.tables.tiles + (start // BLOCK_M + tl.program_id(1)) * tiles_width + first // BLOCK_N
+            entry = bias.tables.tiles + (start // BLOCK_M + sequence_id()) * tiles_width + first // BLOCK_N
             # Tiles of a sequence times tiles of the longest pass 2^31 at 3 million tokens.
             if FAR:
                 following = tl.load(entry + tl.minimum(rest, tiles - 1).to(tl.int64) * tiles_width)
@@ -230,7 +230,7 @@ def bwd_dkdv_kernel(
     BLOCK_DV: tl.constexpr = SHAPE.BLOCK_DV
     head = tl.program_id(0) // num_tiles
     tile = tl.program_id(0) % num_tiles
-    sequence = sequence_of(sequences, tl.program_id(1), window, prefix, FLAGS)
+    sequence = sequence_of(sequences, sequence_id(), window, prefix, FLAGS)
     start, n = sequence.start, sequence.n
     first = tile * BLOCK_N
     if first >= n:

@@ -11,7 +11,7 @@ from ..tensor_cores import operand
 from .activations import weights_and_derivatives
 from .arguments import Bias, Buckets, Side, Tokens
 from .bias_tiles import add_time_steps, first_near_key, tile_bias, times_since, unpack_tile
-from .tiles import key_tile, key_tiles, load_tile, one_over_n, sequence_of, store_tile, visible
+from .tiles import key_tile, key_tiles, load_tile, one_over_n, sequence_id, sequence_of, store_tile, visible
 
 
 class Queries(NamedTuple):
@@ -65,7 +65,7 @@ def bwd_dq_kernel(
     EDGE: tl.constexpr = "band" if FLAGS.TIME else "compare"
     head = tl.program_id(0) // num_tiles
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
-    sequence = sequence_of(sequences, tl.program_id(1), window, prefix, FLAGS)
+    sequence = sequence_of(sequences, sequence_id(), window, prefix, FLAGS)
     start, n = sequence.start, sequence.n
     first = tile * BLOCK_M
     if first >= n:
@@ -105,7 +105,7 @@ def bwd_dq_kernel(
             # Buckets of the next tile are looked up while the current one's products run. Near the diagonal the band
             # brings bias and mask.
             edge = tl.maximum(first_near_key(first), 0)
-            tiles = tables.tiles + (start // BLOCK_M + tl.program_id(1) + tile) * tiles_width
+            tiles = tables.tiles + (start // BLOCK_M + sequence_id() + tile) * tiles_width
             buckets = unpack_tile(tl.load(tiles), tables.time)
             for key in range(0, edge, BLOCK_N):
                 following = tl.load(tiles + key // BLOCK_N + 1)

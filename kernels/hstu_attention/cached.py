@@ -14,8 +14,18 @@ from ..tensor_cores import operand
 from .activations import exp_of, silu
 from .arguments import Flags, Shape, Strides, Tokens
 from .bias_tiles import exact_bucket
-from .inputs import block_of, bucket_edges, check_sizes, float_table, shape_class, token_rows, value_block
-from .tiles import load_tile
+from .inputs import (
+    block_of,
+    bucket_edges,
+    check_sizes,
+    float_table,
+    launch_grid,
+    launch_offsets,
+    shape_class,
+    token_rows,
+    value_block,
+)
+from .tiles import load_tile, sequence_id
 
 _LOWEST = tl.constexpr(-1e30)
 
@@ -53,19 +63,19 @@ def cached_kernel(
     q, k, v, output, offsets, cache, tables, strides, cache_strides, alpha, attention_scale, heads, num_tiles,
     position_zero, window, SHAPE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of new queries of the longest sequence x heads, sequences). Every query stands behind the stored
-    keys, sees those within the window, and itself."""
+    """Grid: tiles of new queries of the longest sequence x heads of `launch_grid`. Every query stands behind the
+    stored keys, sees those within the window, and itself."""
     BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     BLOCK_DQK: tl.constexpr = SHAPE.BLOCK_DQK
     BLOCK_DV: tl.constexpr = SHAPE.BLOCK_DV
     PRECISION: tl.constexpr = FLAGS.PRECISION
     head = tl.program_id(0) // num_tiles
-    sequence_id = tl.program_id(1)
-    start = tl.load(offsets + sequence_id)
-    end = tl.load(offsets + sequence_id + 1)
-    stored = tl.load(cache.offsets + sequence_id)
-    history = (tl.load(cache.offsets + sequence_id + 1) - stored).to(tl.int32)
+    index = sequence_id()
+    start = tl.load(offsets + index)
+    end = tl.load(offsets + index + 1)
+    stored = tl.load(cache.offsets + index)
+    history = (tl.load(cache.offsets + index + 1) - stored).to(tl.int32)
     first = start + tl.program_id(0) % num_tiles * BLOCK_M
     if first >= end:
         return
@@ -161,7 +171,7 @@ def cached_attention(
     max_attn_len: int,
 ) -> torch.Tensor:
     """Output (T, h, dv) of the new tokens. `times`, with a time bias: query_time, key_time and cached_time."""
-    check_sizes(q, v, offsets, max(max_len, max_cached_len))
+    check_sizes(q, v, max(max_len, max_cached_len))
     tokens, heads, dqk = q.shape
     dv = v.shape[2]
     output = v.new_empty(tokens, heads, dv)
@@ -178,13 +188,13 @@ def cached_attention(
         tables = Tables(tables.position, float_table(time_bias), edges, *(time.contiguous() for time in times))
     rows, cache_rows = (q, k, v, output), (cached_k, cached_v)
     with torch.cuda.device_of(q):
-        cached_kernel[(tiles * heads, len(offsets) - 1)](
+        cached_kernel[launch_grid(tiles * heads, len(offsets) - 1)](
             q,
             k,
             v,
             output,
-            offsets.contiguous(),
-            Cache(cached_k, cached_v, cached_offsets.contiguous()),
+            launch_offsets(offsets),
+            Cache(cached_k, cached_v, launch_offsets(cached_offsets)),
             tables,
             Strides(*(stride for tensor in rows for stride in tensor.stride()[:2])),
             CacheStrides(*(stride for tensor in cache_rows for stride in tensor.stride()[:2])),

@@ -11,7 +11,7 @@ from ..tensor_cores import operand
 from .activations import exp_of, silu
 from .arguments import Bias, Buckets, Side, Tokens
 from .bias_tiles import add_time_steps, first_near_key, tile_bias, times_since, unpack_tile
-from .tiles import key_tile, key_tiles, load_tile, one_over_n, sequence_of, store_tile, visible
+from .tiles import key_tile, key_tiles, load_tile, one_over_n, sequence_id, sequence_of, store_tile, visible
 
 #: The first running maximum of softmax: finite, so that no difference of two is undefined.
 _LOWEST = tl.constexpr(-1e30)
@@ -72,15 +72,15 @@ def forward_kernel(
     q, k, v, output, lse, sequences, tables, strides, alpha, attention_scale,
     num_tiles, tiles_width, total_tokens, position_zero, window, prefix, SHAPE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of the longest sequence x heads, sequences). The last tiles of a sequence have the most keys and
-    start first."""
+    """Grid: tiles of the longest sequence x heads of `launch_grid`. The last tiles of a sequence have the most keys
+    and start first."""
     BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     BLOCK_DV: tl.constexpr = SHAPE.BLOCK_DV
     EDGE: tl.constexpr = "band" if FLAGS.TIME else "compare"
     head = tl.program_id(0) // num_tiles
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
-    sequence = sequence_of(sequences, tl.program_id(1), window, prefix, FLAGS)
+    sequence = sequence_of(sequences, sequence_id(), window, prefix, FLAGS)
     first = tile * BLOCK_M
     if first >= sequence.n:
         return
@@ -115,7 +115,7 @@ def forward_kernel(
             # Buckets of the next tile are looked up while the current one's products run. Near the diagonal the band
             # brings bias and mask.
             edge = tl.maximum(first_near_key(first), 0)
-            tiles = tables.tiles + (sequence.start // BLOCK_M + tl.program_id(1) + tile) * tiles_width
+            tiles = tables.tiles + (sequence.start // BLOCK_M + sequence_id() + tile) * tiles_width
             buckets = unpack_tile(tl.load(tiles), tables.time)
             for key in range(0, edge, BLOCK_N):
                 following = tl.load(tiles + key // BLOCK_N + 1)

@@ -14,7 +14,7 @@ from .naive import bucket_starts
 
 #: Sequences no longer than this are of the "short" shape class.
 SHORT = 256
-#: CUDA's limit of a launch's second dimension.
+#: CUDA's limit of a launch's second and third dimension.
 MOST_SEQUENCES = 65535
 
 
@@ -23,7 +23,7 @@ class Inputs:
     """As `kernels.hstu_attention.hstu_attention` takes them; bias tables in float32, contiguous where kernels need it.
 
     Raises:
-        ValueError: more sequences, heads or tokens a sequence than the kernels count.
+        ValueError: more heads or tokens a sequence than the kernels count.
     """
 
     q: torch.Tensor
@@ -43,16 +43,15 @@ class Inputs:
     softmax: bool
 
     def __post_init__(self) -> None:
-        check_sizes(self.q, self.v, self.offsets, self.max_len)
+        check_sizes(self.q, self.v, self.max_len)
+        self.num_sequences = len(self.offsets) - 1
         self.q, self.k, self.v = token_rows(self.q), token_rows(self.k), token_rows(self.v)
-        self.offsets, self.num_targets = self.offsets.contiguous(), contiguous(self.num_targets)
+        self.offsets = launch_offsets(self.offsets)
+        if self.num_targets is not None:
+            self.num_targets = _padded(self.num_targets, len(self.offsets) - 1, 0).contiguous()
         self.position_bias, self.time_bias = float_table(self.position_bias), float_table(self.time_bias)
         self.query_time = contiguous(self.query_time) if self.timed else None
         self.key_time = contiguous(self.key_time) if self.timed else None
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.offsets) - 1
 
     @property
     def timed(self) -> bool:
@@ -115,11 +114,31 @@ class Inputs:
         )
 
 
-def check_sizes(q: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, longest: int) -> None:
-    """Raises ValueError where there are more sequences than a launch's second dimension may have; where a token's
-    heads, or a sequence's tiles of all heads, or its positions, are more than 32 bits count."""
-    if len(offsets) - 1 > MOST_SEQUENCES:
-        raise ValueError(f"attention in Triton takes at most {MOST_SEQUENCES} sequences, not {len(offsets) - 1}")
+def launch_grid(programs: int, sequences: int) -> tuple[int, int, int]:
+    """The grid of `programs` for each sequence. Sequences are in two dimensions, which `tiles.sequence_id` joins; the
+    last few programs may belong to none."""
+    layers = max(1, triton.cdiv(sequences, MOST_SEQUENCES))
+    return programs, triton.cdiv(sequences, layers), layers
+
+
+def launch_offsets(offsets: torch.Tensor) -> torch.Tensor:
+    """Offsets (B + 1,), contiguous, and, for the programs of `launch_grid` that belong to no sequence, empty ones
+    behind."""
+    _, rows, layers = launch_grid(1, len(offsets) - 1)
+    return _padded(offsets, rows * layers + 1, None).contiguous()
+
+
+def _padded(tensor: torch.Tensor, length: int, value: int | None) -> torch.Tensor:
+    """(length,): the values, then `value`, or the last one."""
+    missing = length - len(tensor)
+    if not missing:
+        return tensor
+    return torch.cat([tensor, tensor[-1:].expand(missing) if value is None else tensor.new_full((missing,), value)])
+
+
+def check_sizes(q: torch.Tensor, v: torch.Tensor, longest: int) -> None:
+    """Raises ValueError where a token's heads, or a sequence's tiles of all heads, or its positions, are more than 32
+    bits count."""
     heads, widest = q.shape[1], max(q.shape[2], v.shape[2])
     if heads * widest >= 2**31 or longest >= 2**31 - 256 or heads * triton.cdiv(longest, 16) >= 2**31:
         raise ValueError(

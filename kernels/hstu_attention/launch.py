@@ -12,7 +12,7 @@ from .backward_bias import Sums, bias_gradient_kernel, diagonal_sum_kernel
 from .backward_kv import bwd_dkdv_kernel
 from .backward_q import bwd_dq_kernel
 from .forward import forward_kernel
-from .inputs import Inputs, describable, describe, small_edges
+from .inputs import Inputs, describable, describe, launch_grid, small_edges
 from .mma_layout import Tile, has_mma_layout
 from .prepare import BAND_TILE, BiasTables, band_gradient_kernel
 
@@ -37,7 +37,7 @@ def forward(inputs: Inputs, bias: BiasTables, config: Config) -> tuple[torch.Ten
     lse = inputs.q.new_empty((heads, tokens) if inputs.softmax else (0,), dtype=torch.float32)
     tiles = triton.cdiv(inputs.max_len, config["block_m"])
     if tokens and tiles:
-        forward_kernel[(tiles * heads, inputs.num_sequences)](
+        forward_kernel[launch_grid(tiles * heads, inputs.num_sequences)](
             lse=lse,
             num_tiles=tiles,
             **_arguments(inputs, bias, config, _mma_layout(inputs, config, True), output=output),
@@ -57,7 +57,7 @@ def backward_kv(
         target_sums = gradient.lse.new_empty(2, heads, tokens)
     tiles = triton.cdiv(inputs.max_len, config["block_n"])
     arguments = _arguments(inputs, bias, config, _mma_layout(inputs, config, False), grad=gradient.grad)
-    bwd_dkdv_kernel[(tiles * heads, inputs.num_sequences)](
+    bwd_dkdv_kernel[launch_grid(tiles * heads, inputs.num_sequences)](
         dq=describe(dq, config["block_m"]) if dq is not None and arguments["FLAGS"].DESCRIPTOR else dq,
         dk=dk,
         dv=dv,
@@ -78,7 +78,7 @@ def backward_q(inputs: Inputs, bias: BiasTables, config: Config, gradient: Gradi
     dq = inputs.q.new_empty(inputs.q.shape)
     heads, tiles = inputs.q.shape[1], triton.cdiv(inputs.max_len, config["block_m"])
     arguments = _arguments(inputs, bias, config, _mma_layout(inputs, config, True), grad=gradient.grad)
-    bwd_dq_kernel[(tiles * heads, inputs.num_sequences)](
+    bwd_dq_kernel[launch_grid(tiles * heads, inputs.num_sequences)](
         dq=dq,
         lse=gradient.lse,
         delta=gradient.delta,
@@ -108,7 +108,7 @@ def backward_bias(
     sequence_splits = max(1, min(inputs.num_sequences, _BIAS_PROGRAMS // distances))
     tile_splits = min(max(1, _BIAS_PROGRAMS // (distances * sequence_splits)), distances)
     programs = distances * sequence_splits * tile_splits
-    band_grid = (triton.cdiv(inputs.max_len, BAND_TILE), inputs.num_sequences)
+    band_tiles = triton.cdiv(inputs.max_len, BAND_TILE)
 
     new, band = gradient.lse, bias.handed.band
     sums, near_sums, all_time_sums = Sums(None, None, None), None, None
@@ -117,7 +117,7 @@ def backward_bias(
         sums = sums._replace(position=new.new_zeros(distances, copies, block_m, block_n))
     if inputs.timed:
         copies = programs if deterministic else _TIME_COPIES
-        near_copies = 0 if not band.numel() else band_grid[0] * band_grid[1] if deterministic else copies
+        near_copies = 0 if not band.numel() else band_tiles * inputs.num_sequences if deterministic else copies
         all_time_sums = new.new_zeros(copies + near_copies, _TIME_SLOTS)
         time_sums, near_sums = all_time_sums.split([copies, near_copies])
         sums = sums._replace(time=time_sums, band=new.new_empty(band.shape) if band.numel() else None)
@@ -156,7 +156,7 @@ def backward_bias(
             _add_target_gradient(dp, inputs, inputs.num_targets, target_sums)
     if inputs.time_bias is not None and all_time_sums is not None and near_sums is not None:
         if sums.band is not None:
-            band_gradient_kernel[band_grid](
+            band_gradient_kernel[launch_grid(band_tiles, inputs.num_sequences)](
                 sums.band, bias.handed.near_buckets, near_sums, inputs.offsets, len(near_sums),
                 BLOCK=BAND_TILE, DETERMINISTIC=deterministic,
             )  # fmt: skip

@@ -11,7 +11,8 @@ import triton.language as tl
 from .arguments import Tables
 from .assembly import approximate_bucket, entries
 from .bias_tiles import BAND_BLOCK, HIDDEN, LONGEST_SPAN, PADDING, exact_bucket, first_near_key, spread_center
-from .inputs import Inputs, bucket_edges
+from .inputs import Inputs, bucket_edges, launch_grid
+from .tiles import sequence_id
 
 #: Queries of a program near the diagonal, beside 128 or 256 keys: 64-bit times and sums along a row take many
 #: registers.
@@ -45,10 +46,11 @@ def band_kernel(
     buckets, uint8, zero where a query does not see the key.
 
     Near the diagonal a tile has many buckets. Here each element's is computed once, for all heads and for all kernels
-    of both passes. Grid (tiles of BLOCK queries, sequences).
+    of both passes. Grid: tiles of BLOCK queries of `launch_grid`.
     """
-    start = tl.load(offsets + tl.program_id(1))
-    n = (tl.load(offsets + tl.program_id(1) + 1) - start).to(tl.int32)
+    index = sequence_id()
+    start = tl.load(offsets + index)
+    n = (tl.load(offsets + index + 1) - start).to(tl.int32)
     first = tl.program_id(0) * BLOCK
     i = first + tl.arange(0, BLOCK)
     if first < n:
@@ -62,8 +64,8 @@ def band_kernel(
                 bucket = exact_bucket(query_times - key_times, edges, INLINE_ASM)
                 bias = entries(time_bias, bucket, INLINE_ASM)
                 if POSITION:
-                    index = tl.maximum(j[None, :] - tl.minimum(i, n - 1)[:, None] + position_zero, 0)
-                    bias += tl.load(position_bias + tl.minimum(index, 2 * position_zero))
+                    entry = tl.maximum(j[None, :] - tl.minimum(i, n - 1)[:, None] + position_zero, 0)
+                    bias += tl.load(position_bias + tl.minimum(entry, 2 * position_zero))
                 value = tl.where(j[None, :] <= i[:, None], bias, HIDDEN)
                 bucket = tl.where(j[None, :] <= i[:, None], bucket, 0)
             slot = (start + i)[:, None] * (2 * BAND_BLOCK) + (chunk + tl.arange(0, BAND_BLOCK))[None, :]
@@ -80,10 +82,10 @@ def band_gradient_kernel(
 
     Times are sorted in most sequences, so that a query's keys of one bucket stand side by side: where a run of equal
     buckets ends, the sum of its group of 16 keys up to there is added to this bucket, and taken from the next. (Over
-    longer groups, rounding errors of the sum would show in the difference.) Grid (tiles of BLOCK queries, sequences).
-    DETERMINISTIC takes a pass over the tile a bucket instead, and a copy a program.
+    longer groups, rounding errors of the sum would show in the difference.) DETERMINISTIC takes a pass over the tile a
+    bucket instead, and a copy a program. Grid: tiles of BLOCK queries of `launch_grid`.
     """
-    index, tile = tl.program_id(1), tl.program_id(0)
+    index, tile = sequence_id(), tl.program_id(0)
     start = tl.load(offsets + index)
     n = (tl.load(offsets + index + 1) - start).to(tl.int32)
     first = tile * BLOCK
@@ -121,9 +123,9 @@ def relative_time_kernel(
     greatest in tiles of BLOCK_M queries and of BLOCK_N keys, (slots, 2) int32.
 
     The tiles of sequence b start at slot offsets[b] // BLOCK_M + b, which leaves each sequence room enough.
-    Grid (tiles of BLOCK, sequences).
+    Grid: tiles of BLOCK of `launch_grid`.
     """
-    index, tile = tl.program_id(1), tl.program_id(0)
+    index, tile = sequence_id(), tl.program_id(0)
     start = tl.load(offsets + index)
     n = tl.load(offsets + index + 1) - start
     i = tile * BLOCK + tl.arange(0, BLOCK)
@@ -164,10 +166,10 @@ def tile_bucket_kernel(
 
     An entry packs the first, the last (8 bits each), whether no query is before a key (a bit, only with the next),
     and whether the int32 times since the sequence's first key were not cut. One entry for some thousands of scores.
-    Grid (chunks of key tiles x query tiles of the longest sequence, sequences).
+    Grid: chunks of key tiles x query tiles of the longest sequence of `launch_grid`.
     """
     chunks = tl.cdiv(width, BLOCK)
-    index, tile, chunk = tl.program_id(1), tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    index, tile, chunk = sequence_id(), tl.program_id(0) // chunks, tl.program_id(0) % chunks
     start = tl.load(offsets + index)
     n = tl.load(offsets + index + 1) - start
     if tile * BLOCK_M < n:
@@ -288,13 +290,13 @@ class BiasTables:
         inputs = self.inputs
         zero = None if inputs.position_bias is None else inputs.position_zero
         needs = Needs(zero, inputs.timed, inputs.causal, block_m, block_n)
-        handed = Handed.empty(inputs.q, inputs.offsets, inputs.max_len, needs)
+        handed = Handed.empty(inputs.q, inputs.offsets[: inputs.num_sequences + 1], inputs.max_len, needs)
         if not len(inputs.q) or not inputs.max_len:
             return handed
         if inputs.position_bias is not None and handed.spread.numel():
             _fill_spread(inputs.position_bias, handed.spread)
         if handed.band.numel():
-            band_kernel[(triton.cdiv(inputs.max_len, BAND_TILE), inputs.num_sequences)](
+            band_kernel[launch_grid(triton.cdiv(inputs.max_len, BAND_TILE), inputs.num_sequences)](
                 handed.band, handed.near_buckets, inputs.offsets, inputs.position_bias, inputs.time_bias,
                 bucket_edges(inputs.q.device), inputs.query_time, inputs.key_time, inputs.position_zero,
                 POSITION=inputs.position_bias is not None, BLOCK=BAND_TILE, INLINE_ASM=inputs.q.is_cuda,
@@ -308,12 +310,12 @@ class BiasTables:
         query_ranges = since.new_empty(len(tiles), 2)
         key_ranges = since.new_empty(tokens // block_n + inputs.num_sequences + 1, 2)
         block, width = max(block_m, block_n), tiles.shape[1]
-        relative_time_kernel[(triton.cdiv(inputs.max_len, block), inputs.num_sequences)](
+        relative_time_kernel[launch_grid(triton.cdiv(inputs.max_len, block), inputs.num_sequences)](
             inputs.query_time, inputs.key_time, inputs.offsets, since, query_ranges, key_ranges, tokens,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=block,
         )  # fmt: skip
         programs = triton.cdiv(inputs.max_len, block_m) * triton.cdiv(width, 32)
-        tile_bucket_kernel[(programs, inputs.num_sequences)](
+        tile_bucket_kernel[launch_grid(programs, inputs.num_sequences)](
             inputs.offsets, query_ranges, key_ranges, tiles, width,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=32, INLINE_ASM=inputs.q.is_cuda,
         )  # fmt: skip

@@ -35,6 +35,12 @@ def load_tile(tokens, first, end, BLOCK, DIM, BLOCK_DIM, CUT, FLAGS):
 
 
 @triton.jit
+def sequence_id():
+    """The sequence of a program of `inputs.launch_grid`."""
+    return tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+
+
+@triton.jit
 def sequence_of(sequences, index, window, prefix, FLAGS):
     """The index-th sequence."""
     start = tl.load(sequences.offsets + index)

@@ -16,6 +16,7 @@ from kernels.hstu_attention import naive
 op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 cached = pytest.importorskip("kernels.hstu_attention.cached", exc_type=ImportError)
 launch = pytest.importorskip("kernels.hstu_attention.launch", exc_type=ImportError)
+inputs_module = pytest.importorskip("kernels.hstu_attention.inputs", exc_type=ImportError)
 mma_layout = pytest.importorskip("kernels.hstu_attention.mma_layout", exc_type=ImportError)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -435,18 +436,61 @@ def test_heads_far_apart_are_copied() -> None:
     assert op.token_rows(far(2**30)).is_contiguous()
 
 
-def test_more_sequences_than_a_launch_takes_are_refused() -> None:
-    nothing = torch.zeros(0, 1, 16, device=DEVICE)
-    offsets = torch.zeros(65_537, dtype=torch.int64, device=DEVICE)
-    others = (1.0, 1.0, None, None, None, None, 0, 0, None, False)
-    assert len(op.attention(nothing, nothing, nothing, offsets[1:], 0, *others)[0]) == 0
-    with pytest.raises(ValueError, match="at most 65535 sequences"):
-        op.attention(nothing, nothing, nothing, offsets, 0, *others)
-    with pytest.raises(ValueError, match="at most 65535 sequences"):
-        cached.cached_attention(
-            nothing, nothing, nothing, offsets, nothing, nothing, offsets, 0, 0, 1.0, 1.0, False,
-            None, None, [], 0,
-        )  # fmt: skip
+@pytest.mark.parametrize("name", ["both", "targets, window, prefix", "softmax"])
+def test_sequences_in_two_dimensions_of_a_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beyond 65,535 of them: here three a layer, in three layers, of which the last two programs have none."""
+    monkeypatch.setattr(inputs_module, "MOST_SEQUENCES", 3)
+    assert inputs_module.launch_grid(5, 7) == (5, 3, 3)
+    case = replace(CASES[name], lengths=(20, 0, 1, 33, 2, 9, 17))
+    check(replace(case, targets=(7, 0, 1, 9, 2, 1, 0)) if case.targets else case, torch.float32)
+
+
+@pytest.mark.parametrize("sequences", [0, 1, 65_535, 65_536, 131_071, 10**6])
+def test_a_grid_holds_all_sequences(sequences: int) -> None:
+    programs, rows, layers = inputs_module.launch_grid(7, sequences)
+    assert programs == 7
+    assert max(rows, layers) <= 65_535
+    assert sequences <= rows * layers < sequences + max(layers, 1)
+    offsets = inputs_module.launch_offsets(torch.arange(sequences + 1))
+    assert len(offsets) == rows * layers + 1 or not sequences
+    assert torch.equal(offsets[: sequences + 1], torch.arange(sequences + 1))
+    assert (offsets[sequences:] == sequences).all()
+
+
+def test_no_sequences() -> None:
+    nothing = torch.zeros(0, 2, 16, device=DEVICE, requires_grad=True)
+    offsets = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    output, *_ = op.attention(
+        nothing, nothing, nothing, offsets, 5, 1.0, 1.0, None, None, None, None, 0, 0, None, False
+    )
+    assert output.shape == (0, 2, 16)
+    assert torch.autograd.grad(output.sum(), nothing)[0].shape == (0, 2, 16)
+    candidates = nothing.detach()
+    found = cached.cached_attention(
+        candidates, candidates, candidates, offsets, candidates, candidates, offsets, 0, 0, 1.0, 1.0, False,
+        None, None, [], 0,
+    )  # fmt: skip
+    assert found.shape == (0, 2, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masks", [False, True], ids=["causal", "masks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_sequences_than_one_dimension_holds(dtype: torch.dtype, masks: bool) -> None:
+    """65,537 rows, of which five have tokens: at both ends and in both layers; against those alone."""
+    rows, few = 65_537, (40, 300, 9, 0, 70)
+    case = Case(lengths=few, heads=2, dqk=16, dv=16, targets=(3, 2, 1, 0, 4) if masks else None, window=30 * masks)
+    inputs = case.inputs(dtype)
+    lengths, targets = torch.zeros(2, rows, dtype=torch.int64)
+    places = torch.tensor([0, 32_768, 65_533, 65_535, 65_536])
+    lengths[places] = torch.tensor(few)
+    many = inputs | {"offsets": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(DEVICE)}
+    if masks:
+        targets[places] = torch.tensor(case.targets)
+        many["num_targets"] = targets.to(DEVICE)
+    found, expected = (run("triton", case, given, dtype) for given in (many, inputs))
+    for name, ours, same in zip(NAMES, found, expected, strict=True):  # the order of additions is not fixed
+        torch.testing.assert_close(ours, same, rtol=2e-2, atol=2e-2, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_an_attention_scale_of_zero_is_one() -> None:

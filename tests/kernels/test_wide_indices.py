@@ -9,6 +9,8 @@ import pytest
 import torch
 from interpreted import as_program, sparse
 
+from kernels.hstu_attention import time_bucket
+
 op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 inputs = pytest.importorskip("kernels.hstu_attention.inputs", exc_type=ImportError)
 prepare = pytest.importorskip("kernels.hstu_attention.prepare", exc_type=ImportError)
@@ -74,6 +76,30 @@ def test_bucket_tables_of_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(prepare.BiasTables, "tile_buckets", wide)
     assert all(map(torch.equal, gradients(), expected))
+
+
+@interpreted
+def test_attention_to_tokens_beyond_32_bits() -> None:
+    """2^31 and more elements of q, k and v: their last row, in the kernels' programs for it and head 0."""
+    torch.manual_seed(0)
+    tokens, heads, dim, n = 2**26 + 64, 2, 16, 8
+    few = torch.randn(4, n, heads, dim).half()
+    many = [sparse(tokens, heads, dim, dtype=torch.float16) for _ in few]
+    for tensor, values in zip(many, few, strict=True):
+        tensor[-n:] = values
+    table = torch.randn(2 * n - 1)
+    found = []
+    for (q, k, v, grad), offsets in ((few, [0, 0, n]), (many, [0, tokens - n, tokens])):
+        others = (n, 0.25, 8.0, table, None, None, None, 0, 0, None, False)
+        call = op.Inputs(q, k, v, torch.tensor(offsets), *others)
+        bias, gradient = op.BiasTables(call), op.Gradient(grad, torch.empty(0), None)
+        with as_program((0, 1), (heads, 2)):
+            output, _ = op.forward(call, bias, call.configuration("forward"))
+            dk, dv, _ = op.backward_kv(call, bias, call.configuration("bwd_dkdv"), gradient, None)
+            dq = op.backward_q(call, bias, call.configuration("bwd_dq"), gradient)
+        found.append([tensor[-n:, 0].clone() for tensor in (output, dq, dk, dv)])
+    for large, small in zip(*found, strict=True):
+        assert torch.equal(large, small)
 
 
 @interpreted
@@ -145,11 +171,10 @@ def test_what_is_counted_in_32_bits_is_refused_beyond() -> None:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device="meta")
 
-    offsets = torch.zeros(2, dtype=torch.int64)
     for q, longest in ((empty(1, 2**27, 16), 1), (empty(1, 1, 16), 2**31 - 1), (empty(1, 2**15, 16), 2**20)):
         with pytest.raises(ValueError, match="counts in 32 bits"):
-            inputs.check_sizes(q, q, offsets, longest)
-    inputs.check_sizes(empty(1, 2**10, 256), empty(1, 2**10, 256), offsets, 2**20)
+            inputs.check_sizes(q, q, longest)
+    inputs.check_sizes(empty(1, 2**10, 256), empty(1, 2**10, 256), 2**20)
     assert not inputs.describable(torch.empty((), device="meta").expand(2**31, 1, 16))
     scalars, draws = empty(1).expand(2**20), empty(1).expand(2**20, 2**11)
     with pytest.raises(ValueError, match="32 bits"):
@@ -179,3 +204,28 @@ def test_deterministic_time_gradients_of_many_rows() -> None:
         finally:
             torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_of_131072_tokens(dtype: torch.dtype) -> None:
+    """The last queries' outputs and gradients, against those queries over all keys in torch."""
+    torch.manual_seed(0)
+    n, few, dim = 131_072, 64, 16
+    q, k, v, grad = torch.randn(4, n, 1, dim, device="cuda", dtype=dtype)
+    grad[:-few] = 0  # so that the last queries alone have gradients
+    times = (torch.rand(n, device="cuda") * 100).long().cumsum(0)
+    position, time = torch.randn(2 * n - 1, device="cuda"), torch.randn(129, device="cuda")
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    offsets = torch.tensor([0, n], device="cuda")
+    output, *_ = op.attention(*leaves, offsets, n, 0.25, 64.0, position, time, times, times, 0, 0, None, False)
+    dq, dk, dv = torch.autograd.grad(output, leaves, grad)
+    exact = [tensor[:, 0].double().requires_grad_() for tensor in (q[-few:], k, v)]
+    i, j = torch.arange(n - few, n, device="cuda")[:, None], torch.arange(n, device="cuda")
+    bias = position[(j - i).clamp(max=0) + n - 1] + time[time_bucket(times[-few:, None] - times)]
+    weights = torch.nn.functional.silu(0.25 * exact[0] @ exact[1].T + bias) * (j <= i) / 64.0
+    expected = weights @ exact[2]
+    wanted = torch.autograd.grad(expected, exact, grad[-few:, 0].double())
+    for ours, right in zip((output[-few:], dq[-few:], dk, dv), (expected.detach(), *wanted), strict=True):
+        error = (ours[:, 0].double() - right).norm() / right.norm()
+        assert error < 2e-2, error
