@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_backward import BILLION, GROUP, hopper_backward_kernel
-from .inputs import SHORT, Inputs, describable
+from .inputs import SHORT, Inputs, describable, launch_grid
 
 _LARGEST = 0x7FFF0000
 _DIMS = (32, 64)
@@ -58,7 +58,7 @@ def backward(inputs: Inputs, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     dk, dv = torch.empty_like(k, memory_format=torch.contiguous_format), v.new_empty(v.shape)
     group, scale = GROUP.value, inputs.attention_scale
     tiles = triton.cdiv(inputs.max_len, 2 * group)
-    hopper_backward_kernel[(tiles * q.shape[1], inputs.num_sequences)](
+    hopper_backward_kernel[launch_grid(tiles * q.shape[1], inputs.num_sequences)](
         ragged(q, _QUERIES), ragged(k, group), ragged(v, group), ragged(grad, _QUERIES), ragged(dq, _QUERIES),
         ragged(dk, group), ragged(dv, group), inputs.offsets, inputs.alpha, 1.0 if scale is None else scale, tiles,
         BY_LENGTH=scale is None, M=_QUERIES, DQK=q.shape[2], DV=v.shape[2], STAGES=_STAGES, BUFFERS=_BUFFERS,

@@ -266,11 +266,11 @@ def hopper_backward_kernel(
     DQK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
     DQ_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """dk, dv, and dq by addition. Grid (tiles of 128 keys of the longest sequence x heads, sequences)."""
+    """dk, dv, and dq by addition. Grid: tiles of 128 keys of the longest sequence x heads of `launch_grid`."""
     head = gl.program_id(0) // num_tiles
     first = gl.program_id(0) % num_tiles * (2 * GROUP)
-    start = gl.load(offsets + gl.program_id(1))
-    end = gl.load(offsets + gl.program_id(1) + 1)
+    sequence = gl.program_id(2).to(gl.int64) * gl.num_programs(1) + gl.program_id(1)
+    start, end = gl.load(offsets + sequence), gl.load(offsets + sequence + 1)
     n = (end - start).to(gl.int32)
     if first < n:
         scale = 1.0 / attention_scale

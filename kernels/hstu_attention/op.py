@@ -106,8 +106,8 @@ def attention_backward(
         )  # fmt: skip
         grad = token_rows(grad)
         if not deterministic and hopper_fits(inputs, grad):
-            dq, dk, dv = hopper_backward(inputs, grad)
-            return dq.to(q.dtype), dk, dv, lse.new_empty(0), lse.new_empty(0)
+            sums, dk, dv = hopper_backward(inputs, grad)
+            return sums.to(q.dtype), dk, dv, lse.new_empty(0), lse.new_empty(0)
         bias = BiasTables(inputs, Handed(*handed))
         delta = (inputs.multiplied(grad) * output.float()).sum(-1).T.contiguous() if softmax else None
         gradient = Gradient(grad, lse, delta)

@@ -345,8 +345,9 @@ def _launch(
     }
     rows = constants["ROWS"]  # of a step
     if operation == "norm_gate_backward":
-        arguments["STEPS"] = max(1, _SUMMED // rows) if summed else 1
-        rows *= arguments["STEPS"]
+        steps = max(1, _SUMMED // rows) if summed else 1
+        arguments["STEPS"] = steps
+        rows *= steps
     return triton.cdiv(tokens, rows), arguments | constants | options
 
 
