@@ -333,7 +333,7 @@ def _launch(
     summed = operation == "norm_gate_backward" and affine == "channel"
     entry = configuration(f"{operation}_affine" if summed else operation, shape_class(width), u.device)
     constants, options = _parameters(width, entry)
-    arguments = {
+    arguments: dict[str, Any] = {
         "tokens": tokens,
         "threshold": round(dropout * 2**32) - 2**31,  # so many of the 2^32 words are below
         "scale": 1 / (1 - dropout),

@@ -235,11 +235,15 @@ def _layer_norm(dtype: torch.dtype, width: int) -> Case:
     return Case(call, _SHORT)
 
 
-def _projection(dtype: torch.dtype, width: int) -> Case:
+def _projection(dtype: torch.dtype, width: int, ranking: bool = False) -> Case:
+    """ranking: with bias, an affine norm, and silu for U alone."""
+
     def call(lengths: torch.Tensor) -> None:
         x, weight = (torch.randn(n, m, dtype=dtype, requires_grad=True) for n, m in
                      ((int(lengths.sum()), width), (width, 4 * width)))  # fmt: skip
-        projection.projection(x, weight).sum().backward()
+        vectors = [torch.randn(n, dtype=dtype, requires_grad=True) for n in (4 * width, width, width)]
+        options = [*vectors, width] if ranking else []
+        projection.projection(x, weight, *options).sum().backward()
 
     return Case(call, _SHORT)
 
@@ -283,6 +287,9 @@ CASES = {
     "projection d 50, fp32": _projection(_FP32, 50),
     "projection d 256": _projection(_BF16, 256),
     "projection d 512": _projection(_BF16, 512),
+    "projection d 50, ranking, fp32": _projection(_FP32, 50, ranking=True),
+    "projection d 64, ranking": _projection(_BF16, 64, ranking=True),
+    "projection d 512, ranking": _projection(_BF16, 512, ranking=True),
 }
 
 

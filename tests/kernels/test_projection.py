@@ -1,5 +1,7 @@
 """The projection: Triton against float64, its extremes, its limits."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,8 @@ triton_op = pytest.importorskip("kernels.projection.triton_op", exc_type=ImportE
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 NAMES = ("output", "dx", "dweight")
+# The gradients of bias and of the norm's weight and bias are, as a bias table's, sums of many terms that cancel.
+VECTORS = ("d bias table bias", "d bias table norm weight", "d bias table norm bias")
 
 
 def inputs(tokens: int, d: int, k: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
@@ -23,9 +27,10 @@ def inputs(tokens: int, d: int, k: int, dtype: torch.dtype, seed: int = 0) -> li
     return [x.to(DEVICE, dtype) for x in tensors]
 
 
-def results(function, x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:
-    """The value of function(x, weight) and its gradients."""
-    leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+def results(function, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The value of a function of all tensors but the last, which is its gradient; and theirs."""
+    *inputs, gradient = tensors
+    leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
 
@@ -60,6 +65,46 @@ def test_values_and_gradients_are_as_exact_as_torch(tokens: int, d: int, k: int,
 )
 def test_other_shapes(tokens: int, d: int, k: int, dtype: torch.dtype, seed: int) -> None:
     assert_as_exact_as_naive(inputs(tokens, d, k, dtype, seed))
+
+
+def ranking_inputs(
+    tokens: int, d: int, k: int, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """x and the weight; bias, the norm's weight and its bias; the gradient of the result."""
+    x, weight, gradient = inputs(tokens, d, k, dtype)
+    return [x, weight], [torch.randn(n).to(DEVICE, dtype) for n in (k, d, d)], gradient
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("silu_columns", [None, 0, 17])
+@pytest.mark.parametrize("given", ["bias", "norm", "both", "neither"])
+def test_bias_affine_norm_and_silu_of_some_columns(given: str, silu_columns: int | None, dtype: torch.dtype) -> None:
+    """The 17th column is within a tile of columns."""
+    which = {"bias": [0], "norm": [1, 2], "both": [0, 1, 2], "neither": []}[given]
+
+    def call(function, x, weight, *vectors) -> torch.Tensor:
+        options = dict(zip(which, vectors, strict=True))
+        return function(x, weight, *(options.get(i) for i in range(3)), silu_columns)
+
+    for tokens, d, k in ((0, 25, 40), (1, 50, 60), (150, 30, 100)):
+        tensors, vectors, gradient = ranking_inputs(tokens, d, k, dtype)
+        every = [*tensors, *(vectors[i] for i in which), gradient]
+        fused, plain = (functools.partial(call, module.projection) for module in (triton_op, naive))
+        ours, low, exact = results(fused, *every), results(plain, *every), results(plain, *(x.double() for x in every))
+        assert all(x.dtype == dtype for x in ours)
+        assert_no_worse(ours, low, exact, [*NAMES, *(VECTORS[i] for i in which)])
+
+
+def test_the_ranking_projection_by_hand() -> None:
+    """Rows of two channels, whose norm is -1 and 1: times 2 and 3, plus 1; their sum plus a bias; silu of a column."""
+    x = torch.tensor([[0.0, 100.0], [20.0, -20.0]], device=DEVICE)
+    weight, bias = torch.ones(2, 3, device=DEVICE), torch.tensor([0.0, 10.0, 20.0], device=DEVICE)
+    norm = {"norm_weight": torch.tensor([2.0, 3.0]), "norm_bias": torch.tensor([1.0, 1.0])}
+    norm = {name: tensor.to(DEVICE) for name, tensor in norm.items()}
+    # (-2 + 1) + (3 + 1) = 3 and (2 + 1) + (-3 + 1) = 1; silu(z) = z / (1 + exp(-z))
+    expected = torch.tensor([[3 / (1 + torch.e**-3), 13.0, 23.0], [1 / (1 + torch.e**-1), 11.0, 21.0]], device=DEVICE)
+    for function in (projection, naive.projection, triton_op.projection):
+        torch.testing.assert_close(function(x, weight, bias, **norm, silu_columns=1), expected)
 
 
 def test_rows_and_gradients_may_be_strided() -> None:
@@ -116,6 +161,10 @@ def test_large_products_saturate() -> None:
 def test_torch_knows_the_operator() -> None:
     x, weight, _ = inputs(5, 25, 40, torch.float32)
     torch.library.opcheck(triton_op.projection, (x.requires_grad_(), weight.requires_grad_()))
+    tensors, vectors, _ = ranking_inputs(5, 25, 40, torch.float32)
+    torch.library.opcheck(
+        triton_op.projection, tuple(x.requires_grad_() for x in tensors + vectors), {"silu_columns": 9}
+    )
 
 
 def test_it_compiles_in_one_graph() -> None:
@@ -136,3 +185,11 @@ def test_inputs_that_make_no_sense_are_refused() -> None:
         projection(x, weight[1:])
     with pytest.raises(ValueError, match="one type"):
         projection(x, weight.half())
+    with pytest.raises(ValueError, match=r"bias must be \(10,\), not \(8,\)"):
+        projection(x, weight, x[0])
+    with pytest.raises(ValueError, match="both be given"):
+        projection(x, weight, norm_weight=x[0])
+    with pytest.raises(ValueError, match=r"norm_bias must be \(8,\), not \(10,\)"):
+        projection(x, weight, norm_weight=x[0], norm_bias=weight[0])
+    with pytest.raises(ValueError, match="silu_columns must be in 0 to 10, not 11"):
+        projection(x, weight, silu_columns=11)

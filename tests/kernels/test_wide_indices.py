@@ -134,14 +134,24 @@ def test_projections_of_many_tokens() -> None:
     torch.manual_seed(0)
     tokens, columns, rows = 2**31 + 3, 1, 16
     last = (tokens - 1) // rows
-    blocks = {"D": 2, "K": columns, "BLOCK_T": rows, "BLOCK_D": 16, "BLOCK_K": 16, "PRECISION": "ieee"}
+    blocks = {
+        "D": 2,
+        "K": columns,
+        "SILU_COLUMNS": columns,
+        "BIAS": False,
+        "AFFINE": False,
+        "BLOCK_T": rows,
+        "BLOCK_D": 16,
+        "BLOCK_K": 16,
+        "PRECISION": "ieee",
+    }
     x, out = sparse(tokens, 2, dtype=torch.float16), sparse(tokens, columns, dtype=torch.float16)
     x[-3:] = torch.randn(3, 2)
     weight = torch.randn(2, columns).half()
     for program in (0, last):
         x[:3] = x[-3:]
         with as_program((program,), (last + 1,)):
-            projection.projection_forward_kernel[(1,)](x, weight, out, tokens, **blocks)
+            projection.projection_forward_kernel[(1,)](x, weight, None, None, None, out, tokens, **blocks)
         part = out[-3:] if program else out[:3]
         expected = projection_by_torch(x[-3:].float(), weight.float())
         torch.testing.assert_close(part.float(), expected, rtol=1e-2, atol=1e-2)
