@@ -171,12 +171,12 @@ def cached_attention(
     _check(
         q, k, v, offsets, max_cached_len + 1, position_bias, time_bias, query_time, key_time, max_attn_len, 0, None,
     )  # fmt: skip
-    if cached_k.shape[1:] != k.shape[1:] or cached_v.shape[1:] != v.shape[1:] or len(cached_k) != len(cached_v):
+    if cached_k.shape[1:] != k.shape[1:] or cached_v.shape[1:] != v.shape[1:] or cached_k.shape[0] != cached_v.shape[0]:
         shapes = f"{tuple(cached_k.shape)} and {tuple(cached_v.shape)}"
         raise ValueError(f"cached_k and cached_v must be (T', h, dqk) and (T', h, dv) as k and v are, not {shapes}")
-    if len(cached_offsets) != len(offsets):
+    if cached_offsets.shape != offsets.shape:
         raise ValueError(f"offsets and cached_offsets must be of one length, not {len(offsets)}, {len(cached_offsets)}")
-    _check_lengths(len(cached_k), cached_time=cached_time)
+    _check_lengths(cached_k.shape[0], cached_time=cached_time)
     if _fits(q, k, v) and _fits(q, cached_k, cached_v):
         from . import cached
 
@@ -194,7 +194,8 @@ def cached_attention(
 
 
 def _in_torch(attend: Callable[..., torch.Tensor], q: torch.Tensor, *inputs: Any, **named: Any) -> torch.Tensor:
-    if q.is_cuda or not len(q):
+    # A program that torch.export makes has no groups: their sizes are known with the sequences' lengths alone.
+    if q.is_cuda or torch.compiler.is_exporting() or not len(q):
         return attend(q, *inputs, **named)
     return grouped.by_length(attend, q, *inputs, **named)
 
@@ -246,8 +247,9 @@ def _check(
     if max_attn_len < 0 or contextual_seq_len < 0:
         given = f"{max_attn_len} and {contextual_seq_len}"
         raise ValueError(f"max_attn_len and contextual_seq_len must not be negative, as in {given}")
-    _check_lengths(len(q), query_time=query_time, key_time=key_time)
-    _check_lengths(len(offsets) - 1, num_targets=num_targets)
+    # Not len(): it would make a number of a size that torch.export leaves open.
+    _check_lengths(q.shape[0], query_time=query_time, key_time=key_time)
+    _check_lengths(offsets.shape[0] - 1, num_targets=num_targets)
 
 
 def _check_lengths(length: int, **tensors: torch.Tensor | None) -> None:

@@ -212,15 +212,15 @@ def _weighted_values(weights: torch.Tensor, v: torch.Tensor, offsets: torch.Tens
     """(B, h, N, N) weights times v, back to jagged (T, h, dv)."""
     heads, dv = v.shape[1:]
     values = _to_heads(v, offsets, max_len)  # (B, h, N, dv)
-    output = (weights.to(values.dtype) @ values).transpose(1, 2).reshape(len(values), max_len, heads * dv)
-    return jagged.to_jagged(output, offsets).view(-1, heads, dv)
+    output = (weights.to(values.dtype) @ values).transpose(1, 2).reshape(-1, max_len, heads * dv)
+    return jagged.to_jagged(output, offsets, v.shape[0]).view(-1, heads, dv)
 
 
 def _to_heads(tensor: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
     """(T, h, d) jagged to (B, h, N, d) padded."""
     heads, dim = tensor.shape[1:]
     padded = jagged.to_padded(tensor.reshape(-1, heads * dim), offsets, max_len)  # (B, N, h d)
-    return padded.view(len(offsets) - 1, max_len, heads, dim).transpose(1, 2)
+    return padded.view(offsets.shape[0] - 1, max_len, heads, dim).transpose(1, 2)
 
 
 def _position_term(table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

@@ -27,9 +27,12 @@ def to_padded(
     return naive.to_padded(values, offsets, max_len, index)
 
 
-def to_jagged(padded: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """The inverse of `to_padded`: (B, N, D) to values (T, D); differentiable."""
-    return (fbgemm if fbgemm.fits(padded) else naive).to_jagged(padded, offsets)
+def to_jagged(padded: torch.Tensor, offsets: torch.Tensor, total: int | None = None) -> torch.Tensor:
+    """The inverse of `to_padded`: (B, N, D) to values (T, D); differentiable.
+
+    total: T, for those who have it at hand: else the offsets are asked, which waits for the device.
+    """
+    return (fbgemm if fbgemm.fits(padded) else naive).to_jagged(padded, offsets, total)
 
 
 def select_rows(values: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

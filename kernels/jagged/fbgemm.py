@@ -68,8 +68,8 @@ def to_padded(values: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torc
     return _ToPadded.apply(values, offsets, max_len)
 
 
-def to_jagged(padded: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return _ToJagged.apply(padded, offsets, None)
+def to_jagged(padded: torch.Tensor, offsets: torch.Tensor, total: int | None = None) -> torch.Tensor:
+    return _ToJagged.apply(padded, offsets, total)
 
 
 def select_rows(values: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +91,7 @@ class _ToPadded(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         values, offsets, _ = inputs
-        ctx.total = len(values)
+        ctx.total = values.shape[0]
         ctx.save_for_backward(offsets)
 
     @staticmethod
@@ -126,7 +126,7 @@ class _SelectRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         values, offsets, rows = inputs
-        ctx.total = len(values)
+        ctx.total = values.shape[0]
         ctx.save_for_backward(offsets, rows, output[1])
         ctx.mark_non_differentiable(output[1])
 

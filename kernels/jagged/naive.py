@@ -10,7 +10,7 @@ def offsets_from_lengths(lengths: torch.Tensor) -> torch.Tensor:
 def sequence_and_position(offsets: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
     """For each of the `total` values: the sequence it belongs to, and its position there; both (T,) int64."""
     lengths = offsets[1:] - offsets[:-1]
-    index = torch.arange(len(lengths), device=offsets.device)
+    index = torch.arange(lengths.shape[0], device=offsets.device)
     sequence_id = torch.repeat_interleave(index, lengths, output_size=total)
     return sequence_id, torch.arange(total, device=offsets.device) - offsets[sequence_id]
 
@@ -18,15 +18,15 @@ def sequence_and_position(offsets: torch.Tensor, total: int) -> tuple[torch.Tens
 def to_padded(
     values: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor | None = None
 ) -> torch.Tensor:
-    padded = values.new_zeros(len(offsets) - 1, max_len, values.shape[1])
+    padded = values.new_zeros(offsets.shape[0] - 1, max_len, values.shape[1])
     if index is not None:
         return padded.flatten(0, 1).index_copy(0, index, values).view_as(padded)
-    sequence_id, position = sequence_and_position(offsets, len(values))
+    sequence_id, position = sequence_and_position(offsets, values.shape[0])
     return padded.index_put((sequence_id, position), values)
 
 
-def to_jagged(padded: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    sequence_id, position = sequence_and_position(offsets, int(offsets[-1]))
+def to_jagged(padded: torch.Tensor, offsets: torch.Tensor, total: int | None = None) -> torch.Tensor:
+    sequence_id, position = sequence_and_position(offsets, int(offsets[-1]) if total is None else total)
     return padded[sequence_id, position]
 
 

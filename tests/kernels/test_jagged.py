@@ -35,6 +35,8 @@ def test_padded_rows_hold_their_values_and_zeros_behind(lengths: list[int], dim:
         assert not row[length:].any()
         start += length
     assert torch.equal(jagged.to_jagged(padded, offsets), values)
+    for module in IMPLEMENTATIONS:
+        assert torch.equal(module.to_jagged(padded, offsets, len(values)), values)
 
 
 @given(lengths=lengths_lists, dim=st.integers(1, 5))
