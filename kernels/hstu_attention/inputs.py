@@ -161,11 +161,10 @@ def block_of(dim: int) -> int:
 def value_block(dqk: int, dv: int) -> int:
     """The width of a tile of V.
 
-    ptxas 12.8 miscompiles products with a tile of V that is not full, 16 or 32 wide and narrower than Q's (it reads a
-    uniform register that it never set; tests/kernels/ahead_of_time.py looks for that): such a tile is made wider.
+    ptxas 12.8 miscompiles products with a tile of V that is 16 or 32 wide and narrower than Q's: one operand is read at
+    a wrong address of shared memory, beyond its end even (heads of 64 and 32). Such a tile is made wider.
     """
-    block = block_of(dv)
-    return block if dv == block else max(block, min(64, block_of(dqk)))
+    return max(block_of(dv), min(64, block_of(dqk)))
 
 
 def token_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -190,7 +190,9 @@ def _arguments(
     read = {"q": (inputs.q, config["block_m"]), "k": (inputs.k, config["block_n"]), "v": (inputs.v, config["block_n"])}
     if grad is not None:
         read["do"] = (grad, config["block_m"])
-    descriptor = bool(config["descriptor"]) and all(describable(tensor) for tensor, _ in read.values())
+    shape = inputs.shape(config)
+    described = all(describable(tensor) for tensor, _ in read.values()) and shape.BLOCK_DV == shape.DV
+    descriptor = bool(config["descriptor"]) and described
     arguments: dict[str, Any] = {
         name: describe(tensor, block) if descriptor else tensor for name, (tensor, block) in read.items()
     }
@@ -209,7 +211,7 @@ def _arguments(
         "position_zero": inputs.position_zero,
         "window": inputs.max_attn_len,
         "prefix": inputs.contextual_seq_len,
-        "SHAPE": inputs.shape(config),
+        "SHAPE": shape,
         "FLAGS": inputs.flags(descriptor, mma_layout),
     }
 

@@ -17,6 +17,7 @@ op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 cached = pytest.importorskip("kernels.hstu_attention.cached", exc_type=ImportError)
 launch = pytest.importorskip("kernels.hstu_attention.launch", exc_type=ImportError)
 inputs_module = pytest.importorskip("kernels.hstu_attention.inputs", exc_type=ImportError)
+value_block = pytest.importorskip("kernels.hstu_attention.inputs", exc_type=ImportError).value_block
 mma_layout = pytest.importorskip("kernels.hstu_attention.mma_layout", exc_type=ImportError)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,6 +229,20 @@ def test_every_shape_class(dim: int, bias: str, dtype: torch.dtype) -> None:
     """Each class of the configuration table, rows that fill no block, through tensor descriptors where they apply."""
     check(Case(lengths=(211, 130, 1, 0, 64), dqk=dim, dv=dim, bias=bias), dtype)
     check(Case(lengths=(700, 333), dqk=dim, dv=dim, bias=bias, targets=(5, 0), window=300), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dqk, dv", [(64, 32), (128, 16), (32, 16), (16, 32), (64, 16)])
+def test_values_narrower_than_queries(dqk: int, dv: int, dtype: torch.dtype) -> None:
+    """Tiles of full width, which ptxas 12.8 reads beyond shared memory where they are narrower than Q's."""
+    for bias in ("none", "both"):
+        check(Case(lengths=(700, 333), dqk=dqk, dv=dv, bias=bias), dtype)
+
+
+@pytest.mark.parametrize("dqk, dv, width", [(64, 32, 64), (64, 16, 64), (32, 16, 32), (128, 32, 64), (16, 32, 32)])
+def test_tiles_of_values_are_as_wide_as_products_take_them(dqk: int, dv: int, width: int) -> None:
+    assert value_block(dqk, dv) == width
 
 
 @pytest.fixture

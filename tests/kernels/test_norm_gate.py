@@ -150,7 +150,14 @@ def test_parts_and_heads_are_dropped_independently() -> None:
     """Of [u, attended, gate] of two heads: six blocks of columns, each with a mask of its own."""
     u, attended, _ = inputs(1000, 50, torch.float32)
     out = triton_op.norm_gate_forward(
-        torch.ones_like(u), attended, seed_tensor(3), 0.3, torch.ones(2, device=DEVICE), torch.full((2,), 9.0), 2, True
+        torch.ones_like(u),
+        attended,
+        seed_tensor(3),
+        0.3,
+        torch.ones(2, device=DEVICE),
+        torch.full((2,), 9.0, device=DEVICE),
+        2,
+        True,
     )
     kept = (out != 0).view(1000, 6, 25)
     deviation = (0.3 * 0.7 / kept[:, 0].numel()) ** 0.5
