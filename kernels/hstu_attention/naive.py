@@ -212,7 +212,8 @@ def _weighted_values(weights: torch.Tensor, v: torch.Tensor, offsets: torch.Tens
     """(B, h, N, N) weights times v, back to jagged (T, h, dv)."""
     heads, dv = v.shape[1:]
     values = _to_heads(v, offsets, max_len)  # (B, h, N, dv)
-    output = (weights.to(values.dtype) @ values).transpose(1, 2).reshape(-1, max_len, heads * dv)
+    output = (weights.to(values.dtype) @ values).transpose(1, 2)
+    output = output.reshape(offsets.shape[0] - 1, max_len, heads * dv)
     return jagged.to_jagged(output, offsets, v.shape[0]).view(-1, heads, dv)
 
 

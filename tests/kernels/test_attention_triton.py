@@ -1,7 +1,7 @@
 """The Triton attention kernels against the torch version: values and all gradients, on a GPU or interpreted."""
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -233,14 +233,16 @@ def test_every_shape_class(dim: int, bias: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("dqk, dv", [(64, 32), (128, 16), (32, 16), (16, 32), (64, 16)])
+@pytest.mark.parametrize(("dqk", "dv"), [(64, 32), (128, 16), (32, 16), (16, 32), (64, 16)])
 def test_values_narrower_than_queries(dqk: int, dv: int, dtype: torch.dtype) -> None:
     """Tiles of full width, which ptxas 12.8 reads beyond shared memory where they are narrower than Q's."""
     for bias in ("none", "both"):
         check(Case(lengths=(700, 333), dqk=dqk, dv=dv, bias=bias), dtype)
 
 
-@pytest.mark.parametrize("dqk, dv, width", [(64, 32, 64), (64, 16, 64), (32, 16, 32), (128, 32, 64), (16, 32, 32)])
+@pytest.mark.parametrize(
+    ("dqk", "dv", "width"), [(64, 32, 64), (64, 16, 64), (32, 16, 32), (128, 32, 64), (16, 32, 32)]
+)
 def test_tiles_of_values_are_as_wide_as_products_take_them(dqk: int, dv: int, width: int) -> None:
     assert value_block(dqk, dv) == width
 
@@ -310,7 +312,8 @@ def test_hoppers_backward_kernel_leaves_a_gradient_without_strides_to_the_others
     grad = inputs.pop("grad").bfloat16()[:1]
     for name in ("q", "k", "v"):
         inputs[name] = inputs[name].bfloat16()
-    arguments = [*op.Inputs(**inputs, softmax=False).__dict__.values()]
+    call = op.Inputs(**inputs, softmax=False)
+    arguments = [getattr(call, field.name) for field in fields(call)]
     outputs = op.attention(*arguments)
     rows = grad.expand(len(inputs["q"]), -1, -1)
     found = op.gradients(rows, outputs, arguments, False)
