@@ -92,9 +92,9 @@ class PositionalEncoder(Encoder):
         self.position = nn.Embedding(self.num_positions, dim)
         self.input_dropout = nn.Dropout(dropout)
 
-    def embed(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The input (T, d) of the first block. Position 0 is the window's first item."""
-        return self.input_dropout(embeddings * self.dim**0.5 + embedding_lookup(self.position, batch.position))
+    def embed(self, embeddings: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """The input (T, d) of the first block, of tokens at `position` (T,). Position 0 is the window's first item."""
+        return self.input_dropout(embeddings * self.dim**0.5 + embedding_lookup(self.position, position))
 
 
 def embedding_lookup(table: nn.Embedding | RowwiseTable, index: torch.Tensor) -> torch.Tensor:

@@ -65,26 +65,48 @@ class HSTULayer(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: Batch, compute_dtype: torch.dtype) -> torch.Tensor:
         """Tokens (T, d) to tokens (T, d) of the same type. Everything between is computed in `compute_dtype`."""
+        u, q, k, v = self.project(x, compute_dtype)
+        query_time = batch.next_timestamp if self.time == "next" else batch.timestamp
+        attention_output = self.attend(q, k, v, batch.offsets, batch.max_len, query_time, batch.timestamp)
+        return self.finish(x, u, attention_output, compute_dtype)
+
+    def project(self, x: torch.Tensor, compute_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """U (T, h dv), Q and K (T, h, dqk), and V (T, h, dv) of tokens (T, d), in `compute_dtype`."""
         uvqk = projection(x.to(compute_dtype), self.uvqk.to(compute_dtype))
         inner, inner_qk = self.heads * self.dv, self.heads * self.dqk
         u, v, q, k = uvqk.split([inner, inner, inner_qk, inner_qk], dim=-1)
-        heads = (
+        return (
+            u,
             q.view(-1, self.heads, self.dqk),
             k.view(-1, self.heads, self.dqk),
             v.view(-1, self.heads, self.dv),
         )
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        offsets: torch.Tensor,
+        max_len: int,
+        query_time: torch.Tensor,
+        key_time: torch.Tensor,
+    ) -> torch.Tensor:
+        """The causal attention (T, h, dv) of this layer's kind, with its biases, over sequences of `offsets`."""
         bias: dict[str, Any] = {
             "position_bias": self.position_bias,
             "time_bias": self.time_bias,
-            "query_time": batch.next_timestamp if self.time == "next" else batch.timestamp,
-            "key_time": batch.timestamp,
+            "query_time": query_time,
+            "key_time": key_time,
         }
         if self.softmax:
-            attention_output = softmax_attention(*heads, batch.offsets, batch.max_len, alpha=self.alpha, **bias)
-        else:
-            attention_output = hstu_attention(
-                *heads, batch.offsets, batch.max_len, alpha=self.alpha, attention_scale=self.attention_scale, **bias
-            )
+            return softmax_attention(q, k, v, offsets, max_len, alpha=self.alpha, **bias)
+        return hstu_attention(q, k, v, offsets, max_len, alpha=self.alpha, attention_scale=self.attention_scale, **bias)
+
+    def finish(
+        self, x: torch.Tensor, u: torch.Tensor, attention_output: torch.Tensor, compute_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """y = x + W_o dropout(U * LN(attention)), (T, d) of the type of x."""
         gated = norm_gate(u, attention_output.flatten(1), self.dropout, self.training)
         return x + F.linear(gated, self.output.weight.to(compute_dtype), self.output.bias.to(compute_dtype)).to(x.dtype)
 
@@ -98,7 +120,7 @@ class HSTU(PositionalEncoder):
         self.blocks = nn.ModuleList(HSTULayer(config, self.num_positions, dropout) for _ in range(config.blocks))
 
     def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = self.embed(embeddings, batch)
+        x = self.embed(embeddings, batch.position)
         for block in self.blocks:
             x = block(x, batch, self.compute_dtype or x.dtype)
         return x

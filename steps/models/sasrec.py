@@ -76,7 +76,7 @@ class SASRec(PositionalEncoder):
         self.blocks = nn.ModuleList(SASRecBlock(self.dim, config.heads, dropout) for _ in range(config.blocks))
 
     def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = self.embed(embeddings, batch)
+        x = self.embed(embeddings, batch.position)
         with self.autocast(x.device):
             for block in self.blocks:
                 x = block(x, batch)
