@@ -1,0 +1,479 @@
+"""M-FALCON (arXiv 2402.17152, algorithm 1): a trained HSTU scores candidates against histories that are kept.
+
+Of every user's history tokens the keys and values of each layer are kept in pages of a pool. New tokens attend to them,
+candidates read them: what is calculated is what a forward pass of history and candidate calculates, so the hidden
+states are the same up to rounding.
+"""
+
+import hashlib
+import json
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+
+from kernels.hstu_attention import cached_attention
+from kernels.jagged import offsets_from_lengths
+from kernels.jagged.naive import sequence_and_position
+from steps.common.cli import StepError
+from steps.common.files import atomic_path
+from steps.models.hstu import HSTU, HSTULayer
+
+
+@dataclass
+class _User:
+    """Where a user's `length` stored tokens are: in these pages of the pool, in order.
+
+    With query times of the next token the keys of a history's last token depend on what comes next. It waits here until
+    then: its item embedding (0 or 1, d), and its time (0 or 1,).
+    """
+
+    waiting: torch.Tensor
+    waiting_time: torch.Tensor
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.length + len(self.waiting)
+
+
+@dataclass(frozen=True)
+class _History:
+    """Keys (T', h, dqk) and values (T', h, dv) of each layer and times (T',), jagged over the users of a call."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    time: torch.Tensor
+    lengths: list[int]
+
+    def of(self, first: int, last: int) -> "_History":
+        """That of the users from `first` to before `last`, as views."""
+        start = sum(self.lengths[:first])
+        part = slice(start, start + sum(self.lengths[first:last]))
+        keys, values = [k[part] for k in self.keys], [v[part] for v in self.values]
+        return _History(keys, values, self.time[part], self.lengths[first:last])
+
+
+class HistoryCache:
+    """Keys and values of users' histories under one HSTU encoder in eval mode, on the encoder's device.
+
+    A user is a whole number. What is kept belongs to the encoder's weights: after more training, make a new cache.
+    """
+
+    def __init__(self, encoder: HSTU, page: int = 64) -> None:
+        """page: tokens of a page. Raises ValueError if no cache of this encoder is exact."""
+        self._layers = cast(list[HSTULayer], list(encoder.blocks))
+        layer = self._layers[0]
+        if layer.attention_scale is None and not layer.softmax:
+            raise ValueError(
+                "attention_scale true_len divides every token by a length that grows with the history, "
+                "so nothing can be kept: use an encoder with attention_scale max_len"
+            )
+        if page < 1:
+            raise ValueError(f"page must be at least 1 token, not {page}")
+        self.page = page
+        self._encoder = encoder
+        table = encoder.position.weight
+        self._dtype = encoder.compute_dtype or table.dtype
+        self._users: dict[int, _User] = {}
+        self._free: list[int] = []
+        made: dict[str, Any] = {"dtype": self._dtype, "device": table.device}
+        self._keys = torch.zeros(len(self._layers), 0, layer.heads, layer.dqk, **made)  # (layers, slots, h, dqk)
+        self._values = torch.zeros(len(self._layers), 0, layer.heads, layer.dv, **made)  # (layers, slots, h, dv)
+        self._times = torch.zeros(0, dtype=torch.int64, device=table.device)  # (slots,)
+
+    def __contains__(self, user: int) -> bool:
+        return user in self._users
+
+    @property
+    def lengths(self) -> dict[int, int]:
+        """How many history tokens each user has."""
+        return {name: user.total for name, user in self._users.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the pages in use, and of the tokens that wait for the next."""
+        pages = sum(len(user.pages) for user in self._users.values())
+        waiting = sum(user.waiting.nbytes + user.waiting_time.nbytes for user in self._users.values())
+        return pages * self._page_bytes + waiting
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of all pages, free ones included."""
+        return len(self._times) // self.page * self._page_bytes
+
+    @torch.no_grad()
+    def append(
+        self, users: Sequence[int], embeddings: torch.Tensor, timestamps: torch.Tensor | None, offsets: torch.Tensor
+    ) -> None:
+        """Let the histories of `users` (B) go on; users that are not known are made, with no token too.
+
+        Args:
+            embeddings: (T', d), of the new tokens' items, jagged over the users by `offsets` (B + 1,) int64.
+            timestamps: (T',) int64 seconds; None where the encoder has no time bias.
+
+        Raises:
+            ValueError: a user twice, or with more tokens than the encoder has positions; shapes other than these. The
+                cache is then as it was.
+        """
+        names, counts = self._checked(users, "embeddings", embeddings, offsets)
+        time = self._checked_time("timestamps", timestamps, len(embeddings), "token")
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise ValueError(f"user {twice[0]} is named twice: give each user's new tokens together")
+        if not names:
+            return
+        nobody = _User(embeddings[:0].clone(), time[:0].clone())
+        found = [self._users.get(name, nobody) for name in names]
+        most = self._encoder.num_positions
+        for name, user, count in zip(names, found, counts, strict=True):
+            if user.total + count > most:
+                raise ValueError(
+                    f"user {name} has {user.total} tokens and would get {count} more, but the encoder has {most} "
+                    "positions: evict the user and append the latest tokens alone"
+                )
+        rows, times = list(embeddings.split(counts)), list(time.split(counts))
+        query_times, kept = times, [(nobody.waiting, nobody.waiting_time)] * len(names)
+        if self._layers[0].time == "next":
+            rows = [torch.cat([user.waiting, own]) for user, own in zip(found, rows, strict=True)]
+            times = [torch.cat([user.waiting_time, own]) for user, own in zip(found, times, strict=True)]
+            kept = [(own[-1:].clone(), at[-1:].clone()) for own, at in zip(rows, times, strict=True)]
+            query_times = [at[1:] for at in times]
+            rows, times = [own[:-1] for own in rows], [at[:-1] for at in times]
+        lengths = [user.length for user in found]
+        more = [len(own) for own in rows]
+        pages = self._reserved(
+            [self._num_pages(n + new) - self._num_pages(n) for n, new in zip(lengths, more, strict=True)]
+        )
+        tables = [user.pages + own for user, own in zip(found, pages, strict=True)]
+        if sum(more):
+            self._store(tables, lengths, more, torch.cat(rows), torch.cat(query_times), torch.cat(times))
+        for name, table, length, new, (waiting, waiting_time) in zip(names, tables, lengths, more, kept, strict=True):
+            self._users[name] = _User(waiting, waiting_time, table, length + new)
+        del self._free[len(self._free) - sum(map(len, pages)) :]
+
+    @torch.no_grad()
+    def encode(
+        self,
+        users: Sequence[int],
+        candidates: torch.Tensor,
+        offsets: torch.Tensor,
+        time: torch.Tensor | None = None,
+        micro_batch: int = 1024,
+    ) -> torch.Tensor:
+        """Hidden states (T, d) of candidates, each as the next token of its user's history; nothing is kept of them.
+
+        The histories are copied out of their pages once.
+
+        Args:
+            candidates: (T, d), item embeddings, jagged over `users` (B) by `offsets` (B + 1,) int64.
+            time: (B,) int64 seconds, of each user's request; None where the encoder has no time bias.
+            micro_batch: so many candidates at once. Fewer take less memory, and read the histories more often.
+
+        Returns:
+            What `encoder.forward` gives the last token of history + candidate: not normalised.
+
+        Raises:
+            ValueError: an unknown user, a history that has no position left, shapes other than these.
+        """
+        names, counts = self._checked(users, "candidates", candidates, offsets)
+        asked = self._checked_time("time", time, len(names), "user")
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1 candidate, not {micro_batch}")
+        found = self._known(names)
+        most = self._encoder.num_positions
+        for name, user in zip(names, found, strict=True):
+            if user.total >= most:
+                raise ValueError(
+                    f"user {name} has {user.total} tokens, and a candidate would be beyond the encoder's {most} "
+                    "positions: evict the user and append the latest tokens alone"
+                )
+        if not len(candidates):
+            return torch.zeros_like(candidates)
+        history = self._histories(found, asked)
+        bounds, hidden = [0, *torch.tensor(counts).cumsum(0).tolist()], []
+        for start in range(0, len(candidates), micro_batch):
+            end = min(start + micro_batch, len(candidates))
+            first, last = bisect_right(bounds, start) - 1, bisect_left(bounds, end)  # the users of these candidates
+            own = [min(bounds[b + 1], end) - max(bounds[b], start) for b in range(first, last)]
+            part = history.of(first, last)
+            x, at = self._behind(candidates[start:end], own, asked[first:last], part)
+            for index in range(len(self._layers)):
+                x, _, _ = self._layer(index, x, at, at, own, part)
+            hidden.append(x)
+        return torch.cat(hidden)
+
+    def evict(self, users: Sequence[int]) -> None:
+        """Forget these users; others use their pages. Raises ValueError, and forgets nobody, if one is unknown."""
+        names = dict.fromkeys(int(user) for user in users)
+        self._known(list(names))
+        for name in names:
+            self._free += self._users.pop(name).pages
+
+    @torch.no_grad()
+    def save(self, path: Path) -> None:
+        """Write the histories to `path` (safetensors), atomically: of all tokens, and of no page what is not used."""
+        users = list(self._users.values())
+        lengths = [user.length for user in users]
+        slots = self._slots([user.pages for user in users], lengths)
+        table = self._encoder.position.weight
+        tensors = {
+            "users": torch.tensor(list(self._users), dtype=torch.int64),
+            "lengths": torch.tensor(lengths, dtype=torch.int64),
+            "keys": self._keys[:, slots],
+            "values": self._values[:, slots],
+            "times": self._times[slots],
+            "num_waiting": torch.tensor([len(user.waiting) for user in users], dtype=torch.int64),
+            "waiting": torch.cat([table[:0], *(user.waiting for user in users)]),
+            "waiting_times": torch.cat([self._times[:0], *(user.waiting_time for user in users)]),
+        }
+        # One entry: safetensors writes several in an order that differs from run to run.
+        about = {"page": self.page, "encoder": _kind(self._encoder), "weights": _digest(self._encoder)}
+        with atomic_path(path) as temporary:
+            host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(host, temporary, {"history_cache": json.dumps(about)})
+
+    @classmethod
+    @torch.no_grad()
+    def load(cls, path: Path, encoder: HSTU) -> "HistoryCache":
+        """What `save` wrote. Raises StepError if the file is missing, damaged, or of another encoder."""
+        remedy = "append the histories to a new cache"
+        try:
+            with safe_open(path, framework="pt", device=str(encoder.position.weight.device)) as file:
+                about = json.loads(file.metadata()["history_cache"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for key, ours in _kind(encoder).items():
+                if (theirs := about["encoder"][key]) != ours:
+                    raise StepError(f"{path} is of an encoder with {key} {theirs}, this one has {ours}: {remedy}")
+            if about["weights"] != _digest(encoder):
+                raise StepError(f"{path} is of an encoder with other weights than this one's: {remedy}")
+            cache = cls(encoder, about["page"])
+            cache._restore(tensors)
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise StepError(f"{path} does not hold a cache of histories ({error}): {remedy}") from error
+        return cache
+
+    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill an empty cache with what `save` wrote."""
+        names, lengths, counts = (tensors[name].tolist() for name in ("users", "lengths", "num_waiting"))
+        tables = self._reserved([self._num_pages(length) for length in lengths])
+        slots = self._slots(tables, lengths)
+        self._keys.index_copy_(1, slots, tensors["keys"])
+        self._values.index_copy_(1, slots, tensors["values"])
+        self._times.index_copy_(0, slots, tensors["times"])
+        waiting = zip(tensors["waiting"].split(counts), tensors["waiting_times"].split(counts), strict=True)
+        for name, (own, at), pages, length in zip(names, waiting, tables, lengths, strict=True):
+            self._users[name] = _User(own.clone(), at.clone(), pages, length)
+        self._free.clear()
+
+    def _checked(
+        self, users: Sequence[int], what: str, embeddings: torch.Tensor, offsets: torch.Tensor
+    ) -> tuple[list[int], list[int]]:
+        """The users' names, and how many of the `embeddings` each has. ValueError if they do not fit together."""
+        if self._encoder.training:
+            raise ValueError("the encoder is in training mode, where dropout is random: call encoder.eval() first")
+        names, table = [int(user) for user in users], self._encoder.position.weight
+        if embeddings.ndim != 2 or embeddings.shape[1] != table.shape[1] or embeddings.dtype != table.dtype:
+            given = f"{tuple(embeddings.shape)} {embeddings.dtype}"
+            raise ValueError(f"{what} must be (T, {table.shape[1]}) {table.dtype}, as the encoder's are, not {given}")
+        if offsets.shape != (len(names) + 1,) or offsets.dtype != torch.int64:
+            given = f"{tuple(offsets.shape)} {offsets.dtype}"
+            raise ValueError(f"offsets must be ({len(names) + 1},) int64, one more than the users, not {given}")
+        counts = offsets.diff().tolist()
+        if int(offsets[0]) or int(offsets[-1]) != len(embeddings) or min(counts, default=0) < 0:
+            raise ValueError(f"offsets must rise from 0 to the {len(embeddings)} {what}, not be {offsets.tolist()}")
+        return names, counts
+
+    def _checked_time(self, what: str, time: torch.Tensor | None, length: int, one: str) -> torch.Tensor:
+        """`time` (length,), or zeros where the encoder reads none."""
+        if time is None:
+            if self._layers[0].time != "none":
+                raise ValueError(f"{what} is missing: the encoder has a time bias, so give seconds for every {one}")
+            return self._times.new_zeros(length)
+        if time.shape != (length,) or time.dtype != torch.int64:
+            given = f"{tuple(time.shape)} {time.dtype}"
+            raise ValueError(f"{what} must be ({length},) int64, seconds for every {one}, not {given}")
+        return time
+
+    def _known(self, names: list[int]) -> list[_User]:
+        for name in names:
+            if name not in self._users:
+                raise ValueError(
+                    f"user {name} is not in the cache: append the user's history first, if only of 0 tokens"
+                )
+        return [self._users[name] for name in names]
+
+    @property
+    def _page_bytes(self) -> int:
+        layers, _, heads, dqk = self._keys.shape
+        numbers = layers * heads * (dqk + self._values.shape[3])
+        return self.page * (numbers * self._dtype.itemsize + self._times.itemsize)
+
+    def _num_pages(self, length: int) -> int:
+        return -(-length // self.page)
+
+    def _reserved(self, counts: list[int]) -> list[list[int]]:
+        """So many free pages for each user. They are free until they are taken from the end of the list."""
+        need, pages = sum(counts), len(self._times) // self.page
+        if need > len(self._free):
+            more = max(need - len(self._free), pages)  # twice as many at least: then growing costs little on average
+            self._free += range(pages, pages + more)
+            slots = more * self.page
+            self._keys, self._values = (
+                torch.cat([pool, pool.new_zeros(len(pool), slots, *pool.shape[2:])], dim=1)
+                for pool in (self._keys, self._values)
+            )
+            self._times = torch.cat([self._times, self._times.new_zeros(slots)])
+        picked = iter(self._free[len(self._free) - need :])
+        return [list(islice(picked, count)) for count in counts]
+
+    def _slots(self, tables: list[list[int]], lengths: list[int]) -> torch.Tensor:
+        """Where in the pool the first `lengths` tokens of users with these pages are: (sum of lengths,) int64."""
+        device = self._times.device
+        owner, position = sequence_and_position(_offsets(lengths, device), sum(lengths))
+        pages = torch.tensor([page for table in tables for page in table], dtype=torch.int64, device=device)
+        first = _offsets([len(table) for table in tables], device)
+        return pages[first[owner] + position // self.page] * self.page + position % self.page
+
+    def _store(
+        self,
+        tables: list[list[int]],
+        lengths: list[int],
+        more: list[int],
+        embeddings: torch.Tensor,
+        query_time: torch.Tensor,
+        time: torch.Tensor,
+    ) -> None:
+        """Calculate new tokens (T', d), `more` of each user behind `lengths` stored ones, and write them into pages."""
+        some = [index for index, count in enumerate(more) if count]
+        totals = [lengths[index] + more[index] for index in some]
+        device = self._times.device
+        offsets, key_offsets = _offsets([more[index] for index in some], device), _offsets(totals, device)
+        slots = self._slots([tables[index] for index in some], totals)
+        new = _last_tokens(offsets, key_offsets, len(embeddings))
+        own = slots[new]
+        self._times[own] = time
+        owner, _ = sequence_and_position(offsets, len(embeddings))
+        x = self._encoder.embed(embeddings, new - key_offsets[owner])
+        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
+            u, q, k, v = layer.project(x, self._dtype)
+            keys[own], values[own] = k, v
+            if layer is self._layers[-1]:  # nobody asks for its output: candidates read keys and values alone
+                break
+            stored = keys[slots], values[slots], self._times[slots]
+            attention_output = _attend(layer, q, query_time, offsets, *stored, key_offsets, max(totals))
+            x = layer.finish(x, u, attention_output, self._dtype)
+
+    def _histories(self, users: list[_User], asked: torch.Tensor) -> _History:
+        """The whole histories. Tokens that wait are calculated for the time (B,) that is asked for."""
+        lengths = [user.length for user in users]
+        slots = self._slots([user.pages for user in users], lengths)
+        keys, values = [k[slots] for k in self._keys], [v[slots] for v in self._values]
+        stored = _History(keys, values, self._times[slots], lengths)
+        counts = [len(user.waiting) for user in users]
+        if not any(counts):
+            return stored
+        x, at = self._behind(torch.cat([user.waiting for user in users]), counts, asked, stored)
+        time = torch.cat([user.waiting_time for user in users])
+        order = torch.cat([_owner(lengths, time.device), _owner(counts, time.device)]).argsort(stable=True)
+        for index in range(len(self._layers)):
+            x, k, v = self._layer(index, x, at, time, counts, stored)
+            # In place of what `stored` has of this layer, which has been read.
+            keys[index], values[index] = torch.cat([keys[index], k])[order], torch.cat([values[index], v])[order]
+        return _History(keys, values, torch.cat([stored.time, time])[order], [user.total for user in users])
+
+    def _behind(
+        self, embeddings: torch.Tensor, counts: list[int], asked: torch.Tensor, history: _History
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first layer's input (T, d) of tokens right behind the histories, `counts` of each, and their times."""
+        owner = _owner(counts, asked.device)
+        lengths = torch.tensor(history.lengths, device=asked.device)
+        return self._encoder.embed(embeddings, lengths[owner]), asked[owner]
+
+    def _layer(
+        self,
+        index: int,
+        x: torch.Tensor,
+        query_time: torch.Tensor,
+        key_time: torch.Tensor,
+        counts: list[int],
+        history: _History,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A layer of tokens (T, d) that see the history and themselves alone: what comes out, and their k and v."""
+        layer = self._layers[index]
+        u, q, k, v = layer.project(x, self._dtype)
+        attention_output = cached_attention(
+            q, k, v, _offsets(counts, x.device), history.keys[index], history.values[index],
+            _offsets(history.lengths, x.device), max(counts), max(history.lengths), alpha=layer.alpha,
+            attention_scale=layer.attention_scale, softmax=layer.softmax, position_bias=layer.position_bias,
+            time_bias=layer.time_bias, query_time=query_time, key_time=key_time, cached_time=history.time,
+        )  # fmt: skip
+        return layer.finish(x, u, attention_output, self._dtype), k, v
+
+
+def _attend(
+    layer: HSTULayer,
+    q: torch.Tensor,
+    query_time: torch.Tensor,
+    offsets: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_time: torch.Tensor,
+    key_offsets: torch.Tensor,
+    max_len: int,
+) -> torch.Tensor:
+    """The layer's attention (T', h, dv) of each sequence's last tokens, q (T', h, dqk), over all its tokens' k and v.
+
+    It costs what the attention of all T tokens over each other costs, and as much memory: the kernels take one query a
+    key, so those of the stored tokens are zeros, and their rows are thrown away.
+    """
+    new = _last_tokens(offsets, key_offsets, len(q))
+    queries = q.new_zeros(k.shape).index_copy(0, new, q)
+    times = key_time.index_copy(0, new, query_time)
+    return layer.attend(queries, k, v, key_offsets, max_len, times, key_time)[new]
+
+
+def _last_tokens(offsets: torch.Tensor, key_offsets: torch.Tensor, total: int) -> torch.Tensor:
+    """Where the tokens jagged by `offsets` are among those of `key_offsets`, at the end of each sequence: (total,)."""
+    owner, position = sequence_and_position(offsets, total)
+    return (key_offsets[1:] - offsets.diff())[owner] + position
+
+
+def _offsets(lengths: list[int], device: torch.device) -> torch.Tensor:
+    return offsets_from_lengths(torch.tensor(lengths, dtype=torch.int64, device=device))
+
+
+def _owner(counts: list[int], device: torch.device) -> torch.Tensor:
+    """The sequence that each token of a jagged tensor belongs to."""
+    return sequence_and_position(_offsets(counts, device), sum(counts))[0]
+
+
+def _kind(encoder: HSTU) -> dict[str, Any]:
+    """What makes two encoders' keys and values comparable, besides the weights."""
+    layer, table = cast(HSTULayer, encoder.blocks[0]), encoder.position.weight
+    return {
+        "blocks": len(encoder.blocks),
+        "dim": encoder.dim,
+        "heads": layer.heads,
+        "dqk": layer.dqk,
+        "dv": layer.dv,
+        "positions": encoder.num_positions,
+        "attention": "softmax" if layer.softmax else "silu",
+        "alpha": layer.alpha,
+        "attention scale": layer.attention_scale,
+        "position bias": layer.position_bias is not None,
+        "time bias": layer.time,
+        "type": str(encoder.compute_dtype or table.dtype),
+    }
+
+
+def _digest(encoder: HSTU) -> str:
+    """SHA-256 of the weights."""
+    return hashlib.sha256(save({name: w.cpu().contiguous() for name, w in encoder.state_dict().items()})).hexdigest()

@@ -1,0 +1,523 @@
+"""Candidates scored against kept histories have the hidden states of a forward pass of their own."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kernels.jagged.naive import offsets_from_lengths, sequence_and_position
+from steps.common.cli import StepError
+from steps.data.sequences import Batch, Sequences
+from steps.models.history_cache import HistoryCache
+from steps.models.hstu import HSTU, BiasConfig, HSTUConfig
+from tests.conftest import ROOT
+from tests.kernels.tolerance import assert_no_worse
+
+DIM, MAX_LEN, SLOTS, PAGE = 6, 17, 3, 4
+#: The users' histories, one empty, one of a token, one of whole pages, and one as long as it may be with a candidate.
+LENGTHS = {40: 0, 7: 1, 23: 8, 5: MAX_LEN + SLOTS - 1, 11: 6}
+CANDIDATES = {40: 3, 7: 2, 23: 5, 5: 0, 11: 4}
+KINDS = list(product(["next", "self", "none"], ["silu", "softmax"], [True, False]))
+
+
+def make(
+    time: str = "next",
+    attention: str = "silu",
+    position: bool = True,
+    dtype: torch.dtype = torch.float64,
+    **changes: Any,
+) -> HSTU:
+    """An encoder in eval mode whose weights are large enough that every term matters."""
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {
+        "dim": DIM, "blocks": 3, "heads": 2, "dqk": 3, "dv": 5, "output_slots": SLOTS, "attention": attention,
+        "alpha": 0.7, "attention_scale": "max_len", "bias": BiasConfig(position, time),
+    }  # fmt: skip
+    encoder = HSTU(HSTUConfig(**settings | changes), MAX_LEN, dropout=0.2).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(3)
+    return encoder.to(dtype)
+
+
+@dataclass
+class Case:
+    """Histories and candidates of users, and when they are asked for."""
+
+    history: dict[int, torch.Tensor]
+    times: dict[int, torch.Tensor]
+    candidates: dict[int, torch.Tensor]
+    asked: dict[int, int]
+
+
+@pytest.fixture
+def case() -> Case:
+    torch.manual_seed(2)
+
+    def seconds(n: int) -> torch.Tensor:  # gaps of all sizes, and times that go back
+        return 10**9 + (torch.rand(n) * 19).exp().long() * (1 - 2 * torch.randint(2, (n,)))
+
+    return Case(
+        {user: torch.randn(n, DIM, dtype=torch.float64) for user, n in LENGTHS.items()},
+        {user: seconds(n) for user, n in LENGTHS.items()},
+        {user: torch.randn(n, DIM, dtype=torch.float64) for user, n in CANDIDATES.items()},
+        {user: int(seconds(1)) for user in LENGTHS},
+    )
+
+
+def plain(encoder: HSTU, case: Case, users: list[int]) -> torch.Tensor:
+    """The last hidden state of a forward pass of history and candidate, a window for each candidate."""
+    dtype = encoder.position.weight.dtype
+    tokens, times, next_times = [], [], []
+    for user in users:
+        asked = torch.tensor([case.asked[user]])
+        for candidate in case.candidates[user]:
+            tokens.append(torch.cat([case.history[user], candidate[None]]))
+            times.append(torch.cat([case.times[user], asked]))
+            next_times.append(torch.cat([case.times[user][1:], asked, asked])[-len(times[-1]) :])
+    offsets = offsets_from_lengths(torch.tensor([len(own) for own in tokens]))
+    total = int(offsets[-1])
+    sequence_id, position = sequence_and_position(offsets, total)
+    none = torch.zeros(total, dtype=torch.int64)
+    batch = Batch(
+        item=none, timestamp=torch.cat(times), next_item=none, next_timestamp=torch.cat(next_times), offsets=offsets,
+        sequence_id=sequence_id, position=position, max_len=int(offsets.diff().max()), user=none[: len(tokens)],
+        sequences=Sequences(torch.zeros(1, dtype=torch.int64), none[:0], none[:0], 0), index=none,
+    )  # fmt: skip
+    with torch.no_grad():
+        return encoder(torch.cat(tokens).to(dtype), batch)[offsets[1:] - 1]
+
+
+def append(cache: HistoryCache, case: Case, users: list[int], start: int = 0, end: int | None = None) -> None:
+    """The tokens from `start` to before `end` of each user's history, in one call."""
+    part = slice(start, end)
+    rows = [case.history[user][part] for user in users]
+    offsets = offsets_from_lengths(torch.tensor([len(own) for own in rows]))
+    times = torch.cat([case.times[user][part] for user in users])
+    cache.append(users, torch.cat(rows).to(cache._encoder.position.weight.dtype), times, offsets)
+
+
+def filled(encoder: HSTU, case: Case) -> HistoryCache:
+    cache = HistoryCache(encoder, PAGE)
+    append(cache, case, list(LENGTHS))
+    return cache
+
+
+def encode(cache: HistoryCache, case: Case, users: list[int], micro_batch: int = 1024) -> torch.Tensor:
+    offsets = offsets_from_lengths(torch.tensor([len(case.candidates[user]) for user in users]))
+    candidates = torch.cat([case.candidates[user] for user in users]).to(cache._encoder.position.weight.dtype)
+    asked = torch.tensor([case.asked[user] for user in users])
+    return cache.encode(users, candidates, offsets, asked, micro_batch)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+def test_hidden_states_are_those_of_a_forward_pass_of_each_candidate(
+    time: str, attention: str, position: bool, dtype: torch.dtype, tolerance: float, case: Case
+) -> None:
+    encoder = make(time, attention, position, dtype)
+    found = encode(filled(encoder, case), case, list(LENGTHS))
+    assert found.dtype == dtype
+    close(found, plain(encoder, case, list(LENGTHS)), tolerance)
+
+
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+def test_low_precision_is_no_worse_than_that_of_a_forward_pass(
+    time: str, attention: str, position: bool, case: Case
+) -> None:
+    """Stored keys have the type that is computed with; the exact weights and inputs are those of float32."""
+    for tensors in (case.history, case.candidates):
+        tensors.update({user: tensor.float().double() for user, tensor in tensors.items()})
+    encoder = make(time, attention, position, torch.float32)
+    exact = plain(make(time, attention, position, torch.float32).double(), case, list(LENGTHS))
+    encoder.compute_dtype = torch.bfloat16
+    found, low = encode(filled(encoder, case), case, list(LENGTHS)), plain(encoder, case, list(LENGTHS))
+    assert found.dtype == torch.float32
+    assert not torch.equal(low.double(), exact)
+    assert_no_worse([found], [low], [exact], ["hidden states"])
+
+
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+def test_candidates_have_the_ranks_of_forward_passes(time: str, attention: str, position: bool, case: Case) -> None:
+    case.candidates[11] = torch.randn(300, DIM, dtype=torch.float64)
+    encoder = make(time, attention, position)
+    towards = torch.randn(DIM, dtype=torch.float64)
+    found = encode(filled(encoder, case), case, [11], micro_batch=128) @ towards
+    assert torch.equal(found.argsort(descending=True), (plain(encoder, case, [11]) @ towards).argsort(descending=True))
+
+
+def token_by_token(cache: HistoryCache, case: Case) -> None:
+    for at in range(max(LENGTHS.values())):
+        append(cache, case, [user for user, n in LENGTHS.items() if n > at] or [40], at, at + 1)
+    append(cache, case, [40])
+
+
+def in_three_parts(cache: HistoryCache, case: Case) -> None:
+    for start, end in ((0, 5), (5, 7), (7, None)):
+        append(cache, case, list(LENGTHS), start, end)
+
+
+def user_by_user(cache: HistoryCache, case: Case) -> None:
+    for user in reversed(LENGTHS):
+        append(cache, case, [user])
+
+
+def after_eviction(cache: HistoryCache, case: Case) -> None:
+    """Into pages that others have used, and not in their order."""
+    append(cache, case, [11, 5, 23, 7])
+    pages = cache.pool_bytes
+    cache.evict([7, 5])
+    append(cache, case, [7, 40])
+    cache.evict([11, 23])
+    append(cache, case, [23, 5, 11])
+    assert cache.pool_bytes == pages
+
+
+WAYS = [token_by_token, in_three_parts, user_by_user, after_eviction]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+def test_it_does_not_matter_how_histories_came_in(
+    time: str, attention: str, position: bool, way: Callable[[HistoryCache, Case], None], case: Case
+) -> None:
+    encoder = make(time, attention, position)
+    cache = HistoryCache(encoder, PAGE)
+    way(cache, case)
+    assert cache.lengths == LENGTHS
+    close(encode(cache, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
+
+
+@pytest.mark.parametrize("time", ["next", "self", "none"])
+def test_histories_go_on_after_candidates_were_scored(time: str, case: Case) -> None:
+    """Candidates leave nothing behind: neither keys of theirs nor those of a last token at the time of the request."""
+    encoder = make(time)
+    cache = HistoryCache(encoder, PAGE)
+    append(cache, case, [5, 23], 0, 6)
+    before = cache.bytes
+    shorter = Case(
+        {user: tokens[:6] for user, tokens in case.history.items()},
+        {user: times[:6] for user, times in case.times.items()},
+        case.candidates,
+        case.asked,
+    )
+    close(encode(cache, case, [23]), plain(encoder, shorter, [23]))
+    assert cache.bytes == before
+    append(cache, case, [5, 23], 6)
+    close(encode(cache, case, [23]), plain(encoder, case, [23]))
+
+
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+@pytest.mark.parametrize("micro_batch", [1, 3, 5, 13])
+def test_it_does_not_matter_how_many_candidates_are_scored_at_once(
+    time: str, attention: str, position: bool, micro_batch: int, case: Case
+) -> None:
+    encoder = make(time, attention, position)
+    found = encode(filled(encoder, case), case, list(LENGTHS), micro_batch)
+    close(found, plain(encoder, case, list(LENGTHS)))
+
+
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+def test_neither_other_users_nor_the_order_matter(time: str, attention: str, position: bool, case: Case) -> None:
+    encoder = make(time, attention, position)
+    cache = filled(encoder, case)
+    for users in ([23], [11, 23, 7], [5, 40, 5, 7], [40]):
+        if any(CANDIDATES[user] for user in users):
+            close(encode(cache, case, users), plain(encoder, case, users))
+    case.candidates = {user: tokens.flip(0) for user, tokens in case.candidates.items()}
+    close(encode(cache, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
+
+
+def test_a_user_may_be_asked_for_at_two_times_in_one_call(case: Case) -> None:
+    encoder = make("next")
+    cache = filled(encoder, case)
+    candidates, asked = case.candidates[23][:1], [10**9 + 7, 10**9 + 7 * 10**6]
+    found = cache.encode([23, 23], candidates.repeat(2, 1), torch.tensor([0, 1, 2]), torch.tensor(asked))
+    case.candidates[23] = candidates
+    for state, time in zip(found, asked, strict=True):
+        case.asked[23] = time
+        close(state[None], plain(encoder, case, [23]))
+    assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+def test_a_saved_cache_is_the_cache(
+    time: str, attention: str, position: bool, dtype: torch.dtype, case: Case, tmp_path: Path
+) -> None:
+    """It holds the tokens alone: pages in use, and nothing that evicted users left in them."""
+    encoder = make(time, attention, position, torch.float32 if dtype == torch.bfloat16 else dtype)
+    encoder.compute_dtype = dtype if dtype == torch.bfloat16 else None
+    cache = HistoryCache(encoder, PAGE)
+    after_eviction(cache, case)
+    cache.save(tmp_path / "cache.safetensors")
+    cache.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "cache.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors*")) == ["again.safetensors", "cache.safetensors"]
+    stored = sum(LENGTHS.values()) - (sum(n > 0 for n in LENGTHS.values()) if time == "next" else 0)
+    assert load_file(tmp_path / "cache.safetensors")["keys"].shape == (3, stored, 2, 3)
+    loaded = HistoryCache.load(tmp_path / "cache.safetensors", encoder)
+    assert (loaded.lengths, loaded.bytes) == (cache.lengths, cache.bytes)
+    assert loaded.pool_bytes <= cache.pool_bytes
+    assert torch.equal(encode(loaded, case, list(LENGTHS)), encode(cache, case, list(LENGTHS)))
+    if dtype == torch.float64:
+        more = Case({11: torch.randn(2, DIM, dtype=torch.float64)}, {11: torch.tensor([5, 3])}, {}, {})
+        append(loaded, more, [11])
+        for name in ("history", "times"):
+            getattr(case, name)[11] = torch.cat([getattr(case, name)[11], getattr(more, name)[11]])
+        close(encode(loaded, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
+
+
+def test_a_cache_of_nobody_is_saved_and_scores_nothing(tmp_path: Path) -> None:
+    encoder = make()
+    HistoryCache(encoder).save(tmp_path / "cache")
+    cache = HistoryCache.load(tmp_path / "cache", encoder)
+    nothing, offsets = torch.zeros(0, DIM, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    cache.append([], nothing, offsets[:0], offsets)
+    assert cache.encode([], nothing, offsets, offsets[:0]).shape == (0, DIM)
+    assert (cache.lengths, cache.bytes, cache.pool_bytes) == ({}, 0, 0)
+
+
+def test_bytes_go_back_when_users_go(case: Case) -> None:
+    """A token of 3 layers has 2 heads of 3 + 5 numbers of 8 bytes in each, and a time."""
+    page = PAGE * (3 * 2 * (3 + 5) * 8 + 8)
+    cache = HistoryCache(make("self"), PAGE)
+    append(cache, case, [23])
+    assert cache.bytes == 2 * page
+    append(cache, case, [11, 5])
+    assert cache.bytes == (2 + 2 + 5) * page
+    most = cache.pool_bytes
+    assert most >= cache.bytes
+    for _ in range(20):
+        cache.evict([5, 23])
+        assert cache.bytes == 2 * page
+        assert list(cache.lengths) == [11]
+        assert (5 in cache, 11 in cache) == (False, True)
+        append(cache, case, [23, 5])
+    assert (cache.bytes, cache.pool_bytes) == ((2 + 2 + 5) * page, most)
+
+
+def test_a_token_that_waits_is_counted(case: Case) -> None:
+    cache = HistoryCache(make("next"), PAGE)
+    append(cache, case, [7])
+    assert (cache.lengths, cache.bytes, cache.pool_bytes) == ({7: 1}, DIM * 8 + 8, 0)
+
+
+def test_without_a_time_bias_no_times_are_needed(case: Case) -> None:
+    encoder = make("none")
+    cache = HistoryCache(encoder, PAGE)
+    n, m = LENGTHS[23], CANDIDATES[23]
+    cache.append([23], case.history[23], None, torch.tensor([0, n]))
+    close(cache.encode([23], case.candidates[23], torch.tensor([0, m])), plain(encoder, case, [23]))
+
+
+def of_one(**changes: Any) -> dict[str, Any]:
+    given = {"users": [23], "embeddings": torch.zeros(1, DIM, dtype=torch.float64), "timestamps": torch.tensor([5])}
+    return given | {"offsets": torch.tensor([0, 1])} | changes
+
+
+APPENDED: dict[str, tuple[dict[str, Any], str]] = {
+    "too long": (
+        {"users": [5], "embeddings": torch.zeros(2, DIM).double(), "timestamps": torch.tensor([5, 6]),
+         "offsets": torch.tensor([0, 2])},
+        "user 5 has 19 tokens and would get 2 more, but the encoder has 20 positions: evict the user and append the "
+        "latest tokens alone",
+    ),
+    "twice": (
+        {"users": [23, 23], "offsets": torch.tensor([0, 1, 1])},
+        "user 23 is named twice: give each user's new tokens together",
+    ),
+    "width": (
+        {"embeddings": torch.zeros(1, 5).double()},
+        "embeddings must be (T, 6) torch.float64, as the encoder's are, not (1, 5) torch.float64",
+    ),
+    "type": (
+        {"embeddings": torch.zeros(1, DIM)},
+        "embeddings must be (T, 6) torch.float64, as the encoder's are, not (1, 6) torch.float32",
+    ),
+    "offsets' shape": (
+        {"offsets": torch.tensor([0, 1, 1])},
+        "offsets must be (2,) int64, one more than the users, not (3,) torch.int64",
+    ),
+    "offsets' end": ({"offsets": torch.tensor([0, 2])}, "offsets must rise from 0 to the 1 embeddings, not be [0, 2]"),
+    "falling offsets": (
+        {"users": [23, 11, 5], "offsets": torch.tensor([0, 1, 0, 1])},
+        "offsets must rise from 0 to the 1 embeddings, not be [0, 1, 0, 1]",
+    ),
+    "no times": (
+        {"timestamps": None},
+        "timestamps is missing: the encoder has a time bias, so give seconds for every token",
+    ),
+    "times' shape": (
+        {"timestamps": torch.tensor([5, 6])},
+        "timestamps must be (1,) int64, seconds for every token, not (2,) torch.int64",
+    ),
+    "times' type": (
+        {"timestamps": torch.tensor([5.0])},
+        "timestamps must be (1,) int64, seconds for every token, not (1,) torch.float32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), APPENDED.values(), ids=APPENDED)
+def test_what_cannot_be_appended_is_said_and_changes_nothing(changes: dict[str, Any], message: str, case: Case) -> None:
+    encoder = make()
+    cache = filled(encoder, case)
+    before = cache.bytes
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        cache.append(**of_one(**changes))
+    assert (cache.lengths, cache.bytes) == (LENGTHS, before)
+    close(encode(cache, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
+
+
+ENCODED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": (
+        {"users": [99]},
+        "user 99 is not in the cache: append the user's history first, if only of 0 tokens",
+    ),
+    "no position left": (
+        {"users": [5]},
+        "user 5 has 20 tokens, and a candidate would be beyond the encoder's 20 positions: evict the user and append "
+        "the latest tokens alone",
+    ),
+    "width": (
+        {"candidates": torch.zeros(1, 5).double()},
+        "candidates must be (T, 6) torch.float64, as the encoder's are, not (1, 5) torch.float64",
+    ),
+    "offsets": ({"offsets": torch.tensor([1, 1])}, "offsets must rise from 0 to the 1 candidates, not be [1, 1]"),
+    "no time": ({"time": None}, "time is missing: the encoder has a time bias, so give seconds for every user"),
+    "time": ({"time": torch.tensor(5)}, "time must be (1,) int64, seconds for every user, not () torch.int64"),
+    "micro-batch": ({"micro_batch": 0}, "micro_batch must be at least 1 candidate, not 0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), ENCODED.values(), ids=ENCODED)
+def test_what_cannot_be_encoded_is_said(changes: dict[str, Any], message: str, case: Case) -> None:
+    cache = filled(make(), case)
+    cache.append(**of_one(users=[5]))
+    given = of_one(candidates=torch.zeros(1, DIM, dtype=torch.float64), time=torch.tensor([5]))
+    del given["embeddings"], given["timestamps"]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        cache.encode(**given | changes)
+
+
+def test_an_append_that_fails_midway_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make()
+    cache = HistoryCache(encoder, PAGE)
+    append(cache, case, list(LENGTHS), 0, 6)
+
+    def fail(*_: Any) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._layers[1], "finish", fail)
+        with pytest.raises(RuntimeError, match=r"^out of memory$"):
+            append(cache, case, [11, 23, 40, 5], 6)
+    append(cache, case, list(LENGTHS), 6)
+    close(encode(cache, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
+
+
+def test_nobody_is_evicted_with_somebody_unknown(case: Case) -> None:
+    cache = filled(make(), case)
+    with pytest.raises(ValueError, match=r"^user 99 is not in the cache"):
+        cache.evict([11, 99])
+    assert cache.lengths == LENGTHS
+    cache.evict([11, 11])
+    assert 11 not in cache
+
+
+def test_an_encoder_in_training_mode_is_refused(case: Case) -> None:
+    cache = filled(make(), case)
+    cache._encoder.train()
+    with pytest.raises(ValueError, match=r"^the encoder is in training mode.*: call encoder.eval\(\) first$"):
+        cache.append(**of_one())
+
+
+def test_a_length_that_grows_in_the_attention_is_refused(case: Case) -> None:
+    with pytest.raises(ValueError, match=r"^attention_scale true_len divides .* use an encoder .* max_len$"):
+        HistoryCache(make(attention_scale="true_len"))
+    softmax = make(attention="softmax", attention_scale="true_len")  # which divides by nothing
+    close(encode(filled(softmax, case), case, list(LENGTHS)), plain(softmax, case, list(LENGTHS)))
+    with pytest.raises(ValueError, match=r"^page must be at least 1 token, not 0$"):
+        HistoryCache(make(), page=0)
+
+
+OTHERS: dict[str, tuple[Callable[[], HSTU], str]] = {
+    "heads": (lambda: make(heads=1), "is of an encoder with heads 2, this one has 1"),
+    "blocks": (lambda: make(blocks=2), "is of an encoder with blocks 3, this one has 2"),
+    "positions": (lambda: make(output_slots=4), "is of an encoder with positions 20, this one has 21"),
+    "time": (lambda: make("self"), "is of an encoder with time bias next, this one has self"),
+    "scale": (
+        lambda: make(attention_scale="true_len"), "is of an encoder with attention scale 20.0, this one has None"
+    ),
+    "type": (lambda: make().float(), "is of an encoder with type torch.float64, this one has torch.float32"),
+    "weights": (lambda: make().apply(shifted), "is of an encoder with other weights than this one's"),
+}  # fmt: skip
+
+
+def shifted(module: torch.nn.Module) -> None:
+    if isinstance(module, torch.nn.Embedding):
+        module.weight.data += 1e-9
+
+
+@pytest.mark.parametrize(("other", "message"), OTHERS.values(), ids=OTHERS)
+def test_another_encoders_file_is_refused(other: Callable[[], HSTU], message: str, case: Case, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    filled(make(), case).save(path)
+    with pytest.raises(StepError) as raised:
+        HistoryCache.load(path, other())
+    assert str(raised.value) == f"{path} {message}: append the histories to a new cache"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def without_metadata(path: Path) -> None:
+    save_file(load_file(path), path)
+
+
+def fewer_times(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    tensors = load_file(path)
+    save_file(tensors | {"times": tensors["times"][:-1]}, path, about)
+
+
+def of_no_page(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["history_cache"])
+    save_file(load_file(path), path, {"history_cache": json.dumps(about | {"page": 0})})
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, without_metadata, fewer_times, of_no_page])
+def test_a_damaged_file_is_refused(damage: Callable[[Path], None], case: Case, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    filled(make(), case).save(path)
+    damage(path)
+    with pytest.raises(StepError) as raised:
+        HistoryCache.load(path, make())
+    assert re.fullmatch(
+        f"{path} does not hold a cache of histories .*: append the histories to a new cache", str(raised.value)
+    )
+
+
+def test_the_pages_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/models.md").read_text("utf-8"), re.M | re.S)
+    assert len(blocks) == 1
+    exec(blocks[0], {})  # noqa: S102
+    promised = re.findall(r"^print\(.*\)  # (.*)$", blocks[0], re.MULTILINE)
+    assert promised
+    assert capsys.readouterr().out.splitlines() == promised
