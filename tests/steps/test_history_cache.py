@@ -273,7 +273,7 @@ def test_a_saved_cache_is_the_cache(
     assert loaded.pool_bytes <= cache.pool_bytes
     assert torch.equal(encode(loaded, case, list(LENGTHS)), encode(cache, case, list(LENGTHS)))
     if dtype == torch.float64:
-        more = Case({11: torch.randn(2, DIM, dtype=torch.float64)}, {11: torch.tensor([5, 3])}, {}, {})
+        more = Case({11: torch.randn(7, DIM, dtype=torch.float64)}, {11: torch.tensor([5, 3, 9, 9, 2, 80, 7])}, {}, {})
         append(loaded, more, [11])
         for name in ("history", "times"):
             getattr(case, name)[11] = torch.cat([getattr(case, name)[11], getattr(more, name)[11]])
@@ -313,6 +313,8 @@ def test_a_token_that_waits_is_counted(case: Case) -> None:
     cache = HistoryCache(make("next"), PAGE)
     append(cache, case, [7])
     assert (cache.lengths, cache.bytes, cache.pool_bytes) == ({7: 1}, DIM * 8 + 8, 0)
+    append(cache, case, [23])
+    assert cache._users[23].waiting.untyped_storage().nbytes() == DIM * 8  # not a view of all that came with it
 
 
 def test_without_a_time_bias_no_times_are_needed(case: Case) -> None:
