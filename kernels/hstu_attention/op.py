@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..common import configuration, first_derivatives_only, reverse_mode_only
+from . import short
 from .hopper import backward as hopper_backward
 from .hopper import fits as hopper_fits
 from .inputs import Inputs, is_general, shape_class, token_rows
@@ -52,6 +53,9 @@ def attention(
             max_attn_len, contextual_seq_len, num_targets, softmax, min_full_attn_seq_len, num_sink_tokens, causal,
             target_group_size, key_offsets, query_scale,
         )  # fmt: skip
+        if short.fits(q, v, max_len, inputs.general, softmax):
+            output, handed = short.forward(inputs)
+            return output, q.new_empty(0, dtype=torch.float32), *handed
         bias = BiasTables(inputs)
         return *forward(inputs, bias, inputs.configuration("forward")), *bias.handed
 
@@ -85,6 +89,9 @@ def _(
         max_attn_len, contextual_seq_len, min_full_attn_seq_len, num_sink_tokens, causal, target_group_size
     )  # fmt: skip
     general = is_general(mask, num_targets, key_offsets, query_scale)
+    if short.fits(q, v, max_len, general, softmax):
+        timed = time_bias is not None
+        return v.new_empty(v.shape), lse, *short.room(q, timed or position_bias is not None, timed)
     packed = time_bias is not None and key_offsets is None
     zero = None if position_bias is None else (position_bias.shape[0] - 1) // 2
     blocks = 0, 0
@@ -128,11 +135,14 @@ def attention_backward(
         numbers: dict[str, Any] = dict(zip(Mask._fields, mask, strict=True))
         numbers["causal"] = bool(numbers["causal"])
         inputs = Inputs(q, k, v, offsets, max_len, alpha, attention_scale, softmax=softmax, **optional, **numbers)
+        is_short = short.fits(q, v, max_len, inputs.general, softmax)
+        if is_short and not deterministic:
+            return short.backward(inputs, Handed(*handed), grad, (position_bias, time_bias))
         grad = token_rows(grad)
         if not deterministic and hopper_fits(inputs, grad):
             sums, dk, dv = hopper_backward(inputs, grad)
             return sums.to(q.dtype), dk, dv, lse.new_empty(0), lse.new_empty(0)
-        bias = BiasTables(inputs, Handed(*handed))
+        bias = BiasTables(inputs, None if is_short else Handed(*handed))
         delta = (inputs.multiplied(grad) * output.float()).sum(-1).T.contiguous() if softmax else None
         gradient = Gradient(grad, lse, delta)
         config = inputs.configuration("bwd_dkdv")

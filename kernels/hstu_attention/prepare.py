@@ -40,10 +40,10 @@ def spread_kernel(position_bias, spread, zero, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["position_zero"])
 def band_kernel(
     band, near_buckets, offsets, position_bias, time_bias, edges, query_time, key_time, position_zero,
-    POSITION: tl.constexpr, BLOCK: tl.constexpr, INLINE_ASM: tl.constexpr,
+    POSITION: tl.constexpr, TIME: tl.constexpr, BLOCK: tl.constexpr, INLINE_ASM: tl.constexpr,
 ):  # fmt: skip
     """Biases and causal mask near the diagonal: (T, 2 BAND_BLOCK), key `first_near_key(query) + column`; and the time
-    buckets, uint8, zero where a query does not see the key.
+    buckets, uint8, zero where a query does not see the key. Columns of keys before the first are not written.
 
     Near the diagonal a tile has many buckets. Here each element's is computed once, for all heads and for all kernels
     of both passes. Grid: tiles of BLOCK queries of `launch_grid`.
@@ -54,23 +54,23 @@ def band_kernel(
     first = tl.program_id(0) * BLOCK
     i = first + tl.arange(0, BLOCK)
     if first < n:
-        query_times = tl.load(query_time + start + i, mask=i < n, other=0)[:, None]
-        for chunk in range(0, 2 * BAND_BLOCK, BAND_BLOCK):
+        if TIME:
+            query_times = tl.load(query_time + start + i, mask=i < n, other=0)[:, None]
+        for chunk in range(tl.maximum(-first_near_key(first), 0), 2 * BAND_BLOCK, BAND_BLOCK):
             j = first_near_key(first) + chunk + tl.arange(0, BAND_BLOCK)
-            value = tl.full([BLOCK, BAND_BLOCK], HIDDEN, tl.float32)
-            bucket = tl.zeros([BLOCK, BAND_BLOCK], tl.int32)
-            if first_near_key(first) + chunk >= 0:
+            seen = j[None, :] <= i[:, None]
+            slot = (start + i)[:, None] * (2 * BAND_BLOCK) + (chunk + tl.arange(0, BAND_BLOCK))[None, :]
+            bias = tl.zeros([BLOCK, BAND_BLOCK], tl.float32)
+            if TIME:
                 key_times = tl.load(key_time + start + j, mask=j < n, other=0)[None, :]
                 bucket = exact_bucket(query_times - key_times, edges, INLINE_ASM)
-                bias = entries(time_bias, bucket, INLINE_ASM)
-                if POSITION:
-                    entry = tl.maximum(j[None, :] - tl.minimum(i, n - 1)[:, None] + position_zero, 0)
-                    bias += tl.load(position_bias + tl.minimum(entry, 2 * position_zero))
-                value = tl.where(j[None, :] <= i[:, None], bias, HIDDEN)
-                bucket = tl.where(j[None, :] <= i[:, None], bucket, 0)
-            slot = (start + i)[:, None] * (2 * BAND_BLOCK) + (chunk + tl.arange(0, BAND_BLOCK))[None, :]
+                bias += entries(time_bias, bucket, INLINE_ASM)
+                tl.store(near_buckets + slot, tl.where(seen, bucket, 0).to(tl.uint8), mask=(i < n)[:, None])
+            if POSITION:
+                entry = tl.maximum(j[None, :] - tl.minimum(i, n - 1)[:, None] + position_zero, 0)
+                bias += tl.load(position_bias + tl.minimum(entry, 2 * position_zero))
+            value = tl.where(seen, bias, HIDDEN)
             tl.store(band + slot, value.to(band.dtype.element_ty), mask=(i < n)[:, None])
-            tl.store(near_buckets + slot, bucket.to(tl.uint8), mask=(i < n)[:, None])
 
 
 @triton.jit(do_not_specialize=["copies"])
@@ -254,6 +254,16 @@ def _fill_spread(position_bias: torch.Tensor, spread: torch.Tensor) -> None:
     spread_kernel[(triton.cdiv(spread.shape[1], 256),)](position_bias, spread, zero, BLOCK=256)
 
 
+def fill_band(inputs: Inputs, handed: Handed) -> None:
+    """Writes `handed.band` and, with a time bias, `handed.near_buckets`."""
+    band_kernel[launch_grid(triton.cdiv(inputs.max_len, BAND_TILE), inputs.num_sequences)](
+        handed.band, handed.near_buckets, inputs.offsets, inputs.position_bias, inputs.time_bias,
+        bucket_edges(inputs.q.device) if inputs.timed else None, inputs.query_time, inputs.key_time,
+        inputs.position_zero, POSITION=inputs.position_bias is not None, TIME=inputs.timed, BLOCK=BAND_TILE,
+        INLINE_ASM=inputs.q.is_cuda,
+    )  # fmt: skip
+
+
 class BiasTables:
     """The tables of one call, made at the first need, or, in the backward pass, handed over."""
 
@@ -296,11 +306,7 @@ class BiasTables:
         if inputs.position_bias is not None and handed.spread.numel():
             _fill_spread(inputs.position_bias, handed.spread)
         if handed.band.numel():
-            band_kernel[launch_grid(triton.cdiv(inputs.max_len, BAND_TILE), inputs.num_sequences)](
-                handed.band, handed.near_buckets, inputs.offsets, inputs.position_bias, inputs.time_bias,
-                bucket_edges(inputs.q.device), inputs.query_time, inputs.key_time, inputs.position_zero,
-                POSITION=inputs.position_bias is not None, BLOCK=BAND_TILE, INLINE_ASM=inputs.q.is_cuda,
-            )  # fmt: skip
+            fill_band(inputs, handed)
         if inputs.packed:
             self._fill_tiles(block_m, block_n, handed.since, handed.tiles)
         return handed
