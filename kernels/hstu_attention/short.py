@@ -303,15 +303,15 @@ def short_sums_kernel(
         tl.store(position_sums + back, tl.sum(by_distance, 0))
 
 
-@triton.jit(do_not_specialize=["programs", "position_blocks", "position_zero"])
+@triton.jit(do_not_specialize=["programs", "position_blocks", "positions"])
 def short_tables_kernel(
-    sums, dp, dw, programs, position_blocks, position_zero, BUCKETS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    sums, dp, dw, programs, position_blocks, positions, BUCKETS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The tables' gradients from `short_sums_kernel`'s; grid (blocks of dp, then of dw)."""
+    """The tables' gradients, of `positions` and BUCKETS entries, from `short_sums_kernel`'s; grid (blocks of dp, then
+    of dw). Entries of distances that no row has are zero."""
     if tl.program_id(0) < position_blocks:
         entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        column = position_zero - entry
+        column = (positions - 1) // 2 - entry
         inside = (column >= 0) & (column < _WIDTH)
     else:
         entry = (tl.program_id(0) - position_blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -324,11 +324,9 @@ def short_tables_kernel(
         total += tl.load(pointers, mask=(program < programs)[:, None] & inside[None, :], other=0.0)
     value = tl.sum(total, 0)
     if tl.program_id(0) < position_blocks:
-        if dp is not None:
-            tl.store(dp + entry, value.to(dp.dtype.element_ty), mask=entry <= 2 * position_zero)
+        tl.store(dp + entry, value.to(dp.dtype.element_ty), mask=entry < positions)
     else:
-        if dw is not None:
-            tl.store(dw + entry, value.to(dw.dtype.element_ty), mask=inside)
+        tl.store(dw + entry, value.to(dw.dtype.element_ty), mask=inside)
 
 
 def fits(q: torch.Tensor, v: torch.Tensor, max_len: int, general: bool, softmax: bool) -> bool:
@@ -385,34 +383,29 @@ def backward(
         key_tiles=key_tiles,
         **_arguments(inputs, handed, config, grad),
     )
-    if gradients is None:
-        return dq, dk, dv, grad.new_empty(0), grad.new_empty(0)
-    dp, dw = _table_gradients(inputs, handed, gradients, tables)
-    return dq, dk, dv, grad.new_empty(0) if dp is None else dp, grad.new_empty(0) if dw is None else dw
+    dp, dw = (grad.new_empty(0, dtype=torch.float32) if one is None else one.new_empty(one.shape) for one in tables)
+    if gradients is not None:
+        _fill_table_gradients(inputs, handed, gradients, dp, dw)
+    return dq, dk, dv, dp, dw
 
 
-def _table_gradients(
-    inputs: Inputs,
-    handed: Handed,
-    gradients: torch.Tensor,
-    tables: tuple[torch.Tensor | None, torch.Tensor | None],
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _fill_table_gradients(
+    inputs: Inputs, handed: Handed, gradients: torch.Tensor, dp: torch.Tensor, dw: torch.Tensor
+) -> None:
+    """Writes the tables' gradients, of which one may be empty."""
     tiles = triton.cdiv(inputs.max_len, BAND_TILE)
     splits = max(1, min(tiles, _SUM_PROGRAMS // inputs.num_sequences))
     programs = min(inputs.num_sequences, _SUM_PROGRAMS) * splits
     sums = gradients.new_empty(programs, 2, _WIDTH.value)
     short_sums_kernel[(programs,)](
         gradients, handed.near_buckets, sums, inputs.offsets, inputs.num_sequences, splits,
-        POSITION=tables[0] is not None, TIME=tables[1] is not None, BLOCK=BAND_TILE,
+        POSITION=inputs.position_bias is not None, TIME=inputs.timed, BLOCK=BAND_TILE,
     )  # fmt: skip
-    dp, dw = (None if table is None else table.new_empty(table.shape) for table in tables)
     block = 16
-    position_blocks, time_blocks = (0 if one is None else triton.cdiv(len(one), block) for one in (dp, dw))
+    position_blocks, time_blocks = triton.cdiv(len(dp), block), triton.cdiv(len(dw), block)
     short_tables_kernel[(position_blocks + time_blocks,)](
-        sums, dp, dw, programs, position_blocks, inputs.position_zero,
-        BUCKETS=0 if dw is None else len(dw), BLOCK=block, ROWS=256,
+        sums, dp, dw, programs, position_blocks, len(dp), BUCKETS=len(dw), BLOCK=block, ROWS=256,
     )  # fmt: skip
-    return dp, dw
 
 
 def _near(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,19 @@
 """Attention over rows of at most 256 tokens in its own kernels: values and all gradients, on a GPU or interpreted."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from test_attention_triton import CASES, DEVICE, NAMES, ON_GPU, Case, check, run
 from tolerance import assert_no_worse
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 short = pytest.importorskip("kernels.hstu_attention.short", exc_type=ImportError)
 op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
+prepare = pytest.importorskip("kernels.hstu_attention.prepare", exc_type=ImportError)
+inputs_module = pytest.importorskip("kernels.hstu_attention.inputs", exc_type=ImportError)
 
 # The interpreter's bfloat16 product is wrong.
 TYPES = [torch.float16, *([torch.bfloat16] if ON_GPU else [])]
@@ -96,15 +100,33 @@ def test_a_program_of_the_sums_may_have_many_rows(monkeypatch: pytest.MonkeyPatc
     check(Case(lengths=(9, 0, 20, 3, 17), heads=1), TYPES[-1])
 
 
-def test_tables_longer_than_rows_have_zeros_there() -> None:
+@pytest.fixture
+def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nothing has written yet is NaN, or the largest whole number."""
+    original = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        made = original(self, *size, **options)
+        return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).max)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@pytest.mark.parametrize("entries", [2 * 400 - 1, 2 * 400], ids=["odd", "even"])
+def test_tables_longer_than_rows_have_zeros_there(entries: int, unwritten: None) -> None:
     inputs = SMALL.inputs(TYPES[-1])
-    inputs["position_bias"] = torch.randn(2 * 400 - 1, dtype=torch.float64, device=DEVICE).to(TYPES[-1]).double()
+    inputs["position_bias"] = torch.randn(entries, dtype=torch.float64, device=DEVICE).to(TYPES[-1]).double()
     found = run("triton", SMALL, inputs, TYPES[-1])
     assert_no_worse(
         found, run("naive", SMALL, inputs, TYPES[-1]), run("naive", SMALL, inputs, torch.float64), NAMES
     )  # fmt: skip
     assert (found[4][400:] == 0).all()
     assert (found[4][: 400 - 70] == 0).all()
+
+
+@pytest.mark.parametrize("bias", ["none", "position", "time", "both"])
+def test_memory_that_nothing_has_written_is_not_read(bias: str, unwritten: None) -> None:
+    check(Case(lengths=(40, 0, 150), heads=1, bias=bias), TYPES[-1])
 
 
 @pytest.mark.parametrize("far", [False, True], ids=["views", "far apart"])
@@ -194,23 +216,90 @@ def test_float32_goes_elsewhere(launched: list[str]) -> None:
     assert not launched
 
 
+class Recorder:
+    """Stands for a kernel: writes down that it was launched."""
+
+    def __init__(self, name: str, launches: list[str]) -> None:
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *_, **__: self.launches.append(self.name)
+
+
+class Operations(TorchDispatchMode):
+    """Within: torch's operations, but for new tensors not filled, and other views."""
+
+    FREE = ("new_empty", "empty", "detach", "view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in self.FREE:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", ["none", "position", "time", "both"])
+def test_nothing_is_launched_but_the_kernels(bias: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cast, no zeros, no copy: Q, K and V may be views of one product, the tables are float32."""
+    case = Case(lengths=(211, 100), heads=2, dqk=25, dv=25, bias=bias)
+    inputs = case.inputs(torch.bfloat16)
+    grad = inputs.pop("grad").bfloat16()
+    mixed = torch.cat([inputs[name].bfloat16() for name in ("q", "k", "v")], 2)
+    inputs |= dict(zip(("q", "k", "v"), mixed.split(25, 2), strict=True))
+    inputs |= {name: None if x is None else x.float() for name, x in inputs.items() if name.endswith("_bias")}
+    prepare.bucket_edges(inputs["q"].device)  # made once a device
+    launches: list[str] = []
+    for module, name in (
+        (prepare, "band"),
+        *((short, f"short_{one}") for one in ("forward", "backward", "sums", "tables")),
+    ):
+        monkeypatch.setattr(module, f"{name}_kernel", Recorder(name, launches))
+    with Operations() as operations:
+        call = op.Inputs(**inputs, softmax=False)
+        _, handed = short.forward(call)
+        short.backward(op.Inputs(**inputs, softmax=False), handed, grad, (inputs["position_bias"], inputs["time_bias"]))
+    assert not operations.seen
+    plain = ["short_forward", "short_backward"]
+    assert launches == (plain if bias == "none" else ["band", *plain, "short_sums", "short_tables"])
+
+
+def test_offsets_are_not_copied_where_no_program_is_left_over() -> None:
+    for rows in (0, 1, 128, 65_535, 65_536):
+        offsets = torch.arange(rows + 1)
+        assert inputs_module.launch_offsets(offsets) is offsets
+    assert len(inputs_module.launch_offsets(torch.arange(65_537 + 1))) == 2 * 32_769 + 1
+
+
 @pytest.mark.parametrize("bias", ["none", "position", "time", "both"])
 def test_shapes_told_to_tracers_are_those_returned(bias: str) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    inputs = {name: value for name, value in SMALL.inputs(torch.float16).items() if name != "grad"}
+    """Of both operations, in number, type and strides; Q, K and V are views."""
+    inputs = SMALL.inputs(torch.float16) | {"softmax": False}
     for name in ("q", "k", "v", "position_bias", "time_bias"):
         inputs[name] = inputs[name].half()
+        if inputs[name].ndim == 3:
+            inputs[name] = torch.cat([inputs[name]] * 2, 1)[:, : SMALL.heads]
     if bias not in ("position", "both"):
         inputs["position_bias"] = None
     if bias not in ("time", "both"):
         inputs["time_bias"] = None
-    real = op.attention(**inputs, softmax=False)
     mode = FakeTensorMode()
     fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+    def both_passes(inputs: dict[str, Any]) -> list[Any]:
+        arguments = [inputs[field.name] for field in fields(op.Inputs)]
+        outputs = op.attention(*arguments)
+        grad = torch.ones_like(outputs[0])
+        return [*outputs, *op.gradients(grad, outputs, arguments, False)]
+
+    real = both_passes(inputs)
     with mode:
-        told = op.attention(**fake, softmax=False)
-    assert [(one.shape, one.dtype) for one in told] == [(one.shape, one.dtype) for one in real]
+        told = both_passes(fake)
+    described = [[(one.shape, one.dtype, one.stride()) for one in tensors] for tensors in (told, real)]
+    assert described[0] == described[1]
 
 
 @pytest.mark.gpu
