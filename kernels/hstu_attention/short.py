@@ -397,9 +397,10 @@ def _fill_table_gradients(
     splits = max(1, min(tiles, _SUM_PROGRAMS // inputs.num_sequences))
     programs = min(inputs.num_sequences, _SUM_PROGRAMS) * splits
     sums = gradients.new_empty(programs, 2, _WIDTH.value)
+    # The limit is so high that ptxas, which aims for more blocks a multiprocessor by itself, spills nothing.
     short_sums_kernel[(programs,)](
         gradients, handed.near_buckets, sums, inputs.offsets, inputs.num_sequences, splits,
-        POSITION=inputs.position_bias is not None, TIME=inputs.timed, BLOCK=BAND_TILE,
+        POSITION=inputs.position_bias is not None, TIME=inputs.timed, BLOCK=BAND_TILE, num_warps=8, maxnreg=128,
     )  # fmt: skip
     block = 16
     position_blocks, time_blocks = triton.cdiv(len(dp), block), triton.cdiv(len(dw), block)
