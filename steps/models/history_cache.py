@@ -47,19 +47,22 @@ class _User:
 
 @dataclass(frozen=True)
 class _History:
-    """Keys (T', h, dqk) and values (T', h, dv) of each layer and times (T',), jagged over the users of a call."""
+    """Keys (T', h, dqk) and values (T', h, dv) of each layer and times (T',), jagged over the users of a call by
+    `offsets` (B + 1,)."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     time: torch.Tensor
     lengths: list[int]
+    offsets: torch.Tensor
 
     def of(self, first: int, last: int) -> "_History":
         """That of the users from `first` to before `last`, as views."""
         start = sum(self.lengths[:first])
         part = slice(start, start + sum(self.lengths[first:last]))
         keys, values = [k[part] for k in self.keys], [v[part] for v in self.values]
-        return _History(keys, values, self.time[part], self.lengths[first:last])
+        offsets = self.offsets[first : last + 1] - self.offsets[first]
+        return _History(keys, values, self.time[part], self.lengths[first:last], offsets)
 
 
 class HistoryCache:
@@ -197,16 +200,17 @@ class HistoryCache:
                 )
         if not len(candidates):
             return torch.zeros_like(candidates)
-        history = self._histories(found, asked)
+        history, offsets = self._histories(found, asked), offsets.to(candidates.device)
         bounds, hidden = [0, *torch.tensor(counts).cumsum(0).tolist()], []
         for start in range(0, len(candidates), micro_batch):
             end = min(start + micro_batch, len(candidates))
             first, last = bisect_right(bounds, start) - 1, bisect_left(bounds, end)  # the users of these candidates
-            own = [min(bounds[b + 1], end) - max(bounds[b], start) for b in range(first, last)]
+            longest = max(min(bounds[b + 1], end) - max(bounds[b], start) for b in range(first, last))
+            own = offsets[first : last + 1].clamp(start, end) - start
             part = history.of(first, last)
             x, at = self._behind(candidates[start:end], own, asked[first:last], part)
             for index in range(len(self._layers)):
-                x, _, _ = self._layer(index, x, at, at, own, part)
+                x, _, _ = self._layer(index, x, at, at, own, longest, part)
             hidden.append(x)
         return torch.cat(hidden)
 
@@ -376,26 +380,26 @@ class HistoryCache:
         lengths = [user.length for user in users]
         slots = self._slots([user.pages for user in users], lengths)
         keys, values = [k[slots] for k in self._keys], [v[slots] for v in self._values]
-        stored = _History(keys, values, self._times[slots], lengths)
+        stored = _History(keys, values, self._times[slots], lengths, _offsets(lengths, slots.device))
         counts = [len(user.waiting) for user in users]
         if not any(counts):
             return stored
-        x, at = self._behind(torch.cat([user.waiting for user in users]), counts, asked, stored)
-        time = torch.cat([user.waiting_time for user in users])
-        order = torch.cat([_owner(lengths, time.device), _owner(counts, time.device)]).argsort(stable=True)
+        offsets, time = _offsets(counts, slots.device), torch.cat([user.waiting_time for user in users])
+        x, at = self._behind(torch.cat([user.waiting for user in users]), offsets, asked, stored)
+        order = torch.cat([_owner(stored.offsets, len(slots)), _owner(offsets, len(time))]).argsort(stable=True)
         for index in range(len(self._layers)):
-            x, k, v = self._layer(index, x, at, time, counts, stored)
+            x, k, v = self._layer(index, x, at, time, offsets, 1, stored)
             # In place of what `stored` has of this layer, which has been read.
             keys[index], values[index] = torch.cat([keys[index], k])[order], torch.cat([values[index], v])[order]
-        return _History(keys, values, torch.cat([stored.time, time])[order], [user.total for user in users])
+        time, totals = torch.cat([stored.time, time])[order], [user.total for user in users]
+        return _History(keys, values, time, totals, stored.offsets + offsets)
 
     def _behind(
-        self, embeddings: torch.Tensor, counts: list[int], asked: torch.Tensor, history: _History
+        self, embeddings: torch.Tensor, offsets: torch.Tensor, asked: torch.Tensor, history: _History
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first layer's input (T, d) of tokens right behind the histories, `counts` of each, and their times."""
-        owner = _owner(counts, asked.device)
-        lengths = torch.tensor(history.lengths, device=asked.device)
-        return self._encoder.embed(embeddings, lengths[owner]), asked[owner]
+        """The first layer's input (T, d) of tokens right behind the histories, jagged by `offsets`, and their times."""
+        owner = _owner(offsets, len(embeddings))
+        return self._encoder.embed(embeddings, history.offsets.diff()[owner]), asked[owner]
 
     def _layer(
         self,
@@ -403,17 +407,19 @@ class HistoryCache:
         x: torch.Tensor,
         query_time: torch.Tensor,
         key_time: torch.Tensor,
-        counts: list[int],
+        offsets: torch.Tensor,
+        max_len: int,
         history: _History,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A layer of tokens (T, d) that see the history and themselves alone: what comes out, and their k and v."""
+        """A layer of tokens (T, d), at most `max_len` of a user, that see the history and themselves alone: what comes
+        out, and their k and v."""
         layer = self._layers[index]
         u, q, k, v = layer.project(x, self._dtype)
         attention_output = cached_attention(
-            q, k, v, _offsets(counts, x.device), history.keys[index], history.values[index],
-            _offsets(history.lengths, x.device), max(counts), max(history.lengths), alpha=layer.alpha,
-            attention_scale=layer.attention_scale, softmax=layer.softmax, position_bias=layer.position_bias,
-            time_bias=layer.time_bias, query_time=query_time, key_time=key_time, cached_time=history.time,
+            q, k, v, offsets, history.keys[index], history.values[index], history.offsets, max_len,
+            max(history.lengths), alpha=layer.alpha, attention_scale=layer.attention_scale, softmax=layer.softmax,
+            position_bias=layer.position_bias, time_bias=layer.time_bias, query_time=query_time, key_time=key_time,
+            cached_time=history.time,
         )  # fmt: skip
         return layer.finish(x, u, attention_output, self._dtype), k, v
 
@@ -450,9 +456,9 @@ def _offsets(lengths: list[int], device: torch.device) -> torch.Tensor:
     return offsets_from_lengths(torch.tensor(lengths, dtype=torch.int64, device=device))
 
 
-def _owner(counts: list[int], device: torch.device) -> torch.Tensor:
-    """The sequence that each token of a jagged tensor belongs to."""
-    return sequence_and_position(_offsets(counts, device), sum(counts))[0]
+def _owner(offsets: torch.Tensor, total: int) -> torch.Tensor:
+    """The sequence that each of the tokens (total,) belongs to."""
+    return sequence_and_position(offsets, total)[0]
 
 
 def _kind(encoder: HSTU) -> dict[str, Any]:
