@@ -13,6 +13,7 @@ import torch
 
 from ..common import do_without, fits_triton, reverse_mode_only, shared_memory
 from . import grouped, naive
+from .mask import Mask, check_mask
 from .naive import TIME_BUCKETS, time_bucket
 
 __all__ = ["TIME_BUCKETS", "cached_attention", "hstu_attention", "softmax_attention", "time_bucket"]
@@ -30,7 +31,7 @@ def hstu_attention(
     max_len: int,
     *,
     alpha: float = 1.0,
-    attention_scale: float | None = None,
+    attention_scale: float | torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
     time_bias: torch.Tensor | None = None,
     query_time: torch.Tensor | None = None,
@@ -38,53 +39,87 @@ def hstu_attention(
     max_attn_len: int = 0,
     contextual_seq_len: int = 0,
     num_targets: torch.Tensor | None = None,
+    min_full_attn_seq_len: int = 0,
+    num_sink_tokens: int = 0,
+    causal: bool = True,
+    target_group_size: int = 1,
+    key_offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """O_i = sum over the keys j that i sees of silu(alpha q_i . k_j + b_ij) / N * v_j (arXiv 2402.17152, equation 2).
 
-    Token i sees itself and the tokens before it; with `max_attn_len`, of these the last so many; with
-    `contextual_seq_len`, besides, the whole prefix of that length, which prefix tokens see too. With `num_targets`, a
-    sequence's last tokens are candidates: each sees the history before them and itself, and counts as standing right
-    behind the history, so that its output is what a sequence of its own would give it.
+    Masks are those of the authors' code, in its terms, and semi-local attention (arXiv 2602.16986); README.md draws
+    them. Of a sequence's n tokens the last m = `num_targets` are candidates, the others the history. Every token has a
+    place, which the mask counts by: its position; with a prefix of c = `contextual_seq_len` tokens, max(position - c +
+    1, 0), so that the prefix counts as one; and candidates all stand at M, where the history ends. Token i sees itself,
+    and
+
+    - the tokens of lower places; with `causal=False` those of any other place, candidates included, which history
+      tokens then see;
+    - of these, with a window, those at most `max_attn_len` places away. Two things lift the window: the first
+      `num_sink_tokens` tokens are seen from anywhere, and queries of the last `min_full_attn_seq_len` places of the
+      history, and candidates, see from one end to the other;
+    - with a prefix, where i is in it: the whole history, also what comes after. Other tokens see the prefix as they see
+      any token before them: with a window, not from beyond. In a sequence whose history is shorter than c, tokens see
+      themselves alone;
+    - with groups of candidates (the first `target_group_size`, the next so many, ...): where i is one, those of its
+      group up to itself; with `causal=False` all of its group.
+
+    A candidate's output is, but for its group, what a sequence of its own would give it. With `key_offsets`, sequences
+    have keys and values of their own number: a sequence's queries are its last tokens, so that query r of nq stands at
+    position nk - nq + r among its nk keys. So new tokens attend to keys that are stored, or one sequence to another
+    (with `causal=False`, and but the key in its own place none is hidden). Queries that would stand before the first
+    key see nothing: their outputs and gradients are zero.
 
     Args:
-        q, k: (T, h, dqk), jagged over sequences; float32, float16 or bfloat16.
-        v: (T, h, dv).
+        q, k: (T, h, dqk), jagged over sequences; float32, float16 or bfloat16. With `key_offsets` k is (T', h, dqk).
+        v: (T, h, dv), or (T', h, dv).
         offsets: (B + 1,) int64; must start at 0 and end at T, which is not checked: that would wait for the device.
-        max_len: an upper bound of the lengths; no sequence may be longer, which is not checked either.
+        max_len: an upper bound of the lengths, of queries and of keys; no sequence may be longer, which is not checked
+            either.
         alpha: factor on q . k.
-        attention_scale: N, which divides; None stands for each sequence's own length, its targets counted as one.
-        position_bias: p, (2P - 1,) with P >= max_len: adds p[j - i], index 0 at P - 1.
+        attention_scale: N, which divides; None stands for each sequence's own number of keys, its targets counted as
+            one. A tensor (T,) of floats has an N for each query: the reciprocal of the factor that the authors' code
+            multiplies a query's output by. It gets no gradient.
+        position_bias: p, (2P - 1,) with P >= max_len: adds p[j - i], index 0 at P - 1. Here i and j are positions,
+            those of candidates cut at the history's length; a prefix changes none.
         time_bias: w, (129,): adds w[time_bucket(query_time_i - key_time_j)].
-        query_time, key_time: (T,) int64, seconds; needed with `time_bias`.
-        max_attn_len: 0 for no window.
+        query_time, key_time: (T,) int64, seconds; needed with `time_bias`. With `key_offsets` key_time is (T',).
+        max_attn_len: 0 for no window; a query sees so many tokens beside itself on a side.
         contextual_seq_len: length of the prefix.
         num_targets: (B,) int64; as many as the sequence has tokens, where they are more.
+        min_full_attn_seq_len, num_sink_tokens: with a window only; 0 for none.
+        causal: whether tokens see only what is before them.
+        target_group_size: with `num_targets` only; 1 for candidates that do not see each other.
+        key_offsets: (B + 1,) int64, of k, v and key_time; must start at 0 and end at T'. None where they are q's.
 
     Returns:
         (T, h, dv). Differentiable in q, k, v and both tables.
 
     Raises:
-        ValueError: a time bias without times, shapes other than these, a negative `max_attn_len` or
-            `contextual_seq_len`.
+        ValueError: a time bias without times, shapes other than these, a negative number, masks that make no sense
+            together, an `attention_scale` that wants a gradient.
         NotImplementedError, RuntimeError: a forward-mode, or a second derivative, where Triton runs.
     """
-    _check_times(time_bias, query_time, key_time)
-    _check(
-        q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, max_attn_len, contextual_seq_len,
-        num_targets,
+    mask = Mask(
+        max_attn_len, contextual_seq_len, min_full_attn_seq_len, num_sink_tokens, causal, target_group_size
     )  # fmt: skip
+    _check_times(time_bias, query_time, key_time)
+    _check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, num_targets, key_offsets)
+    _check_scale(attention_scale, q.shape[0])
     if _fits(q, k, v):
         from . import op
 
+        common_scale, query_scale = _scales(attention_scale)
         reverse_mode_only("hstu_attention", q, k, v, position_bias, time_bias)
         return op.attention(
-            q, k, v, offsets, max_len, alpha, attention_scale, position_bias, time_bias, query_time, key_time,
-            max_attn_len, contextual_seq_len, num_targets, False,
+            q, k, v, offsets, max_len, alpha, common_scale, position_bias, time_bias, query_time, key_time,
+            max_attn_len, contextual_seq_len, num_targets, False, min_full_attn_seq_len, num_sink_tokens, causal,
+            target_group_size, key_offsets, query_scale,
         )[0]  # fmt: skip
     return _in_torch(
         naive.hstu_attention, q, k, v, offsets, max_len, alpha=alpha, attention_scale=attention_scale,
         position_bias=position_bias, time_bias=time_bias, query_time=query_time, key_time=key_time,
-        max_attn_len=max_attn_len, contextual_seq_len=contextual_seq_len, num_targets=num_targets,
+        num_targets=num_targets, key_offsets=key_offsets, **mask._asdict(),
     )  # fmt: skip
 
 
@@ -103,28 +138,34 @@ def softmax_attention(
     max_attn_len: int = 0,
     contextual_seq_len: int = 0,
     num_targets: torch.Tensor | None = None,
+    min_full_attn_seq_len: int = 0,
+    num_sink_tokens: int = 0,
+    causal: bool = True,
+    target_group_size: int = 1,
+    key_offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The ablation of `hstu_attention`: the same scores and masks, softmax over the keys seen instead of silu(.)/N.
 
     Takes, returns and raises what `hstu_attention` does.
     """
-    _check_times(time_bias, query_time, key_time)
-    _check(
-        q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, max_attn_len, contextual_seq_len,
-        num_targets,
+    mask = Mask(
+        max_attn_len, contextual_seq_len, min_full_attn_seq_len, num_sink_tokens, causal, target_group_size
     )  # fmt: skip
+    _check_times(time_bias, query_time, key_time)
+    _check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, num_targets, key_offsets)
     if _fits(q, k, v):
         from . import op
 
         reverse_mode_only("softmax_attention", q, k, v, position_bias, time_bias)
         return op.attention(
             q, k, v, offsets, max_len, alpha, None, position_bias, time_bias, query_time, key_time,
-            max_attn_len, contextual_seq_len, num_targets, True,
+            max_attn_len, contextual_seq_len, num_targets, True, min_full_attn_seq_len, num_sink_tokens, causal,
+            target_group_size, key_offsets, None,
         )[0]  # fmt: skip
     return _in_torch(
         naive.softmax_attention, q, k, v, offsets, max_len, alpha=alpha, position_bias=position_bias,
-        time_bias=time_bias, query_time=query_time, key_time=key_time, max_attn_len=max_attn_len,
-        contextual_seq_len=contextual_seq_len, num_targets=num_targets,
+        time_bias=time_bias, query_time=query_time, key_time=key_time, num_targets=num_targets,
+        key_offsets=key_offsets, **mask._asdict(),
     )  # fmt: skip
 
 
@@ -140,7 +181,7 @@ def cached_attention(
     max_cached_len: int,
     *,
     alpha: float = 1.0,
-    attention_scale: float | None = None,
+    attention_scale: float | torch.Tensor | None = None,
     softmax: bool = False,
     position_bias: torch.Tensor | None = None,
     time_bias: torch.Tensor | None = None,
@@ -148,8 +189,13 @@ def cached_attention(
     key_time: torch.Tensor | None = None,
     cached_time: torch.Tensor | None = None,
     max_attn_len: int = 0,
+    num_sink_tokens: int = 0,
+    target_group_size: int = 1,
 ) -> torch.Tensor:
     """Attention of candidates over a stored history: what `hstu_attention` gives them as targets behind it.
+
+    Of its masks those that a candidate knows: a window, to which a stored prefix counts as so many tokens, not as one;
+    tokens seen beyond it; and groups.
 
     Args:
         q, k, v: (T, h, dqk) and (T, h, dv) of the candidates, jagged over sequences by `offsets` (B + 1,).
@@ -158,19 +204,22 @@ def cached_attention(
             that the offsets start at 0 and end at the number of tokens.
         softmax: softmax over the keys instead of silu(.)/N.
         cached_time: (T',) int64, the stored keys' times; `query_time` and `key_time` are the candidates'.
-        alpha, attention_scale, position_bias, time_bias, max_attn_len: as in `hstu_attention`; P >= the longest history
-            + 1.
+        alpha, attention_scale, position_bias, time_bias, max_attn_len, num_sink_tokens, target_group_size: as in
+            `hstu_attention`; P >= the longest history + 1.
 
     Returns:
         (T, h, dv). Not differentiable where Triton runs: this is inference.
 
     Raises:
-        ValueError: a time bias without times, shapes other than these, a negative `max_attn_len`.
+        ValueError: a time bias without times, shapes other than these, a negative number, tokens seen beyond a window
+            that is not there.
     """
     _check_times(time_bias, query_time, key_time, cached_time)
+    mask = Mask(max_attn_len, num_sink_tokens=num_sink_tokens, target_group_size=target_group_size)
     _check(
-        q, k, v, offsets, max_cached_len + 1, position_bias, time_bias, query_time, key_time, max_attn_len, 0, None,
-    )  # fmt: skip
+        q, k, v, offsets, max_cached_len + 1, position_bias, time_bias, query_time, key_time, mask, offsets[1:], None
+    )
+    _check_scale(attention_scale, q.shape[0])
     if cached_k.shape[1:] != k.shape[1:] or cached_v.shape[1:] != v.shape[1:] or cached_k.shape[0] != cached_v.shape[0]:
         shapes = f"{tuple(cached_k.shape)} and {tuple(cached_v.shape)}"
         raise ValueError(f"cached_k and cached_v must be (T', h, dqk) and (T', h, dv) as k and v are, not {shapes}")
@@ -181,15 +230,17 @@ def cached_attention(
         from . import cached
 
         reverse_mode_only("cached_attention", q, k, v, cached_k, cached_v, position_bias, time_bias)
+        common_scale, query_scale = _scales(attention_scale)
         times = [query_time, key_time, cached_time] if time_bias is not None else []
         return cached.cached_attention(
-            q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha, attention_scale,
-            softmax, position_bias, time_bias, times, max_attn_len,
+            q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha, common_scale,
+            softmax, position_bias, time_bias, times, max_attn_len, num_sink_tokens, target_group_size, query_scale,
         )  # fmt: skip
     return naive.cached_attention(
         q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha=alpha,
         attention_scale=attention_scale, softmax=softmax, position_bias=position_bias, time_bias=time_bias,
         query_time=query_time, key_time=key_time, cached_time=cached_time, max_attn_len=max_attn_len,
+        num_sink_tokens=num_sink_tokens, target_group_size=target_group_size,
     )  # fmt: skip
 
 
@@ -218,6 +269,20 @@ def _check_times(time_bias: torch.Tensor | None, *times: torch.Tensor | None) ->
         raise ValueError("time_bias needs query_time and key_time (and cached_time, with a cache)")
 
 
+def _scales(attention_scale: float | torch.Tensor | None) -> tuple[float | None, torch.Tensor | None]:
+    """As operations of torch take it: one number for all queries, or one for each."""
+    if isinstance(attention_scale, torch.Tensor):
+        return None, attention_scale
+    return attention_scale, None
+
+
+def _check_scale(attention_scale: float | torch.Tensor | None, tokens: int) -> None:
+    if isinstance(attention_scale, torch.Tensor):
+        _check_lengths(tokens, attention_scale=attention_scale)
+        if attention_scale.requires_grad:
+            raise ValueError("attention_scale gets no gradient: give attention_scale.detach()")
+
+
 def _check(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -228,27 +293,30 @@ def _check(
     time_bias: torch.Tensor | None,
     query_time: torch.Tensor | None,
     key_time: torch.Tensor | None,
-    max_attn_len: int,
-    contextual_seq_len: int,
+    mask: Mask,
     num_targets: torch.Tensor | None,
+    key_offsets: torch.Tensor | None,
 ) -> None:
     """ValueError for what shapes and Python numbers show to be wrong: a look at values would wait for the device.
 
     `longest`: positions that a position bias must tell apart.
     """
-    if q.ndim != 3 or k.shape != q.shape or v.ndim != 3 or v.shape[:2] != q.shape[:2]:
+    rows = "T" if key_offsets is None else "T'"
+    keys = q.shape[:1] if key_offsets is None else k.shape[:1]
+    if q.ndim != 3 or k.shape != (*keys, *q.shape[1:]) or v.ndim != 3 or v.shape[:2] != k.shape[:2]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (q, k, v))
-        raise ValueError(f"q, k and v must be (T, h, dqk), the same and (T, h, dv), not {shapes}")
+        wanted = f"(T, h, dqk), ({rows}, h, dqk) and ({rows}, h, dv)"
+        raise ValueError(f"q, k and v must be {wanted}, not {shapes}")
     if position_bias is not None and (position_bias.ndim != 1 or len(position_bias) < 2 * longest - 1):
         shape = tuple(position_bias.shape)
         raise ValueError(f"position_bias must have at least {2 * longest - 1} entries, not shape {shape}")
     if time_bias is not None and time_bias.shape != (TIME_BUCKETS,):
         raise ValueError(f"time_bias must be ({TIME_BUCKETS},), not {tuple(time_bias.shape)}")
-    if max_attn_len < 0 or contextual_seq_len < 0:
-        given = f"{max_attn_len} and {contextual_seq_len}"
-        raise ValueError(f"max_attn_len and contextual_seq_len must not be negative, as in {given}")
+    check_mask(mask, num_targets is not None)
     # Not len(): it would make a number of a size that torch.export leaves open.
-    _check_lengths(q.shape[0], query_time=query_time, key_time=key_time)
+    _check_lengths(q.shape[0], query_time=query_time)
+    _check_lengths(k.shape[0], key_time=key_time)
+    _check_lengths(offsets.shape[0], key_offsets=key_offsets)
     _check_lengths(offsets.shape[0] - 1, num_targets=num_targets)
 
 

@@ -11,12 +11,16 @@ is passed on, it must have a name of its own first. And no helper of 3.6 can ret
 
 from typing import Any, NamedTuple
 
+#: The arguments of kernels that say what a mask is; those of `Sequence` that have these names.
+MASK_NUMBERS = ("window", "prefix", "full", "sinks", "group")
+
 
 class Sequences(NamedTuple):
     """Pointers of what there is one of for each sequence."""
 
     offsets: Any  # (B + 1,) int64
     num_targets: Any  # (B,) int64, or None
+    key_offsets: Any  # (B + 1,) int64, or None where they are the queries'
 
 
 class Tables(NamedTuple):
@@ -65,7 +69,13 @@ class Flags(NamedTuple):
     TARGETS: bool
     WINDOW: bool
     PREFIX: bool
-    GENERAL: bool  # one of the last three: other masks than the causal one
+    FULL: bool  # the history's newest queries see beyond the window
+    SINKS: bool  # the first keys are seen from beyond it
+    BIDIRECTIONAL: bool  # not causal
+    GROUPS: bool  # targets see others of their group
+    KEY_OFFSETS: bool  # rows have keys of their own number
+    QUERY_SCALE: bool  # each query has an N of its own
+    GENERAL: bool  # one of the last nine: more than the causal mask and one N
     BY_LENGTH: bool  # N is the sequence's own length
     SOFTMAX: bool  # instead of silu
     DESCRIPTOR: bool  # tokens are loaded through tensor descriptors
@@ -76,13 +86,34 @@ class Flags(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """What a program works on, and all that its masks depend on."""
+    """What a program works on, and all that its masks depend on.
 
-    start: Any  # first token
+    Positions are keys'. A sequence's last query stands where its last key does, so that both sides end at n; of two
+    lengths, queries begin at another position than keys.
+    """
+
+    start: Any  # the token of a query at position 0
+    key_start: Any  # that of a key there
+    first: Any  # the first query's position, if none is before the first key
     n: Any  # length
     history: Any  # tokens before the targets, which all stand at this position
-    prefix: Any  # of these, in the prefix
+    end: Any  # where the history ends in places, which the mask counts: `tiles.place`
     window: Any
+    prefix: Any
+    full: Any
+    sinks: Any
+    group: Any
+
+
+class TileRuns(NamedTuple):
+    """Three runs of tiles, one behind the other."""
+
+    first: Any  # tile
+    first_count: Any
+    second: Any
+    second_count: Any
+    third: Any
+    third_count: Any
 
 
 class Tokens(NamedTuple):

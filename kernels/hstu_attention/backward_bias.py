@@ -1,4 +1,7 @@
-"""Backward kernels of the bias tables: sums of score gradients, and the position table's gradient from them."""
+"""Backward kernels of the bias tables: sums of score gradients, and the position table's gradient from them.
+
+Of other masks than the causal one, `backward_bias_general` takes the sums.
+"""
 # A kernel's arguments have no Python types.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
@@ -8,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import weights_and_derivatives
-from .arguments import Bias, Buckets, Side, Tokens
+from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens
 from .assembly import add_to_entries
 from .bias_tiles import (
     add_time_steps,
@@ -35,7 +38,7 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def _add_to_buckets(
+def add_to_buckets(
     time_sum, copy, tile_sum, seen, packed, buckets, scale, sequence, bias, small_edges, i, j, FLAGS, DETERMINISTIC
 ):  # fmt: skip
     """Adds a tile's score gradients, summed over heads, to the bucket sums: to `time_sum` (256,), a bucket a pass, or,
@@ -75,14 +78,13 @@ def _add_to_buckets(
         "tiles_width",
         "total_tokens",
         "position_zero",
-        "window",
-        "prefix",
+        *MASK_NUMBERS,
     ]
 )
 def bias_gradient_kernel(
     q, k, v, do, sums, lse, delta, sequences, tables, small_edges, strides, alpha, attention_scale, heads,
     num_sequences, sequence_splits, tile_splits, copies, lowest, tiles_width, total_tokens, position_zero, window,
-    prefix, SHAPE: tl.constexpr, FLAGS: tl.constexpr, DETERMINISTIC: tl.constexpr,
+    prefix, full, sinks, group, SHAPE: tl.constexpr, FLAGS: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
     """Sums of score gradients for the bias tables, by the tiles' distance from the diagonal.
 
@@ -90,16 +92,14 @@ def bias_gradient_kernel(
     every tile_splits-th of the tiles whose first query is `distance` BLOCK_N beyond their first key. On these, an
     element's place in the tile decides its j - i, so the position sums stay one (BLOCK_M, BLOCK_N) tile however many
     go in; heads share the bias, so bucket sums are taken of their sum. Near the diagonal, where a tile has many
-    buckets, this sum is written to the band's gradient, from which `band_gradient_kernel` takes the bucket sums; under
-    other masks than the causal one such tiles add to the bucket sums element by element, or, DETERMINISTIC, take a
-    pass a bucket. DETERMINISTIC, no two programs add to one place.
+    buckets, this sum is written to the band's gradient, from which `band_gradient_kernel` takes the bucket sums.
+    DETERMINISTIC, no two programs add to one place.
     """
     BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     BLOCK_DQK: tl.constexpr = SHAPE.BLOCK_DQK
     BLOCK_DV: tl.constexpr = SHAPE.BLOCK_DV
     RATIO: tl.constexpr = BLOCK_M // BLOCK_N
-    BANDED: tl.constexpr = FLAGS.TIME and not FLAGS.GENERAL
     splits = sequence_splits * tile_splits
     distance = lowest + tl.program_id(0) // splits
     tile_split = tl.program_id(0) % splits // sequence_splits
@@ -109,7 +109,7 @@ def bias_gradient_kernel(
     position_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     time_sum = tl.zeros([256], tl.float32)
     for index in range(tl.program_id(0) % sequence_splits, num_sequences, sequence_splits):
-        sequence = sequence_of(sequences, index, window, prefix, FLAGS)
+        sequence = sequence_of(sequences, index, window, prefix, full, sinks, group, FLAGS)
         start, n = sequence.start, sequence.n
         scale = one_over_n(attention_scale, sequence, FLAGS)
         tile_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -117,10 +117,6 @@ def bias_gradient_kernel(
         packed, buckets, near = 0, Buckets(0, 0, True, 0.0), False
         first_tile = tl.cdiv(tl.maximum(distance, 0), RATIO)
         end_tile = tl.minimum(tl.cdiv(n, BLOCK_M), tl.cdiv(tl.maximum(tl.cdiv(n, BLOCK_N) + distance, 0), RATIO))
-        if FLAGS.PREFIX:
-            if distance <= -RATIO:  # all keys after all queries: only within the prefix
-                seen_tiles = tl.maximum(tl.cdiv(sequence.prefix, BLOCK_N) + distance, 0)
-                end_tile = tl.minimum(end_tile, tl.cdiv(seen_tiles, RATIO))
         tiles = tl.maximum(end_tile - first_tile, 0)
         tiles = tl.cdiv(tl.maximum(tiles - tile_split, 0), tile_splits)
         for step in range(tiles * heads):
@@ -147,7 +143,6 @@ def bias_gradient_kernel(
                 if FLAGS.TIME:
                     packed = tl.load(tables.tiles + (start // BLOCK_M + index + tile) * tiles_width + key_tile)
                     buckets = unpack_tile(packed, tables.time)
-                if BANDED:
                     near = key >= first_near_key(query)
                     if near:
                         tile_x = load_band(tables.band, sequence, i[:, None], j[None, :])
@@ -155,7 +150,7 @@ def bias_gradient_kernel(
                     tile_x = tile_bias(
                         bias, sequence, queries, keys, buckets.w_first, BLOCK_M, BLOCK_N, FLAGS, False, False, True
                     )
-                    if BANDED:
+                    if FLAGS.TIME:
                         if buckets.last > buckets.first:
                             tile_x = add_time_steps(tile_x, tables, sequence, queries, keys, buckets, True)
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=FLAGS.PRECISION) * alpha + tile_x
@@ -172,19 +167,17 @@ def bias_gradient_kernel(
                 seen = visible(i[:, None], j[None, :], sequence, FLAGS)
                 seen = seen & (i < n)[:, None] & (j < n)[None, :]
                 tile_sum = tl.where(seen, tile_sum, 0.0)
-                if BANDED:
+                if FLAGS.TIME:
                     if near:
                         pointers = band_pointers(sums.band, sequence, i[:, None], j[None, :])
                         tl.store(pointers, tile_sum * scale, mask=(i < n)[:, None])
                 if FLAGS.TIME:
                     if not near:
-                        time_sum = _add_to_buckets(
+                        time_sum = add_to_buckets(
                             time_sum, sums.time + program % copies * 256, tile_sum, seen, packed, buckets, scale,
                             sequence, bias, small_edges, i, j, FLAGS, DETERMINISTIC,
                         )  # fmt: skip
                 if FLAGS.POSITION:
-                    if FLAGS.TARGETS:  # their sums are taken by key, in the kernel of the keys' gradients
-                        tile_sum = tl.where((i < sequence.history)[:, None], tile_sum, 0.0)
                     position_sum += tile_sum * scale
     if FLAGS.POSITION:
         element = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..tensor_cores import operand
 from .activations import weights_and_derivatives
-from .arguments import Bias, Buckets, Side, Tokens
+from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens
 from .bias_tiles import (
     BAND_BLOCK,
     HIDDEN,
@@ -18,7 +18,20 @@ from .bias_tiles import (
     times_since,
     unpack_tile,
 )
-from .tiles import load_tile, one_over_n, query_tiles, sequence_id, sequence_of, store_tile, visible
+from .tiles import (
+    is_query,
+    load_keys,
+    load_queries,
+    one_over_n,
+    one_over_n_of,
+    query_tiles,
+    sequence_id,
+    sequence_of,
+    store_tile,
+    tile_count,
+    tile_of,
+    visible,
+)
 
 
 class Sums(NamedTuple):
@@ -40,13 +53,15 @@ class Keys(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The tensors that it walks over: q, the output's gradient, dq; softmax's denominators and deltas (T,)."""
+    """The tensors that it walks over: q, the output's gradient, dq; softmax's denominators and deltas (T,);
+    QUERY_SCALE, every query's N (T,)."""
 
     Q: Any
     DO: Any
     DQ: Any
     lse: Any
     delta: Any
+    attention_scale: Any
 
 
 @triton.jit
@@ -61,7 +76,7 @@ def _add_queries(
     BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
     PRECISION: tl.constexpr = FLAGS.PRECISION
     start, n = sequence.start, sequence.n
-    q_tile = load_tile(walked.Q, start + first, start + n, BLOCK_M, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
+    q_tile = load_queries(walked.Q, first, sequence, BLOCK_M, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
     i = first + tl.arange(0, BLOCK_M)
     j = kept.side.position
     queries = Side(i, bias.tables.query_time, bias.tables.since)
@@ -79,13 +94,16 @@ def _add_queries(
     seen = seen & (i < n)[None, :] & (j < n)[:, None]
     lse = tl.zeros([BLOCK_M], tl.float32)
     if FLAGS.SOFTMAX:
-        lse = tl.load(walked.lse + start + i, mask=i < n, other=0.0)
+        lse = tl.load(walked.lse + start + i, mask=is_query(i, sequence, FLAGS), other=0.0)
     weights, dact = weights_and_derivatives(x, seen, lse[None, :], MASK == "compare", FLAGS)
-    do_tile = load_tile(walked.DO, start + first, start + n, BLOCK_M, SHAPE.DV, SHAPE.BLOCK_DV, CUT, FLAGS)
+    if FLAGS.QUERY_SCALE:
+        own_scale = one_over_n_of(walked.attention_scale, i[None, :], sequence, FLAGS)
+        weights, dact = weights * own_scale, dact * own_scale
+    do_tile = load_queries(walked.DO, first, sequence, BLOCK_M, SHAPE.DV, SHAPE.BLOCK_DV, CUT, FLAGS)
     dv = tl.dot(operand(weights, do_tile.dtype, PRECISION), do_tile, sums.dv, input_precision=PRECISION)
     dp = tl.dot(kept.v, tl.trans(do_tile), input_precision=PRECISION)
     if FLAGS.SOFTMAX:
-        dp -= tl.load(walked.delta + start + i, mask=i < n, other=0.0)[None, :]
+        dp -= tl.load(walked.delta + start + i, mask=is_query(i, sequence, FLAGS), other=0.0)[None, :]
     # float16 ends at 65,504: there the score gradients take 1/N at once, elsewhere with the last product.
     ds = dp * dact * scale if q_tile.dtype == tl.float16 else dp * dact
     targets, targets_own = sums.targets, sums.targets_own
@@ -115,7 +133,7 @@ def _add_dq(DQ, dq_tile, first, sequence, SHAPE, FLAGS, CUT):
     else:
         columns = tl.arange(0, SHAPE.BLOCK_DQK)
         rows = DQ.source + (sequence.start + i).to(tl.int64)[:, None] * DQ.token_stride + DQ.head * DQ.head_stride
-        mask = (i < sequence.n)[:, None] & (columns < SHAPE.DQK)[None, :]
+        mask = is_query(i, sequence, FLAGS)[:, None] & (columns < SHAPE.DQK)[None, :]
         tl.atomic_add(rows + columns[None, :], dq_tile, mask=mask, sem="relaxed")
 
 
@@ -130,8 +148,8 @@ def _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE,
     start, n = sequence.start, sequence.n
     j = first + tl.arange(0, BLOCK_N)
     kept = Keys(
-        load_tile(K, start + first, start + n, BLOCK_N, SHAPE.DQK, BLOCK_DQK, CUT_KEYS, FLAGS),
-        load_tile(V, start + first, start + n, BLOCK_N, SHAPE.DV, BLOCK_DV, CUT_KEYS, FLAGS),
+        load_keys(K, first, sequence, BLOCK_N, SHAPE.DQK, BLOCK_DQK, CUT_KEYS, FLAGS),
+        load_keys(V, first, sequence, BLOCK_N, SHAPE.DV, BLOCK_DV, CUT_KEYS, FLAGS),
         Side(j, bias.tables.key_time, times_since(bias.key_since, j, sequence, FLAGS)),
     )
     sums = Sums(
@@ -144,11 +162,11 @@ def _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE,
 
     end = tl.minimum(first + BLOCK_N, n)
     if FLAGS.GENERAL:
-        begin, stop = query_tiles(first, end, sequence, BLOCK_M, FLAGS)
-        for tile in range(begin, stop):
+        runs = query_tiles(first, end, sequence, BLOCK_M, FLAGS)
+        for index in range(tile_count(runs)):
+            query = tile_of(index, runs) * BLOCK_M
             sums = _add_queries(
-                sums, kept, tile * BLOCK_M, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "compare",
-                True, ADD_DQ,
+                sums, kept, query, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "compare", True, ADD_DQ
             )  # fmt: skip
     else:
         begin = first // BLOCK_M
@@ -214,29 +232,29 @@ def _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE,
     return sums
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tiles_width", "total_tokens", "window", "prefix", "position_zero"])
+@triton.jit(do_not_specialize=["num_tiles", "tiles_width", "total_tokens", "position_zero", *MASK_NUMBERS])
 def bwd_dkdv_kernel(
     q, k, v, do, dq, dk, dv, target_sums, lse, delta, sequences, tables, strides, alpha, attention_scale, heads,
-    num_tiles, tiles_width, total_tokens, position_zero, window, prefix, SHAPE: tl.constexpr, FLAGS: tl.constexpr,
-    ADD_DQ: tl.constexpr,
+    num_tiles, tiles_width, total_tokens, position_zero, window, prefix, full, sinks, group,
+    SHAPE: tl.constexpr, FLAGS: tl.constexpr, ADD_DQ: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of one tile of keys of one sequence and head; grid as the forward kernel's, first tiles first.
 
     With ADD_DQ each tile's share of dq is added to a float32 buffer, in no fixed order. With targets and a position
-    bias, `target_sums` (2, h, T) get the two sums of `Sums`.
+    bias, `target_sums` (T, 2, h), of keys, get the two sums of `Sums`.
     """
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     BLOCK_DQK: tl.constexpr = SHAPE.BLOCK_DQK
     BLOCK_DV: tl.constexpr = SHAPE.BLOCK_DV
     head = tl.program_id(0) // num_tiles
     tile = tl.program_id(0) % num_tiles
-    sequence = sequence_of(sequences, sequence_id(), window, prefix, FLAGS)
-    start, n = sequence.start, sequence.n
+    sequence = sequence_of(sequences, sequence_id(), window, prefix, full, sinks, group, FLAGS)
+    n = sequence.n
     first = tile * BLOCK_N
     if first >= n:
         return
     scale = one_over_n(attention_scale, sequence, FLAGS)
-    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
+    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME and not FLAGS.KEY_OFFSETS else None)
     K = Tokens(k, strides.k_token, strides.k_head, head)
     V = Tokens(v, strides.v_token, strides.v_head, head)
     if FLAGS.SOFTMAX:
@@ -248,6 +266,7 @@ def bwd_dkdv_kernel(
         Tokens(dq, heads * SHAPE.DQK, SHAPE.DQK, head),
         lse,
         delta,
+        attention_scale,
     )
     # A cut tile of keys is held in registers. With code of their own, whole tiles stay in shared memory: 7 % less time
     # at d 64 and N 8,192.
@@ -263,10 +282,10 @@ def bwd_dkdv_kernel(
     dk_tile = sums.dk * (alpha if dk.dtype.element_ty == tl.float16 else alpha * scale)
     DK = Tokens(dk, heads * SHAPE.DQK, SHAPE.DQK, head)
     DV = Tokens(dv, heads * SHAPE.DV, SHAPE.DV, head)
-    store_tile(DK, dk_tile, first, sequence, BLOCK_N, SHAPE.DQK, BLOCK_DQK)
-    store_tile(DV, sums.dv * scale, first, sequence, BLOCK_N, SHAPE.DV, BLOCK_DV)
+    store_tile(DK, dk_tile, first, sequence, BLOCK_N, SHAPE.DQK, BLOCK_DQK, True)
+    store_tile(DV, sums.dv * scale, first, sequence, BLOCK_N, SHAPE.DV, BLOCK_DV, True)
     if FLAGS.TARGETS and FLAGS.POSITION:
         scale = 1.0 if dk.dtype.element_ty == tl.float16 else scale
-        pointers = target_sums + start + j
-        tl.store(pointers + head.to(tl.int64) * total_tokens, sums.targets * scale, mask=j < n)
-        tl.store(pointers + (heads + head).to(tl.int64) * total_tokens, sums.targets_own * scale, mask=j < n)
+        pointers = target_sums + (sequence.key_start + j) * (2 * heads) + head
+        tl.store(pointers, sums.targets * scale, mask=j < n)
+        tl.store(pointers + heads, sums.targets_own * scale, mask=j < n)

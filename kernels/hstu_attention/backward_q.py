@@ -9,9 +9,29 @@ import triton.language as tl
 
 from ..tensor_cores import operand
 from .activations import weights_and_derivatives
-from .arguments import Bias, Buckets, Side, Tokens
+from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens
 from .bias_tiles import add_time_steps, first_near_key, tile_bias, times_since, unpack_tile
-from .tiles import key_tile, key_tiles, load_tile, one_over_n, sequence_id, sequence_of, store_tile, visible
+from .tiles import (
+    is_query,
+    key_tiles,
+    load_keys,
+    load_queries,
+    one_over_n_of,
+    sequence_id,
+    sequence_of,
+    store_tile,
+    tile_count,
+    tile_of,
+    visible,
+)
+
+
+class Sums(NamedTuple):
+    """What a program gathers: dq of its queries; and, where history tokens see targets, for the position bias the score
+    gradients of each with all targets."""
+
+    dq: Any
+    targets: Any
 
 
 class Queries(NamedTuple):
@@ -25,13 +45,12 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def _add_keys(dq, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, MASK, CUT):
-    """One tile of keys from position `key`: adds its share to dq. MASK and CUT as in the forward kernel's."""
+def _add_keys(sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, MASK, CUT):
+    """One tile of keys from position `key`: adds what it brings. MASK and CUT as in the forward kernel's."""
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     PRECISION: tl.constexpr = FLAGS.PRECISION
-    end = sequence.start + sequence.n
-    k_tile = load_tile(K, sequence.start + key, end, BLOCK_N, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
-    v_tile = load_tile(V, sequence.start + key, end, BLOCK_N, SHAPE.DV, SHAPE.BLOCK_DV, CUT, FLAGS)
+    k_tile = load_keys(K, key, sequence, BLOCK_N, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
+    v_tile = load_keys(V, key, sequence, BLOCK_N, SHAPE.DV, SHAPE.BLOCK_DV, CUT, FLAGS)
     j = key + tl.arange(0, BLOCK_N)
     i = kept.side.position
     keys = Side(j, bias.tables.key_time, bias.key_since)
@@ -49,53 +68,66 @@ def _add_keys(dq, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE,
     if FLAGS.SOFTMAX:
         dp -= kept.delta[:, None]
     ds = dp * dact * scale if kept.q.dtype == tl.float16 else dp * dact
-    return tl.dot(operand(ds, k_tile.dtype, PRECISION), k_tile, dq, input_precision=PRECISION)
+    targets = sums.targets
+    if FLAGS.BIDIRECTIONAL and FLAGS.TARGETS and FLAGS.POSITION:
+        between = (i < sequence.history)[:, None] & (j >= sequence.history)[None, :]
+        targets += tl.sum(tl.where(between, ds, 0.0), 1)
+    dq = tl.dot(operand(ds, k_tile.dtype, PRECISION), k_tile, sums.dq, input_precision=PRECISION)
+    return Sums(dq, targets)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tiles_width", "total_tokens", "window", "prefix", "position_zero"])
+@triton.jit(do_not_specialize=["num_tiles", "tiles_width", "total_tokens", "position_zero", *MASK_NUMBERS])
 def bwd_dq_kernel(
-    q, k, v, do, dq, lse, delta, sequences, tables, strides, alpha, attention_scale, heads,
-    num_tiles, tiles_width, total_tokens, position_zero, window, prefix, SHAPE: tl.constexpr, FLAGS: tl.constexpr,
+    q, k, v, do, dq, target_sums, lse, delta, sequences, tables, strides, alpha, attention_scale, heads,
+    num_tiles, tiles_width, total_tokens, position_zero, window, prefix, full, sinks, group,
+    SHAPE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, in one fixed order of additions; recomputes scores: 7 products in all instead of 5.
-    The grid and the walk over keys are the forward kernel's."""
+    The grid and the walk over keys are the forward kernel's.
+
+    Where history tokens see targets, and with a position bias, `target_sums` (T, h) get the sums of `Sums`.
+    """
     BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     BLOCK_DQK: tl.constexpr = SHAPE.BLOCK_DQK
     EDGE: tl.constexpr = "band" if FLAGS.TIME else "compare"
     head = tl.program_id(0) // num_tiles
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
-    sequence = sequence_of(sequences, sequence_id(), window, prefix, FLAGS)
+    sequence = sequence_of(sequences, sequence_id(), window, prefix, full, sinks, group, FLAGS)
     start, n = sequence.start, sequence.n
     first = tile * BLOCK_M
     if first >= n:
         return
-    scale = one_over_n(attention_scale, sequence, FLAGS)
-    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
+    if FLAGS.KEY_OFFSETS:
+        if first + BLOCK_M <= sequence.first:
+            return
+    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME and not FLAGS.KEY_OFFSETS else None)
     Q = Tokens(q, strides.q_token, strides.q_head, head)
     K = Tokens(k, strides.k_token, strides.k_head, head)
     V = Tokens(v, strides.v_token, strides.v_head, head)
     DO = Tokens(do, strides.o_token, strides.o_head, head)
     i = first + tl.arange(0, BLOCK_M)
-    q_tile = load_tile(Q, start + first, start + n, BLOCK_M, SHAPE.DQK, BLOCK_DQK, False, FLAGS)
-    do_tile = load_tile(DO, start + first, start + n, BLOCK_M, SHAPE.DV, SHAPE.BLOCK_DV, False, FLAGS)
+    scale = one_over_n_of(attention_scale, i[:, None], sequence, FLAGS)
+    q_tile = load_queries(Q, first, sequence, BLOCK_M, SHAPE.DQK, BLOCK_DQK, False, FLAGS)
+    do_tile = load_queries(DO, first, sequence, BLOCK_M, SHAPE.DV, SHAPE.BLOCK_DV, False, FLAGS)
     lse_tile = tl.zeros([BLOCK_M], tl.float32)
     delta_tile = tl.zeros([BLOCK_M], tl.float32)
     if FLAGS.SOFTMAX:
-        lse_tile = tl.load(lse + head.to(tl.int64) * total_tokens + start + i, mask=i < n, other=0.0)
-        delta_tile = tl.load(delta + head.to(tl.int64) * total_tokens + start + i, mask=i < n, other=0.0)
+        lane, inside = head.to(tl.int64) * total_tokens + start + i, is_query(i, sequence, FLAGS)
+        lse_tile = tl.load(lse + lane, mask=inside, other=0.0)
+        delta_tile = tl.load(delta + lane, mask=inside, other=0.0)
     queries = Side(i, tables.query_time, times_since(tables.since, i, sequence, FLAGS))
     kept = Queries(q_tile, do_tile, queries, lse_tile, delta_tile)
     buckets = Buckets(0, 0, True, 0.0)
-    dq_tile = tl.zeros([BLOCK_M, BLOCK_DQK], tl.float32)
+    sums = Sums(tl.zeros([BLOCK_M, BLOCK_DQK], tl.float32), tl.zeros([BLOCK_M], tl.float32))
 
     end = tl.minimum(first + BLOCK_M, n)
     if FLAGS.GENERAL:
-        count, cut_off, begin, past = key_tiles(first, end, sequence, BLOCK_N, FLAGS)
-        for index in range(count):
-            key = key_tile(index, first, cut_off, begin, past, BLOCK_N)
-            dq_tile = _add_keys(
-                dq_tile, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "compare", True
+        runs = key_tiles(first, end, sequence, BLOCK_N, FLAGS)
+        for index in range(tile_count(runs)):
+            key = tile_of(index, runs) * BLOCK_N
+            sums = _add_keys(
+                sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "compare", True
             )
     else:
         whole = end
@@ -109,26 +141,29 @@ def bwd_dq_kernel(
             buckets = unpack_tile(tl.load(tiles), tables.time)
             for key in range(0, edge, BLOCK_N):
                 following = tl.load(tiles + key // BLOCK_N + 1)
-                dq_tile = _add_keys(
-                    dq_tile, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "none", False
+                sums = _add_keys(
+                    sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "none", False
                 )
                 buckets = unpack_tile(following, tables.time)
         else:
             edge = first // BLOCK_N * BLOCK_N
             for key in range(0, edge, BLOCK_N):
-                dq_tile = _add_keys(
-                    dq_tile, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "none", False
+                sums = _add_keys(
+                    sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "none", False
                 )
         for key in range(edge, whole, BLOCK_N):
-            dq_tile = _add_keys(
-                dq_tile, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, EDGE, False
-            )
+            sums = _add_keys(sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, EDGE, False)
         if FLAGS.DESCRIPTOR:
             if whole < end:
-                dq_tile = _add_keys(
-                    dq_tile, kept, whole, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, EDGE, True
+                sums = _add_keys(
+                    sums, kept, whole, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, EDGE, True
                 )
 
-    dq_tile *= alpha if q_tile.dtype == tl.float16 else alpha * scale
+    dq_tile = sums.dq * (alpha if q_tile.dtype == tl.float16 else alpha * scale)
     DQ = Tokens(dq, heads * SHAPE.DQK, SHAPE.DQK, head)
-    store_tile(DQ, dq_tile, first, sequence, BLOCK_M, SHAPE.DQK, BLOCK_DQK)
+    store_tile(DQ, dq_tile, first, sequence, BLOCK_M, SHAPE.DQK, BLOCK_DQK, False, FLAGS.KEY_OFFSETS)
+    if FLAGS.BIDIRECTIONAL and FLAGS.TARGETS and FLAGS.POSITION:
+        of_targets = sums.targets
+        if q_tile.dtype != tl.float16:
+            of_targets *= one_over_n_of(attention_scale, i, sequence, FLAGS)
+        tl.store(target_sums + (start + i) * heads + head, of_targets, mask=is_query(i, sequence, FLAGS))

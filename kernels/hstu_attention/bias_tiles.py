@@ -26,9 +26,10 @@ LONGEST_SPAN = tl.constexpr(1 << 29)
 
 @triton.jit
 def times_since(since, position, sequence, FLAGS):
-    """Times since the first key of the tile that a program keeps; without times, whatever."""
+    """Times since the first key of the tile that a program keeps; without times, and of rows that have keys of their
+    own number, whatever."""
     values = position
-    if FLAGS.TIME:
+    if FLAGS.TIME and not FLAGS.KEY_OFFSETS:
         values = tl.load(since + sequence.start + position, mask=position < sequence.n, other=0)
     return values
 
@@ -59,7 +60,7 @@ def tile_bias(bias, sequence, rows, columns, w_first, ROWS, COLUMNS, FLAGS, NEAR
                 x = position_entries(bias, sequence, query, key, FLAGS)
         if FLAGS.TIME:
             if FLAGS.GENERAL:
-                row_times, column_times = _times(rows, columns, sequence)
+                row_times, column_times = _general_times(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS)
                 bucket = exact_bucket(row_times - column_times, bias.tables.edges, FLAGS.INLINE_ASM)
                 x += entries(bias.tables.time, bucket, FLAGS.INLINE_ASM)
             else:
@@ -73,6 +74,23 @@ def _times(rows, columns, sequence):
     row, column = tl.expand_dims(rows.position, 1), tl.expand_dims(columns.position, 0)
     row_times = tl.load(rows.time + sequence.start + row, mask=row < sequence.n, other=0)
     return row_times, tl.load(columns.time + sequence.start + column, mask=column < sequence.n, other=0)
+
+
+@triton.jit
+def _general_times(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS):
+    """As `_times`, of sequences that may have keys of their own number."""
+    row, column = tl.expand_dims(rows.position, 1), tl.expand_dims(columns.position, 0)
+    row_start, column_start = sequence.start, sequence.start
+    row_inside, column_inside = row < sequence.n, column < sequence.n
+    if FLAGS.KEY_OFFSETS:
+        if ROWS_ARE_QUERIES:
+            column_start = sequence.key_start
+            row_inside = row_inside & (row >= sequence.first)
+        else:
+            row_start = sequence.key_start
+            column_inside = column_inside & (column >= sequence.first)
+    row_times = tl.load(rows.time + row_start + row, mask=row_inside, other=0)
+    return row_times, tl.load(columns.time + column_start + column, mask=column_inside, other=0)
 
 
 @triton.jit

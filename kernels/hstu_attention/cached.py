@@ -58,13 +58,28 @@ class Tables(NamedTuple):
     cached_time: Any
 
 
-@triton.jit(do_not_specialize=["num_tiles", "position_zero", "window"])
+@triton.jit
+def _own_key(q_tile, OWN_K, OWN_V, tables, times, j, first, start, end, alpha, position_zero, SHAPE, FLAGS):
+    """Scores (queries, 1) with the new keys j, which begin at `first`, one for each query; and these keys' values."""
+    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
+    k_tile = load_tile(OWN_K, first, end, BLOCK_M, SHAPE.DQK, SHAPE.BLOCK_DQK, False, FLAGS, start, FLAGS.GROUPS)
+    v_tile = load_tile(OWN_V, first, end, BLOCK_M, SHAPE.DV, SHAPE.BLOCK_DV, False, FLAGS, start, FLAGS.GROUPS)
+    x = tl.sum(q_tile.to(tl.float32) * k_tile.to(tl.float32), 1)[:, None] * alpha
+    if FLAGS.POSITION:
+        x += tl.load(tables.position + position_zero)
+    if FLAGS.TIME:
+        key_times = tl.load(tables.key_time + j, mask=(j >= start) & (j < end), other=0)[:, None]
+        x += tl.load(tables.time + exact_bucket(times - key_times, tables.edges, FLAGS.INLINE_ASM))
+    return x, v_tile
+
+
+@triton.jit(do_not_specialize=["num_tiles", "position_zero", "window", "sinks", "group"])
 def cached_kernel(
     q, k, v, output, offsets, cache, tables, strides, cache_strides, alpha, attention_scale, heads, num_tiles,
-    position_zero, window, SHAPE: tl.constexpr, FLAGS: tl.constexpr,
+    position_zero, window, sinks, group, SHAPE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of new queries of the longest sequence x heads of `launch_grid`. Every query stands behind the
-    stored keys, sees those within the window, and itself."""
+    stored keys, sees those within the window, the first `sinks`, itself, and those before it in its group."""
     BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     BLOCK_DQK: tl.constexpr = SHAPE.BLOCK_DQK
@@ -90,15 +105,9 @@ def cached_kernel(
     if FLAGS.TIME:
         times = tl.load(tables.query_time + i, mask=i < end, other=0)[:, None]
 
-    # Itself.
-    own_k = load_tile(OWN_K, first, end, BLOCK_M, SHAPE.DQK, BLOCK_DQK, False, FLAGS)
-    own_v = load_tile(OWN_V, first, end, BLOCK_M, SHAPE.DV, BLOCK_DV, False, FLAGS)
-    own_x = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1)[:, None] * alpha
-    if FLAGS.POSITION:
-        own_x += tl.load(tables.position + position_zero)
-    if FLAGS.TIME:
-        own_times = tl.load(tables.key_time + i, mask=i < end, other=0)[:, None]
-        own_x += tl.load(tables.time + exact_bucket(times - own_times, tables.edges, FLAGS.INLINE_ASM))
+    own_x, own_v = _own_key(
+        q_tile, OWN_K, OWN_V, tables, times, i, first, start, end, alpha, position_zero, SHAPE, FLAGS
+    )
     m_i = own_x
     if FLAGS.SOFTMAX:
         l_i = tl.full([BLOCK_M, 1], 1.0, tl.float32)
@@ -107,11 +116,47 @@ def cached_kernel(
         l_i = tl.zeros([BLOCK_M, 1], tl.float32)
         own_weights = operand(silu(own_x, FLAGS.APPROXIMATE_TANH), own_v.dtype, PRECISION)
         acc = own_weights.to(tl.float32) * own_v.to(tl.float32)
+    if FLAGS.GROUPS:
+        for before in range(1, group):
+            own_x, own_v = _own_key(
+                q_tile,
+                OWN_K,
+                OWN_V,
+                tables,
+                times,
+                i - before,
+                first - before,
+                start,
+                end,
+                alpha,
+                position_zero,
+                SHAPE,
+                FLAGS,
+            )
+            in_group = ((i - start) % group >= before)[:, None]
+            if FLAGS.SOFTMAX:
+                own_x = tl.where(in_group, own_x, _LOWEST)
+                m_new = tl.maximum(m_i, own_x)
+                own_weights = exp_of(own_x - m_new)
+                shrink = exp_of(m_i - m_new)
+                l_i = l_i * shrink + own_weights
+                acc = acc * shrink
+                m_i = m_new
+            else:
+                own_weights = tl.where(in_group, silu(own_x, FLAGS.APPROXIMATE_TANH), 0.0)
+            own_weights = operand(own_weights, own_v.dtype, PRECISION)
+            acc += own_weights.to(tl.float32) * own_v.to(tl.float32)
 
     begin = 0
+    before_window = 0
     if FLAGS.WINDOW:
         begin = tl.maximum(history - window, 0) // BLOCK_N * BLOCK_N
-    for key in range(begin, history, BLOCK_N):
+        if FLAGS.SINKS:
+            before_window = tl.minimum(tl.cdiv(sinks, BLOCK_N) * BLOCK_N, begin)
+    for step in range(begin - before_window, history, BLOCK_N):
+        key = step
+        if FLAGS.SINKS:
+            key = tl.where(step < begin, step - (begin - before_window), step)
         j = key + tl.arange(0, BLOCK_N)
         k_tile = load_tile(K, stored + key, stored + history, BLOCK_N, SHAPE.DQK, BLOCK_DQK, False, FLAGS)
         v_tile = load_tile(V, stored + key, stored + history, BLOCK_N, SHAPE.DV, BLOCK_DV, False, FLAGS)
@@ -124,7 +169,10 @@ def cached_kernel(
             x += tl.load(tables.time + exact_bucket(times - key_times, tables.edges, FLAGS.INLINE_ASM))
         seen = j < history
         if FLAGS.WINDOW:
-            seen = seen & (history - j <= window)
+            near = history - j <= window
+            if FLAGS.SINKS:
+                near = near | (j < sinks)
+            seen = seen & near
         if FLAGS.SOFTMAX:
             x = tl.where(seen[None, :], x, _LOWEST)
             m_new = tl.maximum(m_i, tl.max(x, 1)[:, None])
@@ -139,6 +187,8 @@ def cached_kernel(
         acc = tl.dot(weights, v_tile, acc, input_precision=PRECISION)
     if FLAGS.SOFTMAX:
         acc = acc / l_i
+    elif FLAGS.QUERY_SCALE:
+        acc = acc / tl.load(attention_scale + i, mask=i < end, other=1.0)[:, None]
     else:
         if FLAGS.BY_LENGTH:
             attention_scale = (history + 1).to(tl.float32)
@@ -169,8 +219,12 @@ def cached_attention(
     time_bias: torch.Tensor | None,
     times: Sequence[torch.Tensor],
     max_attn_len: int,
+    num_sink_tokens: int = 0,
+    target_group_size: int = 1,
+    query_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Output (T, h, dv) of the new tokens. `times`, with a time bias: query_time, key_time and cached_time."""
+    """Output (T, h, dv) of the new tokens. `times`, with a time bias: query_time, key_time and cached_time.
+    `query_scale` (T,): an N for each token."""
     check_sizes(q, v, max(max_len, max_cached_len))
     tokens, heads, dqk = q.shape
     dv = v.shape[2]
@@ -186,6 +240,7 @@ def cached_attention(
     if time_bias is not None:
         edges = bucket_edges(q.device)
         tables = Tables(tables.position, float_table(time_bias), edges, *(time.contiguous() for time in times))
+    scale = float_table(query_scale) if attention_scale is None else attention_scale
     rows, cache_rows = (q, k, v, output), (cached_k, cached_v)
     with torch.cuda.device_of(q):
         cached_kernel[launch_grid(tiles * heads, len(offsets) - 1)](
@@ -199,11 +254,13 @@ def cached_attention(
             Strides(*(stride for tensor in rows for stride in tensor.stride()[:2])),
             CacheStrides(*(stride for tensor in cache_rows for stride in tensor.stride()[:2])),
             alpha=alpha,
-            attention_scale=1.0 if attention_scale is None else attention_scale,
+            attention_scale=1.0 if scale is None else scale,
             heads=heads,
             num_tiles=tiles,
             position_zero=(len(position_bias) - 1) // 2 if position_bias is not None else 0,
             window=max_attn_len,
+            sinks=num_sink_tokens,
+            group=target_group_size,
             SHAPE=Shape(dqk, dv, block_of(dqk), value_block(dqk, dv), block_m, block_n),
             FLAGS=Flags(
                 POSITION=position_bias is not None,
@@ -211,8 +268,14 @@ def cached_attention(
                 TARGETS=False,
                 WINDOW=max_attn_len > 0,
                 PREFIX=False,
+                FULL=False,
+                SINKS=num_sink_tokens > 0,
+                BIDIRECTIONAL=False,
+                GROUPS=target_group_size > 1,
+                KEY_OFFSETS=False,
+                QUERY_SCALE=query_scale is not None,
                 GENERAL=False,
-                BY_LENGTH=attention_scale is None,
+                BY_LENGTH=attention_scale is None and query_scale is None,
                 SOFTMAX=softmax,
                 DESCRIPTOR=False,
                 PRECISION="tf32" if q.is_cuda and tf32_allowed() else "ieee",

@@ -9,9 +9,21 @@ import triton.language as tl
 
 from ..tensor_cores import operand
 from .activations import exp_of, silu
-from .arguments import Bias, Buckets, Side, Tokens
+from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens
 from .bias_tiles import add_time_steps, first_near_key, tile_bias, times_since, unpack_tile
-from .tiles import key_tile, key_tiles, load_tile, one_over_n, sequence_id, sequence_of, store_tile, visible
+from .tiles import (
+    is_query,
+    key_tiles,
+    load_keys,
+    load_queries,
+    one_over_n_of,
+    sequence_id,
+    sequence_of,
+    store_tile,
+    tile_count,
+    tile_of,
+    visible,
+)
 
 #: The first running maximum of softmax: finite, so that no difference of two is undefined.
 _LOWEST = tl.constexpr(-1e30)
@@ -33,8 +45,7 @@ def _attend(sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SH
     """
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     PRECISION: tl.constexpr = FLAGS.PRECISION
-    end = sequence.start + sequence.n
-    k_tile = load_tile(K, sequence.start + key, end, BLOCK_N, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
+    k_tile = load_keys(K, key, sequence, BLOCK_N, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
     j = key + tl.arange(0, BLOCK_N)
     keys = Side(j, bias.tables.key_time, bias.key_since)
     i = queries.position
@@ -61,16 +72,17 @@ def _attend(sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SH
         weights = silu(x, FLAGS.APPROXIMATE_TANH)
         if MASK == "compare":
             weights = tl.where(visible(i[:, None], j[None, :], sequence, FLAGS), weights, 0.0)
-    v_tile = load_tile(V, sequence.start + key, end, BLOCK_N, SHAPE.DV, SHAPE.BLOCK_DV, CUT, FLAGS)
+    v_tile = load_keys(V, key, sequence, BLOCK_N, SHAPE.DV, SHAPE.BLOCK_DV, CUT, FLAGS)
     weights = operand(weights, v_tile.dtype, PRECISION)
     acc = tl.dot(weights, v_tile, acc, input_precision=PRECISION)
     return Sums(acc, m_i, l_i)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tiles_width", "total_tokens", "window", "prefix", "position_zero"])
+@triton.jit(do_not_specialize=["num_tiles", "tiles_width", "total_tokens", "position_zero", *MASK_NUMBERS])
 def forward_kernel(
     q, k, v, output, lse, sequences, tables, strides, alpha, attention_scale,
-    num_tiles, tiles_width, total_tokens, position_zero, window, prefix, SHAPE: tl.constexpr, FLAGS: tl.constexpr,
+    num_tiles, tiles_width, total_tokens, position_zero, window, prefix, full, sinks, group,
+    SHAPE: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of the longest sequence x heads of `launch_grid`. The last tiles of a sequence have the most keys
     and start first."""
@@ -80,17 +92,19 @@ def forward_kernel(
     EDGE: tl.constexpr = "band" if FLAGS.TIME else "compare"
     head = tl.program_id(0) // num_tiles
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
-    sequence = sequence_of(sequences, sequence_id(), window, prefix, FLAGS)
+    sequence = sequence_of(sequences, sequence_id(), window, prefix, full, sinks, group, FLAGS)
     first = tile * BLOCK_M
     if first >= sequence.n:
         return
+    if FLAGS.KEY_OFFSETS:
+        if first + BLOCK_M <= sequence.first:
+            return
     Q = Tokens(q, strides.q_token, strides.q_head, head)
     K = Tokens(k, strides.k_token, strides.k_head, head)
     V = Tokens(v, strides.v_token, strides.v_head, head)
-    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
+    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME and not FLAGS.KEY_OFFSETS else None)
     i = first + tl.arange(0, BLOCK_M)
-    row = sequence.start + first
-    q_tile = load_tile(Q, row, sequence.start + sequence.n, BLOCK_M, SHAPE.DQK, SHAPE.BLOCK_DQK, False, FLAGS)
+    q_tile = load_queries(Q, first, sequence, BLOCK_M, SHAPE.DQK, SHAPE.BLOCK_DQK, False, FLAGS)
     sums = Sums(
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
         tl.full([BLOCK_M], _LOWEST, tl.float32),
@@ -100,9 +114,9 @@ def forward_kernel(
     buckets = Buckets(0, 0, True, 0.0)
     end = tl.minimum(first + BLOCK_M, sequence.n)
     if FLAGS.GENERAL:
-        count, cut_off, begin, past = key_tiles(first, end, sequence, BLOCK_N, FLAGS)
-        for index in range(count):
-            key = key_tile(index, first, cut_off, begin, past, BLOCK_N)
+        runs = key_tiles(first, end, sequence, BLOCK_N, FLAGS)
+        for index in range(tile_count(runs)):
+            key = tile_of(index, runs) * BLOCK_N
             sums = _attend(
                 sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SHAPE, FLAGS,
                 "compare", True,
@@ -146,8 +160,8 @@ def forward_kernel(
     if FLAGS.SOFTMAX:
         acc = acc / sums.l_i[:, None]
         lse_of_head = lse + head.to(tl.int64) * total_tokens
-        tl.store(lse_of_head + sequence.start + i, sums.m_i + tl.log(sums.l_i), mask=i < sequence.n)
+        tl.store(lse_of_head + sequence.start + i, sums.m_i + tl.log(sums.l_i), mask=is_query(i, sequence, FLAGS))
     else:
-        acc = acc * one_over_n(attention_scale, sequence, FLAGS)
+        acc = acc * one_over_n_of(attention_scale, i[:, None], sequence, FLAGS)
     OUT = Tokens(output, strides.o_token, strides.o_head, head)
-    store_tile(OUT, acc, first, sequence, BLOCK_M, SHAPE.DV, BLOCK_DV)
+    store_tile(OUT, acc, first, sequence, BLOCK_M, SHAPE.DV, BLOCK_DV, False, FLAGS.KEY_OFFSETS)

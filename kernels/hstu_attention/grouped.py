@@ -20,32 +20,46 @@ def by_length(
     offsets: torch.Tensor,
     max_len: int,
     *,
+    attention_scale: float | torch.Tensor | None = None,
     query_time: torch.Tensor | None = None,
     key_time: torch.Tensor | None = None,
     num_targets: torch.Tensor | None = None,
+    key_offsets: torch.Tensor | None = None,
     **others: Any,
 ) -> torch.Tensor:
     """`attend`, one of the functions of `naive`, with the same arguments and result.
 
     On MovieLens-1M windows 4 groups of 32 have half of the padded scores that 128 together have.
     """
+    if attention_scale is not None:  # softmax takes none
+        others["attention_scale"] = attention_scale
     lengths = offsets.diff()
-    groups = [members for members in lengths.argsort(stable=True).tensor_split(_GROUPS) if len(members)]
-    longest = [int(lengths[members].max()) for members in groups]
+    longer = lengths if key_offsets is None else torch.maximum(lengths, key_offsets.diff())
+    groups = [members for members in longer.argsort(stable=True).tensor_split(_GROUPS) if len(members)]
+    longest = [int(longer[members].max()) for members in groups]
     padded = sum(len(members) * n * n for members, n in zip(groups, longest, strict=True))
     if padded >= _WORTH * len(lengths) * max_len**2:
         times = {"query_time": query_time, "key_time": key_time, "num_targets": num_targets}
-        return attend(q, k, v, offsets, max_len, **times, **others)
+        return attend(q, k, v, offsets, max_len, **times, key_offsets=key_offsets, **others)
     tokens, outputs = [], []
     for members, n in zip(groups, longest, strict=True):
-        group = offsets_from_lengths(lengths[members])
-        index, position = sequence_and_position(group, int(group[-1]))
-        tokens.append(offsets[members[index]] + position)
-
-        def part(tensor: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
-            return None if tensor is None else tensor[index]
-
-        mine, targets = tokens[-1], part(num_targets, members)
-        times = {"query_time": part(query_time, mine), "key_time": part(key_time, mine)}
-        outputs.append(attend(q[mine], k[mine], v[mine], group, max(n, 1), num_targets=targets, **times, **others))
+        mine, group = _tokens(offsets, members)
+        tokens.append(mine)
+        of_keys, key_group = (mine, None) if key_offsets is None else _tokens(key_offsets, members)
+        parts = {
+            "query_time": None if query_time is None else query_time[mine],
+            "key_time": None if key_time is None else key_time[of_keys],
+            "num_targets": None if num_targets is None else num_targets[members],
+            "key_offsets": key_group,
+        }
+        if isinstance(attention_scale, torch.Tensor):
+            parts["attention_scale"] = attention_scale[mine]
+        outputs.append(attend(q[mine], k[of_keys], v[of_keys], group, max(n, 1), **(others | parts)))
     return torch.cat(outputs)[torch.cat(tokens).argsort()]
+
+
+def _tokens(offsets: torch.Tensor, members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of some of the sequences, and their offsets there."""
+    group = offsets_from_lengths(offsets.diff()[members])
+    index, position = sequence_and_position(group, int(group[-1]))
+    return offsets[members[index]] + position, group

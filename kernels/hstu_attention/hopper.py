@@ -36,14 +36,14 @@ def ragged(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
 
 
 def fits(inputs: Inputs, grad: torch.Tensor) -> bool:
-    """Whether the backward pass of a call goes to Hopper's kernel: bfloat16, silu, the causal mask, no bias, heads of
-    32 or 64, in rows longer than a few tiles."""
+    """Whether the backward pass of a call goes to Hopper's kernel: bfloat16, silu, the causal mask and one N, no bias,
+    heads of 32 or 64, in rows longer than a few tiles."""
     tensors = (inputs.q, inputs.k, inputs.v, grad)
     return (
         inputs.q.is_cuda
         and torch.cuda.get_device_capability(inputs.q.device)[0] == 9
         and all(tensor.dtype == torch.bfloat16 and tensor.shape[2] in _DIMS for tensor in tensors)
-        and inputs.causal
+        and not inputs.general
         and not (inputs.softmax or inputs.biased)
         and inputs.max_len > SHORT
         and len(inputs.q) <= BILLION.value

@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import configuration, tf32_allowed
 from .arguments import Flags, Sequences, Shape
+from .mask import CAUSAL, Mask
 from .naive import bucket_starts
 
 #: Sequences no longer than this are of the "short" shape class.
@@ -41,6 +42,12 @@ class Inputs:
     contextual_seq_len: int
     num_targets: torch.Tensor | None
     softmax: bool
+    min_full_attn_seq_len: int = 0
+    num_sink_tokens: int = 0
+    causal: bool = True
+    target_group_size: int = 1
+    key_offsets: torch.Tensor | None = None
+    query_scale: torch.Tensor | None = None  # `attention_scale`, where each query has its own
 
     def __post_init__(self) -> None:
         check_sizes(self.q, self.v, self.max_len)
@@ -49,6 +56,9 @@ class Inputs:
         self.offsets = launch_offsets(self.offsets)
         if self.num_targets is not None:
             self.num_targets = _padded(self.num_targets, len(self.offsets) - 1, 0).contiguous()
+        if self.key_offsets is not None:
+            self.key_offsets = launch_offsets(self.key_offsets)
+        self.query_scale = float_table(self.query_scale)
         self.position_bias, self.time_bias = float_table(self.position_bias), float_table(self.time_bias)
         self.query_time = contiguous(self.query_time) if self.timed else None
         self.key_time = contiguous(self.key_time) if self.timed else None
@@ -62,9 +72,25 @@ class Inputs:
         return self.position_bias is not None or self.time_bias is not None
 
     @property
-    def causal(self) -> bool:
-        """Whether the causal mask is the only one."""
-        return not (self.num_targets is not None or self.max_attn_len or self.contextual_seq_len)
+    def mask(self) -> Mask:
+        return Mask(
+            self.max_attn_len, self.contextual_seq_len, self.min_full_attn_seq_len, self.num_sink_tokens, self.causal,
+            self.target_group_size,
+        )  # fmt: skip
+
+    @property
+    def general(self) -> bool:
+        """Whether there is more than the causal mask and one N, which the kernels' other paths do not know."""
+        return is_general(self.mask, self.num_targets, self.key_offsets, self.query_scale)
+
+    @property
+    def packed(self) -> bool:
+        """Whether tiles' time buckets are packed."""
+        return self.timed and self.key_offsets is None
+
+    @property
+    def history_sees_targets(self) -> bool:
+        return not self.causal and self.num_targets is not None
 
     @property
     def position_zero(self) -> int:
@@ -78,7 +104,7 @@ class Inputs:
 
     @property
     def sequences(self) -> Sequences:
-        return Sequences(self.offsets, self.num_targets)
+        return Sequences(self.offsets, self.num_targets, self.key_offsets)
 
     def configuration(self, kernel: str) -> dict[str, int]:
         """A kernel's launch parameters."""
@@ -103,8 +129,14 @@ class Inputs:
             TARGETS=self.num_targets is not None,
             WINDOW=self.max_attn_len > 0,
             PREFIX=self.contextual_seq_len > 0,
-            GENERAL=not self.causal,
-            BY_LENGTH=self.attention_scale is None and not self.softmax,
+            FULL=self.min_full_attn_seq_len > 0,
+            SINKS=self.num_sink_tokens > 0,
+            BIDIRECTIONAL=not self.causal,
+            GROUPS=self.target_group_size > 1,
+            KEY_OFFSETS=self.key_offsets is not None,
+            QUERY_SCALE=self.query_scale is not None,
+            GENERAL=self.general,
+            BY_LENGTH=self.attention_scale is None and self.query_scale is None and not self.softmax,
             SOFTMAX=self.softmax,
             DESCRIPTOR=descriptor,
             PRECISION=self.precision,
@@ -112,6 +144,14 @@ class Inputs:
             MMA_LAYOUT=mma_layout,
             INLINE_ASM=self.q.is_cuda,
         )
+
+
+def is_general(
+    mask: Mask, num_targets: torch.Tensor | None, key_offsets: torch.Tensor | None, query_scale: torch.Tensor | None
+) -> bool:
+    """`Inputs.general`."""
+    tensors = (num_targets, key_offsets, query_scale)
+    return mask != CAUSAL or any(tensor is not None for tensor in tensors)
 
 
 def launch_grid(programs: int, sequences: int) -> tuple[int, int, int]:

@@ -7,8 +7,10 @@ import torch
 import triton
 
 from ..common import tf32_allowed
+from ..jagged.naive import sequence_and_position
 from .arguments import Strides
 from .backward_bias import Sums, bias_gradient_kernel, diagonal_sum_kernel
+from .backward_bias_general import general_bias_gradient_kernel
 from .backward_kv import bwd_dkdv_kernel
 from .backward_q import bwd_dq_kernel
 from .forward import forward_kernel
@@ -33,7 +35,7 @@ class Gradient(NamedTuple):
 def forward(inputs: Inputs, bias: BiasTables, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """The output and, for softmax, lse."""
     tokens, heads, _ = inputs.q.shape
-    output = inputs.v.new_empty(inputs.v.shape)
+    output = empty_of_queries(inputs.v, inputs)
     lse = inputs.q.new_empty((heads, tokens) if inputs.softmax else (0,), dtype=torch.float32)
     tiles = triton.cdiv(inputs.max_len, config["block_m"])
     if tokens and tiles:
@@ -46,15 +48,21 @@ def forward(inputs: Inputs, bias: BiasTables, config: Config) -> tuple[torch.Ten
     return output, lse
 
 
+def empty_of_queries(like: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """(T, h, d) of `like`'s d; zeros where queries may see nothing, since no program visits these."""
+    shape = *inputs.q.shape[:2], like.shape[2]
+    return like.new_empty(shape) if inputs.key_offsets is None else like.new_zeros(shape)
+
+
 def backward_kv(
     inputs: Inputs, bias: BiasTables, config: Config, gradient: Gradient, dq: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dk, dv; adds to the float32 `dq` if given; and, for a position bias with targets, the targets' sums."""
-    heads, tokens = inputs.q.shape[1], len(inputs.q)
+    heads, tokens = inputs.q.shape[1], len(inputs.k)
     dk, dv = torch.empty_like(inputs.k, memory_format=torch.contiguous_format), inputs.v.new_empty(inputs.v.shape)
     target_sums = None
     if inputs.num_targets is not None and inputs.position_bias is not None:
-        target_sums = gradient.lse.new_empty(2, heads, tokens)
+        target_sums = gradient.lse.new_empty(tokens, 2, heads)
     tiles = triton.cdiv(inputs.max_len, config["block_n"])
     arguments = _arguments(inputs, bias, config, _mma_layout(inputs, config, False), grad=gradient.grad)
     bwd_dkdv_kernel[launch_grid(tiles * heads, inputs.num_sequences)](
@@ -73,13 +81,19 @@ def backward_kv(
     return dk, dv, target_sums
 
 
-def backward_q(inputs: Inputs, bias: BiasTables, config: Config, gradient: Gradient) -> torch.Tensor:
-    """dq."""
-    dq = inputs.q.new_empty(inputs.q.shape)
+def backward_q(
+    inputs: Inputs, bias: BiasTables, config: Config, gradient: Gradient
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dq; and, for a position bias where history tokens see targets, their sums (T, h) over these."""
+    dq = empty_of_queries(inputs.q, inputs)
     heads, tiles = inputs.q.shape[1], triton.cdiv(inputs.max_len, config["block_m"])
+    target_sums = None
+    if inputs.history_sees_targets and inputs.position_bias is not None:
+        target_sums = gradient.lse.new_zeros(dq.shape[:2])
     arguments = _arguments(inputs, bias, config, _mma_layout(inputs, config, True), grad=gradient.grad)
     bwd_dq_kernel[launch_grid(tiles * heads, inputs.num_sequences)](
         dq=dq,
+        target_sums=target_sums,
         lse=gradient.lse,
         delta=gradient.delta,
         heads=heads,
@@ -87,7 +101,7 @@ def backward_q(inputs: Inputs, bias: BiasTables, config: Config, gradient: Gradi
         **arguments,
         **_options(inputs, config),
     )
-    return dq
+    return dq, target_sums
 
 
 def backward_bias(
@@ -95,15 +109,14 @@ def backward_bias(
     bias: BiasTables,
     config: Config,
     gradient: Gradient,
-    target_sums: torch.Tensor | None,
+    target_sums: tuple[torch.Tensor | None, torch.Tensor | None],
     deterministic: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the two tables, float32; None for a table that is not there."""
+    """Gradients of the two tables, float32; None for a table that is not there. `target_sums` are those of
+    `backward_kv` and of `backward_q`."""
     block_m, block_n = config["block_m"], config["block_n"]
     ratio = block_m // block_n
-    # In multiples of block_n: a tile's last keys are up to ratio - 1 beyond its first query, prefix keys more.
-    lowest = -max(ratio, triton.cdiv(min(inputs.contextual_seq_len, inputs.max_len), block_n)) + 1
-    distances = (triton.cdiv(inputs.max_len, block_m) - 1) * ratio - lowest + 1
+    lowest, distances = _distances(inputs, block_m, block_n)
     # Programs of the nearest distances have the most tiles and buckets: sequences first, then tiles are dealt out.
     sequence_splits = max(1, min(inputs.num_sequences, _BIAS_PROGRAMS // distances))
     tile_splits = min(max(1, _BIAS_PROGRAMS // (distances * sequence_splits)), distances)
@@ -130,7 +143,8 @@ def backward_bias(
     arguments = _arguments(inputs, bias, config, mma_layout, grad=gradient.grad)
     if exact:
         arguments["FLAGS"] = arguments["FLAGS"]._replace(PRECISION="ieee")
-    bias_gradient_kernel[(programs,)](
+    kernel = general_bias_gradient_kernel if inputs.general else bias_gradient_kernel
+    kernel[(programs,)](
         sums=sums,
         lse=gradient.lse,
         delta=gradient.delta,
@@ -152,8 +166,8 @@ def backward_bias(
             sums.position.sum(1) if deterministic else sums.position, dp, distances, lowest, inputs.position_zero,
             BLOCK_M=block_m, BLOCK_N=block_n,
         )  # fmt: skip
-        if target_sums is not None and inputs.num_targets is not None:
-            _add_target_gradient(dp, inputs, inputs.num_targets, target_sums)
+        if inputs.num_targets is not None:
+            _add_target_gradient(dp, inputs, inputs.num_targets, *target_sums)
     if inputs.time_bias is not None and all_time_sums is not None and near_sums is not None:
         if sums.band is not None:
             band_gradient_kernel[launch_grid(band_tiles, inputs.num_sequences)](
@@ -164,17 +178,38 @@ def backward_bias(
     return dp, dw
 
 
+def _distances(inputs: Inputs, block_m: int, block_n: int) -> tuple[int, int]:
+    """How far beyond a tile's first key its first query is, in multiples of block_n: the least that someone sees, and
+    how many there are."""
+    ratio = block_m // block_n
+    lowest, highest = 1 - ratio, (triton.cdiv(inputs.max_len, block_m) - 1) * ratio
+    if inputs.contextual_seq_len or not inputs.causal:
+        lowest = min(lowest, 1 - triton.cdiv(inputs.max_len, block_n))
+    elif inputs.max_attn_len and not inputs.num_sink_tokens and not inputs.min_full_attn_seq_len:
+        if inputs.num_targets is None:  # these are further away than the mask counts
+            highest = min(highest, triton.cdiv(inputs.max_attn_len, block_n))
+    return lowest, max(highest - lowest + 1, 1)
+
+
 def _add_target_gradient(
-    dp: torch.Tensor, inputs: Inputs, num_targets: torch.Tensor, target_sums: torch.Tensor
+    dp: torch.Tensor,
+    inputs: Inputs,
+    num_targets: torch.Tensor,
+    by_key: torch.Tensor | None,
+    by_query: torch.Tensor | None,
 ) -> None:
-    """Adds what targets do: to dp[j - history] for every key j of the history, and to dp[0] for themselves."""
-    lengths = inputs.offsets.diff()
-    sequence_id = torch.repeat_interleave(lengths, output_size=len(inputs.q))
-    position = torch.arange(len(inputs.q), device=lengths.device) - inputs.offsets[sequence_id]
-    history = (lengths - num_targets).clamp(min=0)[sequence_id]
-    index = (torch.minimum(position, history) - history + inputs.position_zero).clamp(min=0)
-    values = target_sums[0].sum(0) + target_sums[1].sum(0)
-    dp += torch.zeros_like(dp).index_put_((index,), values, accumulate=True)
+    """Adds what targets do: as queries, to dp[j - history] for every key j of the history, and to dp[0] for those among
+    themselves; as keys, to dp[history - i] for every query i of the history."""
+    of_keys = inputs.offsets if inputs.key_offsets is None else inputs.key_offsets
+    lengths = of_keys.diff()
+    history = (lengths - num_targets).clamp(min=0)
+    for sums, offsets, sign in ((by_key, of_keys, 1), (by_query, inputs.offsets, -1)):
+        if sums is not None:
+            sequence_id, position = sequence_and_position(offsets, len(sums))
+            position = position + (lengths - offsets.diff())[sequence_id]
+            beyond = torch.minimum(position, history[sequence_id]) - history[sequence_id]
+            index = (sign * beyond + inputs.position_zero).clamp(0, len(dp) - 1)
+            dp += torch.zeros_like(dp).index_put_((index,), sums.flatten(1).sum(1), accumulate=True)
 
 
 def _arguments(
@@ -192,7 +227,8 @@ def _arguments(
         read["do"] = (grad, config["block_m"])
     shape = inputs.shape(config)
     described = all(describable(tensor) for tensor, _ in read.values()) and shape.BLOCK_DV == shape.DV
-    descriptor = bool(config["descriptor"]) and described
+    # A descriptor cannot leave out what is before a sequence's first query.
+    descriptor = bool(config["descriptor"]) and described and inputs.key_offsets is None
     arguments: dict[str, Any] = {
         name: describe(tensor, block) if descriptor else tensor for name, (tensor, block) in read.items()
     }
@@ -205,15 +241,24 @@ def _arguments(
         "tables": tables,
         "strides": Strides(*(stride for tensor in rows if tensor is not None for stride in tensor.stride()[:2])),
         "alpha": inputs.alpha,
-        "attention_scale": 1.0 if inputs.attention_scale is None else inputs.attention_scale,
+        "attention_scale": _attention_scale(inputs),
         "tiles_width": tiles_width,
         "total_tokens": len(inputs.q),
         "position_zero": inputs.position_zero,
         "window": inputs.max_attn_len,
         "prefix": inputs.contextual_seq_len,
+        "full": inputs.min_full_attn_seq_len,
+        "sinks": inputs.num_sink_tokens,
+        "group": inputs.target_group_size,
         "SHAPE": shape,
         "FLAGS": inputs.flags(descriptor, mma_layout),
     }
+
+
+def _attention_scale(inputs: Inputs) -> float | torch.Tensor:
+    if inputs.query_scale is not None:
+        return inputs.query_scale
+    return 1.0 if inputs.attention_scale is None else inputs.attention_scale
 
 
 def _mma_layout(inputs: Inputs, config: Config, rows_are_queries: bool) -> bool:
@@ -234,5 +279,5 @@ def _mma_layout(inputs: Inputs, config: Config, rows_are_queries: bool) -> bool:
 
 def _options(inputs: Inputs, config: Config) -> dict[str, int | None]:
     # The limit is chosen for the causal mask; with others, which need more registers, it would spill.
-    limit = config.get("maxnreg") if inputs.causal else None
+    limit = config.get("maxnreg") if not inputs.general else None
     return {"num_warps": config["num_warps"], "num_stages": config["num_stages"], "maxnreg": limit}

@@ -1,7 +1,8 @@
 """HSTU attention, its softmax ablation and cached attention in plain torch, padded to (B, h, N, N).
 
 Shapes: B sequences of up to N tokens, T in all, of h heads. q and k are (T, h, dqk), v is (T, h, dv), times are (T,),
-all jagged by offsets (B + 1,); the tables p (2P - 1,) and w (129,); num_targets (B,).
+all jagged by offsets (B + 1,); the tables p (2P - 1,) and w (129,); num_targets (B,). With key_offsets (B + 1,), k, v
+and key times are (T', ...), jagged by these.
 """
 
 import functools
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import jagged
+from .mask import CAUSAL, Mask
 
 #: Entries of the time bias table: buckets 0..128.
 TIME_BUCKETS = 129
@@ -27,7 +29,7 @@ def hstu_attention(
     max_len: int,
     *,
     alpha: float = 1.0,
-    attention_scale: float | None = None,
+    attention_scale: float | torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
     time_bias: torch.Tensor | None = None,
     query_time: torch.Tensor | None = None,
@@ -35,12 +37,26 @@ def hstu_attention(
     max_attn_len: int = 0,
     contextual_seq_len: int = 0,
     num_targets: torch.Tensor | None = None,
+    min_full_attn_seq_len: int = 0,
+    num_sink_tokens: int = 0,
+    causal: bool = True,
+    target_group_size: int = 1,
+    key_offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    scores = _scores(q, k, offsets, max_len, num_targets, alpha, position_bias, time_bias, query_time, key_time)
-    seen = visible(offsets, max_len, max_attn_len, contextual_seq_len, num_targets)  # (B or 1, N, N)
-    weights = F.silu(scores).masked_fill(~seen[:, None], 0.0)  # (B, h, N, N)
-    n = own_length(offsets, num_targets)[:, None, None, None] if attention_scale is None else attention_scale
-    return _weighted_values(weights / n, v, offsets, max_len)  # (T, h, dv)
+    mask = Mask(
+        max_attn_len, contextual_seq_len, min_full_attn_seq_len, num_sink_tokens, causal, target_group_size
+    )  # fmt: skip
+    scores = _scores(
+        q, k, offsets, max_len, num_targets, key_offsets, alpha, position_bias, time_bias, query_time, key_time
+    )
+    seen = visible(offsets, max_len, mask, num_targets, key_offsets)[:, None]  # (B or 1, 1, N, N)
+    weights = F.silu(scores).masked_fill(~seen, 0.0)  # (B, h, N, N)
+    if isinstance(attention_scale, torch.Tensor):
+        output = _weighted_values(weights, v, q.shape[0], offsets, max_len, key_offsets)
+        return (output / attention_scale[:, None, None]).to(output.dtype)
+    lengths = own_length(offsets if key_offsets is None else key_offsets, num_targets)
+    n = lengths[:, None, None, None] if attention_scale is None else attention_scale
+    return _weighted_values(weights / n, v, q.shape[0], offsets, max_len, key_offsets)  # (T, h, dv)
 
 
 def softmax_attention(
@@ -58,11 +74,22 @@ def softmax_attention(
     max_attn_len: int = 0,
     contextual_seq_len: int = 0,
     num_targets: torch.Tensor | None = None,
+    min_full_attn_seq_len: int = 0,
+    num_sink_tokens: int = 0,
+    causal: bool = True,
+    target_group_size: int = 1,
+    key_offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    scores = _scores(q, k, offsets, max_len, num_targets, alpha, position_bias, time_bias, query_time, key_time)
-    seen = visible(offsets, max_len, max_attn_len, contextual_seq_len, num_targets)  # (B or 1, N, N)
-    weights = torch.softmax(scores.masked_fill(~seen[:, None], -torch.inf), dim=-1)  # (B, h, N, N)
-    return _weighted_values(weights, v, offsets, max_len)  # (T, h, dv)
+    mask = Mask(
+        max_attn_len, contextual_seq_len, min_full_attn_seq_len, num_sink_tokens, causal, target_group_size
+    )  # fmt: skip
+    scores = _scores(
+        q, k, offsets, max_len, num_targets, key_offsets, alpha, position_bias, time_bias, query_time, key_time
+    )
+    seen = visible(offsets, max_len, mask, num_targets, key_offsets)[:, None]  # (B or 1, 1, N, N)
+    # A finite number, since a query may see nothing; its weights are zero.
+    weights = torch.softmax(scores.masked_fill(~seen, torch.finfo(scores.dtype).min), dim=-1)  # (B, h, N, N)
+    return _weighted_values(weights.masked_fill(~seen, 0.0), v, q.shape[0], offsets, max_len, key_offsets)
 
 
 def cached_attention(
@@ -77,7 +104,7 @@ def cached_attention(
     max_cached_len: int,
     *,
     alpha: float = 1.0,
-    attention_scale: float | None = None,
+    attention_scale: float | torch.Tensor | None = None,
     softmax: bool = False,
     position_bias: torch.Tensor | None = None,
     time_bias: torch.Tensor | None = None,
@@ -85,6 +112,8 @@ def cached_attention(
     key_time: torch.Tensor | None = None,
     cached_time: torch.Tensor | None = None,
     max_attn_len: int = 0,
+    num_sink_tokens: int = 0,
+    target_group_size: int = 1,
 ) -> torch.Tensor:
     """The new tokens as targets behind their sequence's T' stored ones, cached_k (T', h, dqk), cached_v (T', h, dv)."""
     lengths, cached_lengths = offsets.diff(), cached_offsets.diff()  # (B,)
@@ -104,6 +133,8 @@ def cached_attention(
         if query_time is None or key_time is None or cached_time is None:
             raise ValueError("time_bias needs query_time, key_time and cached_time")
         times = {"query_time": join(cached_time, query_time), "key_time": join(cached_time, key_time)}
+    if isinstance(attention_scale, torch.Tensor):
+        attention_scale = join(attention_scale.new_ones(len(cached_k)), attention_scale)
     attend = softmax_attention if softmax else functools.partial(hstu_attention, attention_scale=attention_scale)
     joined_q = join(q.new_zeros(len(cached_k), *q.shape[1:]), q)
     output = attend(
@@ -118,6 +149,8 @@ def cached_attention(
         **times,
         max_attn_len=max_attn_len,
         num_targets=lengths,
+        num_sink_tokens=num_sink_tokens,
+        target_group_size=target_group_size,
     )
     return output[is_new]  # (T, h, dv)
 
@@ -148,25 +181,48 @@ _kept_bucket_starts = functools.cache(_new_bucket_starts)
 
 
 def visible(
-    offsets: torch.Tensor, max_len: int, max_attn_len: int, contextual_seq_len: int, num_targets: torch.Tensor | None
+    offsets: torch.Tensor,
+    max_len: int,
+    mask: Mask = CAUSAL,
+    num_targets: torch.Tensor | None = None,
+    key_offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Whether token i of a sequence sees its token j: rows i, columns j. `hstu_attention` states the rules.
+    """Whether query i of a sequence sees its key j: rows i, columns j. `hstu_attention` states the rules.
 
-    (B, N, N) where sequences differ, which they do with targets and with a prefix; else (1, N, N).
+    (B, N, N), or (1, N, N) where all sequences have the same mask, but for what is beyond their ends.
     """
-    position = torch.arange(max_len, device=offsets.device)
-    i, j = position[:, None], position[None, :]  # (N, 1), (1, N)
-    seen = (j <= i)[None]
-    if num_targets is not None:
-        history = _history(offsets, num_targets)[:, None, None]  # (B, 1, 1)
-        seen = seen & ((j < history) | (i == j))
-        i, j = torch.minimum(i, history), torch.minimum(j, history)
-    if max_attn_len:
-        seen = seen & (i - j <= max_attn_len)
-    if contextual_seq_len:
-        in_prefix = position < _history(offsets, num_targets).clamp(max=contextual_seq_len)[:, None]  # (B, N)
-        seen = seen | in_prefix[:, None, :]
-    return seen
+    window, prefix, full, sinks, causal, group = mask
+    row = torch.arange(max_len, device=offsets.device)
+    i, j = row[None, :, None], row[None, None, :]
+    if num_targets is None and key_offsets is None and causal and not (prefix or full):
+        keys = history = row.new_full((1, 1, 1), max_len)
+    else:
+        keys = (offsets if key_offsets is None else key_offsets).diff()[:, None, None]  # (B, 1, 1)
+        history = _history(offsets if key_offsets is None else key_offsets, num_targets)[:, None, None]
+    if key_offsets is not None:
+        i = i + _first_position(offsets, key_offsets)[:, None, None]  # (B, N, 1)
+    end = history - max(prefix - 1, 0)  # where the history ends, the prefix counted as one
+
+    def place(position: torch.Tensor) -> torch.Tensor:
+        """Prefix tokens all stand at 0, and targets where the history ends."""
+        return torch.minimum((position - max(prefix - 1, 0)).clamp(min=0), end)
+
+    distance = place(i) - place(j)  # (B or 1, N, N)
+    distance = distance if causal else distance.abs()
+    seen = distance > 0
+    if window:
+        near = distance <= window
+        if full:
+            near = near | (place(i) >= end - full)
+        seen = seen & (near | (j < sinks))
+    seen = seen | (i == j)
+    if group > 1:
+        target, other = i - history, j - history
+        together = (target >= 0) & (other >= 0) & (target // group == other // group)
+        seen = seen | (together & (j <= i) if causal else together)
+    if prefix:
+        seen = seen | ((place(i) == 0) & (place(j) < end))
+    return seen & (i >= 0) & (j < keys)
 
 
 def own_length(offsets: torch.Tensor, num_targets: torch.Tensor | None) -> torch.Tensor:
@@ -182,12 +238,18 @@ def _history(offsets: torch.Tensor, num_targets: torch.Tensor | None) -> torch.T
     return offsets.diff() if num_targets is None else (offsets.diff() - num_targets).clamp(min=0)
 
 
+def _first_position(offsets: torch.Tensor, key_offsets: torch.Tensor) -> torch.Tensor:
+    """(B,) where a sequence's first query stands among its keys: the last query stands where the last key does."""
+    return key_offsets.diff() - offsets.diff()
+
+
 def _scores(
     q: torch.Tensor,
     k: torch.Tensor,
     offsets: torch.Tensor,
     max_len: int,
     num_targets: torch.Tensor | None,
+    key_offsets: torch.Tensor | None,
     alpha: float,
     position_bias: torch.Tensor | None,
     time_bias: torch.Tensor | None,
@@ -195,26 +257,37 @@ def _scores(
     key_time: torch.Tensor | None,
 ) -> torch.Tensor:
     """alpha q_i . k_j + b_ij, padded: (B, h, N, N)."""
-    scores = alpha * _to_heads(q, offsets, max_len) @ _to_heads(k, offsets, max_len).transpose(-1, -2)
+    of_keys = offsets if key_offsets is None else key_offsets
+    scores = alpha * _to_heads(q, offsets, max_len) @ _to_heads(k, of_keys, max_len).transpose(-1, -2)
     if position_bias is not None:
-        position = torch.arange(max_len, device=q.device)[None]  # (1, N)
-        if num_targets is not None:
-            position = torch.minimum(position, _history(offsets, num_targets)[:, None])  # (B, N)
-        scores = scores + _position_term(position_bias, position)[:, None]
+        query = key = torch.arange(max_len, device=q.device)[None]  # (1, N)
+        if key_offsets is not None:
+            query = query + _first_position(offsets, key_offsets)[:, None]  # (B, N)
+        if num_targets is not None or key_offsets is not None:
+            history = _history(of_keys, num_targets)[:, None]  # (B, 1)
+            query, key = torch.minimum(query, history), torch.minimum(key, history)  # (B, N)
+        scores = scores + _position_term(position_bias, query, key)[:, None]
     if time_bias is not None:
         if query_time is None or key_time is None:
             raise ValueError("time_bias needs query_time and key_time")
-        scores = scores + _time_term(time_bias, query_time, key_time, offsets, max_len)[:, None]
+        scores = scores + _time_term(time_bias, query_time, key_time, offsets, of_keys, max_len)[:, None]
     return scores
 
 
-def _weighted_values(weights: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
-    """(B, h, N, N) weights times v, back to jagged (T, h, dv)."""
+def _weighted_values(
+    weights: torch.Tensor,
+    v: torch.Tensor,
+    tokens: int,
+    offsets: torch.Tensor,
+    max_len: int,
+    key_offsets: torch.Tensor | None,
+) -> torch.Tensor:
+    """(B, h, N, N) weights times v, back to the T `tokens` of queries, jagged (T, h, dv)."""
     heads, dv = v.shape[1:]
-    values = _to_heads(v, offsets, max_len)  # (B, h, N, dv)
+    values = _to_heads(v, offsets if key_offsets is None else key_offsets, max_len)  # (B, h, N, dv)
     output = (weights.to(values.dtype) @ values).transpose(1, 2)
     output = output.reshape(offsets.shape[0] - 1, max_len, heads * dv)
-    return jagged.to_jagged(output, offsets, v.shape[0]).view(-1, heads, dv)
+    return jagged.to_jagged(output, offsets, tokens).view(-1, heads, dv)
 
 
 def _to_heads(tensor: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
@@ -224,18 +297,24 @@ def _to_heads(tensor: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torc
     return padded.view(offsets.shape[0] - 1, max_len, heads, dim).transpose(1, 2)
 
 
-def _position_term(table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """p[position_j - position_i] as (B, N, N) for positions (B, N); B is 1 where all sequences have the same."""
+def _position_term(table: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """p[key - query] as (B, N, N) for positions (B, N); B is 1 where all sequences have the same. Queries that see
+    nothing may stand anywhere."""
     zero = (len(table) - 1) // 2
-    return _Lookup.apply(table, position[:, None, :] - position[:, :, None] + zero)
+    return _Lookup.apply(table, (key[:, None, :] - query[:, :, None] + zero).clamp(0, 2 * zero))
 
 
 def _time_term(
-    table: torch.Tensor, query_time: torch.Tensor, key_time: torch.Tensor, offsets: torch.Tensor, n: int
+    table: torch.Tensor,
+    query_time: torch.Tensor,
+    key_time: torch.Tensor,
+    offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    n: int,
 ) -> torch.Tensor:
     """w[bucket(query_time_i - key_time_j)] as (B, N, N)."""
     query = jagged.to_padded(query_time[:, None], offsets, n)  # (B, N, 1)
-    key = jagged.to_padded(key_time[:, None], offsets, n).transpose(1, 2)  # (B, 1, N)
+    key = jagged.to_padded(key_time[:, None], key_offsets, n).transpose(1, 2)  # (B, 1, N)
     return _Lookup.apply(table, time_bucket(query - key))
 
 

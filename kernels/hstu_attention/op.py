@@ -1,6 +1,7 @@
 """HSTU and softmax attention as operations of torch, forward and backward."""
 
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -8,9 +9,15 @@ import torch
 from ..common import configuration, first_derivatives_only, reverse_mode_only
 from .hopper import backward as hopper_backward
 from .hopper import fits as hopper_fits
-from .inputs import Inputs, shape_class, token_rows
+from .inputs import Inputs, is_general, shape_class, token_rows
 from .launch import Gradient, backward_bias, backward_kv, backward_q, forward
+from .mask import Mask
 from .prepare import BiasTables, Handed, Needs
+
+#: What `attention` takes, in its order, and what it may be called without.
+_ARGUMENTS = [field.name for field in fields(Inputs)]
+_DEFAULTS = {field.name: field.default for field in fields(Inputs) if field.default is not MISSING}
+_OPTIONAL = ("position_bias", "time_bias", "query_time", "key_time", "num_targets", "key_offsets", "query_scale")
 
 
 @torch.library.custom_op("hstu::attention", mutates_args=())
@@ -30,13 +37,20 @@ def attention(
     contextual_seq_len: int,
     num_targets: torch.Tensor | None,
     softmax: bool,
+    min_full_attn_seq_len: int = 0,
+    num_sink_tokens: int = 0,
+    causal: bool = True,
+    target_group_size: int = 1,
+    key_offsets: torch.Tensor | None = None,
+    query_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output (T, h, dv); and for the backward pass lse, the logarithms of softmax's denominators (h, T), and
-    `Handed`'s tensors; empty where they do not apply."""
+    `Handed`'s tensors; empty where they do not apply. `query_scale` (T,): an N for each query."""
     with torch.cuda.device_of(q):
         inputs = Inputs(
             q, k, v, offsets, max_len, alpha, attention_scale, position_bias, time_bias, query_time, key_time,
-            max_attn_len, contextual_seq_len, num_targets, softmax,
+            max_attn_len, contextual_seq_len, num_targets, softmax, min_full_attn_seq_len, num_sink_tokens, causal,
+            target_group_size, key_offsets, query_scale,
         )  # fmt: skip
         bias = BiasTables(inputs)
         return *forward(inputs, bias, inputs.configuration("forward")), *bias.handed
@@ -59,16 +73,26 @@ def _(
     contextual_seq_len: int,
     num_targets: torch.Tensor | None,
     softmax: bool,
+    min_full_attn_seq_len: int = 0,
+    num_sink_tokens: int = 0,
+    causal: bool = True,
+    target_group_size: int = 1,
+    key_offsets: torch.Tensor | None = None,
+    query_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     lse = q.new_empty((q.shape[1], q.shape[0]) if softmax else (0,), dtype=torch.float32)
-    causal = not (max_attn_len or contextual_seq_len or num_targets is not None)
+    mask = Mask(
+        max_attn_len, contextual_seq_len, min_full_attn_seq_len, num_sink_tokens, causal, target_group_size
+    )  # fmt: skip
+    general = is_general(mask, num_targets, key_offsets, query_scale)
+    packed = time_bias is not None and key_offsets is None
     zero = None if position_bias is None else (position_bias.shape[0] - 1) // 2
     blocks = 0, 0
     if time_bias is not None:
         config = configuration("hstu_attention.forward", shape_class(q, v, max_len, True), q.device)
         blocks = config["block_m"], config["block_n"]
-    handed = Handed.empty(q, offsets, max_len, Needs(zero, time_bias is not None, causal, *blocks))
-    return v.new_empty(v.shape), lse, *handed
+    handed = Handed.empty(q, offsets, max_len, Needs(zero, packed, not general, *blocks))
+    return v.new_empty(*q.shape[:2], v.shape[2]), lse, *handed
 
 
 @torch.library.custom_op("hstu::attention_backward", mutates_args=())
@@ -80,8 +104,7 @@ def attention_backward(
     max_len: int,
     alpha: float,
     attention_scale: float | None,
-    max_attn_len: int,
-    contextual_seq_len: int,
+    mask: Sequence[int],
     softmax: bool,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -90,20 +113,21 @@ def attention_backward(
     Args:
         grad: of the output.
         outputs: what `attention` returned; its first is read for softmax alone.
-        tensors: q, k, v, offsets, then of position_bias, time_bias, query_time, key_time and num_targets those `given`.
+        tensors: q, k, v, offsets, then of `_OPTIONAL` those `given`.
+        mask: `Mask`'s numbers.
     """
     q, k, v, offsets, *rest = tensors
     there = iter(rest)
-    position_bias, time_bias, query_time, key_time, num_targets = (next(there) if one else None for one in given)
+    optional: dict[str, Any] = {name: next(there) if one else None for name, one in zip(_OPTIONAL, given, strict=True)}
+    position_bias, time_bias = optional["position_bias"], optional["time_bias"]
     output, lse, *handed = outputs
     with torch.cuda.device_of(q):
         if not q.numel() or not max_len:
             tables = [lse.new_empty(0) if t is None else torch.zeros_like(t) for t in (position_bias, time_bias)]
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), tables[0], tables[1]
-        inputs = Inputs(
-            q, k, v, offsets, max_len, alpha, attention_scale, position_bias, time_bias, query_time, key_time,
-            max_attn_len, contextual_seq_len, num_targets, softmax,
-        )  # fmt: skip
+        numbers: dict[str, Any] = dict(zip(Mask._fields, mask, strict=True))
+        numbers["causal"] = bool(numbers["causal"])
+        inputs = Inputs(q, k, v, offsets, max_len, alpha, attention_scale, softmax=softmax, **optional, **numbers)
         grad = token_rows(grad)
         if not deterministic and hopper_fits(inputs, grad):
             sums, dk, dv = hopper_backward(inputs, grad)
@@ -113,15 +137,16 @@ def attention_backward(
         gradient = Gradient(grad, lse, delta)
         config = inputs.configuration("bwd_dkdv")
         # One pass that adds dq as it goes, in no fixed order; or a second kernel for dq.
-        added = not deterministic and bool(config["add_dq"])
+        added = not deterministic and bool(config["add_dq"]) and not inputs.history_sees_targets
         dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if added else None
-        dk, dv, target_sums = backward_kv(inputs, bias, config, gradient, dq)
+        dk, dv, by_key = backward_kv(inputs, bias, config, gradient, dq)
+        by_query = None
         if dq is None:
-            dq = backward_q(inputs, bias, inputs.configuration("bwd_dq"), gradient)
+            dq, by_query = backward_q(inputs, bias, inputs.configuration("bwd_dq"), gradient)
         dp = dw = None
         if inputs.biased:
             config = inputs.configuration("bias_gradient")
-            dp, dw = backward_bias(inputs, bias, config, gradient, target_sums, deterministic)
+            dp, dw = backward_bias(inputs, bias, config, gradient, (by_key, by_query), deterministic)
         return (
             dq.to(q.dtype),
             dk,
@@ -149,21 +174,21 @@ def gradients(
     grad: torch.Tensor, outputs: Sequence[torch.Tensor], arguments: Sequence[Any], deterministic: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`attention_backward` of what `attention` returned and took, in its order."""
-    q, k, v, offsets, *numbers, softmax = arguments
-    max_len, alpha, attention_scale, *optional, max_attn_len, contextual_seq_len, num_targets = numbers
-    optional.append(num_targets)
+    named = _DEFAULTS | dict(zip(_ARGUMENTS, arguments, strict=False))
+    q, k, v, offsets, max_len, alpha, attention_scale = arguments[:7]
+    optional = [named[name] for name in _OPTIONAL]
     tensors = [q, k, v, offsets, *(tensor for tensor in optional if tensor is not None)]
     given = [tensor is not None for tensor in optional]
+    mask = [int(named[name]) for name in Mask._fields]
     return attention_backward(
-        grad, list(outputs), tensors, given, max_len, alpha, attention_scale, max_attn_len, contextual_seq_len, softmax,
-        deterministic,
-    )  # fmt: skip
+        grad, list(outputs), tensors, given, max_len, alpha, attention_scale, mask, named["softmax"], deterministic
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
     ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
-    softmax = inputs[-1]
+    softmax = inputs[_ARGUMENTS.index("softmax")]
     ctx.num_outputs = len(output)
     ctx.save_for_backward(
         *(value for value in inputs if isinstance(value, torch.Tensor)),

@@ -201,7 +201,7 @@ class Needs(NamedTuple):
     """What decides the shapes of `Handed`."""
 
     position_zero: int | None  # None without a position bias
-    timed: bool  # there is a time bias
+    timed: bool  # there is a time bias, and tiles' buckets are packed
     causal: bool  # under the causal mask alone
     block_m: int  # of the forward kernel
     block_n: int
@@ -273,12 +273,12 @@ class BiasTables:
             bucket_edges(inputs.q.device) if inputs.timed else None, _present(handed.band), inputs.query_time,
             inputs.key_time, _present(since), _present(tiles),
         )  # fmt: skip
-        return pointers, tiles.shape[1] if inputs.timed else 0
+        return pointers, tiles.shape[1] if inputs.packed else 0
 
     def tile_buckets(self, block_m: int, block_n: int) -> TileBuckets:
         if (block_m, block_n) not in self._tile_buckets:
             since, tiles = self.handed.since, self.handed.tiles
-            if self.inputs.timed:
+            if self.inputs.packed:
                 slots = len(since[0]) // block_m + self.inputs.num_sequences + 1
                 tiles = tiles.new_empty(slots, triton.cdiv(self.inputs.max_len, block_n))
                 since = torch.empty_like(since)
@@ -289,7 +289,7 @@ class BiasTables:
     def _make(self, block_m: int, block_n: int) -> Handed:
         inputs = self.inputs
         zero = None if inputs.position_bias is None else inputs.position_zero
-        needs = Needs(zero, inputs.timed, inputs.causal, block_m, block_n)
+        needs = Needs(zero, inputs.packed, not inputs.general, block_m, block_n)
         handed = Handed.empty(inputs.q, inputs.offsets[: inputs.num_sequences + 1], inputs.max_len, needs)
         if not len(inputs.q) or not inputs.max_len:
             return handed
@@ -301,7 +301,7 @@ class BiasTables:
                 bucket_edges(inputs.q.device), inputs.query_time, inputs.key_time, inputs.position_zero,
                 POSITION=inputs.position_bias is not None, BLOCK=BAND_TILE, INLINE_ASM=inputs.q.is_cuda,
             )  # fmt: skip
-        if inputs.timed:
+        if inputs.packed:
             self._fill_tiles(block_m, block_n, handed.since, handed.tiles)
         return handed
 

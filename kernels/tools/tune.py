@@ -97,7 +97,7 @@ def run(call: Call, kernel: str, config: Config) -> None:
         case "bwd_dq":
             launch.backward_q(inputs, bias, config, gradient)
         case "bias_gradient":
-            launch.backward_bias(inputs, bias, config, gradient, None, deterministic=False)
+            launch.backward_bias(inputs, bias, config, gradient, (None, None), deterministic=False)
 
 
 def compiles(job: tuple[str, int, torch.dtype, str, bool, Config]) -> str:

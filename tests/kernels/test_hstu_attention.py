@@ -184,13 +184,18 @@ def test_what_fits_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
         "q": q, "k": k, "v": v, "offsets": offsets, "max_len": 7, "alpha": 0.5, "position_bias": position,
         "time_bias": time, "query_time": query_time, "key_time": key_time, "max_attn_len": 3, "contextual_seq_len": 2,
-        "num_targets": torch.tensor([1, 0, 2]),
+        "num_targets": torch.tensor([1, 0, 2]), "min_full_attn_seq_len": 1, "num_sink_tokens": 4, "causal": False,
+        "target_group_size": 6, "key_offsets": offsets.clone(),
     }  # fmt: skip
     names = list(inspect.signature(op.attention._init_fn).parameters)
     monkeypatch.setattr("kernels.hstu_attention.fits_triton", lambda *_: True)
     monkeypatch.setattr(op, "attention", lambda *found: (dict(zip(names, found, strict=True)),))
-    assert hstu_attention(**given, attention_scale=9.0) == given | {"attention_scale": 9.0, "softmax": False}
-    assert softmax_attention(**given) == given | {"attention_scale": None, "softmax": True}
+    silu, softmax = ({"softmax": one, "query_scale": None} for one in (False, True))
+    each = torch.ones(len(q))
+    assert hstu_attention(**given, attention_scale=9.0) == given | silu | {"attention_scale": 9.0}
+    by_query = silu | {"attention_scale": None, "query_scale": each}
+    assert hstu_attention(**given, attention_scale=each) == given | by_query
+    assert softmax_attention(**given) == given | softmax | {"attention_scale": None}
 
 
 def cached_inputs() -> dict[str, object]:
@@ -200,7 +205,8 @@ def cached_inputs() -> dict[str, object]:
         "q": q, "k": k, "v": v, "offsets": offsets, "cached_k": cached_k, "cached_v": cached_v,
         "cached_offsets": cached_offsets, "max_len": 3, "max_cached_len": 6, "alpha": 0.5, "attention_scale": 9.0,
         "softmax": False, "position_bias": position, "time_bias": time, "query_time": query_time,
-        "key_time": key_time, "cached_time": cached_time, "max_attn_len": 4,
+        "key_time": key_time, "cached_time": cached_time, "max_attn_len": 4, "num_sink_tokens": 1,
+        "target_group_size": 2,
     }  # fmt: skip
 
 
@@ -212,7 +218,7 @@ def test_what_fits_goes_to_triton_with_a_cache(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cached, "cached_attention", lambda *found: dict(zip(names, found, strict=True)))
     found = cached_attention(**given)
     times = [given.pop(name) for name in ("query_time", "key_time", "cached_time")]
-    assert found == given | {"times": times}
+    assert found == given | {"times": times, "query_scale": None}
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -221,7 +227,7 @@ def test_cached_attention_on_a_cpu_is_the_torch_version(softmax: bool) -> None:
     expected = naive.cached_attention(**given)
     assert torch.equal(cached_attention(**given), expected)
     # And each of its arguments counts.
-    for name in ("alpha", "max_attn_len", *(() if softmax else ("attention_scale",))):
+    for name in ("alpha", "max_attn_len", "target_group_size", *(() if softmax else ("attention_scale",))):
         assert not torch.equal(cached_attention(**given | {name: 1}), expected), name
 
 
