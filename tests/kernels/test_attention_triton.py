@@ -49,24 +49,35 @@ class Case:
     window: int = 0
     prefix: int = 0
     targets: tuple[int, ...] | None = None
+    full: int = 0
+    sinks: int = 0
+    causal: bool = True
+    group: int = 1
+    keys: tuple[int, ...] | None = None  # of each sequence, where they are not `lengths`
+    scale_by_query: bool = False
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of both versions; tensors that want a gradient are float64 values that `dtype` holds exactly."""
         generator = torch.Generator().manual_seed(sum(self.lengths) + self.dqk)
-        total, longest = sum(self.lengths), max(self.lengths)
+        keys = self.lengths if self.keys is None else self.keys
+        total, total_keys, longest = sum(self.lengths), sum(keys), max(*self.lengths, *keys)
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator).to(dtype).double().to(DEVICE)
 
-        key_time, query_time = self._times(total, generator)
+        def offsets(lengths: tuple[int, ...]) -> torch.Tensor:
+            return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]).to(DEVICE)
+
+        key_time, query_time = self._times(max(total, total_keys), generator)
+        key_time, query_time = key_time[:total_keys], query_time[:total]
         bias = self.bias
         return {
             "q": random(total, self.heads, self.dqk),
-            "k": random(total, self.heads, self.dqk),
-            "v": random(total, self.heads, self.dv),
+            "k": random(total_keys, self.heads, self.dqk),
+            "v": random(total_keys, self.heads, self.dv),
             "position_bias": random(2 * longest + 5) if bias in ("position", "both") else None,
             "time_bias": random(naive.TIME_BUCKETS) if bias in ("time", "both") else None,
-            "offsets": torch.tensor([0, *torch.tensor(self.lengths).cumsum(0).tolist()]).to(DEVICE),
+            "offsets": offsets(self.lengths),
             "max_len": longest,
             "alpha": self.dqk**-0.5,
             "attention_scale": self.attention_scale,
@@ -75,6 +86,12 @@ class Case:
             "max_attn_len": self.window,
             "contextual_seq_len": self.prefix,
             "num_targets": None if self.targets is None else torch.tensor(self.targets).to(DEVICE),
+            "min_full_attn_seq_len": self.full,
+            "num_sink_tokens": self.sinks,
+            "causal": self.causal,
+            "target_group_size": self.group,
+            "key_offsets": None if self.keys is None else offsets(self.keys),
+            "query_scale": 1 + 99 * random(total).float().sigmoid() if self.scale_by_query else None,
             "grad": random(total, self.heads, self.dv),
         }
 
@@ -118,7 +135,8 @@ def run(version: str, case: Case, inputs: dict[str, Any], dtype: torch.dtype) ->
     if version == "triton":
         output, *_ = op.attention(**arguments, softmax=case.softmax)
     else:
-        attention_scale = arguments.pop("attention_scale")
+        attention_scale, query_scale = arguments.pop("attention_scale"), arguments.pop("query_scale")
+        attention_scale = attention_scale if query_scale is None else query_scale
         rule = {} if case.softmax else {"attention_scale": attention_scale}
         output = (naive.softmax_attention if case.softmax else naive.hstu_attention)(**arguments, **rule)
     return [output.detach(), *torch.autograd.grad(output, [arguments[name] for name in wanted], grad)]
@@ -159,6 +177,27 @@ CASES = {
     "targets": Case(targets=(13, 0, 1, 9)),
     "all targets": Case(lengths=(33, 5), targets=(33, 5), attention_scale=None),
     "targets, window, prefix": Case(targets=(13, 0, 1, 9), window=17, prefix=9),
+    "both ways": Case(causal=False),
+    "both ways, window": Case(causal=False, window=5, attention_scale=None),
+    "both ways, targets": Case(causal=False, targets=(13, 0, 1, 39)),
+    "both ways, targets, window, prefix": Case(causal=False, targets=(13, 0, 1, 9), window=17, prefix=9),
+    "window, newest": Case(window=5, full=20, targets=(3, 0, 0, 9)),
+    "window, sinks": Case(window=5, sinks=9),
+    "window, sinks, newest, prefix, groups": Case(window=5, sinks=9, full=4, prefix=3, targets=(13, 0, 1, 35), group=4),
+    "both ways, window, sinks, newest, groups": Case(
+        causal=False, window=5, sinks=9, full=4, targets=(13, 0, 1, 35), group=4, attention_scale=None
+    ),
+    "groups": Case(targets=(13, 0, 1, 50), group=7),
+    "keys": Case(keys=(70, 3, 0, 33), times="random"),
+    "keys, appended": Case(lengths=(3, 0, 5), keys=(70, 30, 5), bias="position"),
+    "keys, all masks": Case(
+        keys=(60, 3, 1, 75), window=9, sinks=5, full=6, prefix=4, targets=(13, 1, 1, 21), group=4, scale_by_query=True
+    ),
+    "keys, both ways, targets": Case(keys=(60, 3, 1, 55), causal=False, targets=(13, 1, 1, 21), scale_by_query=True),
+    "a scale by query": Case(scale_by_query=True),
+    "softmax, keys": Case(softmax=True, keys=(70, 3, 0, 33)),
+    "softmax, both ways, targets": Case(softmax=True, causal=False, targets=(13, 0, 1, 39)),
+    "softmax, window, sinks, groups": Case(softmax=True, window=5, sinks=9, targets=(13, 0, 1, 35), group=4),
     "softmax": Case(softmax=True),
     "softmax, targets, window, prefix": Case(softmax=True, targets=(13, 0, 1, 9), window=17, prefix=9),
     "empty batch": Case(lengths=(0, 0)),
@@ -187,7 +226,9 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype) -> None:
 def cases(draw: st.DrawFn, softmax: bool, bias: str) -> Case:
     longest = 300 if ON_GPU else 40
     lengths = tuple(draw(st.lists(st.integers(0, longest), min_size=1, max_size=3)))
-    targets = tuple(draw(st.integers(0, n)) for n in lengths) if draw(st.booleans()) else None
+    keys = tuple(draw(st.integers(0, longest)) for _ in lengths) if draw(st.booleans()) else None
+    targets = tuple(draw(st.integers(0, n)) for n in keys or lengths) if draw(st.booleans()) else None
+    window = draw(st.sampled_from([0, 1, 30]))
     # Where all times are equal, softmax's time gradient is a sum that cancels to nothing but rounding.
     times = ["sorted", "reversed", "random", "far", *([] if softmax else ["equal"])]
     return Case(
@@ -199,9 +240,15 @@ def cases(draw: st.DrawFn, softmax: bool, bias: str) -> Case:
         times=draw(st.sampled_from(times)),
         softmax=softmax,
         attention_scale=draw(st.sampled_from([None, 211.0])),
-        window=draw(st.sampled_from([0, 1, 30])),
+        window=window,
         prefix=draw(st.sampled_from([0, 1, 20])),
         targets=targets,
+        full=draw(st.sampled_from([0, 1, 20])) if window else 0,
+        sinks=draw(st.sampled_from([0, 1, 20])) if window else 0,
+        causal=draw(st.booleans()),
+        group=draw(st.sampled_from([1, 3, 20])) if targets else 1,
+        keys=keys,
+        scale_by_query=draw(st.booleans()) and not softmax,
     )
 
 
