@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.hstu_attention.mask import Mask
 from kernels.hstu_attention.naive import visible
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/kernels.md").read_text(encoding="utf-8")
@@ -26,11 +27,20 @@ def test_the_code_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("text", MASKS, ids=[text.split("\n")[0] for text in MASKS])
 def test_a_picture_is_the_mask(text: str) -> None:
+    """Its first line says how many tokens, or queries and keys, and the arguments."""
     first, *rows = text.splitlines()
-    tokens, *arguments = first.split(", ")
-    given = {name: int(value) for name, value in (argument.split() for argument in arguments)}
-    targets = torch.tensor([given["num_targets"]]) if "num_targets" in given else None
-    assert given.keys() <= {"max_attn_len", "contextual_seq_len", "num_targets"}
-    n = int(tokens.removesuffix(" tokens"))
-    seen = visible(torch.tensor([0, n]), n, given.get("max_attn_len", 0), given.get("contextual_seq_len", 0), targets)
-    assert [" ".join("x" if one else "." for one in row) for row in seen[0].tolist()] == rows
+    sizes, *arguments = first.split(", ")
+    pairs = (argument.split() for argument in arguments)
+    given = {name: value != "False" and int(value) for name, value in pairs}
+    targets = torch.tensor([given.pop("num_targets")]) if "num_targets" in given else None
+    counts = [int(number) for number in re.findall(r"\d+", sizes)]
+    queries, keys = counts if len(counts) == 2 else counts * 2
+    key_offsets = None if queries == keys else torch.tensor([0, keys])
+    seen = visible(torch.tensor([0, queries]), max(counts), Mask(**given), targets, key_offsets)
+    seen = seen[0, :queries, :keys]
+    assert [" ".join("x" if one else "." for one in row) for row in seen.tolist()] == rows
+
+
+def test_every_argument_of_a_mask_has_a_picture() -> None:
+    headings = " ".join(text.splitlines()[0] for text in MASKS)
+    assert [name for name in (*Mask._fields, "num_targets", "queries") if name not in headings] == []
