@@ -192,16 +192,22 @@ def _whole_group(position, sequence, FLAGS):
 
 
 @triton.jit
+def _tiles_between(tile, begin, end, BLOCK):
+    """How many tiles the range [begin, end), which may be empty, has from `tile` on."""
+    return tl.where(end > begin, tl.maximum(tl.cdiv(end, BLOCK) - tile, 0), 0)
+
+
+@triton.jit
 def _runs(begin, end, second, second_end, third, third_end, BLOCK):
     """The tiles of three ranges of positions, of which the later ones begin later; each tile once."""
     first_tile = begin // BLOCK
-    count = tl.maximum(tl.cdiv(end, BLOCK) - first_tile, 0)
+    count = _tiles_between(first_tile, begin, end, BLOCK)
     past = first_tile + count
     second_tile = tl.maximum(second // BLOCK, past)
-    second_count = tl.maximum(tl.cdiv(second_end, BLOCK) - second_tile, 0)
+    second_count = _tiles_between(second_tile, second, second_end, BLOCK)
     past = tl.where(second_count > 0, second_tile + second_count, past)
     third_tile = tl.maximum(third // BLOCK, past)
-    third_count = tl.maximum(tl.cdiv(third_end, BLOCK) - third_tile, 0)
+    third_count = _tiles_between(third_tile, third, third_end, BLOCK)
     return TileRuns(first_tile, count, second_tile, second_count, third_tile, third_count)
 
 

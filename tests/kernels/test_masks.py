@@ -5,14 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_masks import offsets_of, random_mask
 from masks_by_hand import TABLES, Table
 
 from kernels.hstu_attention import cached_attention, grouped, hstu_attention, naive, softmax_attention
 from kernels.hstu_attention.mask import Mask
-
-
-def offsets_of(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: f"{table.settings}: {table.rows}")
@@ -58,26 +55,6 @@ def sees(i: int, j: int, keys: int, targets: int, mask: Mask) -> bool:
         return True
     newest = mask.min_full_attn_seq_len > 0 and place(i) >= end - mask.min_full_attn_seq_len
     return newest or j < mask.num_sink_tokens
-
-
-def random_mask(draw: random.Random, targets: bool, most: int = 5) -> Mask:
-    """Half of the options at a time."""
-
-    def number(low: int = 1) -> int:
-        return draw.randint(low, most)
-
-    def some() -> bool:
-        return draw.random() < 0.5
-
-    window = number() if some() else 0
-    return Mask(
-        max_attn_len=window,
-        contextual_seq_len=number() if some() else 0,
-        min_full_attn_seq_len=number() if window and some() else 0,
-        num_sink_tokens=number() if window and some() else 0,
-        causal=some(),
-        target_group_size=number() if targets and some() else 1,
-    )
 
 
 def test_masks_pair_by_pair() -> None:
