@@ -16,6 +16,7 @@ from .tiles import (
     key_tiles,
     load_keys,
     load_queries,
+    one_over_n,
     one_over_n_of,
     sequence_id,
     sequence_of,
@@ -101,21 +102,23 @@ def bwd_dq_kernel(
     if FLAGS.KEY_OFFSETS:
         if first + BLOCK_M <= sequence.first:
             return
+    scale = one_over_n(attention_scale, sequence, FLAGS)
     bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME and not FLAGS.KEY_OFFSETS else None)
     Q = Tokens(q, strides.q_token, strides.q_head, head)
     K = Tokens(k, strides.k_token, strides.k_head, head)
     V = Tokens(v, strides.v_token, strides.v_head, head)
     DO = Tokens(do, strides.o_token, strides.o_head, head)
     i = first + tl.arange(0, BLOCK_M)
-    scale = one_over_n_of(attention_scale, i[:, None], sequence, FLAGS)
+    if FLAGS.QUERY_SCALE:
+        scale = one_over_n_of(attention_scale, i[:, None], sequence, FLAGS)
     q_tile = load_queries(Q, first, sequence, BLOCK_M, SHAPE.DQK, BLOCK_DQK, False, FLAGS)
     do_tile = load_queries(DO, first, sequence, BLOCK_M, SHAPE.DV, SHAPE.BLOCK_DV, False, FLAGS)
     lse_tile = tl.zeros([BLOCK_M], tl.float32)
     delta_tile = tl.zeros([BLOCK_M], tl.float32)
     if FLAGS.SOFTMAX:
-        lane, inside = head.to(tl.int64) * total_tokens + start + i, is_query(i, sequence, FLAGS)
-        lse_tile = tl.load(lse + lane, mask=inside, other=0.0)
-        delta_tile = tl.load(delta + lane, mask=inside, other=0.0)
+        lse_of_head, delta_of_head = lse + head.to(tl.int64) * total_tokens, delta + head.to(tl.int64) * total_tokens
+        lse_tile = tl.load(lse_of_head + start + i, mask=is_query(i, sequence, FLAGS), other=0.0)
+        delta_tile = tl.load(delta_of_head + start + i, mask=is_query(i, sequence, FLAGS), other=0.0)
     queries = Side(i, tables.query_time, times_since(tables.since, i, sequence, FLAGS))
     kept = Queries(q_tile, do_tile, queries, lse_tile, delta_tile)
     buckets = Buckets(0, 0, True, 0.0)

@@ -68,7 +68,10 @@ def _own_key(q_tile, OWN_K, OWN_V, tables, times, j, first, start, end, alpha, p
     if FLAGS.POSITION:
         x += tl.load(tables.position + position_zero)
     if FLAGS.TIME:
-        key_times = tl.load(tables.key_time + j, mask=(j >= start) & (j < end), other=0)[:, None]
+        inside = j < end
+        if FLAGS.GROUPS:
+            inside = inside & (j >= start)
+        key_times = tl.load(tables.key_time + j, mask=inside, other=0)[:, None]
         x += tl.load(tables.time + exact_bucket(times - key_times, tables.edges, FLAGS.INLINE_ASM))
     return x, v_tile
 
@@ -117,22 +120,11 @@ def cached_kernel(
         own_weights = operand(silu(own_x, FLAGS.APPROXIMATE_TANH), own_v.dtype, PRECISION)
         acc = own_weights.to(tl.float32) * own_v.to(tl.float32)
     if FLAGS.GROUPS:
-        for before in range(1, group):
+        for before in range(1, tl.minimum(group, (end - start).to(tl.int32))):
             own_x, own_v = _own_key(
-                q_tile,
-                OWN_K,
-                OWN_V,
-                tables,
-                times,
-                i - before,
-                first - before,
-                start,
-                end,
-                alpha,
-                position_zero,
-                SHAPE,
-                FLAGS,
-            )
+                q_tile, OWN_K, OWN_V, tables, times, i - before, first - before, start, end, alpha, position_zero,
+                SHAPE, FLAGS,
+            )  # fmt: skip
             in_group = ((i - start) % group >= before)[:, None]
             if FLAGS.SOFTMAX:
                 own_x = tl.where(in_group, own_x, _LOWEST)

@@ -313,11 +313,11 @@ def store_tile(tokens, tile, first, sequence, BLOCK, DIM, BLOCK_DIM, OF_KEYS=Fal
     start = sequence.start
     if OF_KEYS:
         start = sequence.key_start
+    index = (start + position).to(tl.int64)
+    rows = tokens.source + index[:, None] * tokens.token_stride + tokens.head * tokens.head_stride
     inside = position < sequence.n
     if CUT_BELOW:
         inside = inside & (position >= sequence.first)
-    index = (start + position).to(tl.int64)
-    rows = tokens.source + index[:, None] * tokens.token_stride + tokens.head * tokens.head_stride
     tl.store(
         rows + columns[None, :],
         tile.to(tokens.source.dtype.element_ty),
