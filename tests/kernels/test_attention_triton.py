@@ -414,15 +414,20 @@ def test_bias_gradients_do_not_depend_on_the_tiles(
 
 
 @pytest.mark.parametrize("softmax", [False, True])
-@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 30}, {"group": 4}, {"group": 99, "window": 10, "sinks": 20, "scale_by_query": True}],
+    ids=["none", "window", "groups", "window, sinks, one group, scales"],
+)
 @pytest.mark.parametrize("bias", ["none", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16, torch.float16] if ON_GPU else [])], ids=str)
 def test_cached_attention_equals_targets_behind_the_history(
-    dtype: torch.dtype, bias: str, window: int, softmax: bool
+    dtype: torch.dtype, bias: str, options: dict[str, Any], softmax: bool
 ) -> None:
+    options = options | {"scale_by_query": options.get("scale_by_query", False) and not softmax}
     case = Case(
-        lengths=(70, 3, 34), targets=(6, 3, 33), bias=bias, window=window, softmax=softmax, attention_scale=None
-    )
+        lengths=(70, 3, 34), targets=(6, 3, 33), bias=bias, softmax=softmax, attention_scale=None, **options
+    )  # fmt: skip
     inputs = case.inputs(dtype)
     output = run("triton", case, inputs, dtype)[0]
     sequence_id, position = naive.jagged.naive.sequence_and_position(inputs["offsets"], len(inputs["q"]))
@@ -438,8 +443,11 @@ def test_cached_attention_equals_targets_behind_the_history(
         "key_time": inputs["key_time"][new],
         "cached_time": inputs["key_time"][~new],
     }
-    in_a_list = {"times": list(times.values())}
-    for version, of_times in ((cached.cached_attention, in_a_list), (naive.cached_attention, times)):
+    scale = inputs["query_scale"]
+    by_query = None if scale is None else scale[new]
+    in_kernel = {"times": list(times.values()), "attention_scale": None, "query_scale": by_query}
+    in_torch = times | {"attention_scale": by_query}
+    for version, others in ((cached.cached_attention, in_kernel), (naive.cached_attention, in_torch)):
         arguments = {
             "q": part("q", new),
             "k": part("k", new),
@@ -451,11 +459,12 @@ def test_cached_attention_equals_targets_behind_the_history(
             "max_len": 33,
             "max_cached_len": 64,
             "alpha": inputs["alpha"],
-            "attention_scale": None,
             "softmax": softmax,
             **tables,
-            **of_times,
-            "max_attn_len": window,
+            **others,
+            "max_attn_len": case.window,
+            "num_sink_tokens": case.sinks,
+            "target_group_size": case.group,
         }
         tolerance = {torch.float32: 3e-3 if ON_GPU else 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
         torch.testing.assert_close(version(**arguments), output[new], rtol=tolerance, atol=tolerance)
