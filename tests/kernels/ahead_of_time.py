@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -161,15 +161,41 @@ _SHORT = ((160, 160), (1,), (7, 0, 211))
 _LONG = ((320, 320), (301,), (7, 0, 515))
 
 
+class Masks(NamedTuple):
+    """Numbers of `hstu_attention`'s mask, and whether rows have a target each, keys of their own number, and every
+    query an N."""
+
+    numbers: dict[str, Any]
+    targets: bool = False
+    keys: bool = False
+    scales: bool = False
+
+
+_NO_MASKS = Masks({})
+
+
 def _attention(
     dtype: torch.dtype, heads: int, dim: int, lengths: tuple[tuple[int, ...], ...], bias: str = "both",
-    softmax: bool = False, masks: bool = False, deterministic: bool = False, dv: int | None = None,
+    softmax: bool = False, masks: Masks = _NO_MASKS, deterministic: bool = False, dv: int | None = None,
 ) -> Case:  # fmt: skip
     def call(lengths: torch.Tensor) -> None:
-        inputs = attention_inputs(lengths, heads, dim, dv or dim, dtype, bias) | {"softmax": softmax}
-        if masks:
-            targets = torch.ones_like(lengths)
-            inputs |= {"max_attn_len": 64, "contextual_seq_len": 8, "num_targets": targets, "attention_scale": None}
+        of_keys = lengths + 7 if masks.keys else lengths
+        inputs = attention_inputs(of_keys, heads, dim, dv or dim, dtype, bias) | {"softmax": softmax}
+        inputs |= {"min_full_attn_seq_len": 0, "num_sink_tokens": 0, "causal": True, "target_group_size": 1}
+        inputs |= {"key_offsets": None, "query_scale": None}  # all there are, in their order
+        inputs |= masks.numbers
+        tokens = int(lengths.sum())
+        if masks != _NO_MASKS:
+            inputs["attention_scale"] = None
+        if masks.targets:
+            inputs["num_targets"] = torch.ones_like(lengths)
+        if masks.keys:
+            inputs |= {"key_offsets": inputs["offsets"], "offsets": torch.nn.functional.pad(lengths.cumsum(0), (1, 0))}
+            inputs["q"] = inputs["q"][:tokens]
+            if inputs["query_time"] is not None:
+                inputs["query_time"] = inputs["query_time"][:tokens]
+        if masks.scales:
+            inputs["query_scale"] = torch.ones(tokens)
         inputs = _on_gpu(inputs)
         outputs = hstu_attention.attention(**inputs)
         hstu_attention.gradients(torch.empty_like(outputs[0]), outputs, list(inputs.values()), deterministic)
@@ -178,14 +204,20 @@ def _attention(
 
 
 def _cached_attention(
-    dtype: torch.dtype, heads: int, dim: int, lengths: tuple[tuple[int, ...], ...], softmax: bool = False
-) -> Case:
+    dtype: torch.dtype, heads: int, dim: int, lengths: tuple[tuple[int, ...], ...], softmax: bool = False,
+    masks: bool = False,
+) -> Case:  # fmt: skip
+    """masks: also groups, first tokens, and an N for each query."""
+
     def call(lengths: torch.Tensor) -> None:
         stored, new = (attention_inputs(n, heads, dim, dim, dtype, "both") for n in (lengths, lengths // 8 + 1))
         names = ("q", "k", "v", "offsets", "max_len", "alpha", "attention_scale", "time_bias")
         inputs = {name: new[name] for name in names} | {"softmax": softmax, "max_attn_len": 64}
         inputs |= {f"cached_{name}": stored[name] for name in ("k", "v", "offsets")}
         inputs |= {"position_bias": stored["position_bias"], "max_cached_len": stored["max_len"]}
+        if masks:
+            inputs |= {"num_sink_tokens": 5, "target_group_size": 3, "attention_scale": None}
+            inputs["query_scale"] = torch.ones(len(inputs["q"]))
         times = [time.as_subclass(OnGPU) for time in (new["query_time"], new["key_time"], stored["key_time"])]
         cached.cached_attention(**_on_gpu(inputs), times=times)
 
@@ -249,13 +281,25 @@ def _projection(dtype: torch.dtype, width: int, ranking: bool = False) -> Case:
 
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+_WINDOW = {"max_attn_len": 64, "contextual_seq_len": 8}
+_ALL_MASKS = Masks(_WINDOW | {"min_full_attn_seq_len": 9, "num_sink_tokens": 5, "target_group_size": 3}, targets=True)
+_BOTH_WAYS = {"causal": False, "max_attn_len": 64, "num_sink_tokens": 5}
 CASES = {
     "attention d 64": _attention(_BF16, 4, 64, _LONG),
     "attention d 64, no bias": _attention(_BF16, 4, 64, _LONG, bias="none"),
     "attention d 32, no bias": _attention(_BF16, 4, 32, _LONG, bias="none"),
     "attention d 64, deterministic": _attention(_BF16, 4, 64, _LONG, deterministic=True),
     "attention d 64, softmax": _attention(_BF16, 4, 64, _LONG, softmax=True),
-    "attention d 64, masks": _attention(_BF16, 4, 64, _LONG, masks=True),
+    "attention d 64, masks": _attention(_BF16, 4, 64, _LONG, masks=Masks(_WINDOW, targets=True)),
+    "attention d 64, all masks": _attention(_BF16, 4, 64, _LONG, masks=_ALL_MASKS),
+    "attention d 64, both ways": _attention(_BF16, 4, 64, _LONG, masks=Masks(_BOTH_WAYS, targets=True)),
+    "attention d 64, keys": _attention(_BF16, 4, 64, _LONG, masks=_ALL_MASKS._replace(keys=True, scales=True)),
+    "attention d 64, keys, softmax, deterministic": _attention(
+        _BF16, 4, 64, _LONG, softmax=True, masks=Masks({}, keys=True), deterministic=True
+    ),
+    "attention d 256, fp32, both ways, deterministic": _attention(
+        _FP32, 2, 256, _LONG, masks=Masks(_BOTH_WAYS, targets=True, scales=True), deterministic=True
+    ),
     "attention d 64, fp16": _attention(_FP16, 4, 64, _LONG),
     "attention d 25, short": _attention(_BF16, 2, 25, _SHORT),
     "attention d 73 and 8": _attention(_BF16, 2, 73, _LONG, dv=8),
@@ -267,6 +311,7 @@ CASES = {
     "attention d 256, fp32, deterministic": _attention(_FP32, 2, 256, _LONG, softmax=True, deterministic=True),
     "attention d 256, deterministic": _attention(_BF16, 2, 256, _LONG, deterministic=True),
     "cached attention d 64": _cached_attention(_BF16, 4, 64, _LONG),
+    "cached attention d 64, groups": _cached_attention(_BF16, 4, 64, _LONG, masks=True),
     "cached attention d 25, short, softmax": _cached_attention(_BF16, 2, 25, _SHORT, softmax=True),
     "cached attention d 256": _cached_attention(_BF16, 2, 256, _LONG),
     "layout of tensor cores": _mma_layout(_BF16, 64, 64, 4, True),
