@@ -1,5 +1,6 @@
 """The masks: by hand, by a loop over pairs, and in the Triton kernels against the torch version."""
 
+import itertools
 import random
 from typing import Any
 
@@ -74,6 +75,19 @@ def test_masks_pair_by_pair() -> None:
                 i = keys[row] - queries[row] + r
                 wanted = [sees(i, j, keys[row], targets[row] if targets else 0, mask) for j in range(keys[row])]
                 assert found[row, r, : keys[row]].tolist() == wanted, (mask, keys, queries, targets, row, r)
+
+
+def test_all_rows_of_up_to_six_tokens() -> None:
+    """Every number of tokens and of targets, under every mask of small numbers."""
+    rows = [(n, m) for n in range(7) for m in range(n + 1)]
+    lengths, targets = map(list, zip(*rows, strict=True))
+    windows = [(0, 0, 0), *itertools.product((1, 2, 4), (0, 1, 2), (0, 1, 3))]
+    for (window, full, sinks), prefix, causal, group in itertools.product(windows, range(5), (True, False), (1, 2, 3)):
+        mask = Mask(window, prefix, full, sinks, causal, group)
+        found = naive.visible(offsets_of(lengths), 6, mask, torch.tensor(targets))
+        for row, (n, m) in enumerate(rows):
+            wanted = [[sees(i, j, n, m, mask) for j in range(n)] for i in range(n)]
+            assert found[row, :n, :n].tolist() == wanted, (mask, n, m)
 
 
 def attention_inputs(queries: list[int], keys: list[int]) -> dict[str, Any]:
