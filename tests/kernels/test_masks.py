@@ -186,3 +186,28 @@ def test_a_cache_refuses_sinks_without_a_window() -> None:
         cached_attention(
             given["q"], k, v, offsets_of([1]), given["k"], given["v"], offsets_of([2]), 1, 2, num_sink_tokens=1
         )
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # 1 / (1 + inf), interpreted
+@pytest.mark.parametrize("attend", [hstu_attention, softmax_attention])
+def test_masks_are_compiled_into_one_graph(attend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators forward and backward, with shapes that change: what they say of theirs is right."""
+    pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
+    monkeypatch.setattr("kernels.hstu_attention.fits_triton", lambda *_: True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for queries, keys in (([5, 0, 7], [6, 2, 7]), ([9, 3], [2, 4])):
+        given = attention_inputs(queries, keys)
+        given |= {"num_targets": torch.tensor([2, 0, 9][: len(keys)]), "target_group_size": 2, "causal": False}
+        given |= {"max_attn_len": 2, "num_sink_tokens": 1, "min_full_attn_seq_len": 1, "contextual_seq_len": 2}
+        if attend is hstu_attention:
+            given["attention_scale"] = torch.arange(1.0, 1 + sum(queries))
+        names = ("q", "k", "v", "position_bias", "time_bias")
+        given = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in given.items()}
+        given |= {name: given[name].float().requires_grad_() for name in names}
+        found, expected = (version(**given) for version in (compiled, attend))
+        torch.testing.assert_close(found, expected)
+        wanted = [given[name] for name in names]
+        one, other = (torch.autograd.grad(output.square().sum(), wanted) for output in (found, expected))
+        for name, ours, same in zip(names, one, other, strict=True):
+            torch.testing.assert_close(ours, same, rtol=1e-3, atol=1e-3, msg=name)
