@@ -319,8 +319,31 @@ def test_masks_over_several_tiles(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["all", "both ways", "keys, all"])
 def test_masks_without_a_bias(name: str) -> None:
-    """Rows of which the launch parameters are others; none goes to Hopper's own backward kernel."""
+    """Rows of which the launch parameters are others."""
     check(replace(MASKS[name], bias="none"), torch.bfloat16)
+
+
+class OnGPU(torch.Tensor):
+    is_cuda = True
+
+
+def test_hoppers_backward_kernel_takes_the_causal_mask_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    given = Case(lengths=(300, 20), dqk=64, dv=64, bias="none").inputs(torch.bfloat16)
+    grad = given.pop("grad").bfloat16().as_subclass(OnGPU)
+    given |= {name: given[name].bfloat16().as_subclass(OnGPU) for name in ("q", "k", "v")}
+    assert op.hopper_fits(op.Inputs(**given, softmax=False), grad)
+    for option in (
+        {"max_attn_len": 5},
+        {"max_attn_len": 5, "num_sink_tokens": 1},
+        {"contextual_seq_len": 1},
+        {"causal": False},
+        {"num_targets": torch.zeros(2, dtype=torch.int64)},
+        {"key_offsets": given["offsets"]},
+        {"query_scale": torch.ones(320)},
+        {"softmax": True},
+    ):
+        assert not op.hopper_fits(op.Inputs(**{"softmax": False} | given | option), grad), option
 
 
 def test_the_tiles_between_two_intervals_are_not_read() -> None:
