@@ -25,27 +25,33 @@ KINDS = {
     "softmax, times": {"softmax": True, "times": True},
     "masks": {"position": True, "times": True, "masks": True},
     "softmax, masks": {"softmax": True, "masks": True},
+    "both ways": {"position": True, "times": True, "masks": True, "both_ways": True},
 }
 
 
 def attention_inputs(
     lengths: list[int], dtype: torch.dtype, position: bool = False, times: bool = False, softmax: bool = False,
-    masks: bool = False,
+    masks: bool = False, both_ways: bool = False, keys: list[int] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
+    """both_ways: masks that are not causal, with groups and an N for each query; keys: of rows, of their own number."""
     torch.manual_seed(0)
-    tokens, longest = sum(lengths), max(lengths)
-    q, k, v, grad = torch.randn(4, tokens, HEADS, DIM).to(DEVICE, dtype)
-    time = (torch.rand(tokens + 1) ** 6 * 10**5).long().cumsum(0).to(DEVICE)
+    of_keys = keys or lengths
+    tokens, key_tokens, longest = sum(lengths), sum(of_keys), max(*lengths, *of_keys)
+    q, grad = torch.randn(2, tokens, HEADS, DIM).to(DEVICE, dtype)
+    k, v = torch.randn(2, key_tokens, HEADS, DIM).to(DEVICE, dtype)
+    time = (torch.rand(max(tokens, key_tokens) + 1) ** 6 * 10**5).long().cumsum(0).to(DEVICE)
     return {
         "q": q, "k": k, "v": v, "grad": grad,
         "offsets": torch.tensor([0, *torch.tensor(lengths).cumsum(0)], device=DEVICE), "max_len": longest,
         "alpha": DIM**-0.5, "attention_scale": 50.0,
         "position_bias": torch.randn(2 * longest - 1).to(DEVICE, dtype) if position else None,
         "time_bias": torch.randn(129).to(DEVICE, dtype) if times else None,
-        "query_time": time[1:] if times else None, "key_time": time[:-1] if times else None,
+        "query_time": time[1 : tokens + 1] if times else None, "key_time": time[:key_tokens] if times else None,
         "max_attn_len": 70 if masks else 0, "contextual_seq_len": 5 if masks else 0,
         "num_targets": torch.tensor([min(4, n) for n in lengths], device=DEVICE) if masks else None,
-        "softmax": softmax,
+        "softmax": softmax, "causal": not both_ways, "target_group_size": 2 if both_ways else 1,
+        "query_scale": 1 + torch.rand(tokens).to(DEVICE) if both_ways else None,
+        "key_offsets": None if keys is None else torch.tensor([0, *torch.tensor(keys).cumsum(0)], device=DEVICE),
     }  # fmt: skip
 
 
@@ -59,25 +65,31 @@ def attention(inputs: dict[str, Any]) -> list[torch.Tensor]:
     return [output.detach(), *torch.autograd.grad(output, list(leaves.values()), grad)]
 
 
-def check(kind: str, lengths: list[int], bad: int, dtype: torch.dtype) -> None:
+def check(kind: str, lengths: list[int], bad: int, dtype: torch.dtype, keys: list[int] | None = None) -> None:
     """NaN in the first token of row `bad` and infinity in its last one, in q, k, v and the gradient."""
-    inputs = attention_inputs(lengths, dtype, **KINDS[kind])
-    offsets = inputs["offsets"].tolist()
-    others = torch.ones(offsets[-1], dtype=torch.bool, device=DEVICE)
-    others[offsets[bad] : offsets[bad + 1]] = False
-    spoilt = dict(inputs)
-    for name in ("q", "k", "v", "grad"):
-        spoilt[name] = inputs[name].clone()
-        spoilt[name][offsets[bad + 1] - 1] = torch.inf
-        spoilt[name][offsets[bad]] = torch.nan
+    inputs = attention_inputs(lengths, dtype, **KINDS[kind], keys=keys)
+    of_keys = keys or lengths
+    others, spoilt = {}, dict(inputs)
+    for names, counts in ((("q", "grad"), lengths), (("k", "v"), of_keys)):
+        first = sum(counts[:bad])
+        last = first + counts[bad] - 1
+        for name in names:
+            spoilt[name] = inputs[name].clone()
+            spoilt[name][last] = torch.inf
+            spoilt[name][first] = torch.nan
+            others[name] = torch.ones(sum(counts), dtype=torch.bool, device=DEVICE)
+            others[name][first : last + 1] = False
     # On a GPU, additions to dq come in no fixed order.
     close = {"rtol": 1e-2, "atol": 1e-2} if ON_GPU else {"rtol": 0, "atol": 0}
     # Of the table, what stands for distances that only other rows have.
-    farther = torch.arange(2 * max(lengths) - 1, device=DEVICE) < max(lengths) - lengths[bad]
+    longest = inputs["max_len"]
+    farther = torch.arange(2 * longest - 1, device=DEVICE) < longest - of_keys[bad]
+    kept = {"output": others["q"], "dq": others["q"], "dk": others["k"], "dv": others["v"], "dp": farther}
     found, clean = attention(spoilt), attention(inputs)
-    for name, ours, same in zip(("output", "dq", "dk", "dv", "dp"), found, clean, strict=False):
-        kept = farther if name == "dp" else others
-        torch.testing.assert_close(ours[kept], same[kept], **close, msg=lambda text, name=name: f"{name}: {text}")
+    assert not all(result.isfinite().all() for result in found)
+    for name, ours, same in zip(kept, found, clean, strict=False):
+        where = kept[name]
+        torch.testing.assert_close(ours[where], same[where], **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(params=[0, 1], ids=["pointers", "descriptors"])
@@ -108,7 +120,25 @@ def test_in_attention(kind: str, deterministic: bool, loads: int) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.skipif(ON_GPU, reason="there the case before has such tiles")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("deterministic", [False, True], ids=["added dq", "separate dq"])
+@pytest.mark.parametrize("bad", [0, 1, 2], ids=["fewer queries than keys", "more queries than keys", "last row"])
+@pytest.mark.parametrize("kind", ["plain", "softmax, times", "masks", "both ways"])
+def test_in_attention_to_keys_of_their_own_number(
+    kind: str, bad: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile of queries begins before its row's first one, in the bad row, and rows' queries and keys lie apart."""
+    original = op.Inputs.configuration
+    monkeypatch.setattr(op.Inputs, "configuration", lambda *given: original(*given) | {"add_dq": 1})
+    lengths, keys = ([40, 300, 70], [300, 90, 200]) if ON_GPU else ([9, 20, 11], [23, 8, 30])
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        check(kind, lengths, bad, torch.float16 if ON_GPU else torch.float32, keys)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(ON_GPU, reason="there `test_in_attention` has such tiles")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
 @pytest.mark.parametrize("tile", [(64, 32), (32, 64)], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "times", "softmax, times"])
