@@ -16,6 +16,8 @@ from steps.studies.training_speed import by_part, full_sequences, least, longest
         ("softmax_forward_kernel", "loss"),
         ("bias_gradient_kernel", "attention, bias gradients"),
         ("bwd_dkdv_kernel", "attention, backward"),
+        ("hopper_backward_kernel", "attention, backward"),
+        ("position_gradient_kernel", "attention, bias gradients"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32", "matrix products"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", "element-wise and other"),
     ],
