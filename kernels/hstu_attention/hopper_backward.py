@@ -3,7 +3,8 @@
 A program has 128 keys of one sequence and head, and walks over the queries that see them, 64 at a time. Four groups of
 warps share the work:
 
-    producer         copies tiles of q and of the output's gradient into a ring of shared memory
+    producer         copies tiles of q and of the output's gradient into a ring of shared memory; with a bias, adds up
+                     ds for the tables besides
     two score groups 64 keys each: scores and weights, held transposed (keys, queries); dv and dk in registers; score
                      gradients ds into shared memory
     dq group         dq of the tile from ds, added to memory by the copy engine
@@ -27,11 +28,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_names import async_add, async_load, async_store, barrier
+from .hopper_position import (
+    add_distances,
+    added_diagonals,
+    diagonals,
+    position_bias,
+    program_position,
+    zero_diagonals,
+)
 
 #: Where a ragged descriptor ends: row BILLION - n + i of its third dimension is a sequence's row i.
 BILLION = gl.constexpr(1 << 30)
 #: Keys of a score group; two groups a program.
 GROUP = gl.constexpr(64)
+#: Of times.
+BUCKETS = gl.constexpr(129)
+
+
+class Sizes(NamedTuple):
+    """Constants of a compiled kernel."""
+
+    M: int  # queries of a step
+    DQK: int
+    DV: int
+    STAGES: int  # of the ring of q and do
+    BUFFERS: int  # for score gradients
+    POSITION: bool  # there is a position bias
+    BY_LENGTH: bool  # divides by the sequence's own length
 
 
 class Memory(NamedTuple):
@@ -56,6 +79,13 @@ class Barriers(NamedTuple):
     ds_read: Any  # (BUFFERS,)
 
 
+class Queries(NamedTuple):
+    """Descriptors of what groups read of tiles of queries."""
+
+    q: Any
+    do: Any
+
+
 class Place(NamedTuple):
     """What a program works on."""
 
@@ -74,22 +104,35 @@ def _ragged(place, row, column):
 
 
 @gluon.jit
-def _load(memory, barriers, place, q, k, v, do, M: gl.constexpr, DQK: gl.constexpr, DV: gl.constexpr,
-          STAGES: gl.constexpr):  # fmt: skip
-    """The producer."""
-    mbarrier.expect(barriers.kept, 2 * GROUP * (DQK + DV) * 2)
+def _load_kept(memory, barriers, place, k, v, SIZES: gl.constexpr):
+    """Begins to copy the keys and values."""
+    mbarrier.expect(barriers.kept, 2 * GROUP * (SIZES.DQK + SIZES.DV) * 2)
     for half in gl.static_range(2):
         row = place.first + half * GROUP
-        async_load(k, _ragged(place, row, place.head * DQK), barriers.kept, memory.k.index(half))
-        async_load(v, _ragged(place, row, place.head * DV), barriers.kept, memory.v.index(half))
-    for tile in range(place.begin, place.tiles):
-        step = tile - place.begin
-        stage = step % STAGES
-        mbarrier.wait(barriers.read.index(stage), (step // STAGES & 1) ^ 1)
-        mbarrier.expect(barriers.q.index(stage), M * DQK * 2)
-        async_load(q, _ragged(place, tile * M, place.head * DQK), barriers.q.index(stage), memory.q.index(stage))
-        mbarrier.expect(barriers.do.index(stage), M * DV * 2)
-        async_load(do, _ragged(place, tile * M, place.head * DV), barriers.do.index(stage), memory.do.index(stage))
+        async_load(k, _ragged(place, row, place.head * SIZES.DQK), barriers.kept, memory.k.index(half))
+        async_load(v, _ragged(place, row, place.head * SIZES.DV), barriers.kept, memory.v.index(half))
+
+
+@gluon.jit
+def _load_step(step, memory, barriers, place, queries, SIZES: gl.constexpr):
+    """Begins to copy what groups read of one tile of queries."""
+    M: gl.constexpr = SIZES.M
+    tile = place.begin + step
+    stage = step % SIZES.STAGES
+    mbarrier.wait(barriers.read.index(stage), (step // SIZES.STAGES & 1) ^ 1)
+    there = barriers.q.index(stage)
+    mbarrier.expect(there, M * SIZES.DQK * 2)
+    async_load(queries.q, _ragged(place, tile * M, place.head * SIZES.DQK), there, memory.q.index(stage))
+    mbarrier.expect(barriers.do.index(stage), M * SIZES.DV * 2)
+    row = _ragged(place, tile * M, place.head * SIZES.DV)
+    async_load(queries.do, row, barriers.do.index(stage), memory.do.index(stage))
+
+
+@gluon.jit
+def _producer(memory, barriers, place, k, v, queries, SIZES: gl.constexpr):
+    _load_kept(memory, barriers, place, k, v, SIZES)
+    for step in range(place.tiles - place.begin):
+        _load_step(step, memory, barriers, place, queries, SIZES)
 
 
 @gluon.jit
@@ -125,26 +168,40 @@ def _scores(k, q, zeros, M: gl.constexpr, DQK: gl.constexpr):
 
 
 @gluon.jit
-def _step(
-    s, dk, dv, step, memory, barriers, place, k, v, group, alpha,
-    NEXT: gl.constexpr, M: gl.constexpr, DQK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr,
-):  # fmt: skip
-    """One tile of queries, whose scores are `s`. NEXT: calculates those of the next one."""
+def _biased(s, alpha, position, place, query, key, SIZES: gl.constexpr):
+    """Scores with their bias and mask."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZES.M, 16])
+    x = s * alpha
+    if SIZES.POSITION:
+        x = x + position_bias(position, query, key)
+    if query < place.first + 2 * GROUP:
+        i = query + gl.arange(0, SIZES.M, gl.SliceLayout(0, SCORES))
+        j = key + gl.arange(0, GROUP, gl.SliceLayout(1, SCORES))
+        x = gl.where(gl.expand_dims(j, 1) <= gl.expand_dims(i, 0), x, -30000.0)
+    return x
+
+
+@gluon.jit
+def _step(state, step, memory, barriers, place, position, alpha, group, NEXT: gl.constexpr, SIZES: gl.constexpr):
+    """One tile of queries. `state`: its scores, and dk and dv so far. NEXT: calculates the scores of the next one."""
+    M: gl.constexpr = SIZES.M
+    DQK: gl.constexpr = SIZES.DQK
+    DV: gl.constexpr = SIZES.DV
+    STAGES: gl.constexpr = SIZES.STAGES
+    BUFFERS: gl.constexpr = SIZES.BUFFERS
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     OF_DV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     OF_DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQK, 16])
+    s, dk, dv = state
+    k = _flat(memory.k.index(group), GROUP, DQK)
+    v = _flat(memory.v.index(group), GROUP, DV)
     stage = step % STAGES
     zeros = gl.zeros([GROUP, M], gl.float32, SCORES)
     do = _flat(memory.do.index(stage), M, DV)
     mbarrier.wait(barriers.do.index(stage), step // STAGES & 1)
     dp = warpgroup_mma(v, do.permute([1, 0]), zeros, use_acc=False, is_async=True)
-    x = s * alpha
-    first_query = (place.begin + step) * M
-    if first_query < place.first + 2 * GROUP:
-        i = first_query + gl.arange(0, M, gl.SliceLayout(0, SCORES))
-        j = place.first + group * GROUP + gl.arange(0, GROUP, gl.SliceLayout(1, SCORES))
-        x = gl.where(gl.expand_dims(j, 1) <= gl.expand_dims(i, 0), x, -30000.0)
+    query, key = (place.begin + step) * M, place.first + group * GROUP
+    x = _biased(s, alpha, position, place, query, key, SIZES)
     weights, dact = _silu_and_derivative(x)
     weights = gl.convert_layout(_bfloat16(weights), gl.DotOperandLayout(0, OF_DV, 2))
     dv = warpgroup_mma(weights, do, dv, is_async=True)
@@ -177,14 +234,15 @@ def _step(
 
 @gluon.jit
 def _score_group(
-    memory, barriers, place, dk_out, dv_out, alpha, scale, group,
-    M: gl.constexpr, DQK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    memory, barriers, place, position, dk_out, dv_out, alpha, scale, group: gl.constexpr, SIZES: gl.constexpr
 ):  # fmt: skip
+    M: gl.constexpr = SIZES.M
+    DQK: gl.constexpr = SIZES.DQK
+    DV: gl.constexpr = SIZES.DV
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     OF_DV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     OF_DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQK, 16])
     k = _flat(memory.k.index(group), GROUP, DQK)
-    v = _flat(memory.v.index(group), GROUP, DV)
     dk = gl.zeros([GROUP, DQK], gl.float32, OF_DK)
     dv = gl.zeros([GROUP, DV], gl.float32, OF_DV)
     mbarrier.wait(barriers.kept, 0)
@@ -193,15 +251,11 @@ def _score_group(
     mbarrier.wait(barriers.q.index(0), 0)
     s = warpgroup_mma_wait(0, [_scores(k, memory.q.index(0), zeros, M, DQK)])
     for step in range(steps - 1):
-        s, dk, dv = _step(
-            s, dk, dv, step, memory, barriers, place, k, v, group, alpha, True, M, DQK, DV, STAGES, BUFFERS
-        )
-    _, dk, dv = _step(
-        s, dk, dv, steps - 1, memory, barriers, place, k, v, group, alpha, False, M, DQK, DV, STAGES, BUFFERS
-    )
+        s, dk, dv = _step((s, dk, dv), step, memory, barriers, place, position, alpha, group, True, SIZES)
+    _, dk, dv = _step((s, dk, dv), steps - 1, memory, barriers, place, position, alpha, group, False, SIZES)
     # v is read by this group alone; k by the dq group too, up to its last tile.
-    v.store((dv * scale).to(gl.bfloat16))
-    mbarrier.wait(barriers.ds_read.index((steps - 1) % BUFFERS), (steps - 1) // BUFFERS & 1)
+    _flat(memory.v.index(group), GROUP, DV).store((dv * scale).to(gl.bfloat16))
+    mbarrier.wait(barriers.ds_read.index((steps - 1) % SIZES.BUFFERS), (steps - 1) // SIZES.BUFFERS & 1)
     k.store((dk * (alpha * scale)).to(gl.bfloat16))
     fence_async_shared()
     barrier()
@@ -212,42 +266,19 @@ def _score_group(
 
 
 @gluon.jit
-def _first_group(
-    memory, barriers, place, dk, dv, alpha, scale,
-    M: gl.constexpr, DQK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-):  # fmt: skip
-    _score_group(memory, barriers, place, dk, dv, alpha, scale, 0, M, DQK, DV, STAGES, BUFFERS)
-
-
-@gluon.jit
-def _second_group(
-    memory, barriers, place, dk, dv, alpha, scale,
-    M: gl.constexpr, DQK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-):  # fmt: skip
-    _score_group(memory, barriers, place, dk, dv, alpha, scale, 1, M, DQK, DV, STAGES, BUFFERS)
-
-
-@gluon.jit
-def _dq_group(
-    memory, barriers, place, dq, factor, M: gl.constexpr, DQK: gl.constexpr, BUFFERS: gl.constexpr
-):  # fmt: skip
+def _dq_group(memory, barriers, place, dq, factor, SIZES: gl.constexpr):
+    M: gl.constexpr = SIZES.M
+    DQK: gl.constexpr = SIZES.DQK
     OF_DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQK, 16])
     zeros = gl.zeros([M, DQK], gl.float32, OF_DQ)
     out = _flat(memory.dq, M, DQK)
-    for tile in range(place.begin, place.tiles):
-        step = tile - place.begin
-        buffer = step % BUFFERS
-        mbarrier.wait(barriers.ds.index(buffer), step // BUFFERS & 1)
-        sums = warpgroup_mma(
-            memory.ds.index(2 * buffer).permute([1, 0]),
-            _flat(memory.k.index(0), GROUP, DQK),
-            zeros,
-            use_acc=False,
-            is_async=True,
-        )
-        sums = warpgroup_mma(
-            memory.ds.index(2 * buffer + 1).permute([1, 0]), _flat(memory.k.index(1), GROUP, DQK), sums, is_async=True
-        )
+    for step in range(place.tiles - place.begin):
+        buffer = step % SIZES.BUFFERS
+        mbarrier.wait(barriers.ds.index(buffer), step // SIZES.BUFFERS & 1)
+        low, high = memory.ds.index(2 * buffer), memory.ds.index(2 * buffer + 1)
+        low_k, high_k = _flat(memory.k.index(0), GROUP, DQK), _flat(memory.k.index(1), GROUP, DQK)
+        sums = warpgroup_mma(low.permute([1, 0]), low_k, zeros, use_acc=False, is_async=True)
+        sums = warpgroup_mma(high.permute([1, 0]), high_k, sums, is_async=True)
         sums = warpgroup_mma_wait(0, [sums])
         barrier()
         mbarrier.arrive(barriers.ds_read.index(buffer))
@@ -256,17 +287,56 @@ def _dq_group(
         out.store(sums * factor)
         fence_async_shared()
         barrier()
-        async_add(dq, _ragged(place, tile * M, place.head * DQK), memory.dq)
+        async_add(dq, _ragged(place, (place.begin + step) * M, place.head * DQK), memory.dq)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_tiles"])
+@gluon.jit
+def _position_group(memory, barriers, place, position, k, v, queries, scale, SIZES: gl.constexpr):
+    """The producer of calls with a position bias, which adds up score gradients for its table besides."""
+    M: gl.constexpr = SIZES.M
+    AHEAD: gl.constexpr = SIZES.STAGES - 1
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    # The lower keys of a step are as far from their queries as the higher ones of the next; and the last diagonal of
+    # those is the first of the next.
+    waiting = zero_diagonals()
+    steps = place.tiles - place.begin
+    _load_kept(memory, barriers, place, k, v, SIZES)
+    for step in gl.static_range(AHEAD):
+        if step < steps:
+            _load_step(step, memory, barriers, place, queries, SIZES)
+    for step in range(steps):
+        if step + AHEAD < steps:
+            _load_step(step + AHEAD, memory, barriers, place, queries, SIZES)
+        buffer = step % SIZES.BUFFERS
+        query = (place.begin + step) * M
+        mbarrier.wait(barriers.ds.index(buffer), step // SIZES.BUFFERS & 1)
+        high = memory.ds.index(2 * buffer + 1).load(SCORES)
+        sums = added_diagonals(diagonals(high.to(gl.float32)), waiting)
+        add_distances(position, query, place.first + GROUP, sums, scale, 8)
+        last = sums[8]
+        low = memory.ds.index(2 * buffer).load(SCORES)
+        sums = diagonals(low.to(gl.float32))
+        barrier()
+        mbarrier.arrive(barriers.ds_read.index(buffer))
+        waiting = (sums[0] + last, sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7], sums[8])
+    add_distances(position, (place.tiles - 1) * M, place.first, waiting, scale, 9)
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "zero", "blocks"])
 def hopper_backward_kernel(
-    q, k, v, do, dq, dk, dv, offsets, alpha, attention_scale, num_tiles, BY_LENGTH: gl.constexpr, M: gl.constexpr,
-    DQK: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, SCORE_REGISTERS: gl.constexpr,
-    DQ_REGISTERS: gl.constexpr,
+    q, k, v, do, dq, dk, dv, offsets, alpha, attention_scale, num_tiles, spread, sums, zero, blocks,
+    COPIES: gl.constexpr, SIZES: gl.constexpr, SCORE_REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
+    OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """dk, dv, and dq by addition. Grid: tiles of 128 keys of the longest sequence x heads of `launch_grid`."""
+    """dk, dv, and dq by addition; with a position bias adds score gradients to `sums` (COPIES, blocks, 8, 8), of which
+    `position_gradient_kernel` makes the table's gradient. Grid: tiles of 128 keys of the longest sequence x heads of
+    `launch_grid`."""
+    M: gl.constexpr = SIZES.M
+    DQK: gl.constexpr = SIZES.DQK
+    DV: gl.constexpr = SIZES.DV
+    STAGES: gl.constexpr = SIZES.STAGES
+    BUFFERS: gl.constexpr = SIZES.BUFFERS
     head = gl.program_id(0) // num_tiles
     first = gl.program_id(0) % num_tiles * (2 * GROUP)
     sequence = gl.program_id(2).to(gl.int64) * gl.num_programs(1) + gl.program_id(1)
@@ -274,9 +344,10 @@ def hopper_backward_kernel(
     n = (end - start).to(gl.int32)
     if first < n:
         scale = 1.0 / attention_scale
-        if BY_LENGTH:
+        if SIZES.BY_LENGTH:
             scale = 1.0 / n.to(gl.float32)
         place = Place(end.to(gl.int32), n, first, head, first // M, gl.cdiv(n, M))
+        position = program_position(spread, sums, zero, blocks, (sequence + gl.program_id(0)) % COPIES)
         DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, M], gl.bfloat16)
         memory = Memory(
             gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, GROUP, DQK], k.layout),
@@ -302,16 +373,30 @@ def hopper_backward_kernel(
             mbarrier.init(barriers.read.index(stage), count=2)
         for buffer in gl.static_range(BUFFERS):
             mbarrier.init(barriers.ds.index(buffer), count=2)
-            mbarrier.init(barriers.ds_read.index(buffer), count=1)
+            mbarrier.init(barriers.ds_read.index(buffer), count=2 if SIZES.POSITION else 1)
         fence_async_shared()
         barrier()
-        gl.warp_specialize(
-            [
-                (_first_group, (memory, barriers, place, dk, dv, alpha, scale, M, DQK, DV, STAGES, BUFFERS)),
-                (_second_group, (memory, barriers, place, dk, dv, alpha, scale, M, DQK, DV, STAGES, BUFFERS)),
-                (_dq_group, (memory, barriers, place, dq, alpha * scale, M, DQK, BUFFERS)),
-                (_load, (memory, barriers, place, q, k, v, do, M, DQK, DV, STAGES)),
-            ],
-            [4, 4, 1],
-            [SCORE_REGISTERS, DQ_REGISTERS, 24],
-        )
+        factor = alpha * scale
+        queries = Queries(q, do)
+        if SIZES.POSITION:
+            gl.warp_specialize(
+                [
+                    (_score_group, (memory, barriers, place, position, dk, dv, alpha, scale, 0, SIZES)),
+                    (_score_group, (memory, barriers, place, position, dk, dv, alpha, scale, 1, SIZES)),
+                    (_dq_group, (memory, barriers, place, dq, factor, SIZES)),
+                    (_position_group, (memory, barriers, place, position, k, v, queries, scale, SIZES)),
+                ],
+                [4, 4, 4],
+                [SCORE_REGISTERS, DQ_REGISTERS, OTHER_REGISTERS],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (_score_group, (memory, barriers, place, position, dk, dv, alpha, scale, 0, SIZES)),
+                    (_score_group, (memory, barriers, place, position, dk, dv, alpha, scale, 1, SIZES)),
+                    (_dq_group, (memory, barriers, place, dq, factor, SIZES)),
+                    (_producer, (memory, barriers, place, k, v, queries, SIZES)),
+                ],
+                [4, 4, 1],
+                [SCORE_REGISTERS, DQ_REGISTERS, OTHER_REGISTERS],
+            )

@@ -130,8 +130,14 @@ def attention_backward(
         inputs = Inputs(q, k, v, offsets, max_len, alpha, attention_scale, softmax=softmax, **optional, **numbers)
         grad = token_rows(grad)
         if not deterministic and hopper_fits(inputs, grad):
-            sums, dk, dv = hopper_backward(inputs, grad)
-            return sums.to(q.dtype), dk, dv, lse.new_empty(0), lse.new_empty(0)
+            sums, dk, dv, dp = hopper_backward(inputs, Handed(*handed).spread, grad)
+            return (
+                sums.to(q.dtype),
+                dk,
+                dv,
+                lse.new_empty(0) if dp is None or position_bias is None else dp.to(position_bias.dtype),
+                lse.new_empty(0),
+            )
         bias = BiasTables(inputs, Handed(*handed))
         delta = (inputs.multiplied(grad) * output.float()).sum(-1).T.contiguous() if softmax else None
         gradient = Gradient(grad, lse, delta)

@@ -287,6 +287,7 @@ _BOTH_WAYS = {"causal": False, "max_attn_len": 64, "num_sink_tokens": 5}
 CASES = {
     "attention d 64": _attention(_BF16, 4, 64, _LONG),
     "attention d 64, no bias": _attention(_BF16, 4, 64, _LONG, bias="none"),
+    "attention d 64, positions": _attention(_BF16, 4, 64, _LONG, bias="position"),
     "attention d 32, no bias": _attention(_BF16, 4, 32, _LONG, bias="none"),
     "attention d 64, deterministic": _attention(_BF16, 4, 64, _LONG, deterministic=True),
     "attention d 64, softmax": _attention(_BF16, 4, 64, _LONG, softmax=True),

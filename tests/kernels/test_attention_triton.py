@@ -193,7 +193,7 @@ CASES = {
     "keys, all masks": Case(
         keys=(60, 3, 1, 75), window=9, sinks=5, full=6, prefix=4, targets=(13, 1, 1, 21), group=4, scale_by_query=True
     ),
-    "keys, both ways, targets": Case(keys=(60, 3, 1, 55), causal=False, targets=(13, 1, 1, 21), scale_by_query=True),
+    "keys, both ways, targets": Case(keys=(60, 3, 1, 55), causal=False, targets=(13, 1, 1, 21)),
     "a scale by query": Case(scale_by_query=True),
     "softmax, keys": Case(softmax=True, keys=(70, 3, 0, 33)),
     "softmax, both ways, targets": Case(softmax=True, causal=False, targets=(13, 0, 1, 39)),
@@ -410,8 +410,24 @@ HOPPER = Case(lengths=(700, 333), heads=3, dqk=64, dv=64, bias="none")
         replace(HOPPER, dqk=32, dv=64),
         replace(HOPPER, dqk=64, dv=32, attention_scale=None),
         replace(HOPPER, lengths=(4_000, 5), heads=1),
+        replace(HOPPER, bias="position"),
+        replace(HOPPER, bias="position", lengths=(257, 0, 1, 63, 64, 65, 127, 128, 129, 0, 191, 192, 193)),
+        replace(HOPPER, bias="position", dqk=32, dv=64, attention_scale=None),
+        replace(HOPPER, bias="position", lengths=(4_000, 5), heads=1),
     ],
-    ids=["even", "one head", "edges", "d 32, by length", "d 32 and 64", "d 64 and 32", "long"],
+    ids=[
+        "even",
+        "one head",
+        "edges",
+        "d 32, by length",
+        "d 32 and 64",
+        "d 64 and 32",
+        "long",
+        "positions",
+        "positions, edges",
+        "positions, d 32 and 64, by length",
+        "positions, long",
+    ],
 )
 def test_hoppers_backward_kernel(case: Case, hopper_calls: list[Any]) -> None:
     check(case, torch.bfloat16)
@@ -420,9 +436,12 @@ def test_hoppers_backward_kernel(case: Case, hopper_calls: list[Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_hoppers_backward_kernel_keeps_what_is_not_finite_in_its_row(value: float, hopper_calls: list[Any]) -> None:
+@pytest.mark.parametrize("bias", ["none", "position"])
+def test_hoppers_backward_kernel_keeps_what_is_not_finite_in_its_row(
+    bias: str, value: float, hopper_calls: list[Any]
+) -> None:
     """The second row's: rows before and after it get what they get without it."""
-    case = replace(HOPPER, lengths=(300, 77, 301))
+    case = replace(HOPPER, lengths=(300, 77, 301), bias=bias)
     inputs = case.inputs(torch.bfloat16)
     clean = run("triton", case, inputs, torch.bfloat16)
     for name in ("q", "k", "v", "grad"):

@@ -54,10 +54,10 @@ def ahead_of_time(*arguments: object) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[dict[int, list[Future[list[dict[str, Any]]]]]]:
-    """Lines of the script for every GPU, from two processes at a time."""
-    cases = list(CASES)
-    shares = {90: [cases[::2], cases[1::2]], 100: [REPRESENTATIVE], 80: [REPRESENTATIVE]}
-    with ThreadPoolExecutor(2) as pool:
+    """Lines of the script for every GPU, from a process for each two processors."""
+    cases, processes = list(CASES), max(2, (os.cpu_count() or 1) // 2)
+    shares = {90: [cases[one::processes] for one in range(processes)], 100: [REPRESENTATIVE], 80: [REPRESENTATIVE]}
+    with ThreadPoolExecutor(processes) as pool:
         yield {
             capability: [pool.submit(ahead_of_time, capability, *share) for share in of_gpu]
             for capability, of_gpu in shares.items()
