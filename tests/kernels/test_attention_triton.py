@@ -91,7 +91,8 @@ class Case:
             "causal": self.causal,
             "target_group_size": self.group,
             "key_offsets": None if self.keys is None else offsets(self.keys),
-            "query_scale": 1 + 99 * random(total).float().sigmoid() if self.scale_by_query else None,
+            # Of one size, as the largest error of a sum must not be that of a single query.
+            "query_scale": 32 + 64 * random(total).float().sigmoid() if self.scale_by_query else None,
             "grad": random(total, self.heads, self.dv),
         }
 
