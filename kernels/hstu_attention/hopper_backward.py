@@ -41,8 +41,6 @@ from .hopper_position import (
 BILLION = gl.constexpr(1 << 30)
 #: Keys of a score group; two groups a program.
 GROUP = gl.constexpr(64)
-#: Of times.
-BUCKETS = gl.constexpr(129)
 
 
 class Sizes(NamedTuple):
