@@ -60,7 +60,7 @@ def hstu_attention(
       history, and candidates, see from one end to the other;
     - with a prefix, where i is in it: the whole history, also what comes after. Other tokens see the prefix as they see
       any token before them: with a window, not from beyond. In a sequence whose history is shorter than c, tokens see
-      themselves alone;
+      themselves and their group alone;
     - with groups of candidates (the first `target_group_size`, the next so many, ...): where i is one, those of its
       group up to itself; with `causal=False` all of its group.
 
@@ -110,7 +110,7 @@ def hstu_attention(
         from . import op
 
         common_scale, query_scale = _scales(attention_scale)
-        reverse_mode_only("hstu_attention", q, k, v, position_bias, time_bias)
+        reverse_mode_only("hstu_attention", q, k, v, position_bias, time_bias, query_scale)
         return op.attention(
             q, k, v, offsets, max_len, alpha, common_scale, position_bias, time_bias, query_time, key_time,
             max_attn_len, contextual_seq_len, num_targets, False, min_full_attn_seq_len, num_sink_tokens, causal,
@@ -146,7 +146,7 @@ def softmax_attention(
 ) -> torch.Tensor:
     """The ablation of `hstu_attention`: the same scores and masks, softmax over the keys seen instead of silu(.)/N.
 
-    Takes, returns and raises what `hstu_attention` does.
+    Takes, returns and raises what `hstu_attention` does, but for `attention_scale`.
     """
     mask = Mask(
         max_attn_len, contextual_seq_len, min_full_attn_seq_len, num_sink_tokens, causal, target_group_size
@@ -195,7 +195,7 @@ def cached_attention(
     """Attention of candidates over a stored history: what `hstu_attention` gives them as targets behind it.
 
     Of its masks those that a candidate knows: a window, to which a stored prefix counts as so many tokens, not as one;
-    tokens seen beyond it; and groups.
+    tokens seen beyond it; and groups. With `min_full_attn_seq_len` a model's candidates see everything: give no window.
 
     Args:
         q, k, v: (T, h, dqk) and (T, h, dv) of the candidates, jagged over sequences by `offsets` (B + 1,).
@@ -205,7 +205,7 @@ def cached_attention(
         softmax: softmax over the keys instead of silu(.)/N.
         cached_time: (T',) int64, the stored keys' times; `query_time` and `key_time` are the candidates'.
         alpha, attention_scale, position_bias, time_bias, max_attn_len, num_sink_tokens, target_group_size: as in
-            `hstu_attention`; P >= the longest history + 1.
+            `hstu_attention`; P >= max_cached_len + 1. `softmax` leaves attention_scale unread.
 
     Returns:
         (T, h, dv). Not differentiable where Triton runs: this is inference.
@@ -220,6 +220,8 @@ def cached_attention(
         q, k, v, offsets, max_cached_len + 1, position_bias, time_bias, query_time, key_time, mask, offsets[1:], None
     )
     _check_scale(attention_scale, q.shape[0])
+    if max_len < 0 or max_cached_len < 0:
+        raise ValueError(f"max_len and max_cached_len must not be negative, as {max_len} and {max_cached_len}")
     if cached_k.shape[1:] != k.shape[1:] or cached_v.shape[1:] != v.shape[1:] or cached_k.shape[0] != cached_v.shape[0]:
         shapes = f"{tuple(cached_k.shape)} and {tuple(cached_v.shape)}"
         raise ValueError(f"cached_k and cached_v must be (T', h, dqk) and (T', h, dv) as k and v are, not {shapes}")
@@ -229,8 +231,8 @@ def cached_attention(
     if _fits(q, k, v) and _fits(q, cached_k, cached_v):
         from . import cached
 
-        reverse_mode_only("cached_attention", q, k, v, cached_k, cached_v, position_bias, time_bias)
         common_scale, query_scale = _scales(attention_scale)
+        reverse_mode_only("cached_attention", q, k, v, cached_k, cached_v, position_bias, time_bias, query_scale)
         times = [query_time, key_time, cached_time] if time_bias is not None else []
         return cached.cached_attention(
             q, k, v, offsets, cached_k, cached_v, cached_offsets, max_len, max_cached_len, alpha, common_scale,
@@ -279,7 +281,9 @@ def _scales(attention_scale: float | torch.Tensor | None) -> tuple[float | None,
 def _check_scale(attention_scale: float | torch.Tensor | None, tokens: int) -> None:
     if isinstance(attention_scale, torch.Tensor):
         _check_lengths(tokens, attention_scale=attention_scale)
-        if attention_scale.requires_grad:
+        if not attention_scale.is_floating_point():
+            raise ValueError(f"attention_scale must be of floats, not {attention_scale.dtype}")
+        if attention_scale.requires_grad and torch.is_grad_enabled():
             raise ValueError("attention_scale gets no gradient: give attention_scale.detach()")
 
 
@@ -301,6 +305,10 @@ def _check(
 
     `longest`: positions that a position bias must tell apart.
     """
+    if longest < 0:
+        raise ValueError(f"max_len must not be negative, as {longest} is")
+    if offsets.ndim != 1 or not offsets.shape[0]:
+        raise ValueError(f"offsets must be (B + 1,), not {tuple(offsets.shape)}")
     rows = "T" if key_offsets is None else "T'"
     keys = q.shape[:1] if key_offsets is None else k.shape[:1]
     if q.ndim != 3 or k.shape != (*keys, *q.shape[1:]) or v.ndim != 3 or v.shape[:2] != k.shape[:2]:

@@ -25,6 +25,7 @@ from .inputs import (
     token_rows,
     value_block,
 )
+from .mask import Mask, cut_mask
 from .tiles import load_tile, sequence_id
 
 _LOWEST = tl.constexpr(-1e30)
@@ -233,6 +234,8 @@ def cached_attention(
         edges = bucket_edges(q.device)
         tables = Tables(tables.position, float_table(time_bias), edges, *(time.contiguous() for time in times))
     scale = float_table(query_scale) if attention_scale is None else attention_scale
+    mask = Mask(max_attn_len, num_sink_tokens=num_sink_tokens, target_group_size=target_group_size)
+    mask = cut_mask(mask, max_len + max_cached_len)
     rows, cache_rows = (q, k, v, output), (cached_k, cached_v)
     with torch.cuda.device_of(q):
         cached_kernel[launch_grid(tiles * heads, len(offsets) - 1)](
@@ -250,9 +253,9 @@ def cached_attention(
             heads=heads,
             num_tiles=tiles,
             position_zero=(len(position_bias) - 1) // 2 if position_bias is not None else 0,
-            window=max_attn_len,
-            sinks=num_sink_tokens,
-            group=target_group_size,
+            window=mask.max_attn_len,
+            sinks=mask.num_sink_tokens,
+            group=mask.target_group_size,
             SHAPE=Shape(dqk, dv, block_of(dqk), value_block(dqk, dv), block_m, block_n),
             FLAGS=Flags(
                 POSITION=position_bias is not None,

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import configuration, tf32_allowed
 from .arguments import Flags, Sequences, Shape
-from .mask import CAUSAL, Mask
+from .mask import CAUSAL, Mask, cut_mask
 from .naive import bucket_starts
 
 #: Sequences no longer than this are of the "short" shape class.
@@ -51,6 +51,8 @@ class Inputs:
 
     def __post_init__(self) -> None:
         check_sizes(self.q, self.v, self.max_len)
+        for name, number in cut_mask(self.mask, self.max_len)._asdict().items():
+            setattr(self, name, number)
         self.num_sequences = len(self.offsets) - 1
         self.q, self.k, self.v = token_rows(self.q), token_rows(self.k), token_rows(self.v)
         self.offsets = launch_offsets(self.offsets)

@@ -34,3 +34,10 @@ def check_mask(mask: Mask, targets: bool) -> None:
         raise ValueError(f"target_group_size must be at least 1, not {mask.target_group_size}")
     if mask.target_group_size > 1 and not targets:
         raise ValueError("target_group_size groups targets, and there are none: give num_targets too")
+
+
+def cut_mask(mask: Mask, longest: int) -> Mask:
+    """A mask that means the same in sequences of at most `longest` tokens, of numbers that 32 bits hold with one of
+    them added."""
+    numbers = {name: min(number, longest + 1) for name, number in mask._asdict().items() if name != "causal"}
+    return mask._replace(**numbers)

@@ -50,13 +50,19 @@ def hstu_attention(
         q, k, offsets, max_len, num_targets, key_offsets, alpha, position_bias, time_bias, query_time, key_time
     )
     seen = visible(offsets, max_len, mask, num_targets, key_offsets)[:, None]  # (B or 1, 1, N, N)
-    weights = F.silu(scores).masked_fill(~seen, 0.0)  # (B, h, N, N)
-    if isinstance(attention_scale, torch.Tensor):
-        output = _weighted_values(weights, v, q.shape[0], offsets, max_len, key_offsets)
-        return (output / attention_scale[:, None, None]).to(output.dtype)
-    lengths = own_length(offsets if key_offsets is None else key_offsets, num_targets)
-    n = lengths[:, None, None, None] if attention_scale is None else attention_scale
-    return _weighted_values(weights / n, v, q.shape[0], offsets, max_len, key_offsets)  # (T, h, dv)
+    n: float | torch.Tensor
+    if attention_scale is None:
+        n = own_length(offsets if key_offsets is None else key_offsets, num_targets)[:, None, None, None]
+    elif isinstance(attention_scale, torch.Tensor):
+        padded = jagged.to_padded(attention_scale[:, None].to(scores.dtype), offsets, max_len)[:, None]  # (B, 1, N, 1)
+        # Queries that see nothing may have any N: a quotient of theirs that is not finite would reach dk.
+        row = torch.arange(max_len, device=q.device)[None, :, None]
+        there = (row < offsets.diff()[:, None, None])[:, None] & seen.any(-1, keepdim=True)
+        n = torch.where(there, padded, torch.ones_like(padded))
+    else:
+        n = attention_scale
+    weights = (F.silu(scores) / n).masked_fill(~seen, 0.0)  # (B, h, N, N)
+    return _weighted_values(weights, v, q.shape[0], offsets, max_len, key_offsets)  # (T, h, dv)
 
 
 def softmax_attention(

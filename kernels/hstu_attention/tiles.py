@@ -58,7 +58,8 @@ def sequence_of(sequences, index, window, prefix, full, sinks, group, FLAGS):
         start = start + queries - n
     history = n
     if FLAGS.TARGETS:
-        history = tl.maximum(n - tl.load(sequences.num_targets + index).to(tl.int32), 0)
+        # In 64 bits, as there may be more targets than 32 bits count.
+        history = tl.maximum(n.to(tl.int64) - tl.load(sequences.num_targets + index), 0).to(tl.int32)
     end = history
     if FLAGS.PREFIX:
         end = history - prefix + 1

@@ -182,6 +182,11 @@ CASES = {
     "both ways, window": Case(causal=False, window=5, attention_scale=None),
     "both ways, targets": Case(causal=False, targets=(13, 0, 1, 39)),
     "both ways, targets, window, prefix": Case(causal=False, targets=(13, 0, 1, 9), window=17, prefix=9),
+    "window and groups without an end": Case(window=2**31 - 1, targets=(13, 0, 1, 39), group=2**31 - 1),
+    "both ways, window and groups without an end": Case(
+        causal=False, window=2**40, targets=(13, 0, 1, 39), group=2**31 - 1
+    ),
+    "more targets than 32 bits count": Case(targets=(2**32, 0, 2**32 + 3, 9)),
     "window, newest": Case(window=5, full=20, targets=(3, 0, 0, 9)),
     "window, sinks": Case(window=5, sinks=9),
     "window, sinks, newest, prefix, groups": Case(window=5, sinks=9, full=4, prefix=3, targets=(13, 0, 1, 35), group=4),

@@ -10,7 +10,7 @@ from drawn_masks import offsets_of, random_mask
 from masks_by_hand import TABLES, Table
 
 from kernels.hstu_attention import cached_attention, grouped, hstu_attention, naive, softmax_attention
-from kernels.hstu_attention.mask import Mask
+from kernels.hstu_attention.mask import Mask, cut_mask
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: f"{table.settings}: {table.rows}")
@@ -211,3 +211,19 @@ def test_masks_are_compiled_into_one_graph(attend: Any, monkeypatch: pytest.Monk
         one, other = (torch.autograd.grad(output.square().sum(), wanted) for output in (found, expected))
         for name, ours, same in zip(names, one, other, strict=True):
             torch.testing.assert_close(ours, same, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("name", ["max_attn_len", "num_sink_tokens", "min_full_attn_seq_len", "target_group_size"])
+@pytest.mark.parametrize("number", [2**31 - 1, 2**40])
+def test_numbers_that_mean_no_limit_are_cut_to_ones_that_mean_the_same(name: str, number: int) -> None:
+    offsets, targets = torch.tensor([0, 7, 9]), torch.tensor([3, 1])
+    mask = Mask(max_attn_len=2)._replace(**{name: number})
+    cut = cut_mask(mask, 7)
+    assert max(cut._replace(causal=True)) <= 8
+    assert torch.equal(naive.visible(offsets, 7, mask, targets), naive.visible(offsets, 7, cut, targets))
+
+
+def test_a_prefix_longer_than_every_sequence_stays_so_when_it_is_cut() -> None:
+    offsets = torch.tensor([0, 7, 9])
+    mask = Mask(contextual_seq_len=2**40)
+    assert torch.equal(naive.visible(offsets, 7, mask, None), naive.visible(offsets, 7, cut_mask(mask, 7), None))
