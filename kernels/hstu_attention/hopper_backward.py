@@ -13,7 +13,7 @@ Tokens are read through ragged descriptors, which end where a sequence does: wha
 another sequence enters a product.
 """
 # A kernel's arguments have no Python types.
-# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, assignment"
 
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .bias_tiles import BAND_BLOCK
 from .gluon_names import async_add, async_load, async_store, barrier
 from .hopper_position import (
     add_distances,
@@ -35,6 +36,18 @@ from .hopper_position import (
     position_bias,
     program_position,
     zero_diagonals,
+)
+from .hopper_time import (
+    BUCKETS,
+    LANES,
+    NEAR,
+    TileTimes,
+    TimePointers,
+    add_buckets,
+    add_times,
+    in_band,
+    load_key_since,
+    packed_buckets,
 )
 
 #: Where a ragged descriptor ends: row BILLION - n + i of its third dimension is a sequence's row i.
@@ -51,7 +64,9 @@ class Sizes(NamedTuple):
     DV: int
     STAGES: int  # of the ring of q and do
     BUFFERS: int  # for score gradients
+    DQ_COLUMNS: int  # of dq at a time
     POSITION: bool  # there is a position bias
+    TIME: bool  # there is a time bias
     BY_LENGTH: bool  # divides by the sequence's own length
 
 
@@ -62,8 +77,12 @@ class Memory(NamedTuple):
     v: Any  # (2, 1, 1, GROUP, DV)
     q: Any  # (STAGES, 1, 1, M, DQK)
     do: Any  # (STAGES, 1, 1, M, DV)
-    ds: Any  # (2 BUFFERS, GROUP, M)
+    ds: Any  # (2 BUFFERS, 1, 1, GROUP, M)
     dq: Any  # (1, 1, M, DQK) float32
+    since: Any  # (STAGES, 1, M) int32: times of the queries
+    band: Any  # (2 STAGES, 1, 1, M, GROUP): bias and mask near the diagonal
+    weights: Any  # (256, 1) float32: of time buckets
+    edges: Any  # (256, 1) int32
 
 
 class Barriers(NamedTuple):
@@ -82,6 +101,9 @@ class Queries(NamedTuple):
 
     q: Any
     do: Any
+    since: Any  # (slots, M)
+    band: Any
+    slot: Any  # of the sequence's first tile in `since`
 
 
 class Place(NamedTuple):
@@ -119,7 +141,18 @@ def _load_step(step, memory, barriers, place, queries, SIZES: gl.constexpr):
     stage = step % SIZES.STAGES
     mbarrier.wait(barriers.read.index(stage), (step // SIZES.STAGES & 1) ^ 1)
     there = barriers.q.index(stage)
-    mbarrier.expect(there, M * SIZES.DQK * 2)
+    if SIZES.TIME:
+        if in_band(tile * M, place.first):
+            mbarrier.expect(there, M * SIZES.DQK * 2 + M * 4 + 2 * M * GROUP * 2)
+            column = place.first - (tile * M // BAND_BLOCK * BAND_BLOCK - BAND_BLOCK)
+            for half in gl.static_range(2):
+                row = _ragged(place, tile * M, column + half * GROUP)
+                async_load(queries.band, row, there, memory.band.index(2 * stage + half))
+        else:
+            mbarrier.expect(there, M * SIZES.DQK * 2 + M * 4)
+        async_load(queries.since, [queries.slot + tile, 0], there, memory.since.index(stage))
+    else:
+        mbarrier.expect(there, M * SIZES.DQK * 2)
     async_load(queries.q, _ragged(place, tile * M, place.head * SIZES.DQK), there, memory.q.index(stage))
     mbarrier.expect(barriers.do.index(stage), M * SIZES.DV * 2)
     row = _ragged(place, tile * M, place.head * SIZES.DV)
@@ -166,21 +199,32 @@ def _scores(k, q, zeros, M: gl.constexpr, DQK: gl.constexpr):
 
 
 @gluon.jit
-def _biased(s, alpha, position, place, query, key, SIZES: gl.constexpr):
+def _biased(s, alpha, position, pointers, times, band, place, query, key, CUT: gl.constexpr, SIZES: gl.constexpr):
     """Scores with their bias and mask."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZES.M, 16])
     x = s * alpha
-    if SIZES.POSITION:
-        x = x + position_bias(position, query, key)
-    if query < place.first + 2 * GROUP:
-        i = query + gl.arange(0, SIZES.M, gl.SliceLayout(0, SCORES))
-        j = key + gl.arange(0, GROUP, gl.SliceLayout(1, SCORES))
-        x = gl.where(gl.expand_dims(j, 1) <= gl.expand_dims(i, 0), x, -30000.0)
+    if SIZES.TIME:
+        if in_band(query, key):
+            x = x + _flat(band, SIZES.M, GROUP).permute([1, 0]).load(SCORES).to(gl.float32)
+        else:
+            if SIZES.POSITION:
+                x = x + position_bias(position, query, key)
+            x = add_times(x, pointers, times, query, key, place.n, CUT)
+    else:
+        if SIZES.POSITION:
+            x = x + position_bias(position, query, key)
+        if query < place.first + 2 * GROUP:
+            i = query + gl.arange(0, SIZES.M, gl.SliceLayout(0, SCORES))
+            j = key + gl.arange(0, GROUP, gl.SliceLayout(1, SCORES))
+            x = gl.where(gl.expand_dims(j, 1) <= gl.expand_dims(i, 0), x, -30000.0)
     return x
 
 
 @gluon.jit
-def _step(state, step, memory, barriers, place, position, alpha, group, NEXT: gl.constexpr, SIZES: gl.constexpr):
+def _step(
+    state, step, memory, barriers, place, position, pointers, since, alpha, group, NEXT: gl.constexpr,
+    CUT: gl.constexpr, SIZES: gl.constexpr,
+):  # fmt: skip
     """One tile of queries. `state`: its scores, and dk and dv so far. NEXT: calculates the scores of the next one."""
     M: gl.constexpr = SIZES.M
     DQK: gl.constexpr = SIZES.DQK
@@ -190,7 +234,7 @@ def _step(state, step, memory, barriers, place, position, alpha, group, NEXT: gl
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     OF_DV: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     OF_DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQK, 16])
-    s, dk, dv = state
+    s, packed, dk, dv = state
     k = _flat(memory.k.index(group), GROUP, DQK)
     v = _flat(memory.v.index(group), GROUP, DV)
     stage = step % STAGES
@@ -199,7 +243,13 @@ def _step(state, step, memory, barriers, place, position, alpha, group, NEXT: gl
     mbarrier.wait(barriers.do.index(stage), step // STAGES & 1)
     dp = warpgroup_mma(v, do.permute([1, 0]), zeros, use_acc=False, is_async=True)
     query, key = (place.begin + step) * M, place.first + group * GROUP
-    x = _biased(s, alpha, position, place, query, key, SIZES)
+    times, band = 0, 0
+    if SIZES.TIME:
+        times = TileTimes(packed, memory.since.index(stage), since, memory.weights, memory.edges)
+        band = memory.band.index(2 * stage + group)
+        if NEXT:
+            packed = packed_buckets(pointers, step + 1, group)
+    x = _biased(s, alpha, position, pointers, times, band, place, query, key, CUT, SIZES)
     weights, dact = _silu_and_derivative(x)
     weights = gl.convert_layout(_bfloat16(weights), gl.DotOperandLayout(0, OF_DV, 2))
     dv = warpgroup_mma(weights, do, dv, is_async=True)
@@ -216,7 +266,7 @@ def _step(state, step, memory, barriers, place, position, alpha, group, NEXT: gl
     )
     buffer = step % BUFFERS
     mbarrier.wait(barriers.ds_read.index(buffer), (step // BUFFERS & 1) ^ 1)
-    memory.ds.index(2 * buffer + group).store(ds)
+    _flat(memory.ds.index(2 * buffer + group), GROUP, M).store(ds)
     fence_async_shared()
     barrier()
     mbarrier.arrive(barriers.ds.index(buffer))
@@ -227,12 +277,13 @@ def _step(state, step, memory, barriers, place, position, alpha, group, NEXT: gl
         dk, dv = warpgroup_mma_wait(0, [dk, dv])
     barrier()
     mbarrier.arrive(barriers.read.index(stage))
-    return s, dk, dv
+    return s, packed, dk, dv
 
 
 @gluon.jit
 def _score_group(
-    memory, barriers, place, position, dk_out, dv_out, alpha, scale, group: gl.constexpr, SIZES: gl.constexpr
+    memory, barriers, place, position, pointers, since, dk_out, dv_out, alpha, scale, group: gl.constexpr,
+    CUT: gl.constexpr, SIZES: gl.constexpr,
 ):  # fmt: skip
     M: gl.constexpr = SIZES.M
     DQK: gl.constexpr = SIZES.DQK
@@ -248,9 +299,19 @@ def _score_group(
     zeros = gl.zeros([GROUP, M], gl.float32, SCORES)
     mbarrier.wait(barriers.q.index(0), 0)
     s = warpgroup_mma_wait(0, [_scores(k, memory.q.index(0), zeros, M, DQK)])
+    packed, key_since = 0, 0
+    if SIZES.TIME:
+        packed = packed_buckets(pointers, 0, group)
+        key_since = load_key_since(since, place.first + group * GROUP, place.n)
     for step in range(steps - 1):
-        s, dk, dv = _step((s, dk, dv), step, memory, barriers, place, position, alpha, group, True, SIZES)
-    _, dk, dv = _step((s, dk, dv), steps - 1, memory, barriers, place, position, alpha, group, False, SIZES)
+        s, packed, dk, dv = _step(
+            (s, packed, dk, dv), step, memory, barriers, place, position, pointers, key_since, alpha, group, True, CUT,
+            SIZES,
+        )  # fmt: skip
+    _, _, dk, dv = _step(
+        (s, packed, dk, dv), steps - 1, memory, barriers, place, position, pointers, key_since, alpha, group, False,
+        CUT, SIZES,
+    )  # fmt: skip
     # v is read by this group alone; k by the dq group too, up to its last tile.
     _flat(memory.v.index(group), GROUP, DV).store((dv * scale).to(gl.bfloat16))
     mbarrier.wait(barriers.ds_read.index((steps - 1) % SIZES.BUFFERS), (steps - 1) // SIZES.BUFFERS & 1)
@@ -264,25 +325,40 @@ def _score_group(
 
 
 @gluon.jit
-def _dq_group(memory, barriers, place, dq, factor, SIZES: gl.constexpr):
+def _dq_group(memory, barriers, place, k, v, queries, dq, factor, PRODUCES: gl.constexpr, SIZES: gl.constexpr):
+    """PRODUCES: it is the producer too."""
     M: gl.constexpr = SIZES.M
     DQK: gl.constexpr = SIZES.DQK
-    OF_DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQK, 16])
-    zeros = gl.zeros([M, DQK], gl.float32, OF_DQ)
+    COLUMNS: gl.constexpr = SIZES.DQ_COLUMNS
+    AHEAD: gl.constexpr = SIZES.STAGES - 1
+    OF_DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    zeros = gl.zeros([M, COLUMNS], gl.float32, OF_DQ)
     out = _flat(memory.dq, M, DQK)
-    for step in range(place.tiles - place.begin):
+    steps = place.tiles - place.begin
+    if PRODUCES:
+        _load_kept(memory, barriers, place, k, v, SIZES)
+        for step in gl.static_range(AHEAD):
+            if step < steps:
+                _load_step(step, memory, barriers, place, queries, SIZES)
+    for step in range(steps):
+        if PRODUCES:
+            if step + AHEAD < steps:
+                _load_step(step + AHEAD, memory, barriers, place, queries, SIZES)
         buffer = step % SIZES.BUFFERS
         mbarrier.wait(barriers.ds.index(buffer), step // SIZES.BUFFERS & 1)
-        low, high = memory.ds.index(2 * buffer), memory.ds.index(2 * buffer + 1)
-        low_k, high_k = _flat(memory.k.index(0), GROUP, DQK), _flat(memory.k.index(1), GROUP, DQK)
-        sums = warpgroup_mma(low.permute([1, 0]), low_k, zeros, use_acc=False, is_async=True)
-        sums = warpgroup_mma(high.permute([1, 0]), high_k, sums, is_async=True)
-        sums = warpgroup_mma_wait(0, [sums])
-        barrier()
-        mbarrier.arrive(barriers.ds_read.index(buffer))
-        tma.store_wait(0)
-        barrier()
-        out.store(sums * factor)
+        low, high = _flat(memory.ds.index(2 * buffer), GROUP, M), _flat(memory.ds.index(2 * buffer + 1), GROUP, M)
+        for column in gl.static_range(0, DQK, COLUMNS):
+            low_k = _flat(memory.k.index(0), GROUP, DQK).slice(column, COLUMNS, dim=1)
+            high_k = _flat(memory.k.index(1), GROUP, DQK).slice(column, COLUMNS, dim=1)
+            sums = warpgroup_mma(low.permute([1, 0]), low_k, zeros, use_acc=False, is_async=True)
+            sums = warpgroup_mma(high.permute([1, 0]), high_k, sums, is_async=True)
+            sums = warpgroup_mma_wait(0, [sums])
+            if column == 0:
+                tma.store_wait(0)
+            barrier()
+            if column + COLUMNS == DQK:
+                mbarrier.arrive(barriers.ds_read.index(buffer))
+            out.slice(column, COLUMNS, dim=1).store(sums * factor)
         fence_async_shared()
         barrier()
         async_add(dq, _ragged(place, (place.begin + step) * M, place.head * DQK), memory.dq)
@@ -309,11 +385,11 @@ def _position_group(memory, barriers, place, position, k, v, queries, scale, SIZ
         buffer = step % SIZES.BUFFERS
         query = (place.begin + step) * M
         mbarrier.wait(barriers.ds.index(buffer), step // SIZES.BUFFERS & 1)
-        high = memory.ds.index(2 * buffer + 1).load(SCORES)
+        high = _flat(memory.ds.index(2 * buffer + 1), GROUP, M).load(SCORES)
         sums = added_diagonals(diagonals(high.to(gl.float32)), waiting)
         add_distances(position, query, place.first + GROUP, sums, scale, 8)
         last = sums[8]
-        low = memory.ds.index(2 * buffer).load(SCORES)
+        low = _flat(memory.ds.index(2 * buffer), GROUP, M).load(SCORES)
         sums = diagonals(low.to(gl.float32))
         barrier()
         mbarrier.arrive(barriers.ds_read.index(buffer))
@@ -321,10 +397,48 @@ def _position_group(memory, barriers, place, position, k, v, queries, scale, SIZ
     add_distances(position, (place.tiles - 1) * M, place.first, waiting, scale, 9)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "zero", "blocks"])
+@gluon.jit
+def _table_group(
+    memory, barriers, place, position, pointers, since, near, scale, CUT: gl.constexpr, SIZES: gl.constexpr
+):  # fmt: skip
+    """Adds up score gradients for the time table, and the position table if there is one."""
+    M: gl.constexpr = SIZES.M
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    low_packed, high_packed = packed_buckets(pointers, 0, 0), packed_buckets(pointers, 0, 1)
+    low_since = load_key_since(since, place.first, place.n)
+    high_since = load_key_since(since, place.first + GROUP, place.n)
+    steps = place.tiles - place.begin
+    for step in range(steps):
+        buffer = step % SIZES.BUFFERS
+        stage = step % SIZES.STAGES
+        query = (place.begin + step) * M
+        following = gl.minimum(step + 1, steps - 1)
+        next_low, next_high = packed_buckets(pointers, following, 0), packed_buckets(pointers, following, 1)
+        mbarrier.wait(barriers.ds.index(buffer), step // SIZES.BUFFERS & 1)
+        for half in range(2):
+            key = place.first + half * GROUP
+            packed, key_since = gl.where(half == 0, low_packed, high_packed), gl.where(half == 0, low_since, high_since)
+            times = TileTimes(packed, memory.since.index(stage), key_since, memory.weights, memory.edges)
+            if query < key + NEAR:
+                if query >= key:
+                    column = place.head * NEAR + query - key
+                    async_store(near, _ragged(place, key, column), memory.ds.index(2 * buffer + half))
+            ds = _flat(memory.ds.index(2 * buffer + half), GROUP, M).load(SCORES)
+            if SIZES.POSITION:
+                add_distances(position, query, key, diagonals(ds.to(gl.float32)), scale, 9)
+            if query >= key + NEAR:
+                add_buckets(pointers, times, query, key, place.n, ds, scale, CUT)
+        low_packed, high_packed = next_low, next_high
+        tma.store_wait(0)
+        barrier()
+        mbarrier.arrive(barriers.ds_read.index(buffer))
+        mbarrier.arrive(barriers.read.index(stage))
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "zero", "blocks", "width"])
 def hopper_backward_kernel(
-    q, k, v, do, dq, dk, dv, offsets, alpha, attention_scale, num_tiles, spread, sums, zero, blocks,
-    COPIES: gl.constexpr, SIZES: gl.constexpr, SCORE_REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
+    q, k, v, do, dq, dk, dv, since, band, near, offsets, alpha, attention_scale, num_tiles, spread, sums, times, zero,
+    blocks, width, COPIES: gl.constexpr, SIZES: gl.constexpr, SCORE_REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
     OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk, dv, and dq by addition; with a position bias adds score gradients to `sums` (COPIES, blocks, 8, 8), of which
@@ -345,15 +459,23 @@ def hopper_backward_kernel(
         if SIZES.BY_LENGTH:
             scale = 1.0 / n.to(gl.float32)
         place = Place(end.to(gl.int32), n, first, head, first // M, gl.cdiv(n, M))
-        position = program_position(spread, sums, zero, blocks, (sequence + gl.program_id(0)) % COPIES)
-        DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, M], gl.bfloat16)
+        copy = (sequence + gl.program_id(0)) % COPIES
+        position = program_position(spread, sums, zero, blocks, copy)
+        DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, GROUP, M], gl.bfloat16)
+        SINCE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, M], gl.int32)
+        TABLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        OF_TABLES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         memory = Memory(
             gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, GROUP, DQK], k.layout),
             gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, GROUP, DV], v.layout),
             gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, 1, M, DQK], q.layout),
             gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, 1, M, DV], do.layout),
-            gl.allocate_shared_memory(gl.bfloat16, [2 * BUFFERS, GROUP, M], DS_LAYOUT),
+            gl.allocate_shared_memory(gl.bfloat16, [2 * BUFFERS, 1, 1, GROUP, M], DS_LAYOUT),
             gl.allocate_shared_memory(gl.float32, [1, 1, M, DQK], dq.layout),
+            gl.allocate_shared_memory(gl.int32, [STAGES if SIZES.TIME else 1, 1, M], SINCE),
+            gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES if SIZES.TIME else 1, 1, 1, M, GROUP], DS_LAYOUT),
+            gl.allocate_shared_memory(gl.float32, [256, 1], TABLE),
+            gl.allocate_shared_memory(gl.int32, [256, 1], TABLE),
         )
         BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
         barriers = Barriers(
@@ -368,20 +490,140 @@ def hopper_backward_kernel(
         for stage in gl.static_range(STAGES):
             mbarrier.init(barriers.q.index(stage), count=1)
             mbarrier.init(barriers.do.index(stage), count=1)
-            mbarrier.init(barriers.read.index(stage), count=2)
+            mbarrier.init(barriers.read.index(stage), count=3 if SIZES.TIME else 2)
         for buffer in gl.static_range(BUFFERS):
             mbarrier.init(barriers.ds.index(buffer), count=2)
-            mbarrier.init(barriers.ds_read.index(buffer), count=2 if SIZES.POSITION else 1)
+            mbarrier.init(barriers.ds_read.index(buffer), count=2 if SIZES.POSITION or SIZES.TIME else 1)
         fence_async_shared()
         barrier()
         factor = alpha * scale
-        queries = Queries(q, do)
-        if SIZES.POSITION:
+        slot = (start // M + sequence).to(gl.int32)
+        queries = Queries(q, do, since, band, slot)
+        row = (slot + place.begin).to(gl.int64) * width
+        pointers = TimePointers(
+            times.tiles + row + first // GROUP,
+            width,
+            times.query_time + start,
+            times.key_time + start,
+            times.edges,
+            times.sums + copy * (BUCKETS * LANES),
+        )
+        key_since = times.key_since + start
+        if SIZES.TIME:
+            bucket = gl.arange(0, 256, OF_TABLES)
+            weights = gl.load(times.weights + bucket, mask=bucket < BUCKETS, other=0.0)
+            memory.weights._reinterpret(gl.float32, [256], TABLE).store(weights)
+            edges = gl.load(times.small_edges + bucket, mask=bucket <= BUCKETS, other=0)
+            memory.edges._reinterpret(gl.int32, [256], TABLE).store(edges)
+            barrier()
+            if gl.load(times.cut + sequence) == 0:
+                gl.warp_specialize(
+                    [
+                        (
+                            _score_group,
+                            (
+                                memory,
+                                barriers,
+                                place,
+                                position,
+                                pointers,
+                                key_since,
+                                dk,
+                                dv,
+                                alpha,
+                                scale,
+                                0,
+                                False,
+                                SIZES,
+                            ),
+                        ),
+                        (
+                            _score_group,
+                            (
+                                memory,
+                                barriers,
+                                place,
+                                position,
+                                pointers,
+                                key_since,
+                                dk,
+                                dv,
+                                alpha,
+                                scale,
+                                1,
+                                False,
+                                SIZES,
+                            ),
+                        ),
+                        (_dq_group, (memory, barriers, place, k, v, queries, dq, factor, True, SIZES)),
+                        (
+                            _table_group,
+                            (memory, barriers, place, position, pointers, key_since, near, scale, False, SIZES),
+                        ),
+                    ],
+                    [4, 4, 4],
+                    [SCORE_REGISTERS, DQ_REGISTERS, OTHER_REGISTERS],
+                )
+            else:
+                gl.warp_specialize(
+                    [
+                        (
+                            _score_group,
+                            (
+                                memory,
+                                barriers,
+                                place,
+                                position,
+                                pointers,
+                                key_since,
+                                dk,
+                                dv,
+                                alpha,
+                                scale,
+                                0,
+                                True,
+                                SIZES,
+                            ),
+                        ),
+                        (
+                            _score_group,
+                            (
+                                memory,
+                                barriers,
+                                place,
+                                position,
+                                pointers,
+                                key_since,
+                                dk,
+                                dv,
+                                alpha,
+                                scale,
+                                1,
+                                True,
+                                SIZES,
+                            ),
+                        ),
+                        (_dq_group, (memory, barriers, place, k, v, queries, dq, factor, True, SIZES)),
+                        (
+                            _table_group,
+                            (memory, barriers, place, position, pointers, key_since, near, scale, True, SIZES),
+                        ),
+                    ],
+                    [4, 4, 4],
+                    [SCORE_REGISTERS, DQ_REGISTERS, OTHER_REGISTERS],
+                )
+        elif SIZES.POSITION:
             gl.warp_specialize(
                 [
-                    (_score_group, (memory, barriers, place, position, dk, dv, alpha, scale, 0, SIZES)),
-                    (_score_group, (memory, barriers, place, position, dk, dv, alpha, scale, 1, SIZES)),
-                    (_dq_group, (memory, barriers, place, dq, factor, SIZES)),
+                    (
+                        _score_group,
+                        (memory, barriers, place, position, pointers, key_since, dk, dv, alpha, scale, 0, False, SIZES),
+                    ),
+                    (
+                        _score_group,
+                        (memory, barriers, place, position, pointers, key_since, dk, dv, alpha, scale, 1, False, SIZES),
+                    ),
+                    (_dq_group, (memory, barriers, place, k, v, queries, dq, factor, False, SIZES)),
                     (_position_group, (memory, barriers, place, position, k, v, queries, scale, SIZES)),
                 ],
                 [4, 4, 4],
@@ -390,9 +632,15 @@ def hopper_backward_kernel(
         else:
             gl.warp_specialize(
                 [
-                    (_score_group, (memory, barriers, place, position, dk, dv, alpha, scale, 0, SIZES)),
-                    (_score_group, (memory, barriers, place, position, dk, dv, alpha, scale, 1, SIZES)),
-                    (_dq_group, (memory, barriers, place, dq, factor, SIZES)),
+                    (
+                        _score_group,
+                        (memory, barriers, place, position, pointers, key_since, dk, dv, alpha, scale, 0, False, SIZES),
+                    ),
+                    (
+                        _score_group,
+                        (memory, barriers, place, position, pointers, key_since, dk, dv, alpha, scale, 1, False, SIZES),
+                    ),
+                    (_dq_group, (memory, barriers, place, k, v, queries, dq, factor, False, SIZES)),
                     (_producer, (memory, barriers, place, k, v, queries, SIZES)),
                 ],
                 [4, 4, 1],

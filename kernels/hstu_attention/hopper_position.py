@@ -21,7 +21,7 @@ SIDE = gl.constexpr(64)
 #: Blocks of eight distances before the diagonal's.
 BEFORE = tl.constexpr(16)
 
-_SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _PART = gl.constexpr(gl.BlockedLayout([1, 1, 2], [1, 8, 4], [4, 1, 1], [2, 1, 0]))
 
 
@@ -41,7 +41,7 @@ def program_position(spread, sums, zero, blocks, copy):
 
 
 @gluon.jit
-def _parts(tile):
+def parts_of(tile):
     """The 16 parts of a tile: of its warps' lower rows those of the eight blocks of columns, then of the upper rows."""
     found = (tile.reshape([4, 2, 8, 2, 2, 2, 8]).permute([0, 2, 6, 5, 4, 3, 1]),)
     for _ in gl.static_range(4):
@@ -56,7 +56,7 @@ def _parts(tile):
 
 
 @gluon.jit
-def _whole(parts):
+def whole_of(parts):
     """The tile of 16 parts."""
     for _ in gl.static_range(4):
         joined = ()
@@ -64,11 +64,11 @@ def _whole(parts):
             joined += (gl.join(parts[2 * index], parts[2 * index + 1]),)
         parts = joined
     tile = parts[0].permute([0, 6, 1, 5, 4, 3, 2]).reshape([64, 64])
-    return gl.convert_layout(tile, _SCORES, assert_trivial=True)
+    return gl.convert_layout(tile, SCORES, assert_trivial=True)
 
 
 @gluon.jit
-def _places():
+def places():
     """Numbers of a part's elements: their warp, key and query."""
     warp = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, _PART)))
     key = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, _PART)))
@@ -79,7 +79,7 @@ def _places():
 @gluon.jit
 def position_bias(position, first_query, first_key):
     """p[key - query] of a tile: nine loads of two entries a thread."""
-    warp, key, query = _places()
+    warp, key, query = places()
     first = position.diagonal + (first_query - first_key) + (query - key - 16 * warp)
     found = ()
     for block in gl.static_range(-1, 8):
@@ -87,13 +87,13 @@ def position_bias(position, first_query, first_key):
     parts = ()
     for index in gl.static_range(16):
         parts += (found[index % 8 + 1 - index // 8],)
-    return _whole(parts)
+    return whole_of(parts)
 
 
 @gluon.jit
 def diagonals(tile):
     """Nine sums of the parts that are on one diagonal, from the lowest distance on."""
-    parts = _parts(tile)
+    parts = parts_of(tile)
     sums = (parts[8],)
     for index in gl.static_range(7):
         sums += (parts[index] + parts[index + 9],)
@@ -123,7 +123,7 @@ def added_diagonals(one, other):
 def add_distances(position, first_query, first_key, sums, scale, COUNT: gl.constexpr):
     """Adds the first COUNT `diagonals` of a tile of score gradients, times `scale`, to the sums of their distances:
     8 m + query - key for m = 0, 1, ..."""
-    warp, key, query = _places()
+    warp, key, query = places()
     block = first_query // 8 - first_key // 8 + BEFORE - 2 * warp
     place = position.sums + (block.to(gl.int64) * 64 + key * 8 + query)
     for index in gl.static_range(COUNT):

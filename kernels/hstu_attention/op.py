@@ -129,16 +129,16 @@ def attention_backward(
         numbers["causal"] = bool(numbers["causal"])
         inputs = Inputs(q, k, v, offsets, max_len, alpha, attention_scale, softmax=softmax, **optional, **numbers)
         grad = token_rows(grad)
+        bias = BiasTables(inputs, Handed(*handed))
         if not deterministic and hopper_fits(inputs, grad):
-            sums, dk, dv, dp = hopper_backward(inputs, Handed(*handed).spread, grad)
+            sums, dk, dv, dp, dw = hopper_backward(inputs, bias, grad)
             return (
                 sums.to(q.dtype),
                 dk,
                 dv,
                 lse.new_empty(0) if dp is None or position_bias is None else dp.to(position_bias.dtype),
-                lse.new_empty(0),
+                lse.new_empty(0) if dw is None or time_bias is None else dw.to(time_bias.dtype),
             )
-        bias = BiasTables(inputs, Handed(*handed))
         delta = (inputs.multiplied(grad) * output.float()).sum(-1).T.contiguous() if softmax else None
         gradient = Gradient(grad, lse, delta)
         config = inputs.configuration("bwd_dkdv")

@@ -73,6 +73,23 @@ def band_kernel(
             tl.store(near_buckets + slot, bucket.to(tl.uint8), mask=(i < n)[:, None])
 
 
+@triton.jit
+def add_runs(sums, gradient, bucket, buckets, seen, before, column, BLOCK):
+    """Adds gradients of the band's biases, (BLOCK, 2 BAND_BLOCK), to bucket sums (256,).
+
+    Times are sorted in most sequences, so that a query's keys of one bucket stand side by side: where a run of equal
+    buckets ends, the sum of its group of 16 keys up to there is added to this bucket, and taken from the next. (Over
+    longer groups, rounding errors of the sum would show in the difference.) `buckets` are pointers of `bucket`;
+    `before`: where the next key is one that the query sees.
+    """
+    within = seen & before & (column % 16 < 15)[None, :]
+    following = tl.load(buckets + 1, mask=within, other=0).to(tl.int32)
+    groups = tl.reshape(gradient, [BLOCK, 2 * BAND_BLOCK // 16, 16])
+    total = tl.reshape(tl.cumsum(groups, 2), [BLOCK, 2 * BAND_BLOCK])
+    tl.atomic_add(sums + bucket, total, mask=seen & ((bucket != following) | ~within), sem="relaxed")
+    tl.atomic_add(sums + following, -total, mask=within & (bucket != following), sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["copies"])
 def band_gradient_kernel(
     band_gradient, near_buckets, time_sums, offsets, copies, BLOCK: tl.constexpr, DETERMINISTIC: tl.constexpr
@@ -80,10 +97,8 @@ def band_gradient_kernel(
     """Adds the gradients of the band's biases, (T, 2 BAND_BLOCK) float32 and written where a query sees the key, to
     bucket sums (copies, 256).
 
-    Times are sorted in most sequences, so that a query's keys of one bucket stand side by side: where a run of equal
-    buckets ends, the sum of its group of 16 keys up to there is added to this bucket, and taken from the next. (Over
-    longer groups, rounding errors of the sum would show in the difference.) DETERMINISTIC takes a pass over the tile a
-    bucket instead, and a copy a program. Grid: tiles of BLOCK queries of `launch_grid`.
+    DETERMINISTIC takes a pass over the tile a bucket instead of `add_runs`, and a copy a program. Grid: tiles of BLOCK
+    queries of `launch_grid`.
     """
     index, tile = sequence_id(), tl.program_id(0)
     start = tl.load(offsets + index)
@@ -106,23 +121,20 @@ def band_gradient_kernel(
                 total += tl.where(slot == one, tl.sum(tl.where(bucket == one, gradient, 0.0)), 0.0)
             tl.store(sums + slot, total)
         else:
-            within = seen & (key < i[:, None]) & (column % 16 < 15)[None, :]
-            following = tl.load(near_buckets + pair + 1, mask=within, other=0).to(tl.int32)
-            groups = tl.reshape(gradient, [BLOCK, 2 * BAND_BLOCK // 16, 16])
-            total = tl.reshape(tl.cumsum(groups, 2), [BLOCK, 2 * BAND_BLOCK])
-            tl.atomic_add(sums + bucket, total, mask=seen & ((bucket != following) | ~within), sem="relaxed")
-            tl.atomic_add(sums + following, -total, mask=within & (bucket != following), sem="relaxed")
+            add_runs(sums, gradient, bucket, near_buckets + pair, seen, key < i[:, None], column, BLOCK)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def relative_time_kernel(
-    query_time, key_time, offsets, since, query_ranges, key_ranges, tokens,
+    query_time, key_time, offsets, since, query_ranges, key_ranges, in_tiles, cut, tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Times since the sequence's first key, (2, T) int32, queries' and keys', cut at LONGEST_SPAN; and their least and
     greatest in tiles of BLOCK_M queries and of BLOCK_N keys, (slots, 2) int32.
 
-    The tiles of sequence b start at slot offsets[b] // BLOCK_M + b, which leaves each sequence room enough.
+    The tiles of sequence b start at slot offsets[b] // BLOCK_M + b, which leaves each sequence room enough. `in_tiles`
+    (slots, BLOCK_M) int32, if given, are the queries' times once more, in their slots; and `cut` (sequences,) int32,
+    zero before, is set where a sequence has times that were cut.
     Grid: tiles of BLOCK of `launch_grid`.
     """
     index, tile = sequence_id(), tl.program_id(0)
@@ -135,6 +147,11 @@ def relative_time_kernel(
         key_since = _cut(tl.load(key_time + start + i, mask=i < n, other=0) - origin)
         tl.store(since + start + i, query_since, mask=i < n)
         tl.store(since + tokens + start + i, key_since, mask=i < n)
+        if in_tiles is not None:
+            tl.store(in_tiles + (start // BLOCK_M + index) * BLOCK_M + i, query_since, mask=i < n)
+            far = tl.maximum(tl.abs(query_since), tl.abs(key_since)) >= LONGEST_SPAN
+            if tl.max((far & (i < n)).to(tl.int32)) > 0:
+                tl.store(cut + index, 1)
         _store_ranges(query_ranges, query_since, n, start // BLOCK_M + index, tile, BLOCK_M, BLOCK)
         _store_ranges(key_ranges, key_since, n, start // BLOCK_N + index, tile, BLOCK_N, BLOCK)
 
@@ -282,7 +299,7 @@ class BiasTables:
                 slots = len(since[0]) // block_m + self.inputs.num_sequences + 1
                 tiles = tiles.new_empty(slots, triton.cdiv(self.inputs.max_len, block_n))
                 since = torch.empty_like(since)
-                self._fill_tiles(block_m, block_n, since, tiles)
+                self.fill_tiles(block_m, block_n, since, tiles)
             self._tile_buckets[block_m, block_n] = TileBuckets(since, tiles)
         return self._tile_buckets[block_m, block_n]
 
@@ -302,17 +319,26 @@ class BiasTables:
                 POSITION=inputs.position_bias is not None, BLOCK=BAND_TILE, INLINE_ASM=inputs.q.is_cuda,
             )  # fmt: skip
         if inputs.packed:
-            self._fill_tiles(block_m, block_n, handed.since, handed.tiles)
+            self.fill_tiles(block_m, block_n, handed.since, handed.tiles)
         return handed
 
-    def _fill_tiles(self, block_m: int, block_n: int, since: torch.Tensor, tiles: torch.Tensor) -> None:
+    def fill_tiles(
+        self,
+        block_m: int,
+        block_n: int,
+        since: torch.Tensor,
+        tiles: torch.Tensor,
+        in_tiles: torch.Tensor | None = None,
+        cut: torch.Tensor | None = None,
+    ) -> None:
+        """Writes `TileBuckets`' tensors; and, for Hopper, what `relative_time_kernel` says of the other two."""
         inputs, tokens = self.inputs, since.shape[1]
         query_ranges = since.new_empty(len(tiles), 2)
         key_ranges = since.new_empty(tokens // block_n + inputs.num_sequences + 1, 2)
         block, width = max(block_m, block_n), tiles.shape[1]
         relative_time_kernel[launch_grid(triton.cdiv(inputs.max_len, block), inputs.num_sequences)](
-            inputs.query_time, inputs.key_time, inputs.offsets, since, query_ranges, key_ranges, tokens,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=block,
+            inputs.query_time, inputs.key_time, inputs.offsets, since, query_ranges, key_ranges, in_tiles,
+            cut, tokens, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=block,
         )  # fmt: skip
         programs = triton.cdiv(inputs.max_len, block_m) * triton.cdiv(width, 32)
         tile_bucket_kernel[launch_grid(programs, inputs.num_sequences)](
