@@ -403,6 +403,7 @@ def hopper_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 HOPPER = Case(lengths=(700, 333), heads=3, dqk=64, dv=64, bias="none")
+TIMES = ["equal", "far", "random", "reversed", "decades apart", "unknown"]
 
 
 @pytest.mark.gpu
@@ -420,6 +421,12 @@ HOPPER = Case(lengths=(700, 333), heads=3, dqk=64, dv=64, bias="none")
         replace(HOPPER, bias="position", lengths=(257, 0, 1, 63, 64, 65, 127, 128, 129, 0, 191, 192, 193)),
         replace(HOPPER, bias="position", dqk=32, dv=64, attention_scale=None),
         replace(HOPPER, bias="position", lengths=(4_000, 5), heads=1),
+        replace(HOPPER, bias="time"),
+        replace(HOPPER, bias="both"),
+        replace(HOPPER, bias="both", lengths=(257, 0, 1, 63, 64, 65, 127, 128, 129, 0, 191, 192, 193)),
+        replace(HOPPER, bias="both", dqk=32, dv=64, attention_scale=None),
+        replace(HOPPER, bias="both", lengths=(4_000, 5), heads=1),
+        *(replace(HOPPER, bias="both", times=times) for times in TIMES),
     ],
     ids=[
         "even",
@@ -433,6 +440,12 @@ HOPPER = Case(lengths=(700, 333), heads=3, dqk=64, dv=64, bias="none")
         "positions, edges",
         "positions, d 32 and 64, by length",
         "positions, long",
+        "times",
+        "both",
+        "both, edges",
+        "both, d 32 and 64, by length",
+        "both, long",
+        *TIMES,
     ],
 )
 def test_hoppers_backward_kernel(case: Case, hopper_calls: list[Any]) -> None:
@@ -442,7 +455,7 @@ def test_hoppers_backward_kernel(case: Case, hopper_calls: list[Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("bias", ["none", "position"])
+@pytest.mark.parametrize("bias", ["none", "position", "both"])
 def test_hoppers_backward_kernel_keeps_what_is_not_finite_in_its_row(
     bias: str, value: float, hopper_calls: list[Any]
 ) -> None:
