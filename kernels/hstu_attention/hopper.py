@@ -134,7 +134,8 @@ def _zeros(inputs: Inputs, blocks: int) -> tuple[torch.Tensor, torch.Tensor, tor
 
 def _timed(inputs: Inputs, bias: BiasTables, sums: torch.Tensor, cut: torch.Tensor) -> _Timed:
     q, tokens, side = inputs.q, len(inputs.q), SIDE.value
-    since = bias.handed.since.new_empty(2, tokens)
+    # Rows that begin on 16 bytes, whatever the number of tokens, for one compiled kernel.
+    since = bias.handed.since.new_empty(2, triton.cdiv(tokens, 4) * 4)
     tiles = since.new_empty(tokens // side + inputs.num_sequences + 1, triton.cdiv(inputs.max_len, side))
     query_since = since.new_empty(len(tiles), side)
     bias.fill_tiles(side, side, since, tiles, query_since, cut)
