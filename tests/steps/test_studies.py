@@ -337,7 +337,7 @@ def texts_and_numbers(rows: list[Row], study: dict[str, Any]) -> tuple[list[str]
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_number_of_a_report_comes_from_its_rows(study: str) -> None:
-    """Other values make every number another one, but for those that name the cases."""
+    """Other values make every number another one, but for those that name the cases, and flags, whose unit is `of 1`."""
     rows = read_rows(ROOT / "reports/studies" / study / "rows.json", study)
     content = params.load(f"studies/{study}", ROOT / "params")
     report = importlib.import_module(f"steps.studies.{content['module']}_report").report
@@ -352,7 +352,8 @@ def test_every_number_of_a_report_comes_from_its_rows(study: str) -> None:
         found = []
         for one in rows:
             scale = math.exp(factor.uniform(-3, 3))
-            found.append(one | {key: one[key] * scale for key in ("value", "low", "high") if key in one})
+            keys = [key for key in ("value", "low", "high") if key in one and one["unit"] != "of 1"]
+            found.append(one | {key: one[key] * scale for key in keys})
         return found
 
     others = [parts(changed(seed)) for seed in range(4)]
