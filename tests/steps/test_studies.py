@@ -337,7 +337,7 @@ def texts_and_numbers(rows: list[Row], study: dict[str, Any]) -> tuple[list[str]
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_number_of_a_report_comes_from_its_rows(study: str) -> None:
-    """Other values make every number another one, but for those that name the cases, and flags, whose unit is `of 1`."""
+    """Other values make every number another one, but for names of cases, and flags, whose unit is `of 1`."""
     rows = read_rows(ROOT / "reports/studies" / study / "rows.json", study)
     content = params.load(f"studies/{study}", ROOT / "params")
     report = importlib.import_module(f"steps.studies.{content['module']}_report").report
