@@ -365,14 +365,17 @@ class HistoryCache:
         own = slots[new]
         self._times[own] = time
         owner, _ = sequence_and_position(offsets, len(embeddings))
-        x = self._encoder.embed(embeddings, new - key_offsets[owner])
+        x, key_time = self._encoder.embed(embeddings, new - key_offsets[owner]), self._times[slots]
+        # Histories that begin have as many queries as keys: the plain mask, which kernels are fastest with.
+        of_keys = key_offsets if len(slots) > len(new) else None
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             u, q, k, v = layer.project(x, self._dtype)
             keys[own], values[own] = k, v
             if layer is self._layers[-1]:  # nobody asks for its output: candidates read keys and values alone
                 break
-            stored = keys[slots], values[slots], self._times[slots]
-            attention_output = _attend(layer, q, query_time, offsets, *stored, key_offsets, max(totals))
+            attention_output = layer.attend(
+                q, keys[slots], values[slots], offsets, max(totals), query_time, key_time, of_keys
+            )
             x = layer.finish(x, u, attention_output, self._dtype)
 
     def _histories(self, users: list[_User], asked: torch.Tensor) -> _History:
@@ -422,28 +425,6 @@ class HistoryCache:
             cached_time=history.time,
         )  # fmt: skip
         return layer.finish(x, u, attention_output, self._dtype), k, v
-
-
-def _attend(
-    layer: HSTULayer,
-    q: torch.Tensor,
-    query_time: torch.Tensor,
-    offsets: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_time: torch.Tensor,
-    key_offsets: torch.Tensor,
-    max_len: int,
-) -> torch.Tensor:
-    """The layer's attention (T', h, dv) of each sequence's last tokens, q (T', h, dqk), over all its tokens' k and v.
-
-    It costs what the attention of all T tokens over each other costs, and as much memory: the kernels take one query a
-    key, so those of the stored tokens are zeros, and their rows are thrown away.
-    """
-    new = _last_tokens(offsets, key_offsets, len(q))
-    queries = q.new_zeros(k.shape).index_copy(0, new, q)
-    times = key_time.index_copy(0, new, query_time)
-    return layer.attend(queries, k, v, key_offsets, max_len, times, key_time)[new]
 
 
 def _last_tokens(offsets: torch.Tensor, key_offsets: torch.Tensor, total: int) -> torch.Tensor:
