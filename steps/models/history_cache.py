@@ -10,8 +10,9 @@ import json
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from kernels.hstu_attention import cached_attention
-from kernels.jagged import offsets_from_lengths
 from kernels.jagged.naive import sequence_and_position
 from steps.common.cli import StepError
 from steps.common.files import atomic_path
@@ -47,11 +47,11 @@ class _User:
 
 @dataclass(frozen=True)
 class _History:
-    """Keys (T', h, dqk) and values (T', h, dv) of each layer and times (T',), jagged over the users of a call by
+    """Keys (layers, T', h, dqk), values (layers, T', h, dv) and times (T',), jagged over the users of a call by
     `offsets` (B + 1,)."""
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    keys: torch.Tensor
+    values: torch.Tensor
     time: torch.Tensor
     lengths: list[int]
     offsets: torch.Tensor
@@ -60,9 +60,8 @@ class _History:
         """That of the users from `first` to before `last`, as views."""
         start = sum(self.lengths[:first])
         part = slice(start, start + sum(self.lengths[first:last]))
-        keys, values = [k[part] for k in self.keys], [v[part] for v in self.values]
         offsets = self.offsets[first : last + 1] - self.offsets[first]
-        return _History(keys, values, self.time[part], self.lengths[first:last], offsets)
+        return _History(self.keys[:, part], self.values[:, part], self.time[part], self.lengths[first:last], offsets)
 
 
 class HistoryCache:
@@ -73,8 +72,7 @@ class HistoryCache:
 
     def __init__(self, encoder: HSTU, page: int = 64) -> None:
         """page: tokens of a page. Raises ValueError if no cache of this encoder is exact."""
-        self._layers = cast(list[HSTULayer], list(encoder.blocks))
-        layer = self._layers[0]
+        layer = cast(HSTULayer, encoder.blocks[0])
         if layer.attention_scale is None and not layer.softmax:
             raise ValueError(
                 "attention_scale true_len divides every token by a length that grows with the history, "
@@ -86,6 +84,7 @@ class HistoryCache:
         self._encoder = encoder
         table = encoder.position.weight
         self._dtype = encoder.compute_dtype or table.dtype
+        self._layers = [_in_type(cast(HSTULayer, block), self._dtype) for block in encoder.blocks]
         self._users: dict[int, _User] = {}
         self._free: list[int] = []
         made: dict[str, Any] = {"dtype": self._dtype, "device": table.device}
@@ -156,10 +155,19 @@ class HistoryCache:
             [self._num_pages(n + new) - self._num_pages(n) for n, new in zip(lengths, more, strict=True)]
         )
         tables = [user.pages + own for user, own in zip(found, pages, strict=True)]
-        if sum(more):
-            self._store(tables, lengths, more, torch.cat(rows), torch.cat(query_times), torch.cat(times))
-        for name, table, length, new, (waiting, waiting_time) in zip(names, tables, lengths, more, kept, strict=True):
-            self._users[name] = _User(waiting, waiting_time, table, length + new)
+        if some := [index for index, count in enumerate(more) if count]:
+            history, slots, new = self._extended(
+                [tables[index] for index in some],
+                [lengths[index] for index in some],
+                [more[index] for index in some],
+                torch.cat(rows),
+                torch.cat(query_times),
+                torch.cat(times),
+            )
+            self._keys[:, slots[new]], self._values[:, slots[new]] = history.keys[:, new], history.values[:, new]
+            self._times[slots[new]] = history.time[new]
+        for name, table, length, count, (waiting, waiting_time) in zip(names, tables, lengths, more, kept, strict=True):
+            self._users[name] = _User(waiting, waiting_time, table, length + count)
         del self._free[len(self._free) - sum(map(len, pages)) :]
 
     @torch.no_grad()
@@ -173,10 +181,11 @@ class HistoryCache:
     ) -> torch.Tensor:
         """Hidden states (T, d) of candidates, each as the next token of its user's history; nothing is kept of them.
 
-        The histories are copied out of their pages once.
+        The histories are copied out of their pages once. The host waits for the device only to read `offsets`, if they
+        are there.
 
         Args:
-            candidates: (T, d), item embeddings, jagged over `users` (B) by `offsets` (B + 1,) int64.
+            candidates: (T, d), item embeddings, jagged over `users` (B) by `offsets` (B + 1,) int64, on any device.
             time: (B,) int64 seconds, of each user's request; None where the encoder has no time bias.
             micro_batch: so many candidates at once. Fewer take less memory, and read the histories more often.
 
@@ -200,17 +209,18 @@ class HistoryCache:
                 )
         if not len(candidates):
             return torch.zeros_like(candidates)
-        history, offsets = self._histories(found, asked), offsets.to(candidates.device)
-        bounds, hidden = [0, *torch.tensor(counts).cumsum(0).tolist()], []
+        history, bounds, hidden = self._histories(found, asked), [0, *accumulate(counts)], []
+        offsets = self._on_device(bounds)
         for start in range(0, len(candidates), micro_batch):
             end = min(start + micro_batch, len(candidates))
             first, last = bisect_right(bounds, start) - 1, bisect_left(bounds, end)  # the users of these candidates
             longest = max(min(bounds[b + 1], end) - max(bounds[b], start) for b in range(first, last))
             own = offsets[first : last + 1].clamp(start, end) - start
             part = history.of(first, last)
-            x, at = self._behind(candidates[start:end], own, asked[first:last], part)
+            owner, _ = sequence_and_position(own, end - start)
+            x, at = self._encoder.embed(candidates[start:end], part.offsets.diff()[owner]), asked[first:last][owner]
             for index in range(len(self._layers)):
-                x, _, _ = self._layer(index, x, at, at, own, longest, part)
+                x = self._scored(index, x, at, own, longest, part)
             hidden.append(x)
         return torch.cat(hidden)
 
@@ -290,9 +300,10 @@ class HistoryCache:
         if offsets.shape != (len(names) + 1,) or offsets.dtype != torch.int64:
             given = f"{tuple(offsets.shape)} {offsets.dtype}"
             raise ValueError(f"offsets must be ({len(names) + 1},) int64, one more than the users, not {given}")
-        counts = offsets.diff().tolist()
-        if int(offsets[0]) or int(offsets[-1]) != len(embeddings) or min(counts, default=0) < 0:
-            raise ValueError(f"offsets must rise from 0 to the {len(embeddings)} {what}, not be {offsets.tolist()}")
+        bounds = offsets.tolist()
+        counts = [end - start for start, end in pairwise(bounds)]
+        if bounds[0] or bounds[-1] != len(embeddings) or min(counts, default=0) < 0:
+            raise ValueError(f"offsets must rise from 0 to the {len(embeddings)} {what}, not be {bounds}")
         return names, counts
 
     def _checked_time(self, what: str, time: torch.Tensor | None, length: int, one: str) -> torch.Tensor:
@@ -340,13 +351,21 @@ class HistoryCache:
 
     def _slots(self, tables: list[list[int]], lengths: list[int]) -> torch.Tensor:
         """Where in the pool the first `lengths` tokens of users with these pages are: (sum of lengths,) int64."""
-        device = self._times.device
-        owner, position = sequence_and_position(_offsets(lengths, device), sum(lengths))
-        pages = torch.tensor([page for table in tables for page in table], dtype=torch.int64, device=device)
-        first = _offsets([len(table) for table in tables], device)
+        owner, position = sequence_and_position(self._offsets(lengths), sum(lengths))
+        pages = self._on_device([page for table in tables for page in table])
+        first = self._offsets([len(table) for table in tables])
         return pages[first[owner] + position // self.page] * self.page + position % self.page
 
-    def _store(
+    def _offsets(self, lengths: list[int]) -> torch.Tensor:
+        return self._on_device([0, *accumulate(lengths)])
+
+    def _on_device(self, numbers: list[int]) -> torch.Tensor:
+        """int64, without waiting for what the device does: from pinned memory, where that makes a difference."""
+        device = self._times.device
+        held = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+        return held.to(device, non_blocking=True)
+
+    def _extended(
         self,
         tables: list[list[int]],
         lengths: list[int],
@@ -354,111 +373,79 @@ class HistoryCache:
         embeddings: torch.Tensor,
         query_time: torch.Tensor,
         time: torch.Tensor,
-    ) -> None:
-        """Calculate new tokens (T', d), `more` of each user behind `lengths` stored ones, and write them into pages."""
-        some = [index for index, count in enumerate(more) if count]
-        totals = [lengths[index] + more[index] for index in some]
-        device = self._times.device
-        offsets, key_offsets = _offsets([more[index] for index in some], device), _offsets(totals, device)
-        slots = self._slots([tables[index] for index in some], totals)
-        new = _last_tokens(offsets, key_offsets, len(embeddings))
-        own = slots[new]
-        self._times[own] = time
-        owner, _ = sequence_and_position(offsets, len(embeddings))
-        x = self._encoder.embed(embeddings, new - key_offsets[owner])
-        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
-            u, q, k, v = layer.project(x, self._dtype)
-            keys[own], values[own] = k, v
+    ) -> tuple[_History, torch.Tensor, torch.Tensor]:
+        """Histories of `lengths` stored tokens with new ones (T', d) behind them, `more` of each user, calculated.
+
+        Returns them, the slots in the pool of all their tokens, and where among these the new ones are (T',). The pages
+        in `tables` must have a slot for every token.
+        """
+        totals = [length + new for length, new in zip(lengths, more, strict=True)]
+        offsets, key_offsets = self._offsets(more), self._offsets(totals)
+        slots = self._slots(tables, totals)
+        keys, values = (pool.index_select(1, slots) for pool in (self._keys, self._values))
+        history = _History(keys, values, self._times[slots], totals, key_offsets)
+        if not len(embeddings):
+            return history, slots, slots[:0]
+        owner, position = sequence_and_position(offsets, len(embeddings))
+        position += self._on_device(lengths)[owner]
+        new = key_offsets[owner] + position
+        history.time[new] = time
+        x = self._encoder.embed(embeddings, position)
+        # Histories that begin have as many queries as keys: the plain mask, which kernels are fastest with.
+        of_keys = key_offsets if any(lengths) else None
+        for layer, k, v in zip(self._layers, keys, values, strict=True):
+            u, q, k[new], v[new] = layer.project(x, self._dtype)
             if layer is self._layers[-1]:  # nobody asks for its output: candidates read keys and values alone
                 break
-            stored = keys[slots], values[slots], self._times[slots]
-            attention_output = _attend(layer, q, query_time, offsets, *stored, key_offsets, max(totals))
+            attention_output = layer.attend(q, k, v, offsets, max(totals), query_time, history.time, of_keys)
             x = layer.finish(x, u, attention_output, self._dtype)
+        return history, slots, new
 
     def _histories(self, users: list[_User], asked: torch.Tensor) -> _History:
         """The whole histories. Tokens that wait are calculated for the time (B,) that is asked for."""
-        lengths = [user.length for user in users]
-        slots = self._slots([user.pages for user in users], lengths)
-        keys, values = [k[slots] for k in self._keys], [v[slots] for v in self._values]
-        stored = _History(keys, values, self._times[slots], lengths, _offsets(lengths, slots.device))
-        counts = [len(user.waiting) for user in users]
-        if not any(counts):
-            return stored
-        offsets, time = _offsets(counts, slots.device), torch.cat([user.waiting_time for user in users])
-        x, at = self._behind(torch.cat([user.waiting for user in users]), offsets, asked, stored)
-        order = torch.cat([_owner(stored.offsets, len(slots)), _owner(offsets, len(time))]).argsort(stable=True)
-        for index in range(len(self._layers)):
-            x, k, v = self._layer(index, x, at, time, offsets, 1, stored)
-            # In place of what `stored` has of this layer, which has been read.
-            keys[index], values[index] = torch.cat([keys[index], k])[order], torch.cat([values[index], v])[order]
-        time, totals = torch.cat([stored.time, time])[order], [user.total for user in users]
-        return _History(keys, values, time, totals, stored.offsets + offsets)
+        some = [index for index, user in enumerate(users) if len(user.waiting)]
+        if some and not len(self._times):
+            self._reserved([1])  # a page 0, see below
+        nothing = self._encoder.position.weight[:0]
+        return self._extended(
+            [[*user.pages, 0] for user in users],  # a token that waits has no slot: its place is copied from any
+            [user.length for user in users],
+            [len(user.waiting) for user in users],
+            torch.cat([nothing, *(users[index].waiting for index in some)]),
+            asked[self._on_device(some)],
+            torch.cat([self._times[:0], *(users[index].waiting_time for index in some)]),
+        )[0]
 
-    def _behind(
-        self, embeddings: torch.Tensor, offsets: torch.Tensor, asked: torch.Tensor, history: _History
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first layer's input (T, d) of tokens right behind the histories, jagged by `offsets`, and their times."""
-        owner = _owner(offsets, len(embeddings))
-        return self._encoder.embed(embeddings, history.offsets.diff()[owner]), asked[owner]
-
-    def _layer(
+    def _scored(
         self,
         index: int,
         x: torch.Tensor,
-        query_time: torch.Tensor,
-        key_time: torch.Tensor,
+        time: torch.Tensor,
         offsets: torch.Tensor,
         max_len: int,
         history: _History,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A layer of tokens (T, d), at most `max_len` of a user, that see the history and themselves alone: what comes
-        out, and their k and v."""
+    ) -> torch.Tensor:
+        """A layer's output of candidates (T, d), at most `max_len` of a user: they see the history and themselves."""
         layer = self._layers[index]
         u, q, k, v = layer.project(x, self._dtype)
         attention_output = cached_attention(
             q, k, v, offsets, history.keys[index], history.values[index], history.offsets, max_len,
             max(history.lengths), alpha=layer.alpha, attention_scale=layer.attention_scale, softmax=layer.softmax,
-            position_bias=layer.position_bias, time_bias=layer.time_bias, query_time=query_time, key_time=key_time,
+            position_bias=layer.position_bias, time_bias=layer.time_bias, query_time=time, key_time=time,
             cached_time=history.time,
         )  # fmt: skip
-        return layer.finish(x, u, attention_output, self._dtype), k, v
+        return layer.finish(x, u, attention_output, self._dtype)
 
 
-def _attend(
-    layer: HSTULayer,
-    q: torch.Tensor,
-    query_time: torch.Tensor,
-    offsets: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_time: torch.Tensor,
-    key_offsets: torch.Tensor,
-    max_len: int,
-) -> torch.Tensor:
-    """The layer's attention (T', h, dv) of each sequence's last tokens, q (T', h, dqk), over all its tokens' k and v.
-
-    It costs what the attention of all T tokens over each other costs, and as much memory: the kernels take one query a
-    key, so those of the stored tokens are zeros, and their rows are thrown away.
-    """
-    new = _last_tokens(offsets, key_offsets, len(q))
-    queries = q.new_zeros(k.shape).index_copy(0, new, q)
-    times = key_time.index_copy(0, new, query_time)
-    return layer.attend(queries, k, v, key_offsets, max_len, times, key_time)[new]
-
-
-def _last_tokens(offsets: torch.Tensor, key_offsets: torch.Tensor, total: int) -> torch.Tensor:
-    """Where the tokens jagged by `offsets` are among those of `key_offsets`, at the end of each sequence: (total,)."""
-    owner, position = sequence_and_position(offsets, total)
-    return (key_offsets[1:] - offsets.diff())[owner] + position
-
-
-def _offsets(lengths: list[int], device: torch.device) -> torch.Tensor:
-    return offsets_from_lengths(torch.tensor(lengths, dtype=torch.int64, device=device))
-
-
-def _owner(offsets: torch.Tensor, total: int) -> torch.Tensor:
-    """The sequence that each of the tokens (total,) belongs to."""
-    return sequence_and_position(offsets, total)[0]
+def _in_type(layer: HSTULayer, dtype: torch.dtype) -> HSTULayer:
+    """The layer; a copy whose matrices have the type that is computed with, if theirs is another: every request would
+    convert them."""
+    if layer.uvqk.dtype == dtype:
+        return layer
+    layer = deepcopy(layer).eval()
+    for matrix in (layer.uvqk, *layer.output.parameters()):
+        matrix.data = matrix.data.to(dtype)
+    return layer
 
 
 def _kind(encoder: HSTU) -> dict[str, Any]:

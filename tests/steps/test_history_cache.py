@@ -60,16 +60,20 @@ class Case:
 
 @pytest.fixture
 def case() -> Case:
+    return case_of(LENGTHS, CANDIDATES, DIM)
+
+
+def case_of(lengths: dict[int, int], candidates: dict[int, int], dim: int) -> Case:
     torch.manual_seed(2)
 
     def seconds(n: int) -> torch.Tensor:  # gaps of all sizes, and times that go back
         return 10**9 + (torch.rand(n) * 19).exp().long() * (1 - 2 * torch.randint(2, (n,)))
 
     return Case(
-        {user: torch.randn(n, DIM, dtype=torch.float64) for user, n in LENGTHS.items()},
-        {user: seconds(n) for user, n in LENGTHS.items()},
-        {user: torch.randn(n, DIM, dtype=torch.float64) for user, n in CANDIDATES.items()},
-        {user: int(seconds(1)) for user in LENGTHS},
+        {user: torch.randn(n, dim, dtype=torch.float64) for user, n in lengths.items()},
+        {user: seconds(n) for user, n in lengths.items()},
+        {user: torch.randn(n, dim, dtype=torch.float64) for user, n in candidates.items()},
+        {user: int(seconds(1)) for user in lengths},
     )
 
 
@@ -102,7 +106,8 @@ def append(cache: HistoryCache, case: Case, users: list[int], start: int = 0, en
     rows = [case.history[user][part] for user in users]
     offsets = offsets_from_lengths(torch.tensor([len(own) for own in rows]))
     times = torch.cat([case.times[user][part] for user in users])
-    cache.append(users, torch.cat(rows).to(cache._encoder.position.weight.dtype), times, offsets)
+    table = cache._encoder.position.weight
+    cache.append(users, torch.cat(rows).to(table), times.to(table.device), offsets)
 
 
 def filled(encoder: HSTU, case: Case) -> HistoryCache:
@@ -113,8 +118,9 @@ def filled(encoder: HSTU, case: Case) -> HistoryCache:
 
 def encode(cache: HistoryCache, case: Case, users: list[int], micro_batch: int = 1024) -> torch.Tensor:
     offsets = offsets_from_lengths(torch.tensor([len(case.candidates[user]) for user in users]))
-    candidates = torch.cat([case.candidates[user] for user in users]).to(cache._encoder.position.weight.dtype)
-    asked = torch.tensor([case.asked[user] for user in users])
+    table = cache._encoder.position.weight
+    candidates = torch.cat([case.candidates[user] for user in users]).to(table)
+    asked = torch.tensor([case.asked[user] for user in users], device=table.device)
     return cache.encode(users, candidates, offsets, asked, micro_batch)
 
 
@@ -315,6 +321,75 @@ def test_a_token_that_waits_is_counted(case: Case) -> None:
     assert (cache.lengths, cache.bytes, cache.pool_bytes) == ({7: 1}, DIM * 8 + 8, 0)
     append(cache, case, [23])
     assert cache._users[23].waiting.untyped_storage().nbytes() == DIM * 8  # not a view of all that came with it
+
+
+LONG = {3: 0, 8: 64, 2: 261, 6: 150}, {3: 2, 8: 1, 2: 9, 6: 6}
+WIDE: dict[str, Any] = {"dim": 32, "blocks": 2, "heads": 2, "dqk": 32, "dv": 16, "output_slots": 1000}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("size", ["short", "long"])
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+def test_a_gpu_finds_what_the_cpu_finds_in_float64(
+    time: str, attention: str, position: bool, size: str, low: bool, case: Case, tmp_path: Path
+) -> None:
+    """Histories that come in parts, into pages that others had; candidates in two sizes; a saved cache; evictions."""
+    changes = WIDE if size == "long" else {}
+    if size == "long":
+        case = case_of(*LONG, dim=WIDE["dim"])
+    for tensors in (case.history, case.candidates):
+        tensors.update({user: tensor.float().double() for user, tensor in tensors.items()})
+    users = list(case.history)
+    exact = plain(make(time, attention, position, torch.float32, **changes).double(), case, users)
+    encoder = make(time, attention, position, torch.float32, **changes)
+    if low:
+        encoder.compute_dtype = torch.bfloat16
+        on_cpu = plain(encoder, case, users)
+    encoder = encoder.cuda()
+
+    def as_exact(found: torch.Tensor) -> None:
+        if low:
+            assert_no_worse([found.cpu()], [on_cpu], [exact], ["hidden states"])
+        else:
+            close(found.cpu().double(), exact, 1e-5)
+
+    cache = HistoryCache(encoder, PAGE)
+    append(cache, case, users[:2])
+    cache.evict(users[:1])
+    for start, end in ((0, 5), (5, 70), (70, None)):
+        append(cache, case, [users[0], *users[2:]], start, end)
+    as_exact(encode(cache, case, users))
+    as_exact(encode(cache, case, users, micro_batch=7))
+    cache.save(tmp_path / "cache")
+    loaded = HistoryCache.load(tmp_path / "cache", encoder)
+    assert loaded.lengths == cache.lengths == {user: len(case.history[user]) for user in cache.lengths}
+    as_exact(encode(loaded, case, users))
+    loaded.evict(users[1:])
+    append(loaded, case, users[:0:-1])
+    as_exact(encode(loaded, case, users))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("time", ["next", "none"])
+def test_a_request_does_not_wait_for_the_gpu(time: str, case: Case) -> None:
+    encoder = make(time, dtype=torch.float32).cuda()
+    cache = HistoryCache(encoder, PAGE)
+    append(cache, case, list(LENGTHS), 0, 2)
+    append(cache, case, list(LENGTHS), 2, 4)
+    history = torch.cat([case.history[user][4:] for user in LENGTHS]).float().cuda()
+    seconds = torch.cat([case.times[user][4:] for user in LENGTHS]).cuda()
+    candidates = torch.cat([case.candidates[user] for user in LENGTHS]).float().cuda()
+    asked = torch.tensor([case.asked[user] for user in LENGTHS]).cuda()
+    new = offsets_from_lengths(torch.tensor([len(case.history[user][4:]) for user in LENGTHS]))
+    own = offsets_from_lengths(torch.tensor([len(case.candidates[user]) for user in LENGTHS]))
+    encode(cache, case, list(LENGTHS))  # now all kernels are compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cache.append(list(LENGTHS), history, seconds, new)
+        cache.encode(list(LENGTHS), candidates, own, asked, micro_batch=5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_without_a_time_bias_no_times_are_needed(case: Case) -> None:
