@@ -432,7 +432,7 @@ class HistoryCache:
             q, k, v, offsets, history.keys[index], history.values[index], history.offsets, max_len,
             max(history.lengths), alpha=layer.alpha, attention_scale=layer.attention_scale, softmax=layer.softmax,
             position_bias=layer.position_bias, time_bias=layer.time_bias, query_time=time, key_time=time,
-            cached_time=history.time,
+            cached_time=history.time, **layer.window,
         )  # fmt: skip
         return layer.finish(x, u, attention_output, self._dtype)
 
@@ -463,6 +463,7 @@ def _kind(encoder: HSTU) -> dict[str, Any]:
         "attention scale": layer.attention_scale,
         "position bias": layer.position_bias is not None,
         "time bias": layer.time,
+        **layer.window,
         "type": str(encoder.compute_dtype or table.dtype),
     }
 

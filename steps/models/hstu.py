@@ -10,7 +10,7 @@ from torch import nn
 from kernels.hstu_attention import TIME_BUCKETS, hstu_attention, softmax_attention
 from kernels.norm_gate import norm_gate
 from kernels.projection import projection
-from steps.common.typed import Count, Whole, number_or
+from steps.common.typed import Count, EntryError, Whole, number_or
 from steps.data.sequences import Batch
 from steps.models.base import PositionalEncoder
 
@@ -25,7 +25,11 @@ class BiasConfig:
 
 @dataclass(frozen=True)
 class HSTUConfig:
-    """The sizes of the encoder, and its choices. alpha: the factor on q.k. attention_scale: N in silu(.) / N."""
+    """The sizes of the encoder, and its choices. alpha: the factor on q.k. attention_scale: N in silu(.) / N.
+
+    max_attn_len and num_sink_tokens make attention semi-local (arXiv 2602.16986): a token sees so many before it, and
+    the sequence's first ones. 0 and 0: all before it.
+    """
 
     dim: Count
     blocks: Count
@@ -37,6 +41,8 @@ class HSTUConfig:
     alpha: Annotated[float | str, number_or("1/dqk", "1/sqrt(dqk)")]
     attention_scale: Literal["max_len", "true_len"]
     bias: BiasConfig
+    max_attn_len: Whole = 0
+    num_sink_tokens: Whole = 0
 
 
 class HSTULayer(nn.Module):
@@ -50,6 +56,7 @@ class HSTULayer(nn.Module):
         self.softmax = config.attention == "softmax"
         self.attention_scale = float(num_positions) if config.attention_scale == "max_len" else None
         self.time = config.bias.time
+        self.window = {"max_attn_len": config.max_attn_len, "num_sink_tokens": config.num_sink_tokens}
         dim, inner = config.dim, self.heads * self.dv
         self.uvqk = nn.Parameter(torch.empty(dim, self.heads * 2 * (self.dv + self.dqk)))
         self.output = nn.Linear(inner, dim)
@@ -105,6 +112,7 @@ class HSTULayer(nn.Module):
             "key_time": key_time,
             "key_offsets": key_offsets,
             "num_targets": num_targets,
+            **self.window,
         }
         if self.softmax:
             return softmax_attention(q, k, v, offsets, max_len, alpha=self.alpha, **bias)
@@ -122,6 +130,8 @@ class HSTU(PositionalEncoder):
     """Item and position embeddings through HSTU layers."""
 
     def __init__(self, config: HSTUConfig, max_len: int, dropout: float) -> None:
+        if config.num_sink_tokens and not config.max_attn_len:
+            raise EntryError("key model.num_sink_tokens: lifts the window, and there is none: give max_attn_len too")
         super().__init__(config.dim, max_len, config.output_slots, dropout)
         nn.init.xavier_normal_(self.position.weight)
         self.blocks = nn.ModuleList(HSTULayer(config, self.num_positions, dropout) for _ in range(config.blocks))

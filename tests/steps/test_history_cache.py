@@ -140,6 +140,18 @@ def test_hidden_states_are_those_of_a_forward_pass_of_each_candidate(
 
 
 @pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+@pytest.mark.parametrize(("window", "sinks"), [(3, 0), (3, 2), (6, 1)])
+def test_semi_local_hidden_states_are_those_of_a_forward_pass(
+    window: int, sinks: int, time: str, attention: str, position: bool, case: Case
+) -> None:
+    encoder = make(time, attention, position, max_attn_len=window, num_sink_tokens=sinks)
+    cache = HistoryCache(encoder, PAGE)
+    append(cache, case, list(LENGTHS), 0, 5)
+    append(cache, case, list(LENGTHS), 5)
+    close(encode(cache, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
+
+
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
 def test_low_precision_is_no_worse_than_that_of_a_forward_pass(
     time: str, attention: str, position: bool, case: Case
 ) -> None:

@@ -72,6 +72,7 @@ def layer_by_hand(layer: Any, x: torch.Tensor, times: torch.Tensor, next_times: 
         return value / (1 + math.exp(-value))
 
     weight, n = layer.uvqk.tolist(), len(x)
+    window, sinks = layer.window["max_attn_len"], layer.window["num_sink_tokens"]
     heads, dqk, dv = layer.heads, layer.dqk, layer.dv
     rows = []
     for row in x.tolist():
@@ -84,6 +85,8 @@ def layer_by_hand(layer: Any, x: torch.Tensor, times: torch.Tensor, next_times: 
         for head in range(heads):
             total = [0.0] * dv
             for j in range(i + 1):
+                if window and i - j > window and j >= sinks:
+                    continue
                 q_at = 2 * heads * dv + head * dqk
                 k_at = q_at + heads * dqk
                 score = sum(rows[i][q_at + a] * rows[j][k_at + a] for a in range(dqk)) * layer.alpha
@@ -103,9 +106,12 @@ def layer_by_hand(layer: Any, x: torch.Tensor, times: torch.Tensor, next_times: 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("lengths", [[2, 14, 3], [202]])  # one token; ragged; a full window of the N = 211 model
-def test_hstu_equals_the_equations_by_hand(lengths: list[int], dtype: torch.dtype, tolerance: float) -> None:
-    exact, data = make("hstu").requires_grad_(False), batch(lengths)
-    model = make("hstu", dtype)
+@pytest.mark.parametrize("window", [{}, {"max_attn_len": 4, "num_sink_tokens": 3}], ids=["causal", "semi-local"])
+def test_hstu_equals_the_equations_by_hand(
+    window: dict[str, int], lengths: list[int], dtype: torch.dtype, tolerance: float
+) -> None:
+    exact, data = make("hstu", **window).requires_grad_(False), batch(lengths)
+    model = make("hstu", dtype, **window)
     assert model.encoder.num_positions == 211
     found = model.encode(data)
     for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
@@ -115,6 +121,11 @@ def test_hstu_equals_the_equations_by_hand(lengths: list[int], dtype: torch.dtyp
             x = layer_by_hand(layer, x, data.timestamp[start:end], data.next_timestamp[start:end])
         scale = float(x.abs().max())
         assert float((found[start:end].double() - x).abs().max()) / scale < tolerance
+
+
+def test_first_tokens_without_a_window_are_refused() -> None:
+    with pytest.raises(EntryError, match=r"key model\.num_sink_tokens: lifts the window, and there is none"):
+        make("hstu", num_sink_tokens=3)
 
 
 def test_hstu_weights_start_as_the_authors_do() -> None:
