@@ -36,9 +36,9 @@ ADAM, ROWWISE = "AdamW", "rowwise Adagrad"
 WHOLE = 2.0
 _OPERATIONS = ("hstu_attention", "norm_gate", "projection", "layer_norm")  # of a layer of HSTU
 _ENCODERS = [
-    {"encoder": HSTU, "attention": "ours", "bias": "none"},
-    {"encoder": HSTU, "attention": "ours", "bias": "both"},
-    *({"encoder": TRANSFORMER, "attention": name, "bias": "none"} for name in BACKENDS),
+    {"encoder": HSTU, "attention": "ours", "bias": "none", "recomputed": False},
+    {"encoder": HSTU, "attention": "ours", "bias": "both", "recomputed": False},
+    *({"encoder": TRANSFORMER, "attention": name, "bias": "none", "recomputed": False} for name in BACKENDS),
 ]
 _MANY = 1000  # rows, of which the mean length is taken
 _NEAR = 0.01  # so near to the expected a load is good
@@ -55,12 +55,14 @@ def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
             found.append(case | {"compiled": False})
             if encoder["bias"] == "none" and dim in sizes["memory"]["compiled"]:
                 found.append(case | {"compiled": True})
+        found.append({"part": MEMORY, **_ENCODERS[0], "recomputed": True, "dim": dim, "compiled": False})
     for which, lengths, n in itertools.product((TRAINING, INFERENCE), ("full", "ragged"), sizes["speed"]["lengths"]):
         shape = {"pass": which, "lengths": lengths, "n": n}
         every = [{"part": SPEED, **encoder, **shape, "alpha": WHOLE, "compiled": False} for encoder in _ENCODERS]
         if which == TRAINING:
             alphas = [every[0] | {"alpha": alpha} for alpha in sizes["speed"]["alphas"]]
             compiled = lengths == "full" and n in sizes["speed"]["compiled"]
+            every += [every[0] | {"recomputed": True}] * (lengths == "full")
             every += alphas + [one | {"compiled": True} for one in every if compiled and one["bias"] == "none"]
         found += every
     return found
@@ -153,6 +155,7 @@ def _hstu_layer(case: dict[str, Any], dim: int, head: int, n: int, dropout: floa
         alpha="1/sqrt(dqk)",
         attention_scale="max_len",
         bias=BiasConfig(position=both, time="next" if both else "none"),
+        recompute_projection=case["recomputed"],
     )
     return HSTULayer(config, n, dropout)
 

@@ -54,9 +54,10 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
             f"Bytes a token and layer over the width d, dropout {sizes['dropout']:g}, rows of {sizes['n']}: storages "
             "that autograd saves, each once, and what the allocator says. HSTU keeps the layer's input, U, V, Q and K, "
             "attention's result and the gate's; norms, the gate and dropout's masks are computed again. Where the "
-            "projection is not one kernel, its normalised input and its product before SiLU are kept too; with bias, "
-            "what finds the time buckets again. The Transformer keeps inputs and results of its norms, Q, K and V, "
-            "attention's result, the inner product before and after GELU, and dropout's masks.",
+            "projection is neither one kernel nor recomputed (`recompute_projection`), its normalised input and its "
+            "product before SiLU are kept too; with bias, what finds the time buckets again. The Transformer keeps "
+            "inputs and results of its norms, Q, K and V, attention's result, the inner product before and after GELU, "
+            "and dropout's masks.",
             memory_table(kept),
         ]
     optimisers = [line for line in lines if line["part"] == OPTIMISER]

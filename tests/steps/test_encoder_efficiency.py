@@ -16,8 +16,8 @@ from steps.studies.transformer import TransformerLayer
 from tests.conftest import ROOT, run
 
 STUDY = "encoder-efficiency"
-HSTU = {"encoder": "HSTU", "attention": "ours", "bias": "none"}
-FLASH = {"encoder": "Transformer", "attention": "FlashAttention-2", "bias": "none"}
+HSTU = {"encoder": "HSTU", "attention": "ours", "bias": "none", "recomputed": False}
+FLASH = {"encoder": "Transformer", "attention": "FlashAttention-2", "bias": "none", "recomputed": False}
 CUDNN = FLASH | {"attention": "cuDNN"}
 SIZES = {"dim": 16, "dqk": 8, "dtype": "float32"}
 
@@ -58,7 +58,7 @@ def test_what_a_transformer_keeps_of_a_token_is_what_one_counts_by_hand() -> Non
 
 def test_what_hstu_keeps_of_a_token_on_a_gpu_is_what_one_counts_by_hand() -> None:
     """By the kernels, interpreted, in float16: the input, U, V, Q and K, attended and gated, as in the paper. Beyond 64
-    channels the normalised input too, its mean and deviation, and the product before SiLU."""
+    channels the normalised input too, its mean and deviation, and the product before SiLU, if not recomputed."""
     code = """
 import json
 import kernels.hstu_attention, kernels.norm_gate, kernels.projection
@@ -67,11 +67,12 @@ for module in (kernels.hstu_attention, kernels.norm_gate, kernels.projection):
 from steps.studies.encoder_efficiency import memory
 settings = {"encoder": {"dim": 64, "dqk": 32, "dtype": "float16"}, "memory": {"rows": 1, "n": 16, "dropout": 0.2}}
 case = {"encoder": "HSTU", "attention": "ours", "bias": "none", "compiled": False}
-print(json.dumps([memory(case | {"dim": dim}, settings, "cpu")[0]["value"] for dim in (64, 128)]))
+cases = [case | {"dim": dim, "recomputed": again} for dim, again in ((64, False), (128, False), (128, True))]
+print(json.dumps([memory(one, settings, "cpu")[0]["value"] for one in cases]))
 """
     said = run("python", "-c", code, cwd=ROOT, PYTHONPATH=str(ROOT), TRITON_INTERPRET="1", OMP_NUM_THREADS="1").stdout
-    fused, apart = json.loads(said.splitlines()[-1])
-    assert fused == 2 * (1 + 4 + 1 + 1)
+    fused, apart, again = json.loads(said.splitlines()[-1])
+    assert fused == again == 2 * (1 + 4 + 1 + 1)
     assert apart == pytest.approx(2 * (1 + 4 + 1 + 1) + 2 * (1 + 4) + 2 * 2 / 128, abs=1e-4)
 
 
@@ -91,11 +92,11 @@ def test_bytes_of_optimisers() -> None:
     assert bytes_a_float("rowwise Adagrad", "cpu", 20, 16) == 2 + 4 / 16  # half precision, and a sum a row
 
 
-@pytest.mark.parametrize("encoder", [HSTU, HSTU | {"bias": "both"}, FLASH])
+@pytest.mark.parametrize("encoder", [HSTU, HSTU | {"bias": "both"}, HSTU | {"recomputed": True}, FLASH])
 def test_layers_make_gradients_of_their_input_and_of_all_weights(encoder: dict[str, Any]) -> None:
     one = Encoder(encoder | {"compiled": False}, SIZES, 2, 0.0, torch.tensor([3, 8]), 8)
     found = torch.autograd.grad(one().square().sum(), one.learned)
-    assert len(found) == 1 + 2 * (12 if encoder == FLASH else 3 if encoder == HSTU else 5)
+    assert len(found) == 1 + 2 * (12 if encoder == FLASH else 5 if encoder["bias"] == "both" else 3)
     assert all(gradient.isfinite().all() and gradient.any() for gradient in found)
     assert one.x.shape == ((2, 8, 16) if encoder == FLASH else (11, 16))
 
