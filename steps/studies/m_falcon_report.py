@@ -61,9 +61,10 @@ def requests_table(lines: list[Row], percentiles: list[str]) -> str:
         ]
         memory = [_mebibytes(plain, "peak"), _mebibytes(cached, "peak"), _mebibytes(cached, "kept")]
         ratio = plain[percentiles[0]] / cached[percentiles[0]]
-        table.append([*shown, *times, f"{ratio:.2f}x", *of_gpu, *memory])
+        count = f"{plain['requests']:.0f} / {cached['requests']:.0f}"
+        table.append([*shown, count, *times, f"{ratio:.2f}x", *of_gpu, *memory])
     headers = [*(name.replace("_", "-") for name in (*_SHAPE, "micro_batch"))]
-    headers += [f"{way} {name}, ms" for way in _WAYS for name in percentiles]
+    headers += ["requests timed", *(f"{way} {name}, ms" for way in _WAYS for name in percentiles)]
     headers += [f"{percentiles[0]}: times as fast", *(f"{way}: GPU / attention, ms" for way in _WAYS)]
     return _render(table, [*headers, "recomputed: peak MiB", "cached: peak MiB", "kept MiB"])
 

@@ -131,7 +131,9 @@ def line(way: str, p50: float, **changes: Any) -> dict[str, Any]:
     )
     if way == "cached":
         found |= {"micro_batch": 1024, "kept": 2**21}
-    return found | {"peak": 3 * 2**20, "busy": p50 / 2, "attention": p50 / 4, "device": "H200"} | changes
+    return (
+        found | {"peak": 3 * 2**20, "busy": p50 / 2, "attention": p50 / 4, "requests": 50, "device": "H200"} | changes
+    )
 
 
 def cells(table: str) -> list[list[str]]:
@@ -141,7 +143,7 @@ def cells(table: str) -> list[list[str]]:
 def test_a_request_stands_beside_the_same_without_a_cache() -> None:
     lines = [line("recomputed", 8.0), line("cached", 2.0), line("cached", 1.0, history=1)]
     (only,) = cells(requests_table(lines, ["p50", "p99"]))
-    shown = ["8.00", "16.00", "2.00", "4.00", "4.00x", "4.00 / 2.00", "1.00 / 0.50", "3", "3", "2"]
+    shown = ["50 / 50", "8.00", "16.00", "2.00", "4.00", "4.00x", "4.00 / 2.00", "1.00 / 0.50", "3", "3", "2"]
     assert only == ["deep", "float32", "2", "9", "3", "5", "1,024", *shown]
 
 
@@ -178,7 +180,7 @@ def test_published_figures_are_shown_as_published_also_before_ours_are_there() -
 
 def test_a_report_of_one_case_is_a_report() -> None:
     case = {key: value for key, value in line("cached", 1.0).items() if key not in ("p50", "p99", "rate", "device")}
-    metrics = {"peak": 1, "busy": 1, "attention": 1, "kept": 1}
+    metrics = {"requests": 1, "peak": 1, "busy": 1, "attention": 1, "kept": 1}
     axes = {key: value for key, value in case.items() if key not in metrics}
     rows = [row(axes, name, 1.0, "ms") | {"device": "H200", "commit": "0123456789"} for name in ("p50", "p99", "rate")]
     text, figure, lines = report(rows, {"title": "T", "measure": {"settings": {"percentiles": [50, 99]}}})
