@@ -67,7 +67,8 @@ class _History:
 class HistoryCache:
     """Keys and values of users' histories under one HSTU encoder in eval mode, on the encoder's device.
 
-    A user is a whole number. What is kept belongs to the encoder's weights: after more training, make a new cache.
+    A user is a whole number. A cache is of the weights that the encoder has when the cache is made: after more
+    training, or after other weights were loaded, make a new one.
     """
 
     def __init__(self, encoder: HSTU, page: int = 64) -> None:
