@@ -24,7 +24,7 @@ FIGURE = (".svg", ".png", "-dark.svg", "-dark.png")
 STUDIES = params.studies(ROOT / "params")
 #: Those whose rows are committed. docs/studies.md names the others as not measured yet.
 MEASURED = [name for name in STUDIES if (ROOT / f"reports/studies/{name}/rows.json").is_file()]
-WITHOUT_DATA = ("encoder-efficiency", "kernels")
+WITHOUT_DATA = ("encoder-efficiency", "kernels", "m-falcon")
 MACHINE = {"device": "H200", "commit": "a" * 40}
 
 
@@ -146,7 +146,7 @@ def test_studies_and_experiments_share_their_names(project: Path) -> None:
     shutil.copyfile(project / "params/studies/kernels.yaml", project / "params/studies/train.yaml")
     with pytest.raises(StepError, match="a study cannot be called 'train', as a step or folder is"):
         params.studies(project / "params")
-    with pytest.raises(StepError, match=r"no study 'kernel'; there are .*kernels, null-models"):
+    with pytest.raises(StepError, match=r"no study 'kernel'; there are .*kernels, m-falcon, null-models"):
         params.load("studies/kernel", ROOT / "params")
 
 
@@ -199,6 +199,17 @@ def small(study: str, data: Path) -> dict[str, Any]:
         config["model"] |= {"dim": 8, "blocks": 1, "dqk": 8, "dv": 8}
         loads = [{"histories": 2, "at_once": 1, "requests": 3}, {"histories": 1, "at_once": 3, "requests": 6}]
         settings |= {"warm_up": 1, "loads": loads}
+    if study == "m-falcon":
+        settings |= {"page": 4, "warm_up": 1, "timed": {"seconds": 0, "fewest": 2, "most": 3}}
+        for model in settings["models"].values():
+            model |= {"blocks": 2, "dim": 8, "heads": 2, "dqk": 4, "dv": 4}
+        sizes = {"users": 2, "history": [7, 12], "new": 0, "candidates": [3, 5], "precision": "bf16"}
+        settings["requests"] = [
+            sizes | {"model": ["deep", "deep-no-bias"], "way": ["recomputed", "cached"], "micro_batch": [2, 4]},
+            sizes
+            | {"model": "shallow", "new": 3, "precision": "float32", "way": ["recomputed", "cached"]}
+            | {"micro_batch": 64},
+        ]
     if study == "null-models":
         write_processed(data / "processed/ml-1m", [30] * 40, 300)
         settings |= {"seeds": 2, "generated": settings["generated"] | {"users": 60}}
@@ -230,7 +241,8 @@ def test_a_bare_gpu_machine_can_measure() -> None:
 import sys
 for name in ("yaml", "jsonschema", "polars", "pandera", "pyarrow", "matplotlib", "tabulate"):
     sys.modules[name] = None  # an import of it fails
-import steps.study, steps.studies.encoder_efficiency, steps.studies.kernels, steps.studies.null_models
+import steps.study, steps.studies.encoder_efficiency, steps.studies.kernels, steps.studies.m_falcon
+import steps.studies.null_models
 import steps.studies.training_speed
 """
     run("python", "-c", code, cwd=ROOT)
