@@ -138,6 +138,8 @@ def _name(line: Row) -> str:
         words.append(line["attention"])
     if line["bias"] != "none":
         words.append("bias")
+    if line["recomputed"]:
+        words.append("projection recomputed")
     if line.get("alpha", WHOLE) != WHOLE:
         words.append(f"alpha {line['alpha']:g}")
     if line["compiled"]:
@@ -180,7 +182,7 @@ def _draw(lines: list[Row]) -> Figure:
 
 def _draw_pass(axis: Axes, lines: list[Row], ending: str) -> None:
     """A line for each kind of HSTU, the more is read the stronger, and one for the Transformer on cuDNN's attention."""
-    full = [line for line in lines if line["lengths"] == "full" and not line["compiled"]]
+    full = [line for line in lines if line["lengths"] == "full" and not line["compiled"] and not line["recomputed"]]
     over = OVER["FlashAttention-2"]
     hstu = [line for line in full if over in line]
     names = sorted(dict.fromkeys((_name(line), line["bias"], line["alpha"]) for line in hstu), key=lambda one: -one[2])
