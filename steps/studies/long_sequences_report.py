@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from scipy import stats
 from tabulate import tabulate as render
 
@@ -72,7 +72,7 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "are of single comparisons, of which there are many here, and of seeds, not of users.",
         f"Times are of an epoch without evaluation, alone on the device, the median of {settings['timed']}; memory is "
         "the most of a first epoch. Pairs: of a query and a key that it sees, of one layer. Commits "
-        f"{commits}. Data sha256 {digests}.",
+        f"{commits}. Hashes of the data: {digests}.",
     ]
     panels = panels_of(lines)
     for (device, data), found in panels.items():
@@ -260,7 +260,8 @@ def _draw(panels: dict[tuple[str, str], list[Variant]], settings: dict[str, Any]
             if name == FULL:
                 axis.axhline(means[0], color="grey", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", xlabel="pairs / full attention's", ylabel=_title(metric), title=f"{data}, {device}")
-        axis.xaxis.set_major_formatter(PercentFormatter(1))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.xaxis.set_minor_formatter(NullFormatter())
     handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
