@@ -17,6 +17,7 @@ from steps.common.cli import StepError
 from steps.common.files import read_json, write_json
 from steps.studies import kernels
 from steps.studies.rows import FIELDS, Row, cases, merged, read_rows, row, write_rows
+from steps.study import digests_of, kept
 from tests.conftest import ROOT, run, step, write_processed
 from tests.steps.runs import add_tables
 
@@ -210,6 +211,15 @@ def small(study: str, data: Path) -> dict[str, Any]:
             | {"model": "shallow", "new": 3, "precision": "float32", "way": ["recomputed", "cached"]}
             | {"micro_batch": 64},
         ]
+    if study == "long-sequences":
+        for runs in plan["runs"]:
+            write_processed(data / "processed" / runs["configs"][0]["dataset"], [9, 30, 14, 5, 24, 12], 40)
+            runs["configs"] = runs["configs"][:2]
+            for config in runs["configs"]:
+                config["training"] |= {"max_len": 24, "batch": 4, "negatives": 4, "epochs": 1}
+                config["model"] |= {"dim": 8, "blocks": 1, "dqk": 8, "dv": 8}
+        settings |= {"longer_than": 12, "timed": 1, "stochastic_length": {"alphas": [1.4], "rules": ["random"]}}
+        settings["semi_local"] = {"windows": [2], "first": [0, 3], "alone": [5]}
     if study == "null-models":
         write_processed(data / "processed/ml-1m", [30] * 40, 300)
         settings |= {"seeds": 2, "generated": settings["generated"] | {"users": 60}}
@@ -241,8 +251,8 @@ def test_a_bare_gpu_machine_can_measure() -> None:
 import sys
 for name in ("yaml", "jsonschema", "polars", "pandera", "pyarrow", "matplotlib", "tabulate"):
     sys.modules[name] = None  # an import of it fails
-import steps.study, steps.studies.encoder_efficiency, steps.studies.kernels, steps.studies.m_falcon
-import steps.studies.null_models
+import steps.study, steps.studies.encoder_efficiency, steps.studies.kernels, steps.studies.long_sequences
+import steps.studies.m_falcon, steps.studies.null_models
 import steps.studies.training_speed
 """
     run("python", "-c", code, cwd=ROOT)
