@@ -147,7 +147,9 @@ def test_studies_and_experiments_share_their_names(project: Path) -> None:
     shutil.copyfile(project / "params/studies/kernels.yaml", project / "params/studies/train.yaml")
     with pytest.raises(StepError, match="a study cannot be called 'train', as a step or folder is"):
         params.studies(project / "params")
-    with pytest.raises(StepError, match=r"no study 'kernel'; there are .*kernels, m-falcon, null-models"):
+    with pytest.raises(
+        StepError, match=r"no study 'kernel'; there are .*kernels, long-sequences, m-falcon, null-models"
+    ):
         params.load("studies/kernel", ROOT / "params")
 
 
@@ -342,6 +344,18 @@ def test_a_study_that_was_cut_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     assert rows[:2] == first
     assert [one["dim"] for one in rows] == [8, 8, 16, 16]
     assert not partial.exists()
+
+
+def test_rows_of_data_are_kept_where_the_data_are_the_same(tmp_path: Path) -> None:
+    case = {"data": "ml-1m", "group": "full attention"}
+    there = read_json(write_processed(tmp_path / "processed/ml-1m", [9, 4], 20) / "manifest.json")["sequences_sha256"]
+    origin = {"device": "H200", "card": "0a1b2c3d", "commit": "a" * 40, "versions": {"torch": "2.13.0"}}
+    rows = [row(case, "ndcg@10", 0.2, "fraction", data_sha256=digest) | origin for digest in (there, "b" * 64)]
+    digests = digests_of({"data": {"processed": {"ml-1m": {}, "demo-long": {}}}}, tmp_path)
+    assert digests == [there]
+    for one, expected in zip(rows, ([rows[0]], []), strict=True):
+        write_rows(tmp_path / "rows.json", "long-sequences", [one])
+        assert kept(tmp_path / "rows.json", "long-sequences", [case], origin, digests) == expected
 
 
 @pytest.mark.parametrize("study", MEASURED)
