@@ -278,13 +278,19 @@ class HistoryCache:
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Fill an empty cache with what `save` wrote."""
         names, lengths, counts = (tensors[name].tolist() for name in ("users", "lengths", "num_waiting"))
+        most, waiting = self._encoder.num_positions, {0, int(self._layers[0].time == "next")}
+        totals = [length + count for length, count in zip(lengths, counts, strict=True)]
+        if len(set(names)) < len(names) or min(lengths, default=0) < 0 or max(totals, default=0) > most:
+            raise ValueError(f"a user twice, or with fewer tokens than none or more than {most}")
+        if not set(counts) <= waiting:
+            raise ValueError(f"users with {sorted(set(counts))} tokens that wait, where there are {sorted(waiting)}")
         tables = self._reserved([self._num_pages(length) for length in lengths])
         slots = self._slots(tables, lengths)
         self._keys.index_copy_(1, slots, tensors["keys"])
         self._values.index_copy_(1, slots, tensors["values"])
         self._times.index_copy_(0, slots, tensors["times"])
-        waiting = zip(tensors["waiting"].split(counts), tensors["waiting_times"].split(counts), strict=True)
-        for name, (own, at), pages, length in zip(names, waiting, tables, lengths, strict=True):
+        tokens = zip(tensors["waiting"].split(counts), tensors["waiting_times"].split(counts), strict=True)
+        for name, (own, at), pages, length in zip(names, tokens, tables, lengths, strict=True):
             self._users[name] = _User(own.clone(), at.clone(), pages, length)
         self._free.clear()
 

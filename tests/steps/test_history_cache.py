@@ -578,11 +578,26 @@ def without_metadata(path: Path) -> None:
     save_file(load_file(path), path)
 
 
-def fewer_times(path: Path) -> None:
+def changed(path: Path, **changes: Callable[[torch.Tensor], torch.Tensor]) -> None:
     with safe_open(path, framework="pt") as file:
         about = file.metadata()
     tensors = load_file(path)
-    save_file(tensors | {"times": tensors["times"][:-1]}, path, about)
+    save_file(tensors | {name: change(tensors[name]) for name, change in changes.items()}, path, about)
+
+
+def fewer_times(path: Path) -> None:
+    changed(path, times=lambda times: times[:-1])
+
+
+def user_twice(path: Path) -> None:
+    changed(path, users=lambda users: torch.where(users == users[0], users[1], users))
+
+
+def two_that_wait(path: Path) -> None:
+    def twice(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.repeat_interleave(2, dim=0)
+
+    changed(path, num_waiting=lambda counts: 2 * counts, waiting=twice, waiting_times=twice)
 
 
 def of_no_page(path: Path) -> None:
@@ -591,7 +606,9 @@ def of_no_page(path: Path) -> None:
     save_file(load_file(path), path, {"history_cache": json.dumps(about | {"page": 0})})
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, cut, without_metadata, fewer_times, of_no_page])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, cut, without_metadata, fewer_times, user_twice, two_that_wait, of_no_page]
+)
 def test_a_damaged_file_is_refused(damage: Callable[[Path], None], case: Case, tmp_path: Path) -> None:
     path = tmp_path / "cache"
     filled(make(), case).save(path)
