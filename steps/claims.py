@@ -1,7 +1,7 @@
 """Decide the paper's claims by the tables under reports/: reports/claims.md, .html, .csv and .json.
 
 params/claims.yaml lists the claims and how each is tested. Reads `intervals.csv` and `comparisons.csv` of the
-experiments that are there; a claim whose experiment was not run says so.
+experiments, and `table.csv` of the studies, that are there; a claim whose experiment or study was not run says so.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import polars as pl
 from steps.common import params
 from steps.common.cli import run_step
 from steps.common.files import atomic_path, write_json, write_text
-from steps.reporting.claims import VERDICTS, Verdict, decide
+from steps.reporting.claims import STUDIES, VERDICTS, Verdict, decide
 from steps.reporting.tables import Link, Section, page_html, page_markdown
 
 _TITLE = "What the paper claims, and what runs here say"
@@ -22,20 +22,24 @@ _NOTE = (
     "Ours: with its 95 % interval over users. A figure is reproduced within {band:.0%} of the published one, a gain "
     "where the interval holds the published gain, an order where in every table p is below .05 and the interval of the "
     "difference above 0. Differences are in NDCG@10; p is of a paired test over users, corrected over the pairs of its "
-    "table."
+    "table. Figures of studies are speed-ups or bytes, without an interval; of several the greatest counts."
 )
 
 
 def _cells(verdict: Verdict, output: Path) -> list[str | Link]:
+    of_study = (verdict.experiment or "").startswith(f"{STUDIES}/")
+
     def figure(value: float | None) -> str:
-        return "" if value is None else f"{value:+.1%}" if verdict.share else f"{value:.4f}"
+        if value is None:
+            return ""
+        return f"{value:+.1%}" if verdict.share else f"{value:.2f}" if of_study else f"{value:.4f}"
 
     ours = figure(verdict.ours)
     if verdict.low is not None:
         ours += f" [{figure(verdict.low)}, {figure(verdict.high)}]"
     run: str | Link = verdict.experiment or ""
     if verdict.files:
-        run = Link(str(verdict.experiment), f"{verdict.experiment}/comparisons.md")
+        run = Link(str(verdict.experiment), f"{verdict.experiment}/{'table' if of_study else 'comparisons'}.md")
     explained: str | Link = ""
     if verdict.explained:
         words, target = verdict.explained

@@ -91,6 +91,7 @@ def test_committed_tables_and_pages_are_those_of_the_committed_records(tmp_path:
                     f"run `make tables`: {committed}"
                 )
     shutil.copyfile(ROOT / "reports/demo/recommendations.json", tmp_path / "demo/recommendations.json")
+    shutil.copytree(ROOT / "reports/studies", tmp_path / "studies")
     step("claims", "--reports", tmp_path, "--output", tmp_path, cwd=ROOT)
     assert (tmp_path / "claims.csv").read_text() == (ROOT / "reports/claims.csv").read_text(), "run `make tables`"
     step("docs", "--reports", tmp_path, "--output", tmp_path, cwd=ROOT)

@@ -12,3 +12,9 @@ def experiments() -> set[str]:
     asked = [table for claim in claims for table in claim.get("order", {}).get("tables", [])]
     asked += [claim[kind]["table"] for claim in claims for kind in ("figures", "gains") if kind in claim]
     return {table[0] for table in asked}
+
+
+def studies() -> set[str]:
+    """The studies whose table decides a claim."""
+    claims = params.load("claims")["claims"].values()
+    return {claim["study"]["table"] for claim in claims if "study" in claim}

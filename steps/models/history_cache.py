@@ -67,7 +67,8 @@ class _History:
 class HistoryCache:
     """Keys and values of users' histories under one HSTU encoder in eval mode, on the encoder's device.
 
-    A user is a whole number. What is kept belongs to the encoder's weights: after more training, make a new cache.
+    A user is a whole number. A cache is of the weights that the encoder has when the cache is made: after more
+    training, or after other weights were loaded, make a new one.
     """
 
     def __init__(self, encoder: HSTU, page: int = 64) -> None:
@@ -382,7 +383,7 @@ class HistoryCache:
         totals = [length + new for length, new in zip(lengths, more, strict=True)]
         offsets, key_offsets = self._offsets(more), self._offsets(totals)
         slots = self._slots(tables, totals)
-        keys, values = (pool.index_select(1, slots) for pool in (self._keys, self._values))
+        keys, values = _copied(self._keys, slots), _copied(self._values, slots)
         history = _History(keys, values, self._times[slots], totals, key_offsets)
         if not len(embeddings):
             return history, slots, slots[:0]
@@ -446,6 +447,13 @@ def _in_type(layer: HSTULayer, dtype: torch.dtype) -> HSTULayer:
     for matrix in (layer.uvqk, *layer.output.parameters()):
         matrix.data = matrix.data.to(dtype)
     return layer
+
+
+def _copied(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """pool[:, slots], of (layers, slots, h, d): in words of 8 bytes where vectors are made of them, as torch's kernel
+    moves an element at a time."""
+    wide = pool.shape[3] * pool.itemsize % 8 == 0
+    return (pool.view(torch.int64) if wide else pool).index_select(1, slots).view(pool.dtype)
 
 
 def _kind(encoder: HSTU) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.hstu_attention import TIME_BUCKETS, hstu_attention, softmax_attention
 from kernels.norm_gate import norm_gate
@@ -29,6 +30,9 @@ class HSTUConfig:
 
     max_attn_len and num_sink_tokens make attention semi-local (arXiv 2602.16986): a token sees so many before it, and
     the sequence's first ones. 0 and 0: all before it.
+
+    recompute_projection: keep of the projection its input alone, and compute it again in the backward pass. Up to 64
+    channels, where it is one kernel, it is computed so anyway.
     """
 
     dim: Count
@@ -43,6 +47,7 @@ class HSTUConfig:
     bias: BiasConfig
     max_attn_len: Whole = 0
     num_sink_tokens: Whole = 0
+    recompute_projection: bool = False
 
 
 class HSTULayer(nn.Module):
@@ -56,6 +61,7 @@ class HSTULayer(nn.Module):
         self.softmax = config.attention == "softmax"
         self.attention_scale = float(num_positions) if config.attention_scale == "max_len" else None
         self.time = config.bias.time
+        self.recompute_projection = config.recompute_projection
         self.window = {"max_attn_len": config.max_attn_len, "num_sink_tokens": config.num_sink_tokens}
         dim, inner = config.dim, self.heads * self.dv
         self.uvqk = nn.Parameter(torch.empty(dim, self.heads * 2 * (self.dv + self.dqk)))
@@ -79,7 +85,11 @@ class HSTULayer(nn.Module):
 
     def project(self, x: torch.Tensor, compute_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """U (T, h dv), Q and K (T, h, dqk), and V (T, h, dv) of tokens (T, d), in `compute_dtype`."""
-        uvqk = projection(x.to(compute_dtype), self.uvqk.to(compute_dtype))
+        if self.recompute_projection:
+            # Without the state of random numbers, which it draws none of and a CUDA graph cannot hand out.
+            uvqk = checkpoint(self._uvqk, x, compute_dtype, use_reentrant=False, preserve_rng_state=False)
+        else:
+            uvqk = self._uvqk(x, compute_dtype)
         inner, inner_qk = self.heads * self.dv, self.heads * self.dqk
         u, v, q, k = uvqk.split([inner, inner, inner_qk, inner_qk], dim=-1)
         return (
@@ -88,6 +98,9 @@ class HSTULayer(nn.Module):
             k.view(-1, self.heads, self.dqk),
             v.view(-1, self.heads, self.dv),
         )
+
+    def _uvqk(self, x: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+        return projection(x.to(compute_dtype), self.uvqk.to(compute_dtype))
 
     def attend(
         self,

@@ -26,13 +26,19 @@ VERDICTS = {
     "not testable": "public data cannot test it",
 }
 
+#: The folder of studies below reports/ and params/.
+STUDIES = "studies"
+#: Columns of studies' tables that say which of several rows one is.
+_AXES = ("n", "alpha")
+
 
 @dataclass(frozen=True)
 class Verdict:
     """A row of the claims' table.
 
-    claim: its key, with the model and metric where it is one of several. experiment: whose tables decide it, None where
-    none can. ours, low, high: our figure and its interval; published: theirs. files: SHA-256 of what decided it.
+    claim: its key, with the model and metric where it is one of several. experiment: whose tables decide it, or
+    `studies/<name>`; None where none can. ours, low, high: our figure and its interval; published: theirs. files:
+    SHA-256 of what decided it.
     """
 
     claim: str
@@ -55,11 +61,13 @@ class Verdict:
 
 
 class Tables:
-    """The csv files of experiments under `reports`, and the published figures."""
+    """The csv files of experiments and studies under `reports`, and the published figures."""
 
     def __init__(self, reports: Path) -> None:
         self.reports = reports
-        self.paper: dict[str, Any] = params.load("paper")["public_datasets"]
+        paper = params.load("paper")
+        self.paper: dict[str, Any] = paper["public_datasets"]
+        self.efficiency: dict[str, Any] = paper["efficiency"]
         self.read = cache(self._read)
 
     def row(self, experiment: str, table: str, **key: str) -> dict[str, Any] | None:
@@ -100,7 +108,10 @@ def decide(reports: Path) -> list[Verdict]:
 
 
 def _check(where: str, claim: dict[str, Any], tables: Tables) -> None:
-    """Raise StepError if a claim names a row or a figure that is not there."""
+    """Raise StepError if a claim names a study, a row or a figure that is not there."""
+    if "study" in claim:
+        params.load(f"{STUDIES}/{claim['study']['table']}")
+        _published(where, claim["study"]["published"], tables)
     asked = claim.get("figures") or claim.get("gains")
     for model in asked["models"] if asked else claim.get("order", {}).get("rows", []):
         params.entry("models", model)
@@ -136,6 +147,8 @@ def _of(name: str, claim: dict[str, Any], band: float, tables: Tables) -> Iterat
         yield Verdict(name, verdict="not run" if claim.get("open") else "not testable", why=claim["why"], **told)
     elif "order" in claim:
         yield _order(name, told, claim["order"], tables)
+    elif "study" in claim:
+        yield _study(name, told, claim["study"], band, tables)
     else:
         asked = claim.get("figures") or claim["gains"]
         for model in asked["models"]:
@@ -171,6 +184,49 @@ def _figure(name: str, told: dict[str, Any], row: _Row, band: float, tables: Tab
         told["explained"] = None
     files = tables.files((experiment, "intervals"))
     return Verdict(name, verdict=verdict, ours=ours, low=low, high=high, why=why, files=files, **told)
+
+
+def _study(name: str, told: dict[str, Any], claimed: dict[str, Any], band: float, tables: Tables) -> Verdict:
+    """A figure of a study, the greatest of the rows that are meant, beside the published one."""
+    study, column, meant = f"{STUDIES}/{claimed['table']}", claimed["column"], claimed["rows"]
+    where, path = f"params/claims.yaml, key claims.{name}", tables.path(study, "table")
+    published = _published(where, claimed["published"], tables)
+    told = told | {"experiment": study, "published": published}
+    rows = tables.read(study, "table")
+    why = f"not measured here; snakemake {claimed['table']} does"
+    not_run = Verdict(name, verdict="not run", why=why, **told | {"explained": None})
+    if rows is None:
+        return not_run
+    missing = [key for key in (*meant, column) if key not in rows.columns]
+    if missing:
+        raise StepError(f"{path} has no column {missing[0]!r}, which {where} names")
+    found = rows.filter(**meant).drop_nulls(column)
+    if found.is_empty():  # the study was measured in part
+        return not_run
+    ours = float(found[column].max())
+    within = ours >= published if claimed.get("at_least") else side(ours, published, band) == "within"
+    verdict = "reproduced" if within else "higher" if ours > published else "lower"
+    if within:
+        told["explained"] = None
+    best = found.filter(pl.col(column) == ours).row(0, named=True)
+    several = [key for key in found.columns if key in _AXES and key not in meant and found[key].n_unique() > 1]
+    why = f"{ours / published:.3f} of the published figure, on {best['device']}"
+    why += "".join(f", {key} {best[key]}" for key in several)
+    return Verdict(name, verdict=verdict, ours=ours, why=why, files=tables.files((study, "table")), **told)
+
+
+def _published(where: str, keys: list[str | int], tables: Tables) -> float:
+    """The figure that keys lead to from `efficiency` of params/paper.yaml."""
+    found: Any = tables.efficiency
+    for key in keys:
+        try:
+            found = found[key]
+        except (KeyError, IndexError, TypeError):
+            found = None
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        words = " ".join(map(str, keys))
+        raise StepError(f"{where}.study.published: params/paper.yaml has no figure efficiency {words}; add it")
+    return float(found)
 
 
 def _order(name: str, told: dict[str, Any], order: dict[str, Any], tables: Tables) -> Verdict:

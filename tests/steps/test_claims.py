@@ -1,6 +1,7 @@
 """Verdicts: each kind of claim against tables whose answer is known."""
 
 import csv
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 
 from steps.common import params, yaml_files
-from steps.common.claims import experiments
+from steps.common.claims import experiments, studies
 from steps.common.cli import StepError
 from steps.common.files import read_json, sha256
+from steps.common.studies import plan
 from steps.reporting.claims import Verdict, decide
 from tests.conftest import ROOT, step
 
@@ -110,6 +112,78 @@ def test_an_order_holds_in_all_tables_in_some_or_in_none(project: Path, rows: li
     assert f"ml-1m strict {sign}0.0200" in found.why
 
 
+SPEEDS = [
+    {"part": "speed", "n": 1024, "captured": True, "over": 4.0, "device": "H200"},
+    {"part": "speed", "n": 8192, "captured": True, "over": 6.0, "device": "H200"},
+    {"part": "speed", "n": 16384, "captured": False, "over": 9.0, "device": "H200"},
+    {"part": "memory", "n": "", "captured": "", "over": "", "device": "H200"},
+]
+STUDY = {
+    "table": "kernels",
+    "rows": {"part": "speed", "captured": True},
+    "column": "over",
+    "published": ["train_speedup_over_flash_attention2_transformer", "at_8192_range", 0],  # 5.3
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "ours", "published", "expected"),
+    [
+        ({"at_least": True}, 6.0, 5.3, "reproduced"),  # the greatest of two rows
+        ({"at_least": True, "rows": {"n": 1024}}, 4.0, 5.3, "lower"),
+        ({}, 6.0, 5.3, "higher"),
+        ({"rows": {"n": 1024}}, 4.0, 5.3, "lower"),
+        ({"published": ["inference_speedup_over_flash_attention2_transformer", "max"]}, 6.0, 5.6, "higher"),
+        ({"rows": {"n": 8192}, "published": ["optimizer_bytes_per_embedding_float", "adam"]}, 6.0, 12.0, "lower"),
+    ],
+)
+def test_a_figure_of_a_study_is_judged(
+    project: Path, change: dict[str, Any], ours: float, published: float, expected: str
+) -> None:
+    write_csv(project / "reports/studies/kernels/table.csv", SPEEDS)
+    found = verdict(project, study=STUDY | change)
+    assert (found.ours, found.published, found.verdict) == (ours, published, expected)
+    assert f"{ours / published:.3f} of the published figure, on H200" in found.why
+    assert (", n 8192" in found.why) == (change.get("rows") is None)  # which of several it was
+    assert list(found.files) == ["reports/studies/kernels/table.csv"]
+
+
+def test_a_figure_of_a_study_is_reproduced_within_the_band(project: Path) -> None:
+    for over, expected in ((5.15, "reproduced"), (5.45, "reproduced"), (5.1, "lower"), (5.5, "higher")):
+        write_csv(project / "reports/studies/kernels/table.csv", [SPEEDS[1] | {"over": over}])
+        assert verdict(project, study=STUDY).verdict == expected
+
+
+def test_a_study_that_was_not_measured_says_which_command_measures_it(project: Path) -> None:
+    found = verdict(project, study=STUDY, explained=["why", "docs/findings.md#y"])
+    assert (found.verdict, found.why) == ("not run", "not measured here; snakemake kernels does")
+    assert (found.experiment, found.published, found.files) == ("studies/kernels", 5.3, {})
+
+
+def test_a_study_that_was_measured_in_part_decides_what_it_can(project: Path) -> None:
+    write_csv(project / "reports/studies/kernels/table.csv", SPEEDS)
+    assert verdict(project, study=STUDY | {"rows": {"n": 2048}}).why == "not measured here; snakemake kernels does"
+    assert verdict(project, study=STUDY | {"rows": {"n": 1024}}).verdict == "lower"
+
+
+def test_every_claim_about_a_study_is_about_some_of_its_cases() -> None:
+    claims = params.load("claims", ROOT / "params")["claims"]
+    named = {name: claim["study"] for name, claim in claims.items() if "study" in claim}
+    assert named
+    for name, claim in named.items():
+        content = plan(claim["table"], ROOT / "params")
+        cases = importlib.import_module(f"steps.studies.{content['module']}").cases(content)
+        assert any(claim["rows"].items() <= case.items() for case in cases), name
+
+
+def test_a_claim_about_a_study_links_to_its_table(project: Path) -> None:
+    write_csv(project / "reports/studies/kernels/table.csv", SPEEDS)
+    verdict(project, study=STUDY)
+    step("claims", cwd=project)
+    page = re.sub(" +", " ", (project / "reports/claims.md").read_text())
+    assert "| [studies/kernels](studies/kernels/table.md) | 5.30 | 6.00 | higher |" in page
+
+
 def test_what_was_not_run_says_which_command_runs_it(project: Path) -> None:
     found = verdict(project, figures=FIGURES)
     assert (found.verdict, found.why, found.files) == ("not run", "not run here; snakemake e does", {})
@@ -135,10 +209,15 @@ def test_an_order_of_which_a_table_is_missing_holds_in_part(project: Path) -> No
         ({"figures": FIGURES | {"table": ["e", "nowhere", "paper"]}}, "has no hr@10 of hstu on nowhere"),
         ({"figures": FIGURES, "text": "{name}"}, "text: {model} and {metric} are all"),
         ({"order": {"rows": ["hstu", "hstv"], "tables": [TABLE]}}, "no entry 'hstv'"),
+        ({"study": STUDY | {"table": "kernel"}}, "no study 'kernel'"),
+        ({"study": STUDY | {"published": ["speed"]}}, "params/paper.yaml has no figure efficiency speed"),
+        ({"study": STUDY | {"published": STUDY["published"][:2]}}, "has no figure efficiency train_speedup"),
+        ({"study": STUDY | {"rows": {"length": 1}}}, "table.csv has no column 'length', which"),
     ],
 )
 def test_what_a_claim_names_has_to_be_there(project: Path, claim: dict[str, Any], said: str) -> None:
     figures(project, "hstu", 0.3, 0.01)
+    write_csv(project / "reports/studies/kernels/table.csv", SPEEDS)
     with pytest.raises(StepError, match=re.escape(said)):
         verdict(project, **claim)
 
@@ -168,6 +247,7 @@ def test_pages_name_every_claim_and_the_same_bytes_come_again(project: Path) -> 
 
 def test_the_project_s_claims_name_experiments_and_pages_that_are_there() -> None:
     assert experiments() <= set(params.experiments(ROOT / "params"))
+    assert studies() <= set(params.studies(ROOT / "params"))
     for claim in params.load("claims", ROOT / "params")["claims"].values():
         page, _, heading = claim.get("explained", ["", "README.md#hstu-reproduced"])[1].partition("#")
         headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.M)

@@ -303,3 +303,13 @@ def test_entries_that_nothing_reads_or_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(EntryError, match=f"^key {re.escape(key)}"):
         build(config(name, **changes), ITEMS)
+
+
+def test_a_recomputed_projection_changes_neither_values_nor_gradients() -> None:
+    data, found = batch([2, 14, 3]), {}
+    for again in (False, True):
+        model = make("hstu", recompute_projection=again)
+        states = model.encode(data)
+        states.square().sum().backward()
+        found[again] = [states, *(parameter.grad for parameter in model.parameters())]
+    assert all(torch.equal(one, other) for one, other in zip(found[False], found[True], strict=True))

@@ -131,23 +131,24 @@ def shown(wildcards):
     return [titles, list(labels.items())]
 
 
-WANTED = []  # the experiments of the command line; filled before Snakemake asks for inputs
+WANTED = []  # the experiments and studies of the command line; filled before Snakemake asks for inputs
 
 
 def tables_of(names):
-    """The tables by which claims about these experiments are decided."""
-    claimed = claims.experiments()
-    return [f"reports/{name}/{table}.csv" for name in names if name in claimed for table in claims.TABLES]
+    """The tables by which claims about these experiments and studies are decided."""
+    claimed, measured = claims.experiments(), claims.studies()
+    tables = [f"reports/{name}/{table}.csv" for name in names if name in claimed for table in claims.TABLES]
+    return tables + [f"reports/studies/{name}/table.csv" for name in names if name in measured]
 
 
 def tables_made(wildcards):
-    """What `claims` waits for: the tables of the experiments that are being made. Others it takes as they are."""
+    """What `claims` waits for: the tables of what is being made. Others it takes as they are."""
     return tables_of(WANTED)
 
 
 def tables_there(wildcards):
     """The hashes of the other tables that are there: a claim does not make an experiment run."""
-    found = tables_of(name for name in EXPERIMENTS if name not in WANTED)
+    found = tables_of([name for name in (*EXPERIMENTS, *STUDIES) if name not in WANTED])
     return {path: sha256(Path(path)) for path in found if Path(path).is_file()}
 
 
@@ -196,7 +197,8 @@ def prepared(prepare):
         settings = workflow.dag_settings
         if workflow.is_main_process:
             check_targets(settings.targets)
-            WANTED.extend(name for name in EXPERIMENTS if name in (set(settings.targets) or {"demo"}))
+            wanted = set(settings.targets) or {"demo"}
+            WANTED.extend(name for name in (*EXPERIMENTS, *STUDIES) if name in wanted)
             settings.forcerun = {*settings.forcerun, *lost_from_the_store(settings.targets)}
             settings.force_incomplete = True  # what a killed Snakemake did not finish is made again
             settings.max_checksum_file_size = 2**40  # files are compared by content: generated archives are large
