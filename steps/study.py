@@ -3,12 +3,13 @@
 Reads the `settings.json` that plan_study resolved. A study is measured on the kind of device that it names, and refused
 elsewhere. Writes this machine's rows alone; report_study puts them beside those of other devices. Until all cases are
 measured, the rows so far are in `<output>.partial.json`: the same command goes on from there, if commit, versions,
-device and card are the same. Needs what the module needs: torch, triton, numpy and safetensors, for all but
+device, card and sequences are the same. Needs what the module needs: torch, triton, numpy and safetensors, for all but
 preprocessing.
 """
 
 import argparse
 import importlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,12 @@ def partial_of(output: Path) -> Path:
     return output.with_name(f"{output.stem}.partial.json")
 
 
-def kept(path: Path, study: str, cases: list[dict[str, Any]], origin: dict[str, Any]) -> list[Row]:
+def kept(
+    path: Path, study: str, cases: list[dict[str, Any]], origin: dict[str, Any], digests: Collection[str]
+) -> list[Row]:
     """Rows of these cases that an earlier run, which was cut, left at `path`, if it was of the same origin.
 
-    Not those of data, which may be others now; nor any of code that no commit names.
+    Of data only those whose hashes are among `digests`, as they may be others now; none of code that no commit names.
     """
     if not path.exists() or origin["commit"] == "unknown" or origin["commit"].endswith("-dirty"):
         return []
@@ -47,9 +50,16 @@ def kept(path: Path, study: str, cases: list[dict[str, Any]], origin: dict[str, 
         one
         for one in read_rows(path, study)
         if all(one.get(key) == origin.get(key) for key in same)
-        and "data_sha256" not in one
+        and one.get("data_sha256") in (None, *digests)
         and any(is_of(one, case) for case in cases)
     ]
+
+
+def digests_of(plan: dict[str, Any], data: Path) -> list[str]:
+    """The hashes of the sequences that the study reads, as far as they are there."""
+    names = plan.get("data", {}).get("processed", {})
+    manifests = [data / "processed" / name / "manifest.json" for name in names]
+    return [read_json(path, remedy="run preprocess again")["sequences_sha256"] for path in manifests if path.is_file()]
 
 
 def is_of(row: Row, case: dict[str, Any]) -> bool:
@@ -83,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         origin |= {"device": device_name(device), "card": card(device)}
     partial = partial_of(args.output)
-    rows = kept(partial, plan["study"], every, origin)
+    rows = kept(partial, plan["study"], every, origin, digests_of(plan, args.data))
     for number, case in enumerate(cases, start=1):
         found = any(is_of(one, case) for one in rows)
         if not found:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from steps.common import yaml_files
 from tests.conftest import run
 
 
@@ -23,6 +24,10 @@ def keep(project: Path, models: str, protocols: str = "[strict, paper]") -> None
     """Reduce the demo to these rows, and the experiments to the demo, so that a graph is made in little time."""
     edit(project / "params/experiments/demo.yaml", "[most-popular, sasrec, hstu]", models)
     edit(project / "params/experiments/demo.yaml", "[strict, paper]", protocols)
+    claims = project / "params/claims.yaml"
+    content = yaml_files.read(claims)
+    content["claims"] = {name: claim for name, claim in content["claims"].items() if "study" not in claim}
+    claims.write_text(yaml_files.dump(content), encoding="utf-8")
     for path in [*(project / "params/experiments").iterdir(), *(project / "params/studies").iterdir()]:
         if path.stem != "demo":  # studies too, as they name experiments
             path.unlink()

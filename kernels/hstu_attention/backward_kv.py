@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..tensor_cores import operand
 from .activations import weights_and_derivatives
-from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens, WholeTiles
+from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens
 from .bias_tiles import (
     BAND_BLOCK,
     HIDDEN,
@@ -24,16 +24,13 @@ from .tiles import (
     load_queries,
     one_over_n,
     one_over_n_of,
-    other_tile_of,
     query_tiles,
     sequence_id,
     sequence_of,
     store_tile,
     tile_count,
+    tile_of,
     visible,
-    whole_count,
-    whole_query_tiles,
-    whole_tile_of,
 )
 
 
@@ -74,7 +71,7 @@ def _add_queries(
     """One tile of queries from position `first`. Scores are held transposed, (keys, queries), so that weights and score
     gradients enter their products from registers.
 
-    MASK as in the forward kernel. CUT: the tile may end beyond the sequence.
+    MASK: "none"; "band", which brings it with the bias; or "compare". CUT: the tile may end beyond the sequence.
     """
     BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
     PRECISION: tl.constexpr = FLAGS.PRECISION
@@ -166,18 +163,8 @@ def _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE,
     end = tl.minimum(first + BLOCK_N, n)
     if FLAGS.GENERAL:
         runs = query_tiles(first, end, sequence, BLOCK_M, FLAGS)
-        if FLAGS.WHOLE:
-            whole_tiles = whole_query_tiles(first, end, runs, sequence, BLOCK_M, FLAGS)
-            for index in range(whole_count(whole_tiles)):
-                query = whole_tile_of(index, whole_tiles, runs) * BLOCK_M
-                sums = _add_queries(
-                    sums, kept, query, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "whole", False,
-                    ADD_DQ,
-                )  # fmt: skip
-        else:
-            whole_tiles = WholeTiles(0, 0, 0, 0)
-        for index in range(tile_count(runs) - whole_count(whole_tiles)):
-            query = other_tile_of(index, whole_tiles, runs) * BLOCK_M
+        for index in range(tile_count(runs)):
+            query = tile_of(index, runs) * BLOCK_M
             sums = _add_queries(
                 sums, kept, query, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "compare", True, ADD_DQ
             )  # fmt: skip

@@ -30,7 +30,7 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "Speed-up: the Transformer's time a row over HSTU's. The Transformer's rows are padded to N, HSTU's are "
         "jagged. alpha: of Stochastic Length, which leaves out a part of long rows in training; here HSTU alone reads "
         "less by it, as in the paper, though any encoder of jagged rows could. Ragged: lengths spread from a tenth of "
-        "N, a third of them N. Bias: of position and time.",
+        "N, a third of them N. Bias: of position and time. What is empty or missing was not measured.",
     ]
     for which in dict.fromkeys(line["pass"] for line in speeds):
         for lengths in dict.fromkeys(line["lengths"] for line in speeds):

@@ -22,6 +22,9 @@ from steps.data.stochastic_length import draw_lengths
 #: Buckets of tokens in the largest batch. On ML-1M all batches of 101 epochs then have one of ten sizes, with 3.8 %
 #: padding.
 _BUCKETS = 24
+#: A bucket is no larger than so many standard deviations of a batch's tokens. Where max_len is many times the mean
+#: window, a 24th of the largest batch is half of a usual one: padding that takes longer than what it is to save.
+_SPREAD = 1.5
 _BUCKET_MULTIPLE = 256  # a whole number of every kernel's blocks
 #: Events in one CUDA graph: the kernels of one event take less time than the host needs to launch a graph.
 _EVENTS_PER_GRAPH = 16
@@ -86,7 +89,7 @@ class Windows(Schedule):
 
     def __init__(self, sequences: Sequences, num_held_out: torch.Tensor, config: TrainingConfig) -> None:
         super().__init__(sequences, num_held_out, config)
-        self.bucket = bucket_size(config.batch, config.max_len)
+        self.bucket = bucket_size(config.batch, config.max_len, self.lengths)
 
     @property
     def num_updates(self) -> int:
@@ -194,6 +197,8 @@ def make_schedule(
     return _SCHEDULES[name](sequences, num_held_out, config)
 
 
-def bucket_size(batch_size: int, max_len: int) -> int:
-    """Batches are padded to a multiple of so many tokens."""
-    return max(1, round(batch_size * max_len / _BUCKETS / _BUCKET_MULTIPLE)) * _BUCKET_MULTIPLE
+def bucket_size(batch_size: int, max_len: int, lengths: torch.Tensor) -> int:
+    """Batches of windows of `lengths` (W,) are padded to a multiple of so many tokens."""
+    largest = batch_size * max_len / _BUCKETS
+    spread = _SPREAD * float(lengths.double().std(correction=0)) * batch_size**0.5
+    return max(1, round(min(largest, spread) / _BUCKET_MULTIPLE)) * _BUCKET_MULTIPLE

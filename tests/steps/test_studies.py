@@ -17,6 +17,7 @@ from steps.common.cli import StepError
 from steps.common.files import read_json, write_json
 from steps.studies import kernels
 from steps.studies.rows import FIELDS, Row, cases, merged, read_rows, row, write_rows
+from steps.study import digests_of, kept
 from tests.conftest import ROOT, run, step, write_processed
 from tests.steps.runs import add_tables
 
@@ -146,7 +147,9 @@ def test_studies_and_experiments_share_their_names(project: Path) -> None:
     shutil.copyfile(project / "params/studies/kernels.yaml", project / "params/studies/train.yaml")
     with pytest.raises(StepError, match="a study cannot be called 'train', as a step or folder is"):
         params.studies(project / "params")
-    with pytest.raises(StepError, match=r"no study 'kernel'; there are .*kernels, m-falcon, null-models"):
+    with pytest.raises(
+        StepError, match=r"no study 'kernel'; there are .*kernels, long-sequences, m-falcon, null-models"
+    ):
         params.load("studies/kernel", ROOT / "params")
 
 
@@ -210,6 +213,15 @@ def small(study: str, data: Path) -> dict[str, Any]:
             | {"model": "shallow", "new": 3, "precision": "float32", "way": ["recomputed", "cached"]}
             | {"micro_batch": 64},
         ]
+    if study == "long-sequences":
+        for runs in plan["runs"]:
+            write_processed(data / "processed" / runs["configs"][0]["dataset"], [9, 30, 14, 5, 24, 12], 40)
+            runs["configs"] = runs["configs"][:2]
+            for config in runs["configs"]:
+                config["training"] |= {"max_len": 24, "batch": 4, "negatives": 4, "epochs": 1}
+                config["model"] |= {"dim": 8, "blocks": 1, "dqk": 8, "dv": 8}
+        settings |= {"longer_than": 12, "timed": 1, "stochastic_length": {"alphas": [1.4], "rules": ["random"]}}
+        settings["semi_local"] = {"windows": [2], "first": [0, 3], "alone": [5]}
     if study == "null-models":
         write_processed(data / "processed/ml-1m", [30] * 40, 300)
         settings |= {"seeds": 2, "generated": settings["generated"] | {"users": 60}}
@@ -241,8 +253,8 @@ def test_a_bare_gpu_machine_can_measure() -> None:
 import sys
 for name in ("yaml", "jsonschema", "polars", "pandera", "pyarrow", "matplotlib", "tabulate"):
     sys.modules[name] = None  # an import of it fails
-import steps.study, steps.studies.encoder_efficiency, steps.studies.kernels, steps.studies.m_falcon
-import steps.studies.null_models
+import steps.study, steps.studies.encoder_efficiency, steps.studies.kernels, steps.studies.long_sequences
+import steps.studies.m_falcon, steps.studies.null_models
 import steps.studies.training_speed
 """
     run("python", "-c", code, cwd=ROOT)
@@ -332,6 +344,18 @@ def test_a_study_that_was_cut_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     assert rows[:2] == first
     assert [one["dim"] for one in rows] == [8, 8, 16, 16]
     assert not partial.exists()
+
+
+def test_rows_of_data_are_kept_where_the_data_are_the_same(tmp_path: Path) -> None:
+    case = {"data": "ml-1m", "group": "full attention"}
+    there = read_json(write_processed(tmp_path / "processed/ml-1m", [9, 4], 20) / "manifest.json")["sequences_sha256"]
+    origin = {"device": "H200", "card": "0a1b2c3d", "commit": "a" * 40, "versions": {"torch": "2.13.0"}}
+    rows = [row(case, "ndcg@10", 0.2, "fraction", data_sha256=digest) | origin for digest in (there, "b" * 64)]
+    digests = digests_of({"data": {"processed": {"ml-1m": {}, "demo-long": {}}}}, tmp_path)
+    assert digests == [there]
+    for one, expected in zip(rows, ([rows[0]], []), strict=True):
+        write_rows(tmp_path / "rows.json", "long-sequences", [one])
+        assert kept(tmp_path / "rows.json", "long-sequences", [case], origin, digests) == expected
 
 
 @pytest.mark.parametrize("study", MEASURED)

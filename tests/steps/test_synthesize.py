@@ -6,6 +6,8 @@ import itertools
 import zipfile
 from collections import Counter, defaultdict
 
+import pytest
+
 from steps.common import yaml_files
 from steps.data.generators.demo import synthesize
 from tests.conftest import ROOT
@@ -21,8 +23,9 @@ def tables(content: bytes) -> dict[str, list[list[str]]]:
         }
 
 
-def test_the_published_checksum_is_what_every_machine_makes() -> None:
-    demo = yaml_files.read(ROOT / "params/datasets.yaml")["demo"]
+@pytest.mark.parametrize("name", ["demo", "demo-long"])
+def test_the_published_checksum_is_what_every_machine_makes(name: str) -> None:
+    demo = yaml_files.read(ROOT / "params/datasets.yaml")[name]
     settings = {key: value for key, value in demo["synthesize"].items() if key != "form"}
     assert hashlib.sha256(synthesize(**settings)).hexdigest() == demo["source"]["sha256"]
 
@@ -67,3 +70,14 @@ def test_gaps_decide_the_next_genre() -> None:
     assert share("burst", 0) > 0.6  # without signal: one in six
     assert share("days", 1) > 0.5
     assert sum(count for (kind, _), count in steps.items() if kind == "burst") > 0.2 * sum(steps.values())
+
+
+def test_shorter_gaps_change_the_times_alone() -> None:
+    once, six = (tables(synthesize(**SMALL, gap_divisor=divisor))["ratings"] for divisor in (1, 6))
+    whole, shorter = defaultdict(list), defaultdict(list)
+    for rows, times in ((once, whole), (six, shorter)):
+        for user, *_, time in rows:
+            times[user].append(int(time))
+    assert [row[:3] for row in once] == [row[:3] for row in six]
+    spans = [(max(whole[user]) - min(whole[user]), max(shorter[user]) - min(shorter[user])) for user in whole]
+    assert 4 < sum(span for span, _ in spans) / sum(span for _, span in spans) < 6  # hours stay as they are

@@ -109,8 +109,14 @@ def test_padding_has_sequences_of_its_own(bucket: int) -> None:
 
 
 def test_buckets_are_multiples_of_256_and_a_24th_of_the_largest_batch() -> None:
-    assert bucket_size(128, 200) == 1024
-    assert bucket_size(16, 20) == 256
+    lengths = torch.tensor([10, 190] * 50)  # 90 from their mean
+    assert bucket_size(128, 200, lengths) == 1024
+    assert bucket_size(16, 20, lengths) == 256
+
+
+def test_buckets_of_long_windows_are_as_large_as_batches_differ() -> None:
+    assert bucket_size(64, 4096, torch.tensor([100, 300] * 50)) == 1280  # 1.5 x 100 x 8 = 1200; a 24th is 10,923
+    assert bucket_size(64, 4096, torch.full((9,), 300)) == 256
 
 
 def test_gru4rec_has_the_same_events_in_static_shape(monkeypatch: pytest.MonkeyPatch) -> None:

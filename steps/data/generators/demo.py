@@ -10,6 +10,9 @@ the length of the gap before a session decides the next genre:
 Within a genre a user walks along the genre's series of movies, a step or two at a time; one rating
 in five is any movie of the catalogue, popular ones more often. About half the ratings of a session
 share the timestamp of the rating before, as in MovieLens.
+
+Who comes back to a genre goes on where they were, however long ago that was: in a long history the
+next movie may follow from a token hundreds of places before.
 """
 
 import io
@@ -54,13 +57,18 @@ class _Draw:
 
 @dataclass(frozen=True)
 class Demo:
-    """The settings of the archive. Raises ValueError, which names the setting, if there are too few movies."""
+    """The settings of the archive. Raises ValueError, which names the setting, if there are too few movies.
+
+    gap_divisor: gaps of days and months are so many times shorter, so that a long history is one of years, not of a
+    century.
+    """
 
     seed: int
     users: int
     movies: int
     genres: int
     mean_ratings: int
+    gap_divisor: int = 1
 
     def __post_init__(self) -> None:
         if self.movies * (1 - _SHARE_NEVER_RATED) < 2 * self.mean_ratings:
@@ -71,7 +79,7 @@ class Demo:
         path.write_bytes(synthesize(**asdict(self)))
 
 
-def synthesize(seed: int, users: int, movies: int, genres: int, mean_ratings: int) -> bytes:
+def synthesize(seed: int, users: int, movies: int, genres: int, mean_ratings: int, gap_divisor: int = 1) -> bytes:
     """The archive's bytes: `demo/users.dat`, `demo/movies.dat`, `demo/ratings.dat`.
 
     Movie ids have gaps and some movies are never rated, as in MovieLens. Rows of a user are not in
@@ -89,13 +97,19 @@ def synthesize(seed: int, users: int, movies: int, genres: int, mean_ratings: in
         gender = "MF"[draw.between(0, 1)]
         age = _AGES[draw.between(0, len(_AGES) - 1)]
         user_lines.append(f"{user}::{gender}::{age}::{draw.between(0, 20)}::{draw.between(10000, 99999)}")
-        rating_lines += _ratings_of_user(draw, user, series, rated, genre_of, mean_ratings)
+        rating_lines += _ratings_of_user(draw, user, series, rated, genre_of, mean_ratings, gap_divisor)
     movie_lines = [f"{movie}::Movie {movie} ({1950 + movie % 50})::Genre{genre_of[movie]}" for movie in sorted(ids)]
     return _archive({"users.dat": user_lines, "movies.dat": movie_lines, "ratings.dat": rating_lines})
 
 
 def _ratings_of_user(
-    draw: _Draw, user: int, series: list[list[int]], rated: list[int], genre_of: dict[int, int], mean_ratings: int
+    draw: _Draw,
+    user: int,
+    series: list[list[int]],
+    rated: list[int],
+    genre_of: dict[int, int],
+    mean_ratings: int,
+    gap_divisor: int,
 ) -> list[str]:
     """One user's lines of ratings.dat."""
     home = genre = draw.between(0, len(series) - 1)
@@ -129,10 +143,10 @@ def _ratings_of_user(
         if gap == 0:
             time += draw.between(5 * _MINUTE, 2 * _HOUR)
         elif gap == 1:
-            time += draw.between(2 * _DAY, 10 * _DAY)
+            time += draw.between(2 * _DAY, 10 * _DAY) // gap_divisor
             genre = (genre + 1) % len(series)
         else:
-            time += draw.between(60 * _DAY, 200 * _DAY)
+            time += draw.between(60 * _DAY, 200 * _DAY) // gap_divisor
             genre = home
     return [line for session in reversed(sessions) for line in session]
 
