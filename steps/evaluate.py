@@ -25,6 +25,7 @@ from steps.evaluation.beyond import beyond_accuracy
 from steps.evaluation.metrics import metrics
 from steps.evaluation.names import SELECTIONS
 from steps.evaluation.ranks import Rules, exclusions, rank
+from steps.models import Recommender
 from steps.models.weights import load_weights
 from steps.tasks import Task, build
 
@@ -82,6 +83,8 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
         as_trained = "bf16" if trained.get("precision") == "bf16" else "tf32"
         computed, model.encoder.compute_dtype = pick_precision(precision or as_trained, device)
 
+    if not isinstance(model, Recommender):
+        raise TypeError(f"{type(model).__name__} ranks no items")
     own = Rules.of(config)
     variants = [Rules(candidates, exclude) for exclude in exclusions(config, _EXCLUDE) for candidates in _CANDIDATES]
     found: dict[str, Any] = {}

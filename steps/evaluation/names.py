@@ -25,8 +25,3 @@ class Selection(NamedTuple):
 SELECTIONS = {"retrieval": Selection("ndcg@10", False), "ranking": Selection("ne", True)}
 #: By task, the two that stand in the line of an epoch.
 SHOWN = {"retrieval": ("hr@10", "ndcg@10"), "ranking": ("ne", "auc")}
-
-
-def task_of(protocol: Mapping[str, Any]) -> str:
-    """What a protocol of params/protocols.yaml evaluates: retrieval, unless it says otherwise."""
-    return str(protocol.get("task", "retrieval"))

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from steps.common.cli import StepError
-from steps.common.config import TrainingConfig
+from steps.common.config import TrainingConfig, task_of
 from steps.common.device import resident_peak_bytes
 from steps.common.progress import progress
 from steps.common.provenance import commit, content_sha256, utc_now
 from steps.common.typed import read
 from steps.data.sequences import Sequences
 from steps.data.split import split_sequences
-from steps.evaluation.names import SELECTIONS, SHOWN, task_of
+from steps.evaluation.names import SELECTIONS, SHOWN
 from steps.tasks import Task, build
 from steps.training.checkpoint import StateError, StateWriter, load_state, read_state
 from steps.training.execution import Execution, Mode

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
-from steps.evaluation.names import SELECTIONS, task_of
+from steps.common.config import task_of
+from steps.evaluation.names import SELECTIONS
 
 _PRECISIONS = {"bf16": "bfloat16", "tf32": "tf32", "float32": "fp32"}  # MLPerf's names
 _ORGANISATION = "The HSTU reproduction maintainers"
