@@ -144,7 +144,7 @@ class HSTU(PositionalEncoder):
 
     def __init__(self, config: HSTUConfig, max_len: int, dropout: float) -> None:
         if config.num_sink_tokens and not config.max_attn_len:
-            raise EntryError("key model.num_sink_tokens: lifts the window, and there is none: give max_attn_len too")
+            raise EntryError("key model.max_attn_len: must be 1 or more, as num_sink_tokens lifts a window")
         super().__init__(config.dim, max_len, config.output_slots, dropout)
         nn.init.xavier_normal_(self.position.weight)
         self.blocks = nn.ModuleList(HSTULayer(config, self.num_positions, dropout) for _ in range(config.blocks))

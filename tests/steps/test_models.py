@@ -124,7 +124,7 @@ def test_hstu_equals_the_equations_by_hand(
 
 
 def test_first_tokens_without_a_window_are_refused() -> None:
-    with pytest.raises(EntryError, match=r"key model\.num_sink_tokens: lifts the window, and there is none"):
+    with pytest.raises(EntryError, match=r"key model\.max_attn_len: must be 1 or more, as num_sink_tokens lifts"):
         make("hstu", num_sink_tokens=3)
 
 

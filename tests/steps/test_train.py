@@ -455,7 +455,7 @@ def test_a_missing_or_wrong_entry_of_a_config_is_named(row: str, tmp_path: Path)
         read |= {field.name for field in fields(ENCODERS[kind][1])} | {"loss", "optimizer", "items"}
         read |= {"mask_prob", "samples", "sample_alpha", "logq"}
     texts = {("experiment",), ("dataset",), ("row",), ("protocol", "name")}
-    optional = {"patience", "eval_every", "schedule", "items"}
+    optional = {"patience", "eval_every", "schedule", "items", "num_sink_tokens"}
     for path in entries(settings):
         if path[0] == "model" and len(path) > 1 and path[1] not in read:
             continue  # a size of the data set's shape that other models read
