@@ -47,11 +47,11 @@ def hstu_attention(
 ) -> torch.Tensor:
     """O_i = sum over the keys j that i sees of silu(alpha q_i . k_j + b_ij) / N * v_j (arXiv 2402.17152, equation 2).
 
-    Masks are those of the authors' code, in its terms, and semi-local attention (arXiv 2602.16986); README.md draws
-    them. Of a sequence's n tokens the last m = `num_targets` are candidates, the others the history. Every token has a
-    place, which the mask counts by: its position; with a prefix of c = `contextual_seq_len` tokens, max(position - c +
-    1, 0), so that the prefix counts as one; and candidates all stand at M, where the history ends. Token i sees itself,
-    and
+    Masks are those of the authors' code, in its terms, and semi-local attention (arXiv 2602.16986), drawn in
+    docs/kernels.md. Of a sequence's n tokens the last m = `num_targets` are candidates, the others the history. Every
+    token has a place, which the mask counts by: its position; with a prefix of c = `contextual_seq_len` tokens,
+    max(position - c + 1, 0), so that the prefix counts as one; and candidates all stand at M, where the history ends.
+    Token i sees itself, and
 
     - the tokens of lower places; with `causal=False` those of any other place, candidates included, which history
       tokens then see;

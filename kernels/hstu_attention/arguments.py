@@ -76,6 +76,7 @@ class Flags(NamedTuple):
     KEY_OFFSETS: bool  # rows have keys of their own number
     QUERY_SCALE: bool  # each query has an N of its own
     GENERAL: bool  # one of the last nine: more than the causal mask and one N
+    WHOLE: bool  # of these masks, and of rows long enough: tiles that all see have a loop without the mask
     BY_LENGTH: bool  # N is the sequence's own length
     SOFTMAX: bool  # instead of silu
     DESCRIPTOR: bool  # tokens are loaded through tensor descriptors
@@ -114,6 +115,15 @@ class TileRuns(NamedTuple):
     second_count: Any
     third: Any
     third_count: Any
+
+
+class WholeTiles(NamedTuple):
+    """Of the tiles of `TileRuns`, counted one behind the other, two ranges of which every query sees every key."""
+
+    first: Any  # index
+    first_count: Any
+    second: Any
+    second_count: Any
 
 
 class Tokens(NamedTuple):

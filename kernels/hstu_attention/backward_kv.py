@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..tensor_cores import operand
 from .activations import weights_and_derivatives
-from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens
+from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens, WholeTiles
 from .bias_tiles import (
     BAND_BLOCK,
     HIDDEN,
@@ -24,13 +24,16 @@ from .tiles import (
     load_queries,
     one_over_n,
     one_over_n_of,
+    other_tile_of,
     query_tiles,
     sequence_id,
     sequence_of,
     store_tile,
     tile_count,
-    tile_of,
     visible,
+    whole_count,
+    whole_query_tiles,
+    whole_tile_of,
 )
 
 
@@ -71,7 +74,7 @@ def _add_queries(
     """One tile of queries from position `first`. Scores are held transposed, (keys, queries), so that weights and score
     gradients enter their products from registers.
 
-    MASK: "none"; "band", which brings it with the bias; or "compare". CUT: the tile may end beyond the sequence.
+    MASK as in the forward kernel. CUT: the tile may end beyond the sequence.
     """
     BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
     PRECISION: tl.constexpr = FLAGS.PRECISION
@@ -108,7 +111,7 @@ def _add_queries(
     ds = dp * dact * scale if q_tile.dtype == tl.float16 else dp * dact
     targets, targets_own = sums.targets, sums.targets_own
     if FLAGS.TARGETS and FLAGS.POSITION:
-        by_target = (i >= sequence.history)[None, :]
+        by_target = ((i >= sequence.history) & (i < n))[None, :]
         own = i[None, :] == j[:, None]
         targets += tl.sum(tl.where(by_target & (own == 0), ds, 0.0), 1)
         targets_own += tl.sum(tl.where(by_target & own, ds, 0.0), 1)
@@ -163,8 +166,18 @@ def _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE,
     end = tl.minimum(first + BLOCK_N, n)
     if FLAGS.GENERAL:
         runs = query_tiles(first, end, sequence, BLOCK_M, FLAGS)
-        for index in range(tile_count(runs)):
-            query = tile_of(index, runs) * BLOCK_M
+        if FLAGS.WHOLE:
+            whole_tiles = whole_query_tiles(first, first + BLOCK_N, runs, sequence, BLOCK_M, FLAGS)
+            for index in range(whole_count(whole_tiles)):
+                query = whole_tile_of(index, whole_tiles, runs) * BLOCK_M
+                sums = _add_queries(
+                    sums, kept, query, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "whole", False,
+                    ADD_DQ,
+                )  # fmt: skip
+        else:
+            whole_tiles = WholeTiles(0, 0, 0, 0)
+        for index in range(tile_count(runs) - whole_count(whole_tiles)):
+            query = other_tile_of(index, whole_tiles, runs) * BLOCK_M
             sums = _add_queries(
                 sums, kept, query, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "compare", True, ADD_DQ
             )  # fmt: skip

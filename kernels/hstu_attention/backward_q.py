@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..tensor_cores import operand
 from .activations import weights_and_derivatives
-from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens
+from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens, WholeTiles
 from .bias_tiles import add_time_steps, first_near_key, tile_bias, times_since, unpack_tile
 from .tiles import (
     is_query,
@@ -18,12 +18,15 @@ from .tiles import (
     load_queries,
     one_over_n,
     one_over_n_of,
+    other_tile_of,
     sequence_id,
     sequence_of,
     store_tile,
     tile_count,
-    tile_of,
     visible,
+    whole_count,
+    whole_key_tiles,
+    whole_tile_of,
 )
 
 
@@ -127,8 +130,17 @@ def bwd_dq_kernel(
     end = tl.minimum(first + BLOCK_M, n)
     if FLAGS.GENERAL:
         runs = key_tiles(first, end, sequence, BLOCK_N, FLAGS)
-        for index in range(tile_count(runs)):
-            key = tile_of(index, runs) * BLOCK_N
+        if FLAGS.WHOLE:
+            whole_tiles = whole_key_tiles(first, end, runs, sequence, BLOCK_N, FLAGS)
+            for index in range(whole_count(whole_tiles)):
+                key = whole_tile_of(index, whole_tiles, runs) * BLOCK_N
+                sums = _add_keys(
+                    sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "whole", False
+                )
+        else:
+            whole_tiles = WholeTiles(0, 0, 0, 0)
+        for index in range(tile_count(runs) - whole_count(whole_tiles)):
+            key = other_tile_of(index, whole_tiles, runs) * BLOCK_N
             sums = _add_keys(
                 sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "compare", True
             )

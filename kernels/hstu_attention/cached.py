@@ -270,6 +270,7 @@ def cached_attention(
                 KEY_OFFSETS=False,
                 QUERY_SCALE=query_scale is not None,
                 GENERAL=False,
+                WHOLE=False,
                 BY_LENGTH=attention_scale is None and query_scale is None,
                 SOFTMAX=softmax,
                 DESCRIPTOR=False,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..tensor_cores import operand
 from .activations import exp_of, silu
-from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens
+from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens, WholeTiles
 from .bias_tiles import add_time_steps, first_near_key, tile_bias, times_since, unpack_tile
 from .tiles import (
     is_query,
@@ -17,12 +17,15 @@ from .tiles import (
     load_keys,
     load_queries,
     one_over_n_of,
+    other_tile_of,
     sequence_id,
     sequence_of,
     store_tile,
     tile_count,
-    tile_of,
     visible,
+    whole_count,
+    whole_key_tiles,
+    whole_tile_of,
 )
 
 #: The first running maximum of softmax: finite, so that no difference of two is undefined.
@@ -41,7 +44,8 @@ class Sums(NamedTuple):
 def _attend(sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SHAPE, FLAGS, MASK, CUT):
     """One tile of keys from position `key`: adds its weighted values.
 
-    MASK: "none"; "band", which brings it with the bias; or "compare". CUT: the tile may end beyond the sequence.
+    MASK: "none", and there every pair is seen; "whole", likewise under another mask than the causal one; "band", which
+    brings it with the bias; or "compare". CUT: the tile may end beyond the sequence.
     """
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     PRECISION: tl.constexpr = FLAGS.PRECISION
@@ -115,8 +119,17 @@ def forward_kernel(
     end = tl.minimum(first + BLOCK_M, sequence.n)
     if FLAGS.GENERAL:
         runs = key_tiles(first, end, sequence, BLOCK_N, FLAGS)
-        for index in range(tile_count(runs)):
-            key = tile_of(index, runs) * BLOCK_N
+        if FLAGS.WHOLE:
+            whole_tiles = whole_key_tiles(first, end, runs, sequence, BLOCK_N, FLAGS)
+            for index in range(whole_count(whole_tiles)):
+                key = whole_tile_of(index, whole_tiles, runs) * BLOCK_N
+                sums = _attend(
+                    sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SHAPE, FLAGS, "whole", False
+                )
+        else:
+            whole_tiles = WholeTiles(0, 0, 0, 0)
+        for index in range(tile_count(runs) - whole_count(whole_tiles)):
+            key = other_tile_of(index, whole_tiles, runs) * BLOCK_N
             sums = _attend(
                 sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SHAPE, FLAGS,
                 "compare", True,

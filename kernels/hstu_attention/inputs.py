@@ -138,6 +138,7 @@ class Inputs:
             KEY_OFFSETS=self.key_offsets is not None,
             QUERY_SCALE=self.query_scale is not None,
             GENERAL=self.general,
+            WHOLE=self.general and self.max_len > SHORT,
             BY_LENGTH=self.attention_scale is None and self.query_scale is None and not self.softmax,
             SOFTMAX=self.softmax,
             DESCRIPTOR=descriptor,

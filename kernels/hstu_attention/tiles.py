@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..tensor_cores import operand
-from .arguments import Sequence, TileRuns
+from .arguments import Sequence, TileRuns, WholeTiles
 
 
 @triton.jit
@@ -303,6 +303,91 @@ def query_tiles(begin_key, end_key, sequence, BLOCK, FLAGS):
         begin = tl.maximum(begin, first)
         full = tl.maximum(full, first)
     return _runs(first, prefix, begin, stop, full, n, BLOCK)
+
+
+@triton.jit
+def whole_key_tiles(begin_query, end_query, runs, sequence, BLOCK, FLAGS):
+    """Of `key_tiles`, tiles that are seen whole: of the history, as far as all these queries see it. Sinks are of the
+    first run, what is near of the second."""
+    history = sequence.history
+    if FLAGS.KEY_OFFSETS:
+        begin_query = tl.maximum(begin_query, sequence.first)
+    begin, sinks = history * 0, history * 0
+    past = tl.minimum(begin_query, history)
+    if FLAGS.BIDIRECTIONAL:
+        past = history
+    if FLAGS.PREFIX:  # of a history that is shorter, tokens see themselves alone
+        past = tl.where(sequence.end > 0, past, 0)
+    if FLAGS.WINDOW:
+        if FLAGS.SINKS:
+            sinks = tl.minimum(sequence.sinks, past)
+        near = place(begin_query, sequence, FLAGS)
+        begin = _first_at(place(end_query - 1, sequence, FLAGS) - sequence.window, sequence, FLAGS)
+        end = past
+        if FLAGS.BIDIRECTIONAL:
+            end = tl.minimum(past, _past(near + sequence.window, sequence, FLAGS))
+        if FLAGS.FULL:
+            full = near >= sequence.end - sequence.full
+            begin, end = tl.where(full, 0, begin), tl.where(full, past, end)
+        past = end
+    sink_count = tl.minimum(sinks // BLOCK, runs.first_count)
+    tile = tl.maximum(tl.cdiv(begin, BLOCK), runs.second)
+    end_tile = tl.minimum(past // BLOCK, runs.second + runs.second_count)
+    count = tl.maximum(end_tile - tile, 0)
+    return WholeTiles(history * 0, sink_count, runs.first_count + tile - runs.second, count)
+
+
+@triton.jit
+def whole_query_tiles(begin_key, end_key, runs, sequence, BLOCK, FLAGS):
+    """Of `query_tiles`, tiles of queries that all see all of these keys, of the history: near ones are of the second
+    run, the newest of the third. `end_key` is where the tile ends, though the sequence end before: keys beyond it have
+    scores without a bound, so that a cut tile is masked."""
+    n, history = sequence.n, sequence.history
+    begin, end, full = end_key, n, n
+    if FLAGS.BIDIRECTIONAL:
+        begin = end_key * 0
+    if FLAGS.WINDOW:
+        if FLAGS.FULL:
+            full = tl.maximum(begin, _first_at(sequence.end - sequence.full, sequence, FLAGS))
+        everywhere = begin
+        end = _past(place(begin_key, sequence, FLAGS) + sequence.window, sequence, FLAGS)
+        if FLAGS.BIDIRECTIONAL:
+            begin = _first_at(place(end_key - 1, sequence, FLAGS) - sequence.window, sequence, FLAGS)
+        if FLAGS.SINKS:
+            sink = end_key <= sequence.sinks
+            begin, end = tl.where(sink, everywhere, begin), tl.where(sink, n, end)
+    nobody = end_key > history
+    if FLAGS.PREFIX:
+        nobody = nobody | (sequence.end <= 0)
+    begin, full = tl.where(nobody, n, begin), tl.where(nobody, n, full)
+    if FLAGS.KEY_OFFSETS:
+        begin, full = tl.maximum(begin, sequence.first), tl.maximum(full, sequence.first)
+    tile = tl.maximum(tl.cdiv(begin, BLOCK), runs.second)
+    count = tl.maximum(tl.minimum(end // BLOCK, runs.second + runs.second_count) - tile, 0)
+    newest = tl.maximum(tl.cdiv(full, BLOCK), runs.third)
+    newest_count = tl.maximum(tl.minimum(n // BLOCK, runs.third + runs.third_count) - newest, 0)
+    before = runs.first_count + runs.second_count
+    return WholeTiles(runs.first_count + tile - runs.second, count, before + newest - runs.third, newest_count)
+
+
+@triton.jit
+def whole_count(whole):
+    return whole.first_count + whole.second_count
+
+
+@triton.jit
+def whole_tile_of(index, whole, runs):
+    """The index-th tile that is seen whole."""
+    later = index - whole.first_count
+    return tile_of(tl.where(later < 0, whole.first + index, whole.second + later), runs)
+
+
+@triton.jit
+def other_tile_of(index, whole, runs):
+    """The index-th tile that is not."""
+    index += tl.where(index >= whole.first, whole.first_count, 0)
+    index += tl.where(index >= whole.second, whole.second_count, 0)
+    return tile_of(index, runs)
 
 
 @triton.jit

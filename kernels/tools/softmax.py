@@ -5,6 +5,7 @@ Where one of them does not run, what was seen stands in place of its time.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,7 +32,7 @@ def passes_of_others(inputs: dict[str, Any], batch: int, device: str) -> Iterato
     if inputs["position_bias"] is None:
         for name, backend in BACKENDS.items():
             for which in ("fwd", "bwd"):
-                yield name, which, _attempt(functools.partial(sdpa, q, k, v, inputs["alpha"], backend), which, device)
+                yield name, which, attempt(functools.partial(sdpa, q, k, v, inputs["alpha"], backend), which, device)
     tables = [inputs[name] for name in ("position_bias", "time_bias") if inputs[name] is not None]
     torch.compiler.reset()  # which else compiles for a few shapes, and then no more
 
@@ -42,7 +43,7 @@ def passes_of_others(inputs: dict[str, Any], batch: int, device: str) -> Iterato
 
     for which in ("fwd", "bwd"):
         # The tables learn in the backward pass alone: their gradients are what may not compile.
-        yield FLEX, which, _attempt(functools.partial(make, which == "bwd" and bool(tables)), which, device)
+        yield FLEX, which, attempt(functools.partial(make, which == "bwd" and bool(tables)), which, device)
 
 
 def sdpa(
@@ -104,8 +105,9 @@ def _rows(tensor: torch.Tensor, batch: int) -> torch.Tensor:
     return tensor.view(batch, -1, *tensor.shape[1:]).transpose(1, 2).contiguous()
 
 
-def _attempt(make: Callable[[], tuple[Attend, Tensors]], which: str, device: str) -> dict[str, Any]:
-    """Time of a pass, forward or backward, of what is made: a call, and what it depends on, which is to learn."""
+def attempt(make: Callable[[], tuple[Attend, Tensors]], which: str, device: str) -> dict[str, Any]:
+    """`ms` and `captured` of a pass, fwd or bwd, of what is made: a call, and what it depends on, which is to learn.
+    Where that fails: what was `seen`."""
     try:
         # One forward pass must leave to many backward passes what they read.
         with torch._functorch.config.patch(donated_buffer=False):
@@ -120,5 +122,8 @@ def _attempt(make: Callable[[], tuple[Attend, Tensors]], which: str, device: str
 
             return timed(backward, (*depends_on, grad), device)._asdict()
     except Exception as error:  # of a compiler, or of a backend that refuses
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:_LETTERS]
+        text = f"{type(error).__name__}: {error}"
+        # A compiler in a process of its own hands on the whole trace: its first error is why.
+        causes = [line.strip() for line in text.splitlines()[1:] if re.match(r"\s*[\w.]+(Error|Exception): .", line)]
+        text = " ".join((causes[0] if causes else text).split())[:_LETTERS]
         return {"seen": f"torch {torch.__version__}, triton {triton.__version__}: {text}"}

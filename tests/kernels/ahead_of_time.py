@@ -283,6 +283,7 @@ def _projection(dtype: torch.dtype, width: int, ranking: bool = False) -> Case:
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _WINDOW = {"max_attn_len": 64, "contextual_seq_len": 8}
 _ALL_MASKS = Masks(_WINDOW | {"min_full_attn_seq_len": 9, "num_sink_tokens": 5, "target_group_size": 3}, targets=True)
+_SEMI_LOCAL = {"max_attn_len": 64, "num_sink_tokens": 70}
 _BOTH_WAYS = {"causal": False, "max_attn_len": 64, "num_sink_tokens": 5}
 CASES = {
     "attention d 64": _attention(_BF16, 4, 64, _LONG),
@@ -292,6 +293,7 @@ CASES = {
     "attention d 64, deterministic": _attention(_BF16, 4, 64, _LONG, deterministic=True),
     "attention d 64, softmax": _attention(_BF16, 4, 64, _LONG, softmax=True),
     "attention d 64, masks": _attention(_BF16, 4, 64, _LONG, masks=Masks(_WINDOW, targets=True)),
+    "attention d 64, semi-local, no bias": _attention(_BF16, 4, 64, _LONG, bias="none", masks=Masks(_SEMI_LOCAL)),
     "attention d 64, all masks": _attention(_BF16, 4, 64, _LONG, masks=_ALL_MASKS),
     "attention d 64, both ways": _attention(_BF16, 4, 64, _LONG, masks=Masks(_BOTH_WAYS, targets=True)),
     "attention d 64, keys": _attention(_BF16, 4, 64, _LONG, masks=_ALL_MASKS._replace(keys=True, scales=True)),

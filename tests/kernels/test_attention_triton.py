@@ -210,6 +210,12 @@ CASES = {
     "one token": Case(lengths=(1,)),
     "wide heads": Case(lengths=(37,), heads=1, dqk=72, dv=50),
     "far from the diagonal": Case(lengths=(330, 150), heads=1, dqk=8, dv=8),
+    "far, semi-local": Case(lengths=(400, 150), heads=1, dqk=8, dv=8, window=150, sinks=70),
+    "far, targets, prefix": Case(lengths=(330, 150), heads=1, dqk=8, dv=8, targets=(20, 149), prefix=5),
+    "far, both ways, newest, softmax": Case(
+        lengths=(330, 150), heads=1, dqk=8, dv=8, causal=False, window=100, full=130, softmax=True
+    ),
+    "far, keys": Case(lengths=(30, 200), keys=(330, 150), heads=1, dqk=8, dv=8, window=190, sinks=70),
     "far, times beyond 32 bits": Case(lengths=(300,), heads=1, dqk=8, dv=8, times="far"),
     "far, times at random": Case(lengths=(270,), heads=1, dqk=8, dv=8, times="random"),
     "far, times decades apart": Case(lengths=(300,), heads=1, dqk=8, dv=8, times="decades apart"),
@@ -292,13 +298,13 @@ MASKS = {
     "prefix": replace(MASKED, prefix=70),
     "window, prefix": replace(MASKED, window=100, prefix=70),
     "targets": replace(MASKED, targets=TARGETS),
-    "window, newest": replace(MASKED, window=100, full=90),
-    "semi-local": replace(MASKED, window=100, sinks=70),
+    "window, newest": replace(MASKED, window=200, full=290),
+    "semi-local": replace(MASKED, window=300, sinks=150),
     "semi-local, targets": replace(MASKED, window=100, sinks=70, targets=TARGETS, attention_scale=None),
     "groups": replace(MASKED, targets=TARGETS, group=16),
     "all": replace(MASKED, window=100, sinks=70, full=90, prefix=9, targets=TARGETS, group=16),
     "both ways": replace(MASKED, causal=False),
-    "both ways, window": replace(MASKED, causal=False, window=100),
+    "both ways, window": replace(MASKED, causal=False, window=300),
     "both ways, all": replace(
         MASKED, causal=False, window=100, sinks=70, full=90, prefix=9, targets=TARGETS, group=16, attention_scale=None
     ),
@@ -308,7 +314,7 @@ MASKS = {
     ),
     "keys, both ways, targets": replace(MASKED, keys=KEYS, causal=False, targets=TARGETS),
     "a scale by query": replace(MASKED, scale_by_query=True),
-    "softmax, semi-local": replace(MASKED, softmax=True, window=100, sinks=70),
+    "softmax, semi-local": replace(MASKED, softmax=True, window=300, sinks=150),
     "softmax, keys": replace(MASKED, softmax=True, keys=KEYS),
     "softmax, both ways, groups": replace(MASKED, softmax=True, causal=False, targets=TARGETS, group=16),
 }
@@ -320,6 +326,38 @@ MASKS = {
 def test_masks_over_several_tiles(case: Case, dtype: torch.dtype) -> None:
     """Values and all gradients, those of both biases included; through tensor descriptors where they apply."""
     check(case, dtype)
+
+
+@pytest.mark.parametrize("n", [300, 320])
+@pytest.mark.parametrize("options", [{"causal": False}, {"causal": False, "max_attn_len": 200}, {"max_attn_len": 200}])
+def test_softmax_of_scores_far_below_zero(options: dict[str, Any], n: int) -> None:
+    """A key beyond the row has the score 0 there: its weight would be infinite, and 0 times it no number."""
+    torch.manual_seed(0)
+    q, k = (1 + 0.01 * torch.randn(n, 1, 16) for _ in range(2))
+    leaves = [x.to(DEVICE).requires_grad_() for x in (q, -30 * k, torch.randn(n, 1, 16))]
+    offsets, grad = torch.tensor([0, n], device=DEVICE), torch.randn(n, 1, 16, device=DEVICE)
+    found = [
+        torch.autograd.grad(attend(*leaves, offsets, n), leaves, grad)
+        for attend in (
+            lambda *given: op.attention(
+                *given,
+                0.25,
+                None,
+                None,
+                None,
+                None,
+                None,
+                options.get("max_attn_len", 0),
+                0,
+                None,
+                True,
+                causal=options.get("causal", True),
+            )[0],
+            lambda *given: naive.softmax_attention(*given, alpha=0.25, **options),
+        )
+    ]
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 @pytest.mark.gpu

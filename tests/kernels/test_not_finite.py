@@ -24,6 +24,7 @@ KINDS = {
     "softmax": {"softmax": True},
     "softmax, times": {"softmax": True, "times": True},
     "masks": {"position": True, "times": True, "masks": True},
+    "masks, rows without targets": {"position": True, "masks": True, "fewest": 10},
     "softmax, masks": {"softmax": True, "masks": True},
     "both ways": {"position": True, "times": True, "masks": True, "both_ways": True},
 }
@@ -31,9 +32,10 @@ KINDS = {
 
 def attention_inputs(
     lengths: list[int], dtype: torch.dtype, position: bool = False, times: bool = False, softmax: bool = False,
-    masks: bool = False, both_ways: bool = False, keys: list[int] | None = None,
+    masks: bool = False, both_ways: bool = False, keys: list[int] | None = None, fewest: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """both_ways: masks that are not causal, with groups and an N for each query; keys: of rows, of their own number."""
+    """both_ways: masks that are not causal, with groups and an N for each query; keys: of rows, of their own number;
+    fewest: tokens of rows that have targets."""
     torch.manual_seed(0)
     of_keys = keys or lengths
     tokens, key_tokens, longest = sum(lengths), sum(of_keys), max(*lengths, *of_keys)
@@ -48,7 +50,7 @@ def attention_inputs(
         "time_bias": torch.randn(129).to(DEVICE, dtype) if times else None,
         "query_time": time[1 : tokens + 1] if times else None, "key_time": time[:key_tokens] if times else None,
         "max_attn_len": 70 if masks else 0, "contextual_seq_len": 5 if masks else 0,
-        "num_targets": torch.tensor([min(4, n) for n in lengths], device=DEVICE) if masks else None,
+        "num_targets": torch.tensor([min(4, n) * (n >= fewest) for n in lengths], device=DEVICE) if masks else None,
         "softmax": softmax, "causal": not both_ways, "target_group_size": 2 if both_ways else 1,
         "query_scale": 1 + torch.rand(tokens).to(DEVICE) if both_ways else None,
         "key_offsets": None if keys is None else torch.tensor([0, *torch.tensor(keys).cumsum(0)], device=DEVICE),

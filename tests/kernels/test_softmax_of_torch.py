@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend
 
 from kernels.hstu_attention import naive
 from kernels.tools.cases import attention_inputs, lengths_of
-from kernels.tools.softmax import FLEX, flex, passes_of_others, sdpa
+from kernels.tools.softmax import FLEX, attempt, flex, passes_of_others, sdpa
 
 BATCH, N, HEADS, DIM = 2, 160, 3, 16
 
@@ -60,3 +60,12 @@ def test_what_does_not_run_is_told_with_its_versions() -> None:
     assert "\n" not in seen
     biased = list(passes_of_others(full("both"), BATCH, "cpu"))
     assert [(name, which) for name, which, _ in biased] == [(FLEX, "fwd"), (FLEX, "bwd")]
+
+
+def test_of_a_compilers_trace_its_cause_is_told() -> None:
+    def make() -> Any:
+        raise RuntimeError(
+            "it failed in a process:\nTraceback:\n  File a\nAssertionError: one element only\n\nOther: no"
+        )
+
+    assert attempt(make, "fwd", "cpu")["seen"].endswith(": AssertionError: one element only")
