@@ -23,8 +23,9 @@ from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import require_split, split_sequences
 from steps.evaluation.beyond import beyond_accuracy
 from steps.evaluation.metrics import metrics
-from steps.evaluation.names import SELECTION_METRIC
+from steps.evaluation.names import SELECTIONS
 from steps.evaluation.ranks import Rules, exclusions, rank
+from steps.models import Recommender
 from steps.models.weights import load_weights
 from steps.tasks import Task, build
 
@@ -82,6 +83,8 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
         as_trained = "bf16" if trained.get("precision") == "bf16" else "tf32"
         computed, model.encoder.compute_dtype = pick_precision(precision or as_trained, device)
 
+    if not isinstance(model, Recommender):
+        raise TypeError(f"{type(model).__name__} ranks no items")
     own = Rules.of(config)
     variants = [Rules(candidates, exclude) for exclude in exclusions(config, _EXCLUDE) for candidates in _CANDIDATES]
     found: dict[str, Any] = {}
@@ -99,7 +102,7 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
                 for rule, other in zip(variants, others, strict=True)
             }
     if protocol["report"] == "last":  # optimistic: the epoch is chosen by the test set
-        best = max(read_jsonl(run / "history.jsonl"), key=lambda line: line[f"test/{SELECTION_METRIC}"])
+        best = SELECTIONS["retrieval"].best(read_jsonl(run / "history.jsonl"), "test")
         found["test_best"] = {name: best[f"test/{name}"] for name in found["test"]} | {"epoch": best["epoch"]}
     with atomic_path(run / "ranks.safetensors") as temporary:
         temporary.write_bytes(save({name: tensor.cpu() for name, tensor in kept.items()}))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from steps.common.cli import StepError
 from steps.common.files import read_json
-from steps.common.typed import Below1, BelowHalf, Count, EntryError, Seed, Sha256, Text, To2, read
+from steps.common.typed import Below1, BelowHalf, Count, EntryError, Positive, Seed, Sha256, Text, To2, read
 
 _REMEDY = "run plan again"
 #: Models that count instead of learning: equal whatever the seed.
@@ -58,6 +58,17 @@ class _TemporalProtocol(_Protocol):
 
 
 @dataclass(frozen=True)
+class _RankingProtocol:
+    name: Text
+    task: Literal["ranking"]
+    split: Literal["temporal"]
+    report: Literal["last", "best"]
+    test_share: BelowHalf
+    valid_share: BelowHalf
+    positive: Positive  # the least rating that counts as engagement
+
+
+@dataclass(frozen=True)
 class _Hashes:
     train: Sha256
     test: Sha256
@@ -86,6 +97,11 @@ class _RunConfig:
     model: dict[str, Any]
 
 
+def task_of(protocol: dict[str, Any]) -> str:
+    """What a protocol of params/protocols.yaml evaluates: retrieval, unless it says otherwise."""
+    return str(protocol.get("task", "retrieval"))
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """The config.json of a run's folder. Raises StepError that names file and key if an entry is missing or wrong."""
     file = run / "config.json"
@@ -93,8 +109,10 @@ def read_config(run: Path) -> dict[str, Any]:
     try:
         whole = read(_RunConfig, config)
         read(_Model, whole.model, "model.", others=True)
-        temporal = whole.protocol.get("split") == "temporal"
-        protocol = read(_TemporalProtocol if temporal else _Protocol, whole.protocol, "protocol.")
+        kind: type[_Protocol | _RankingProtocol] = _Protocol
+        if whole.protocol.get("split") == "temporal":
+            kind = _TemporalProtocol if task_of(whole.protocol) == "retrieval" else _RankingProtocol
+        protocol = read(kind, whole.protocol, "protocol.")
         read(_HashesWithValid if protocol.report == "best" else _Hashes, whole.split, "split.")
     except EntryError as error:
         raise StepError(f"{file}, {error}; {_REMEDY}") from error

@@ -56,6 +56,13 @@ PairBelow1 = Annotated[
         lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_share_below_1, value)),
     ),
 ]
+Rising = Annotated[
+    list[float],
+    Rule(
+        "numbers that rise",
+        lambda value: isinstance(value, list) and all(map(_is_number, value)) and value == sorted(set(value)) and value,
+    ),
+]
 Sha256 = Annotated[
     str, Rule("a SHA-256", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None)
 ]

@@ -12,12 +12,13 @@ import torch
 
 from kernels.jagged.naive import sequence_and_position
 from steps.common.cli import StepError
+from steps.common.config import task_of
 from steps.data.sequences import Sequences
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out interaction, the target, of each of some users.
+    """Held-out interactions, the targets: of retrieval one a user, of ranking all of a period.
 
     users (K,) int64, and num_after (K,) int64: how many of the user's interactions follow the target.
     """
@@ -47,7 +48,8 @@ def split_sequences(sequences: Sequences, protocol: dict[str, Any]) -> Split:
     """The split that a protocol of params/protocols.yaml describes; validation exists where `report` is `best`."""
     validation = protocol["report"] == "best"
     if protocol["split"] == "temporal":
-        return _temporal(sequences, protocol["test_share"], protocol["valid_share"] if validation else 0.0)
+        every = task_of(protocol) == "ranking"
+        return _temporal(sequences, protocol["test_share"], protocol["valid_share"] if validation else 0.0, every)
     return _leave_last_out(sequences, validation)
 
 
@@ -91,12 +93,13 @@ def _leave_last_out(sequences: Sequences, validation: bool) -> Split:
     return Split(torch.full_like(users, 2 if validation else 1), held_out)
 
 
-def _temporal(sequences: Sequences, test_share: float, valid_share: float) -> Split:
+def _temporal(sequences: Sequences, test_share: float, valid_share: float, every: bool) -> Split:
     """One clock for all users, so that nothing of the future is trained on.
 
     The latest `test_share` of all interactions are the test period, the `valid_share` before them the validation
     period; all before both is trained on. A user's target is their last interaction in a period, if they have one
-    there. Interactions of the period before it are part of the history, as they would be when serving.
+    there; `every`: all of theirs there. Interactions before a target are part of the history, those of the period too,
+    as they would be when serving. A user's first interaction, which has no history, is no target.
     """
     times = sequences.timestamp.sort().values
     count = len(times)
@@ -105,16 +108,34 @@ def _temporal(sequences: Sequences, test_share: float, valid_share: float) -> Sp
     after_train = _num_since(sequences, train_end)
     in_test = _num_since(sequences, test_start)
     lengths = sequences.offsets.diff()
+    if every:
+        held_out = {"test": _every(sequences, in_test, torch.zeros_like(in_test))}
+        if valid_share:
+            held_out["valid"] = _every(sequences, after_train, in_test)
+        return Split(after_train, _none_empty(held_out))
     held_out = {"test": _held_out((in_test > 0) & (lengths > 1), torch.zeros_like(in_test))}
     if valid_share:
         held_out["valid"] = _held_out((after_train > in_test) & (lengths - in_test > 1), in_test)
+    return Split(after_train, _none_empty(held_out))
+
+
+def _none_empty(held_out: dict[str, HeldOut]) -> dict[str, HeldOut]:
     for name, targets in held_out.items():
         if not len(targets.users):
             raise StepError(
                 f"no user has a row in the {name} period, as too few timestamps differ; change {name}_share in "
                 "params/protocols.yaml, or take another protocol"
             )
-    return Split(after_train, held_out)
+    return held_out
+
+
+def _every(sequences: Sequences, most_after: torch.Tensor, fewest_after: torch.Tensor) -> HeldOut:
+    """All interactions, but a user's first, that fewer than `most_after` (U,) of the user's follow, and `fewest_after`
+    (U,) or more: by user, then in order."""
+    user, position = sequence_and_position(sequences.offsets, len(sequences.item))
+    num_after = sequences.offsets.diff()[user] - 1 - position
+    index = torch.nonzero((num_after < most_after[user]) & (num_after >= fewest_after[user]) & (position > 0))[:, 0]
+    return HeldOut(user[index], num_after[index])
 
 
 def _num_since(sequences: Sequences, time: torch.Tensor) -> torch.Tensor:

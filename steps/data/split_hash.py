@@ -35,6 +35,10 @@ def split_sha256(tensors: dict[str, np.ndarray], protocol: dict[str, Any]) -> di
         parts = {"train": times < train_end, "test": last & ~before_test & has_history}
         if validates:
             parts["valid"] = last_before_test & (times >= train_end) & has_history
+        if protocol.get("task") == "ranking":
+            parts["test"] = ~before_test & has_history
+            if validates:
+                parts["valid"] = before_test & (times >= train_end) & has_history
     columns = [column.astype("<i8") for column in (user, tensors["item"], times)]
     return {name: _hash(columns, rows) for name, rows in parts.items()}
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from steps.common.config import COUNT_BASED, TrainingConfig
 from steps.common.typed import read
-from steps.models.base import CountBasedModel, Encoder, HeadsConfig, Model
+from steps.models.base import CountBasedModel, Encoder, HeadsConfig, Model, Recommender
 from steps.models.bert4rec import BERT4Rec
 from steps.models.gru4rec import GRU4Rec, GRU4RecConfig
 from steps.models.hstu import HSTU, HSTUConfig
@@ -14,7 +14,16 @@ from steps.models.popular import MostPopular
 from steps.models.sasrec import SASRec, SASRecConfig
 from steps.models.transformer_pp import TransformerPP
 
-__all__ = ["ENCODERS", "CountBasedModel", "Encoder", "Model", "build_count_based", "build_encoder", "is_count_based"]
+__all__ = [
+    "ENCODERS",
+    "CountBasedModel",
+    "Encoder",
+    "Model",
+    "Recommender",
+    "build_count_based",
+    "build_encoder",
+    "is_count_based",
+]
 
 #: By the `model` of a row in params/models.yaml: the encoder, and the entries that it reads.
 ENCODERS: dict[str, tuple[type[Any], type[Any]]] = {

@@ -16,14 +16,18 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Model(nn.Module, ABC):
-    """A recommender: scores every item for the last position of each window."""
+    """What a run trains or fits."""
+
+
+class Recommender(Model):
+    """A model of retrieval: scores every item for the last position of each window."""
 
     @abstractmethod
     def score(self, batch: Batch) -> torch.Tensor:
         """Scores (B, num_items + 1) of every item as the next one; column 0 is padding and means nothing."""
 
 
-class CountBasedModel(Model):
+class CountBasedModel(Recommender):
     """A model that is fitted by counting, without gradients. It learns buffers, whose sizes depend on the data."""
 
     @abstractmethod

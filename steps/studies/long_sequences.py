@@ -11,7 +11,7 @@ import statistics
 import tempfile
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,7 +19,7 @@ from steps.common.device import pick_precision
 from steps.data.sequences import Sequences, StaticShape, load_sequences
 from steps.data.stochastic_length import expected_lengths, most_kept
 from steps.evaluation.metrics import user_values
-from steps.evaluation.ranks import Rules, rank
+from steps.evaluation.ranks import Rules, Scorer, rank
 from steps.studies.rows import Row, row
 from steps.training.loop import Training, reported_epoch, train_together
 
@@ -139,7 +139,9 @@ def measure_runs(
     for (axes, config), training in zip(every, trainings, strict=True):
         held_out = training.split.held_out["test"]
         size = config["training"]
-        (ranking,) = rank(training.model, sequences, held_out, [Rules.of(config)], size["max_len"], size["batch"])
+        (ranking,) = rank(
+            cast(Scorer, training.model), sequences, held_out, [Rules.of(config)], size["max_len"], size["batch"]
+        )
         history = sequences.offsets.diff()[held_out.users] - held_out.num_after - 1
         for part, users in (("", history > 0), (LONG, history > settings["longer_than"])):
             ranks, count = ranking.ranks[users], int(users.sum())

@@ -17,14 +17,14 @@ from steps.data.sequences import Batch, Sequences, load_sequences
 from steps.data.split import split_sequences
 from steps.evaluation.metrics import user_values
 from steps.evaluation.ranks import Rules, rank
-from steps.models import Model
+from steps.models import Recommender
 from steps.studies.rows import Row, row
 
 GENERATED = "generated"
 METRICS = ("hr@10", "hr@200", "ndcg@10")
 
 
-class _Null(Model):
+class _Null(Recommender):
     def __init__(self, num_items: int, seed: int = 0) -> None:
         super().__init__()
         self.num_items = num_items
@@ -108,7 +108,7 @@ def judge(
     rules = [Rules.of({"protocol": protocol, "repeats": repeats})]
     deviations = settings["deviations"]
 
-    def per_user(model: Model) -> dict[str, torch.Tensor]:
+    def per_user(model: Recommender) -> dict[str, torch.Tensor]:
         (ranking,) = rank(model, sequences, held_out, rules, settings["max_len"], settings["batch"])
         return {name: user_values(ranking.ranks, name) for name in METRICS}
 

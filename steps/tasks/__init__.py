@@ -3,12 +3,13 @@
 from dataclasses import fields
 from typing import Any
 
-from steps.common.config import COUNT_BASED, TrainingConfig
+from steps.common.config import COUNT_BASED, TrainingConfig, task_of
 from steps.common.typed import EntryError, read
 from steps.models import ENCODERS, CountBasedModel, build_count_based, is_count_based
 from steps.models.item_knn import ItemKNNConfig
 from steps.tasks.base import Task
 from steps.tasks.masked_items import MaskedItems
+from steps.tasks.ranking import Ranking
 from steps.tasks.retrieval import Retrieval
 from steps.tasks.sessions import Sessions
 
@@ -29,7 +30,10 @@ def build(config: dict[str, Any], num_items: int) -> CountBasedModel | Task:
     name = settings.get("model")
     if name not in (*COUNT_BASED, *ENCODERS):
         raise EntryError(f"key model.model: {name!r} is not one of {', '.join([*COUNT_BASED, *ENCODERS])}")
-    task = _OTHER_TASKS.get(name, Retrieval)
+    ranks = task_of(config.get("protocol", {})) == "ranking"
+    task = Ranking if ranks else _OTHER_TASKS.get(name, Retrieval)
+    if ranks and name in (*COUNT_BASED, *_OTHER_TASKS):
+        raise EntryError(f"key model.model: {name!r} does not rank: protocol {config['protocol']['name']} wants that")
     readers = () if name in COUNT_BASED else (ENCODERS[name][1], *task.configs)
     known = {"model", *_SHAPE, *(field.name for reader in readers for field in fields(reader))}
     known |= {field.name for field in fields(ItemKNNConfig)} if name == "item-knn" else set()
@@ -38,4 +42,5 @@ def build(config: dict[str, Any], num_items: int) -> CountBasedModel | Task:
         raise EntryError(f"key model.{unread[0]}: nothing reads it")
     if is_count_based(config):
         return build_count_based(settings, num_items)
-    return task(settings, read(TrainingConfig, config["training"], "training."), num_items)
+    training = read(TrainingConfig, config["training"], "training.")
+    return Ranking(settings, training, num_items, config["protocol"]) if ranks else task(settings, training, num_items)

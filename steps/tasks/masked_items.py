@@ -16,7 +16,7 @@ from kernels.jagged.naive import sequence_and_position
 from steps.common.config import TrainingConfig
 from steps.common.typed import Inside01, read
 from steps.data.sequences import Batch
-from steps.models.base import embedding_lookup
+from steps.models.base import Recommender, embedding_lookup
 from steps.models.bert4rec import BERT4Rec, LayerNorm
 from steps.tasks.base import Task
 from steps.tasks.losses import WithLoss, read_cross_entropy
@@ -48,7 +48,7 @@ class Output(nn.Module):
         return F.cross_entropy(self.logits(states, items), targets, ignore_index=0)
 
 
-class MaskedItems(Task):
+class MaskedItems(Task, Recommender):
     """An encoder that sees both ways, with a mask token and an output layer that is tied to the item embeddings."""
 
     configs = (*Task.configs, WithLoss, _MaskConfig)

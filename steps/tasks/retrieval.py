@@ -9,11 +9,12 @@ from kernels.rowwise_table import unique
 from steps.common.config import TrainingConfig
 from steps.common.typed import EntryError
 from steps.data.sequences import Batch
+from steps.models.base import Recommender
 from steps.tasks.base import Task
 from steps.tasks.losses import WithLoss, next_item_loss, read_loss, scores
 
 
-class Retrieval(Task):
+class Retrieval(Task, Recommender):
     """Every token of a window predicts the next item, by the similarity of its state and the items' embeddings."""
 
     schedules = ("windows", "one-pass")

@@ -17,7 +17,7 @@ from torch import nn
 from steps.common.config import TrainingConfig
 from steps.common.typed import Count, EntryError, NotNegative, Share, read
 from steps.data.sequences import Batch, Events, Sequences
-from steps.models.base import embedding_lookup
+from steps.models.base import Recommender, embedding_lookup
 from steps.models.gru4rec import GRU4Rec, gru_cell
 from steps.tasks.base import Task
 from steps.tasks.losses import WithLoss, read_cross_entropy
@@ -32,7 +32,7 @@ class _SamplesConfig:
     logq: NotNegative
 
 
-class Sessions(Task):
+class Sessions(Task, Recommender):
     """A recurrent encoder whose states pass from event to event; an item's score is state . embedding + bias."""
 
     schedules = ("sessions",)

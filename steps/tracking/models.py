@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from steps.common import params
-from steps.evaluation.names import SELECTION_METRIC
+from steps.evaluation.names import SELECTIONS
 from steps.reporting.records import Record, by_row
 from steps.serving.mlflow_model import save_model
 from steps.tracking.store import logged
 
-_VALID_TAG = f"valid.{logged(SELECTION_METRIC)}"
+_SELECTION = SELECTIONS["retrieval"].metric
+_VALID_TAG = f"valid.{logged(_SELECTION)}"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class _Candidate:
 
     @property
     def valid(self) -> float:
-        return float(self.record.metrics["valid"][SELECTION_METRIC])
+        return float(self.record.metrics["valid"][_SELECTION])
 
 
 def register(
@@ -49,7 +50,7 @@ def register(
         _Candidate(best, runs / best.run.path, data / best.run.dataset, ids[str(best.run.path)])
         for row in by_row(records).values()
         if "valid" in row[0].metrics
-        for best in [max(row, key=lambda record: record.metrics["valid"][SELECTION_METRIC])]
+        for best in [max(row, key=lambda record: record.metrics["valid"][_SELECTION])]
     ]
     chosen = [
         one for one in chosen if (one.folder / "model.safetensors").is_file() and (one.data / "manifest.json").is_file()

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from steps.common.cli import StepError
-from steps.common.config import TrainingConfig
+from steps.common.config import TrainingConfig, task_of
 from steps.common.device import resident_peak_bytes
 from steps.common.progress import progress
 from steps.common.provenance import commit, content_sha256, utc_now
 from steps.common.typed import read
 from steps.data.sequences import Sequences
 from steps.data.split import split_sequences
-from steps.evaluation.names import SELECTION_METRIC
+from steps.evaluation.names import SELECTIONS, SHOWN
 from steps.tasks import Task, build
 from steps.training.checkpoint import StateError, StateWriter, load_state, read_state
 from steps.training.execution import Execution, Mode
@@ -165,8 +165,8 @@ class Training:
             with self._uncompiled():
                 line |= self._validation(self.stream if self.execution.capture else None)
             self.history.append(line)
-            print(self.title + summary(line, epochs), flush=True)
-            if self.config["protocol"]["report"] == "best" and line == max(self.history, key=_selection):
+            print(self.title + summary(line, epochs, task_of(self.config["protocol"])), flush=True)
+            if self.config["protocol"]["report"] == "best" and line == _best(self.config, self.history):
                 self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
             state: dict[str, Any] = {"identity": self._identity, "history": self.history}
             state |= {"commits": self.commits, "threads": self.threads, "started": self.started}
@@ -232,8 +232,8 @@ def train_together(trainings: list[Training]) -> Iterator[tuple[int, Exception |
 
 
 def reported_epoch(config: dict[str, Any], history: list[dict[str, Any]]) -> int:
-    """The epoch whose weights the protocol reports: the last, or the first with the best validation NDCG@10."""
-    return (history[-1] if config["protocol"]["report"] == "last" else max(history, key=_selection))["epoch"]
+    """The epoch whose weights the protocol reports: the last, or the first that is best on validation."""
+    return int((history[-1] if config["protocol"]["report"] == "last" else _best(config, history))["epoch"])
 
 
 def doubt(config: dict[str, Any], history: list[dict[str, Any]]) -> str | None:
@@ -252,15 +252,17 @@ def doubt(config: dict[str, Any], history: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def summary(line: dict[str, Any], epochs: int) -> str:
+def summary(line: dict[str, Any], epochs: int, task: str) -> str:
     """An epoch in one line."""
-    split = "valid" if "valid/hr@10" in line else "test"
+    split = "valid" if "valid/seconds" in line else "test"
+    shown = "  ".join(f"{name} {line[f'{split}/{name}']:.4f}" for name in SHOWN[task])
     return (
-        f"epoch {line['epoch']}/{epochs}  loss {line['train/loss']:.4f}  {split} "
-        f"hr@10 {line[f'{split}/hr@10']:.4f}  ndcg@10 {line[f'{split}/ndcg@10']:.4f}  "
+        f"epoch {line['epoch']}/{epochs}  loss {line['train/loss']:.4f}  {split} {shown}  "
         f"{line['train/seconds']:.1f} s + {line[f'{split}/seconds']:.1f} s"
     )
 
 
-def _selection(line: dict[str, Any]) -> float:
-    return line[f"valid/{SELECTION_METRIC}"]
+def _best(config: dict[str, Any], history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first line of the history that is best on validation."""
+    line: dict[str, Any] = SELECTIONS[task_of(config["protocol"])].best(history, "valid")
+    return line

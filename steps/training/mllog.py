@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
-from steps.evaluation.names import SELECTION_METRIC
+from steps.common.config import task_of
+from steps.evaluation.names import SELECTIONS
 
 _PRECISIONS = {"bf16": "bfloat16", "tf32": "tf32", "float32": "fp32"}  # MLPerf's names
 _ORGANISATION = "The HSTU reproduction maintainers"
@@ -41,7 +42,10 @@ def mllog(
     lines += [_line(first, "INTERVAL_START", "init_start"), _line(first, "INTERVAL_END", "init_stop")]
     lines.append(_line(first, "INTERVAL_START", "run_start"))
     for before, line in enumerate(history):
-        lines += _epochs(line, history[before - 1]["epoch"] if before else 0, first + 1000 * sum(seconds[:before]))
+        done = history[before - 1]["epoch"] if before else 0
+        lines += _epochs(
+            line, done, first + 1000 * sum(seconds[:before]), SELECTIONS[task_of(config["protocol"])].metric
+        )
     about = {"status": "success", "epoch_num": training["epoch"]}
     lines.append(_line(first + 1000 * sum(seconds), "INTERVAL_END", "run_stop", **about))
     return "".join(lines)
@@ -74,8 +78,9 @@ def _pinned(config: dict[str, Any], training: dict[str, Any], optimizer: str | N
     return found
 
 
-def _epochs(line: dict[str, Any], before: int, time: float) -> Iterator[str]:
-    """The events of a line of the history, whose first epoch begins at `time` (ms) after so many epochs."""
+def _epochs(line: dict[str, Any], before: int, time: float, selection: str) -> Iterator[str]:
+    """The events of a line of the history, whose first epoch begins at `time` (ms) after so many epochs. selection: the
+    metric that chooses an epoch."""
     part, evaluating = _evaluation(line)
     last, trained = line["epoch"], time + 1000 * line["train/seconds"]
     block = {"first_epoch_num": before + 1, "epoch_count": last - before}
@@ -91,8 +96,8 @@ def _epochs(line: dict[str, Any], before: int, time: float) -> Iterator[str]:
     evaluated = trained + 1000 * evaluating
     metrics = {name.partition("/")[2]: value for name, value in line.items() if name.startswith(f"{part}/")}
     metrics.pop("seconds")
-    value = metrics.pop(SELECTION_METRIC)
-    about = {"epoch_num": last, "metric": SELECTION_METRIC, "split": part, "others": metrics}
+    value = metrics.pop(selection)
+    about = {"epoch_num": last, "metric": selection, "split": part, "others": metrics}
     yield _line(evaluated, "POINT_IN_TIME", "eval_accuracy", value, **about)
     yield _line(evaluated, "INTERVAL_END", "eval_stop", epoch_num=last)
 

@@ -1,0 +1,188 @@
+"""Ranking: what a prediction may see, which examples there are, and that training learns."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from steps.common.cli import StepError
+from steps.common.typed import EntryError
+from steps.data.sequences import Batch, Sequences
+from steps.data.split import HeldOut, split_sequences
+from steps.evaluation.ranking import RankingEvaluation
+from steps.tasks import build
+from steps.tasks.ranking import Ranking
+from steps.training.loop import Training, train_together
+
+PROTOCOL = {
+    "name": "ranking", "task": "ranking", "split": "temporal", "report": "best", "test_share": 0.1, "valid_share": 0.1,
+    "positive": 4.0,
+}  # fmt: skip
+ITEMS = 40
+
+
+def config(tokens: str = "interleaved", model: str = "hstu", **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "model": model, "dim": 16, "blocks": 2, "heads": 2, "output_slots": 0, "tokens": tokens,
+        "levels": [2.0, 3.0, 4.0, 5.0], "others_weight": 0.5, "head": 16,
+        "optimizer": {"lr": 1e-2, "betas": [0.9, 0.98], "weight_decay": 0.0},
+    }  # fmt: skip
+    if model == "hstu":
+        settings |= {"dqk": 8, "dv": 8, "attention": "silu", "alpha": 1.0, "attention_scale": "max_len"}
+        settings |= {"bias": {"position": True, "time": "next"}}
+    training = {"max_len": 12, "epochs": 6, "batch": 16, "negatives": 1, "dropout": 0.0}
+    return {"model": settings | changes, "training": training, "protocol": PROTOCOL, "seed": 0, "row": model}
+
+
+def sequences(users: int = 60, seed: int = 0) -> Sequences:
+    """Users like even items if their first item is even, and else odd ones."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 30, (users,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    item = torch.randint(1, ITEMS + 1, (int(lengths.sum()),), generator=generator)
+    time = torch.cat([torch.randint(0, 10**6, (int(n),), generator=generator).sort().values for n in lengths])
+    taste = torch.repeat_interleave(item[offsets[:-1]] % 2, lengths)
+    liked = (item % 2 == taste) ^ (torch.rand(len(item), generator=generator) < 0.1)
+    rating = torch.where(liked, 4, 1) + torch.randint(0, 2, item.shape, generator=generator)
+    return Sequences(offsets, item, time, ITEMS, rating=rating.float())
+
+
+def make(tokens: str, model: str = "hstu") -> Ranking:
+    torch.manual_seed(1)
+    made = build(config(tokens, model), ITEMS)
+    assert isinstance(made, Ranking)
+    with torch.no_grad():
+        for parameter in made.eval().parameters():
+            parameter.mul_(2)
+    return made.double()
+
+
+def windows(data: Sequences, users: list[int]) -> Batch:
+    chosen = torch.tensor(users)
+    return data.batch(chosen, torch.zeros_like(chosen), 12)
+
+
+@pytest.mark.parametrize("tokens", ["interleaved", "merged"])
+@pytest.mark.parametrize("model", ["hstu", "sasrec"])
+def test_no_prediction_sees_its_own_action_or_what_comes_later(tokens: str, model: str) -> None:
+    data, task = sequences(), make(tokens, model)
+    users = torch.nonzero(data.offsets.diff() > 8)[:3, 0].tolist()
+    before = windows(data, users)
+    expected = task.predict(before)
+    for user in users:
+        end = int(data.offsets[user + 1])
+        cut = end - 4  # the target of which everything else stays
+        other = data.item.clone(), data.rating.clone()
+        other[1][cut:end] = 6 - other[1][cut:end]
+        other[0][cut + 1 : end] = other[0][cut + 1 : end].flip(0) % ITEMS + 1
+        changed = Sequences(data.offsets, other[0], data.timestamp, ITEMS, rating=other[1])
+        found = task.predict(windows(changed, users))
+        own = before.sequence_id == users.index(user)
+        until = before.index + 1 <= cut
+        torch.testing.assert_close(found[own & until], expected[own & until])
+        assert not torch.equal(found[own & ~until], expected[own & ~until])
+        torch.testing.assert_close(found[~own], expected[~own])
+
+
+@pytest.mark.parametrize("tokens", ["interleaved", "merged"])
+def test_a_prediction_depends_on_the_target_and_on_all_before_it(tokens: str) -> None:
+    data, task = sequences(), make(tokens)
+    user = int(torch.nonzero(data.offsets.diff() == 9)[0, 0])
+    start, last = int(data.offsets[user]), int(data.offsets[user + 1]) - 1
+    expected = task.predict(windows(data, [user]))[-1]
+    for place in range(start, last + 1):
+        for what in ("item", "rating"):
+            other = {"item": data.item.clone(), "rating": data.rating.clone()}
+            other[what][place] = other[what][place] % 5 + 1 if what == "rating" else other[what][place] % ITEMS + 1
+            changed = Sequences(data.offsets, other["item"], data.timestamp, ITEMS, rating=other["rating"])
+            same = bool(torch.isclose(task.predict(windows(changed, [user]))[-1], expected, rtol=0, atol=1e-12))
+            levels = torch.tensor([2.0, 3.0, 4.0, 5.0])
+            reached = [torch.bucketize(r[place], levels, right=True) for r in (data.rating, changed.rating)]
+            unseen = what == "rating" and (place == last or bool(reached[0] == reached[1]))
+            assert same == unseen, (what, place - start)
+
+
+def test_the_loss_is_cross_entropy_of_the_levels() -> None:
+    data, task = sequences(), make("interleaved")
+    batch = windows(data, [0, 1, 2])
+    logits = task.logits(batch)
+    found = []
+    for row, rating in zip(logits, batch.next_rating, strict=True):
+        signs = torch.tensor([1 if rating >= level else -1 for level in (2, 3, 4, 5)])
+        terms = -torch.nn.functional.logsigmoid(signs * row)
+        found.append(terms[2] + 0.5 * (terms[0] + terms[1] + terms[3]) / 3)
+    torch.testing.assert_close(task.loss(batch), torch.stack(found).mean())
+
+
+def test_padding_changes_no_loss() -> None:
+    data, task = sequences(), make("interleaved")
+    users = torch.tensor([3, 5, 8])
+    batch = data.batch(users, torch.zeros_like(users), 12)
+    from steps.data.sequences import StaticShape
+
+    padded = data.padded_batch(users, torch.zeros_like(users), StaticShape(3, 64, 9, 12))
+    torch.testing.assert_close(task.loss(padded), task.loss(batch))
+
+
+@pytest.mark.parametrize("max_len", [1, 2, 5, 12, 100])
+def test_every_held_out_interaction_is_predicted_once_with_half_a_window_before_it(max_len: int) -> None:
+    data = sequences()
+    settings = config() | {"training": config()["training"] | {"max_len": max_len, "batch": 7}}
+    for held_out in split_sequences(data, PROTOCOL).held_out.values():
+        targets = data.offsets[held_out.users + 1] - 1 - held_out.num_after
+
+        class Told:
+            """Its logit is where the target is; or how many interactions it sees."""
+
+            def __init__(self, what: str) -> None:
+                self.what = what
+
+            def eval(self) -> None:
+                pass
+
+            def predict(self, batch: Batch) -> torch.Tensor:
+                return batch.index + 1 if self.what == "place" else batch.position + 1
+
+        evaluation = RankingEvaluation(settings, data, held_out)
+        assert evaluation.predictions(Told("place")).logit.long().tolist() == targets.tolist()
+        seen = evaluation.predictions(Told("seen")).logit.long()
+        there = targets - data.offsets[held_out.users]
+        assert (seen >= torch.minimum(there, torch.tensor(max(1, max_len // 2)))).all()
+        assert torch.equal(evaluation.predictions(Told("place")).label, (data.rating[targets] >= 4).long())
+
+
+def test_the_split_holds_out_all_of_a_period_but_first_interactions() -> None:
+    data = sequences()
+    found = split_sequences(data, PROTOCOL)
+    times = data.timestamp.sort().values
+    bounds = [times[int(len(times) * share)] for share in (0.8, 0.9)] + [torch.tensor(10**7)]
+    first = set(data.offsets[:-1].tolist())
+    for name, low, high in (("valid", *bounds[:2]), ("test", *bounds[1:])):
+        expected = [i for i, time in enumerate(data.timestamp) if low <= time < high and i not in first]
+        held_out: HeldOut = found.held_out[name]
+        assert (data.offsets[held_out.users + 1] - 1 - held_out.num_after).tolist() == expected
+
+
+@pytest.mark.parametrize("tokens", ["interleaved", "merged"])
+def test_training_learns_what_users_like(tokens: str, tmp_path: Any) -> None:
+    settings = config(tokens)
+    settings["training"] |= {"epochs": 18, "max_len": 30}
+    training = Training(settings, sequences(400), "0" * 64, tmp_path)
+    for _, failure in train_together([training]):
+        assert failure is None
+    assert min(line["valid/ne"] for line in training.history) < 0.75
+    assert max(line["valid/auc"] for line in training.history) > 0.8
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(EntryError, match=r"model\.levels: \[2\.0, 5\.0\] lacks protocol\.positive, 4\.0"):
+        build(config(levels=[2.0, 5.0]), ITEMS)
+    with pytest.raises(EntryError, match=r"model\.levels: .*is not numbers that rise"):
+        build(config(levels=[4.0, 2.0]), ITEMS)
+    with pytest.raises(EntryError, match=r"'popular' does not rank"):
+        build(config() | {"model": {"model": "popular"}}, ITEMS)
+    data = sequences()
+    for rating in (None, torch.full_like(data.rating, torch.nan)):
+        bare = Sequences(data.offsets, data.item, data.timestamp, ITEMS, rating=rating)
+        with pytest.raises(StepError, match="ranking predicts ratings"):
+            make("merged").prepare(bare, torch.zeros(60, dtype=torch.int64))
