@@ -18,7 +18,7 @@ from steps.common.files import atomic_path, read_json, reading, sha256, write_js
 from steps.common.params import entry
 from steps.common.provenance import require_files
 from steps.data import filters
-from steps.data.blocks import named_columns, wanted_columns
+from steps.data.blocks import feature_columns, named_columns, wanted_columns
 from steps.data.log import Store, repeats
 from steps.data.readers import read_blocks, read_table
 from steps.data.schemas import EXAMPLES, Report, features_schema, interactions_schema, shown, ticks_of
@@ -111,7 +111,14 @@ def _entities(raw: Path, table: Mapping[str, Any], key: str, report: Report, pro
     block = read_table(raw, table)
     _add_malformed(block.malformed, raw, table, problems)
     frame = typed(block.frame, table)
-    report.validate(frame.select(*features), features_schema(features), block.frame, str(raw / table["path"]))
+    sources = {name: pl.col(source).alias(name) for name, source in feature_columns(features).items()}
+    found = {
+        name: source.str.extract(features[name]["pattern"]) if "pattern" in features[name] else source
+        for name, source in sources.items()
+    }
+    texts = block.frame.with_columns(**sources)
+    frame = frame.with_columns(**found)
+    report.validate(frame.select(*features), features_schema(features), texts, str(raw / table["path"]))
     wrong = frame.select(pl.col(key).is_null() | pl.col(key).is_first_distinct().not_()).to_series()
     check = report.check(key, "there, and once in the file", str(raw / table["path"]))
     check.add(int(wrong.sum()), _examples(block.frame.filter(wrong), [key]))

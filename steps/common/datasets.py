@@ -1,5 +1,6 @@
 """What the keys of an entry of params/datasets.yaml have to do with each other, which its schema cannot say."""
 
+import re
 import zoneinfo
 from collections.abc import Mapping
 from datetime import date
@@ -32,14 +33,28 @@ def check_dataset(file: str, name: str, entry: Mapping[str, Any]) -> None:
         for key in _KEYS[table]:
             if key not in columns:
                 raise StepError(f"{where}.columns: lacks {key!r}; call the column so")
-        for feature in settings.get("features", {}):
-            if feature not in columns:
-                raise StepError(f"{where}.features: {feature!r} is none of its columns")
+        for feature, kind in settings.get("features", {}).items():
+            source = kind.get("of", feature) if isinstance(kind, Mapping) else feature
+            if source not in columns:
+                raise StepError(f"{where}.features: {source!r} is none of its columns")
+            if source != feature and feature in columns:
+                raise StepError(f"{where}.features: {feature!r} is a column, and cannot be made of {source!r} too")
+            if isinstance(kind, Mapping) and "pattern" in kind:
+                _check_pattern(f"{where}.features.{feature}.pattern", kind["pattern"])
     _check_about(f"{file}, key {name}.files.interactions", entry)
     rules = {f"filters.{place}": rule for place, rule in enumerate(entry.get("filters", []))}
     for key, rule in {"checks": entry["checks"], **rules}.items():
         for bounds in [bounds for bounds in ("rating", "time") if bounds in rule]:
             _check_bounds(f"{file}, key {name}.{key}.{bounds}", *rule[bounds])
+
+
+def _check_pattern(where: str, pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise StepError(f"{where}: {pattern!r} is no regular expression: {error}") from error
+    if groups != 1:
+        raise StepError(f"{where}: {pattern!r} has {groups} groups; one is the value")
 
 
 def _check_about(where: str, entry: Mapping[str, Any]) -> None:

@@ -33,5 +33,11 @@ def named_columns(table: Mapping[str, Any]) -> dict[str, str | int | None]:
 
 
 def wanted_columns(table: Mapping[str, Any]) -> list[str]:
-    """The columns of a table that are read: those with a meaning of their own, and its features."""
-    return [name for name in named_columns(table) if name in (*COLUMNS, *table.get("features", {}))]
+    """The columns of a table that are read: those with a meaning of their own, and what its features are made of."""
+    sources = feature_columns(table.get("features", {})).values()
+    return [name for name in named_columns(table) if name in (*COLUMNS, *sources)]
+
+
+def feature_columns(features: Mapping[str, Any]) -> dict[str, str]:
+    """The column that each of a table's features is made of: its own, or the one that it is found in."""
+    return {name: name if isinstance(kind, str) else kind.get("of", name) for name, kind in features.items()}

@@ -15,7 +15,8 @@ def build_features(
     """The features of users and items. All arguments are by `user` and `item`, of those that there are.
 
     Args:
-        declared: by feature, as in params/datasets.yaml: `category`, or the separator of `categories`.
+        declared: by feature, as in params/datasets.yaml: `category`, or the separator of `categories`. What a `pattern`
+            found is a category.
         ids: raw ids in the order of the features' rows.
         tables: a row for each id, which the column `user` or `item` has, and a String column for each feature, without
             nulls.
@@ -41,7 +42,7 @@ def build_features(
 
 
 def _encode(column: pl.Series, values: Any) -> tuple[np.ndarray, list[str]]:
-    if values == "category":
+    if values == "category" or "pattern" in values:
         vocabulary = _sorted(column)
         places = range(1, len(vocabulary) + 1)
         return column.replace_strict(vocabulary, places, return_dtype=pl.Int32).to_numpy(), vocabulary

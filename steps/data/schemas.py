@@ -110,8 +110,8 @@ def features_schema(features: Mapping[str, Any]) -> pa.DataFrameSchema:
             name: pa.Column(
                 pl.String,
                 nullable=False,
-                checks=[] if kind == "category" else [_separated(kind["categories"])],
-                description="not empty",
+                checks=[_separated(kind["categories"])] if "categories" in kind else [],
+                description=f"what {kind['pattern']} finds" if "pattern" in kind else "not empty",
             )
             for name, kind in features.items()
         }

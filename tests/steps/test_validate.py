@@ -305,3 +305,43 @@ def test_of_rows_that_agree_the_first_in_time_is_kept(project: Path) -> None:
 @pytest.mark.parametrize("rule", [{"min_rating": 6}, {"k_core": {"user": 50}}, {"min_interactions": {"item": 9}}])
 def test_filters_that_leave_nothing_are_named(project: Path, rule: dict[str, Any]) -> None:
     assert "demo/ratings.dat: filters leave none of 43 rows" in filtered(project, rule, {"first_of": ["user"]})
+
+
+def with_patterns(project: Path) -> None:
+    files = yaml_files.read(project / "params/datasets.yaml")["demo"]["files"]
+    change(
+        project,
+        items=files["items"] | {"features": {"year": {"of": "title", "pattern": r"\(([0-9]{4})\)$"}}},
+        users=files["users"] | {"features": {"gender": "category", "zip": {"pattern": "^(.)"}}},
+    )
+
+
+def test_a_feature_can_be_a_part_of_a_column(project: Path) -> None:
+    with_patterns(project)
+    assert validate(project, rows(1) + rows(2), users="2::M::56::16::70072\n1::F::1::10::48067\n") == ""
+    valid = project / "data/valid/demo"
+    assert pl.read_parquet(valid / "users.parquet").rows() == [(2, "M", "7"), (1, "F", "4")]
+    assert pl.read_parquet(valid / "items.parquet").rows()[0] == (1, "Movie 1 (1999)", "1999")
+
+
+def test_a_column_without_the_part_is_named(project: Path) -> None:
+    with_patterns(project)
+    line = validate(project, rows(1), MOVIES + "41::Film::Drama\n", users="1::F::1::10::\n")
+    assert r"demo/movies.dat: year must be what \(([0-9]{4})\)$ finds: 1 row is not (row 41: Film)" in line
+    assert "demo/users.dat: zip must be what ^(.) finds: 1 row is not (row 1: (empty))" in line
+
+
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [
+        ({"year": {"pattern": "(.)"}}, "features: 'year' is none of its columns"),
+        ({"year": {"of": "when", "pattern": "(.)"}}, "features: 'when' is none of its columns"),
+        ({"genres": {"of": "title", "pattern": "(.)"}}, "'genres' is a column, and cannot be made of 'title' too"),
+        ({"genres": {"pattern": "(.)(.)"}}, "features.genres.pattern: '(.)(.)' has 2 groups; one is the value"),
+        ({"genres": {"pattern": "(.)["}}, "features.genres.pattern: '(.)[' is no regular expression"),
+    ],
+)
+def test_a_pattern_that_cannot_be_is_named(project: Path, features: dict[str, Any], said: str) -> None:
+    files = yaml_files.read(project / "params/datasets.yaml")["demo"]["files"]
+    change(project, items=files["items"] | {"features": features})
+    assert said in validate(project, rows(1))
