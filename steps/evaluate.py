@@ -19,6 +19,7 @@ from steps.common.device import device_name, pick_device, pick_precision, use_th
 from steps.common.files import atomic_path, read_json, read_jsonl, sha256, write_json
 from steps.common.locks import locked
 from steps.common.provenance import commit, require_trained
+from steps.data.fields import FieldSizes
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import require_split, split_sequences
 from steps.evaluation.beyond import beyond_accuracy
@@ -76,7 +77,7 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
     split = split_sequences(sequences, protocol)
     require_split(sequences, split, config, run)
     with building(run):
-        model = build(config, sequences.num_items).to(device)
+        model = build(config, sequences.num_items, FieldSizes.of(sequences)).to(device)
     computed = "float32"
     load_weights(model, run / "model.safetensors")
     if isinstance(model, Task):

@@ -70,6 +70,11 @@ class Batch:
         """The features of the tokens' items by name, as in `Sequences`: (T,) int32 or (T, K) uint8, 0 for padding."""
         return {name: values[self.item] for name, values in self.sequences.item_features.items()}
 
+    @property
+    def next_item_features(self) -> dict[str, torch.Tensor]:
+        """The features of what the tokens predict, as `item_features`."""
+        return {name: values[self.next_item] for name, values in self.sequences.item_features.items()}
+
     def _rating(self, index: torch.Tensor) -> torch.Tensor:
         if self.sequences.rating is None:
             raise ValueError("the data set has no ratings: a model that reads them needs one that has")

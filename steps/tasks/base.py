@@ -77,7 +77,10 @@ class Task(Model, ABC):
         else:
             self.items = nn.Embedding(num_items + 1, self.dim)
         nn.init.trunc_normal_(self.items.weight, std=0.02, a=-0.04, b=0.04)
-        self.encoder: Encoder = build_encoder(settings, training)
+        self.encoder: Encoder = self._build_encoder(settings, training)
+
+    def _build_encoder(self, settings: dict[str, Any], training: TrainingConfig) -> Encoder:
+        return build_encoder(settings, training)
 
     @abstractmethod
     def loss(self, batch: Any) -> torch.Tensor:

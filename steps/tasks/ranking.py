@@ -5,6 +5,7 @@ and items: the action of the first interaction, the item of the second, its acti
 An item's state sees all that was before it and itself, but not its own action, which it predicts.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,72 +16,62 @@ from torch import nn
 from steps.common.cli import StepError
 from steps.common.config import TrainingConfig
 from steps.common.typed import Count, EntryError, NotNegative, Rising, read
+from steps.data.fields import FieldSizes
 from steps.data.sequences import Batch, Sequences
 from steps.evaluation.ranking import RankingEvaluation
 from steps.models.base import embedding_lookup
+from steps.models.features import FeatureEmbeddings, user_place
 from steps.tasks.base import Task
 from steps.tasks.losses import masked_mean
 
 
 @dataclass(frozen=True)
-class RankingConfig:
+class LevelsConfig:
+    """levels: ratings, rising; for each a model says whether it will be reached. others_weight: of the losses of the
+    levels beside the one that counts as engagement.
+    """
+
+    levels: Rising
+    others_weight: NotNegative
+
+
+@dataclass(frozen=True)
+class RankingConfig(LevelsConfig):
     """tokens: interleaved, an item and its action a token each; or merged, an item with the action before it as one, of
-    half the number. levels: ratings, rising; an action is the highest that is reached, and for each the head says
-    whether it will be. others_weight: of the losses of the levels beside the one that counts as engagement. head: the
-    width of the head's inner layer.
+    half the number. An action is the highest of the levels that is reached. head: the width of the head's inner layer.
+    features: whether the user's features are added to the first token, and an item's to its token.
     """
 
     tokens: Literal["interleaved", "merged"]
-    levels: Rising
-    others_weight: NotNegative
     head: Count
+    features: bool = False
 
 
-class Ranking(Task):
-    """A causal encoder over actions and items; its states at items say how likely each level of rating is."""
+class RankingTask(Task):
+    """Says of each token how likely the next interaction's rating reaches each level."""
 
     schedules = ("windows", "one-pass")
     evaluation = RankingEvaluation
-    configs = (*Task.configs, RankingConfig)
 
     def __init__(
         self, settings: dict[str, Any], training: TrainingConfig, num_items: int, protocol: dict[str, Any]
     ) -> None:
-        config = read(RankingConfig, settings, "model.", others=True)
+        config = read(LevelsConfig, settings, "model.", others=True)
         if protocol["positive"] not in config.levels:
             raise EntryError(f"key model.levels: {config.levels} lacks protocol.positive, {protocol['positive']}")
-        self._per_item = 2 if config.tokens == "interleaved" else 1
-        super().__init__(settings, replace(training, max_len=self._per_item * training.max_len), num_items)
+        super().__init__(settings, training, num_items)
         self.config, self.positive = config, config.levels.index(protocol["positive"])
-        self.actions = nn.Embedding(len(config.levels) + 1, self.dim)
-        nn.init.trunc_normal_(self.actions.weight, std=0.02, a=-0.04, b=0.04)
-        self.head = nn.Sequential(
-            nn.LayerNorm(self.dim),
-            nn.Linear(self.dim, config.head),
-            nn.SiLU(),
-            nn.Linear(config.head, len(config.levels)),
-        )
         self.levels: torch.Tensor
         self.register_buffer("levels", torch.tensor(config.levels), persistent=False)
+
+    @abstractmethod
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(T, levels): of each token's next item, whether its rating will reach each level."""
 
     def prepare(self, sequences: Sequences, num_held_out: torch.Tensor) -> None:
         """Raises StepError if an interaction has no rating."""
         if sequences.rating is None or bool(sequences.rating.isnan().any()):
             raise StepError("ranking predicts ratings, and the data set lacks some or all: take another data set")
-
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """(T, levels) float32: of each token's next item, whether its rating will reach each level."""
-        action = embedding_lookup(self.actions, torch.bucketize(batch.rating, self.levels, right=True))
-        before = torch.where((batch.position == 0)[:, None], embedding_lookup(self.items, batch.item), 0)
-        item = embedding_lookup(self.items, batch.next_item)
-        if self._per_item == 1:
-            embeddings, sequence = item + action + before, _merged(batch)
-        else:
-            embeddings = torch.stack([action + before, item], dim=1).flatten(0, 1)
-            sequence = _interleaved(batch)
-        states: torch.Tensor = self.encoder(embeddings, sequence)
-        logits: torch.Tensor = self.head(states.view(len(batch.item), self._per_item, -1)[:, -1])
-        return logits
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean cross entropy of engagement, and by `others_weight` that of the other levels."""
@@ -95,6 +86,61 @@ class Ranking(Task):
     def predict(self, batch: Batch) -> torch.Tensor:
         """Logits (T,) of engagement with each token's next item."""
         return self.logits(batch)[:, self.positive]
+
+
+class Ranking(RankingTask):
+    """A causal encoder over actions and items; its states at items say how likely each level of rating is.
+
+    With features, the user's are part of the first token, which all others see. The authors' contextual mask is not
+    used: there the prefix sees the whole history, actions too that are to be predicted, and all tokens see it.
+    """
+
+    configs = (*Task.configs, RankingConfig)
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        training: TrainingConfig,
+        num_items: int,
+        protocol: dict[str, Any],
+        sizes: FieldSizes | None = None,
+    ) -> None:
+        config = read(RankingConfig, settings, "model.", others=True)
+        self._per_item = 2 if config.tokens == "interleaved" else 1
+        super().__init__(settings, replace(training, max_len=self._per_item * training.max_len), num_items, protocol)
+        self.actions = nn.Embedding(len(config.levels) + 1, self.dim)
+        nn.init.trunc_normal_(self.actions.weight, std=0.02, a=-0.04, b=0.04)
+        self.head = nn.Sequential(
+            nn.LayerNorm(self.dim),
+            nn.Linear(self.dim, config.head),
+            nn.SiLU(),
+            nn.Linear(config.head, len(config.levels)),
+        )
+        self.user_features = self.item_features = None
+        if config.features:
+            if sizes is None:
+                raise ValueError("a model with features needs to know how many values they have")
+            self.user_features = FeatureEmbeddings(sizes.user_features, self.dim)
+            self.item_features = FeatureEmbeddings(sizes.item_features, self.dim)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(T, levels) float32: of each token's next item, whether its rating will reach each level."""
+        action = embedding_lookup(self.actions, torch.bucketize(batch.rating, self.levels, right=True))
+        first, item = embedding_lookup(self.items, batch.item), embedding_lookup(self.items, batch.next_item)
+        if self.user_features is not None and self.item_features is not None:
+            of_users = self.user_features(batch.user_features)
+            of_first = self.item_features(batch.item_features)
+            first = sum((values[user_place(batch)] for values in of_users), sum(of_first, first))
+            item = sum(self.item_features(batch.next_item_features), item)
+        before = torch.where((batch.position == 0)[:, None], first, 0)
+        if self._per_item == 1:
+            embeddings, sequence = item + action + before, _merged(batch)
+        else:
+            embeddings = torch.stack([action + before, item], dim=1).flatten(0, 1)
+            sequence = _interleaved(batch)
+        states: torch.Tensor = self.encoder(embeddings, sequence)
+        logits: torch.Tensor = self.head(states.view(len(batch.item), self._per_item, -1)[:, -1])
+        return logits
 
 
 def _interleaved(batch: Batch) -> Batch:

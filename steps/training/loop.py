@@ -20,6 +20,7 @@ from steps.common.device import resident_peak_bytes
 from steps.common.progress import progress
 from steps.common.provenance import commit, content_sha256, utc_now
 from steps.common.typed import read
+from steps.data.fields import FieldSizes
 from steps.data.sequences import Sequences
 from steps.data.split import split_sequences
 from steps.evaluation.names import SELECTIONS, SHOWN
@@ -71,7 +72,7 @@ class Training:
         """Make the untrained model, its optimiser, its schedule and execution, and its validation."""
         compute_dtype, mode = self._options
         torch.manual_seed(self.config["seed"] * SEED_STRIDE)
-        model = build(self.config, self.sequences.num_items).to(self.device)
+        model = build(self.config, self.sequences.num_items, FieldSizes.of(self.sequences)).to(self.device)
         if not isinstance(model, Task):
             raise TypeError(f"{type(model).__name__} is fitted, not trained")
         self.model = model
