@@ -48,6 +48,8 @@ MODEL_CODE = [
     "steps/common/device.py",
     "steps/common/threads.py",
     "steps/common/top.py",
+    "steps/data/before.py",
+    "steps/data/fields.py",
     "steps/data/sequences.py",
     "steps/data/split.py",
     "steps/data/stochastic_length.py",
