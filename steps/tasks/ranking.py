@@ -12,25 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from steps.common.cli import StepError
 from steps.common.config import TrainingConfig
-from steps.common.typed import Count, EntryError, NotNegative, Rising, read
+from steps.common.typed import Count, NotNegative, Rising, read
 from steps.data.sequences import Batch, Sequences
-from steps.evaluation.ranking import RankingEvaluation
 from steps.models.base import embedding_lookup
+from steps.models.mean_rating import require_ratings
 from steps.tasks.base import Task
 from steps.tasks.losses import masked_mean
 
 
 @dataclass(frozen=True)
 class RankingConfig:
-    """tokens: interleaved, an item and its action a token each; or merged, an item with the action before it as one, of
-    half the number. levels: ratings, rising; an action is the highest that is reached, and for each the head says
-    whether it will be. others_weight: of the losses of the levels beside the one that counts as engagement. head: the
-    width of the head's inner layer.
+    """tokens: interleaved, an item and its action a token each; merged, an item with the action before it as one, of
+    half the number; or items, without actions.
+
+    levels: ratings, rising, beside the one that counts as engagement. An action is the highest that is reached, and for
+    each the head says whether it will be. others_weight: of the losses of the levels beside engagement. head: the width
+    of the head's inner layer.
     """
 
-    tokens: Literal["interleaved", "merged"]
+    tokens: Literal["interleaved", "merged", "items"]
     levels: Rising
     others_weight: NotNegative
     head: Count
@@ -40,43 +41,42 @@ class Ranking(Task):
     """A causal encoder over actions and items; its states at items say how likely each level of rating is."""
 
     schedules = ("windows", "one-pass")
-    evaluation = RankingEvaluation
     configs = (*Task.configs, RankingConfig)
 
     def __init__(
         self, settings: dict[str, Any], training: TrainingConfig, num_items: int, protocol: dict[str, Any]
     ) -> None:
         config = read(RankingConfig, settings, "model.", others=True)
-        if protocol["positive"] not in config.levels:
-            raise EntryError(f"key model.levels: {config.levels} lacks protocol.positive, {protocol['positive']}")
+        levels = sorted({*config.levels, protocol["positive"]})
         self._per_item = 2 if config.tokens == "interleaved" else 1
         super().__init__(settings, replace(training, max_len=self._per_item * training.max_len), num_items)
-        self.config, self.positive = config, config.levels.index(protocol["positive"])
-        self.actions = nn.Embedding(len(config.levels) + 1, self.dim)
-        nn.init.trunc_normal_(self.actions.weight, std=0.02, a=-0.04, b=0.04)
+        self.config, self.positive = config, levels.index(protocol["positive"])
+        self.actions = nn.Embedding(len(levels) + 1, self.dim) if config.tokens != "items" else None
+        if self.actions is not None:
+            nn.init.trunc_normal_(self.actions.weight, std=0.02, a=-0.04, b=0.04)
         self.head = nn.Sequential(
             nn.LayerNorm(self.dim),
             nn.Linear(self.dim, config.head),
             nn.SiLU(),
-            nn.Linear(config.head, len(config.levels)),
+            nn.Linear(config.head, len(levels)),
         )
         self.levels: torch.Tensor
-        self.register_buffer("levels", torch.tensor(config.levels), persistent=False)
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
 
     def prepare(self, sequences: Sequences, num_held_out: torch.Tensor) -> None:
         """Raises StepError if an interaction has no rating."""
-        if sequences.rating is None or bool(sequences.rating.isnan().any()):
-            raise StepError("ranking predicts ratings, and the data set lacks some or all: take another data set")
+        require_ratings(sequences)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(T, levels) float32: of each token's next item, whether its rating will reach each level."""
-        action = embedding_lookup(self.actions, torch.bucketize(batch.rating, self.levels, right=True))
         before = torch.where((batch.position == 0)[:, None], embedding_lookup(self.items, batch.item), 0)
+        if self.actions is not None:
+            before = before + embedding_lookup(self.actions, torch.bucketize(batch.rating, self.levels, right=True))
         item = embedding_lookup(self.items, batch.next_item)
         if self._per_item == 1:
-            embeddings, sequence = item + action + before, _merged(batch)
+            embeddings, sequence = item + before, _merged(batch)
         else:
-            embeddings = torch.stack([action + before, item], dim=1).flatten(0, 1)
+            embeddings = torch.stack([before, item], dim=1).flatten(0, 1)
             sequence = _interleaved(batch)
         states: torch.Tensor = self.encoder(embeddings, sequence)
         logits: torch.Tensor = self.head(states.view(len(batch.item), self._per_item, -1)[:, -1])
@@ -88,8 +88,8 @@ class Ranking(Task):
         reached = (batch.next_rating[:, None] >= self.levels).to(logits.dtype)
         terms = F.binary_cross_entropy_with_logits(logits, reached, reduction="none")
         engaged, others = terms[:, self.positive], terms.sum(1) - terms[:, self.positive]
-        if len(self.config.levels) > 1:
-            engaged = engaged + self.config.others_weight * others / (len(self.config.levels) - 1)
+        if len(self.levels) > 1:
+            engaged = engaged + self.config.others_weight * others / (len(self.levels) - 1)
         return masked_mean(engaged, batch.token_mask)
 
     def predict(self, batch: Batch) -> torch.Tensor:
