@@ -2,7 +2,8 @@
 
 For every (data set, protocol): each user's NDCG@10, averaged over seeds, gives every model a bootstrap
 interval and every pair of models a paired difference with its interval, a Wilcoxon signed-rank test, and
-Holm's correction over the pairs of the table. Writes `comparisons.csv`, `comparisons.md` and `.html`, the figure
+Holm's correction over the pairs of the table. Of ranking it is each user's influence on AUC, and the differences'
+standard deviation over seeds stands beside them. Writes `comparisons.csv`, `comparisons.md` and `.html`, the figure
 `intervals`, `intervals.csv` (every metric of the paper, and each model's gain over the baseline, with intervals), and
 `parity.md`, which says where a published ordering holds, and how near protocol `paper` comes to the published figures
 and to the authors' code. Reads runs or their records.
@@ -21,10 +22,19 @@ from steps.common.files import atomic_path, write_text
 from steps.reporting.figures import save_figure
 from steps.reporting.parity import curve_table, independent_table, orderings, parity_table
 from steps.reporting.plots import Shown, draw_intervals, groups_of_rows
-from steps.reporting.records import Record, labels, read_records
-from steps.reporting.statistics import CONFIDENCE, RESAMPLES, compare_pairs, interval_rows, resample, values_of_models
+from steps.reporting.records import Record, by_row, labels, read_records, task_of_records
+from steps.reporting.statistics import (
+    CONFIDENCE,
+    RESAMPLES,
+    TESTS,
+    compare_pairs,
+    interval_rows,
+    resample,
+    seeds_deviation,
+    values_of_models,
+)
 from steps.reporting.tables import Section, markdown, page_html, page_markdown
-from steps.reporting.task import load_task
+from steps.reporting.task import printed
 
 
 def parity(records: list[Record], paper: dict[str, Any]) -> list[str]:
@@ -54,17 +64,23 @@ def main(args: argparse.Namespace) -> None:
     records, _ = read_records(args.experiment, args.runs)
     experiment, paper, names = params.load(f"experiments/{args.experiment}"), params.load("paper"), labels(records)
     titles = {name: dataset["title"] for name, dataset in params.load("datasets").items()}
-    metric = load_task().compared
-    note = _NOTE.format(metric=metric.upper())
+    task = task_of_records(records)
+    metric = task.compared
+    seeds, deviates = by_row(records), task.name == "ranking"  # whose differences are small beside those of seeds
+    per = " per user" if task.name == "retrieval" else ""
+    note = _NOTE.format(metric=printed(metric), per=per, test=_TESTS[task.name])
     made: list[Section] = []
     orders, intervals, table = ["# Published orderings"], [], []
     for (dataset, protocol), models in values_of_models(records).items():
         means = resample(models)
         compared = {name: values[:, 0] for name, values in models.items()}
-        pairs = compare_pairs(compared, {name: values[:, 0] for name, values in means.items()})
+        pairs = compare_pairs(compared, {name: values[:, 0] for name, values in means.items()}, TESTS[task.name])
+        for row in pairs if deviates else []:
+            better, worse = (seeds[dataset, protocol, row[side]] for side in ("better", "worse"))
+            row["seeds_sd"] = seeds_deviation(better, worse, metric)
         key = {"dataset": dataset, "protocol": protocol}
         table += [key | row for row in pairs]
-        rows = [key | row for row in interval_rows(models, means)]
+        rows = [key | row for row in interval_rows(models, means, task)]
         intervals += rows
         title = f"{titles[dataset]}, protocol {protocol}"
         lines = [
@@ -72,18 +88,20 @@ def main(args: argparse.Namespace) -> None:
             for row in rows
             if row["metric"] == metric
         ]
-        made.append(Section(title, "" if made else note, ["model", metric.upper(), "interval"], lines))
+        made.append(Section(title, "" if made else note, ["model", printed(metric), "interval"], lines))
         lines = [
             [
                 f"{names[row['better']]} > {names[row['worse']]}",
                 f"{row['difference']:+.4f}",
+                *([_deviation(row["seeds_sd"])] if deviates else []),
                 _span(row["low"], row["high"]),
                 f"{row['p_holm']:.2g}",
             ]
             for row in pairs
         ]
         if lines:
-            made.append(Section(f"{title}, pairs", "", ["pair", "difference", "interval", "p"], lines))
+            headers = ["pair", "difference", *(["± over seeds"] if deviates else []), "interval", "p"]
+            made.append(Section(f"{title}, pairs", "", headers, lines))
         sentences = orderings(paper["public_datasets"].get(dataset, {}), compared, pairs)
         if sentences:
             orders += [f"## {dataset}, protocol {protocol}", "\n".join(sentences)]
@@ -96,7 +114,8 @@ def main(args: argparse.Namespace) -> None:
         if row["metric"] == metric
     }
     save_figure(partial(draw_intervals, shown, drawn), args.output / "intervals")
-    for name, rows, schema in (("comparisons", table, _PAIRS), ("intervals", intervals, _INTERVALS)):
+    of_pairs = _PAIRS | ({"seeds_sd": pl.Float64} if deviates else {})
+    for name, rows, schema in (("comparisons", table, of_pairs), ("intervals", intervals, _INTERVALS)):
         with atomic_path(args.output / f"{name}.csv") as temporary:
             _rounded(pl.DataFrame(rows, schema=schema)).write_csv(temporary)
     title = f"{experiment['title']}: comparisons"
@@ -106,9 +125,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 _NOTE = (
-    f"Test {{metric}} per user, averaged over seeds. Intervals: {CONFIDENCE:.0%} bootstrap over users "
-    f"({RESAMPLES} resamples). p: Wilcoxon signed-rank, paired over users, Holm-corrected over the table's pairs."
+    f"Test {{metric}}{{per}}, averaged over seeds. Intervals: {CONFIDENCE:.0%} bootstrap over users "
+    f"({RESAMPLES} resamples). p: {{test}}, paired over users, Holm-corrected over the table's pairs."
 )
+_TESTS = {
+    "retrieval": "Wilcoxon signed-rank",
+    "ranking": "the difference over its standard error, by users' influence on it (DeLong's test for clusters)",
+}
 _PARITY = (
     "Protocol paper. Rerun: the authors' code as it is, one run. Published figures lie nearer to the best epoch on "
     "test than to the last, so each is compared with its like. What is higher or lower is explained beside "
@@ -127,6 +150,10 @@ _INTERVALS |= dict.fromkeys(("mean", "low", "high", "gain", "gain_low", "gain_hi
 def _rounded(table: pl.DataFrame) -> pl.DataFrame:
     """To nine digits: further ones depend on the order in which a processor adds."""
     return table.with_columns(pl.selectors.float().round_sig_figs(9))
+
+
+def _deviation(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _span(low: float, high: float) -> str:

@@ -1,8 +1,11 @@
-"""Rank every user's held-out item with trained models, exactly, and write the ranks and metrics.
+"""Evaluate trained models on all that is held out, and write what came of every target, and the metrics.
 
-Writes `ranks.safetensors` (for `test`, and `valid` if there is one: `<name>` the best rank, `<name>_ties` the
-candidates of equal score, `<name>_users`) and `metrics.json` beside each model's weights: metrics under the protocol's
-own rules, under every choice of candidates and excluded items (`variants`), and metrics beyond accuracy (`beyond`).
+Writes `outcomes.safetensors` and `metrics.json` beside each model's weights. Of retrieval the outcomes are the exact
+ranks of every user's held-out item (for `test`, and `valid` if there is one: `<name>` the best rank, `<name>_ties` the
+candidates of equal score, `<name>_users`), and the metrics are those under the protocol's own rules, under every choice
+of candidates and excluded items (`variants`), and beyond accuracy (`beyond`). Of ranking the outcomes are the
+predictions for every held-out interaction (`<name>` the logit, `<name>_labels`, `<name>_users`), and beside the metrics
+stands how often what is predicted comes true (`reliability`).
 Needs torch, numpy and safetensors alone.
 """
 
@@ -14,18 +17,20 @@ import torch
 from safetensors.torch import save
 
 from steps.common.cli import StepError, raise_failures, run_step
-from steps.common.config import building, read_config
+from steps.common.config import building, read_config, task_of
 from steps.common.device import device_name, pick_device, pick_precision, use_threads
 from steps.common.files import atomic_path, read_json, read_jsonl, sha256, write_json
 from steps.common.locks import locked
 from steps.common.provenance import commit, require_trained
 from steps.data.fields import FieldSizes
 from steps.data.sequences import Sequences, load_sequences
-from steps.data.split import require_split, split_sequences
+from steps.data.split import Split, require_split, split_sequences
 from steps.evaluation.beyond import beyond_accuracy
+from steps.evaluation.clicks import click_values, named, reliability
 from steps.evaluation.metrics import metrics
 from steps.evaluation.names import SELECTIONS
-from steps.evaluation.ranks import Rules, exclusions, rank
+from steps.evaluation.ranking import RankingEvaluation
+from steps.evaluation.ranks import Rules, exclusions, rank, require_finite
 from steps.models import Recommender
 from steps.models.weights import load_weights
 from steps.tasks import Task, build
@@ -73,7 +78,7 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
     if trained.get("data_sha256") != data_sha256:
         raise StepError(f"{run} was trained on other sequences than --data has; name its own, or train it again")
     require_trained(run, config, trained, source)
-    protocol, training, device = config["protocol"], config["training"], sequences.item.device
+    protocol, device = config["protocol"], sequences.item.device
     split = split_sequences(sequences, protocol)
     require_split(sequences, split, config, run)
     with building(run):
@@ -84,9 +89,27 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
         as_trained = "bf16" if trained.get("precision") == "bf16" else "tf32"
         computed, model.encoder.compute_dtype = pick_precision(precision or as_trained, device)
 
+    if task_of(protocol) == "ranking":
+        found, kept = _predict(model, config, sequences, split)
+    else:
+        found, kept = _rank(model, config, sequences, split)
+    if protocol["report"] == "last":  # optimistic: the epoch is chosen by the test set
+        best = SELECTIONS[task_of(protocol)].best(read_jsonl(run / "history.jsonl"), "test")
+        found["test_best"] = {name: best[f"test/{name}"] for name in found["test"]} | {"epoch": best["epoch"]}
+    with atomic_path(run / "outcomes.safetensors") as temporary:
+        temporary.write_bytes(save({name: tensor.cpu() for name, tensor in kept.items()}))
+    evaluated = {"commit": commit(), "device": device_name(device), "precision": computed}
+    outcomes_sha256 = sha256(run / "outcomes.safetensors")
+    write_json(run / "metrics.json", {**found, **trained, "outcomes_sha256": outcomes_sha256, "evaluated": evaluated})
+
+
+def _rank(
+    model: torch.nn.Module, config: dict[str, Any], sequences: Sequences, split: Split
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What metrics.json says of a retrieval model, and its ranks."""
     if not isinstance(model, Recommender):
-        raise TypeError(f"{type(model).__name__} ranks no items")
-    own = Rules.of(config)
+        raise TypeError(f"{type(model).__name__} recommends no items")
+    training, own = config["training"], Rules.of(config)
     variants = [Rules(candidates, exclude) for exclude in exclusions(config, _EXCLUDE) for candidates in _CANDIDATES]
     found: dict[str, Any] = {}
     kept: dict[str, torch.Tensor] = {}
@@ -102,14 +125,25 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
                 f"{rule.exclude}/{rule.candidates}": metrics(other.ranks)
                 for rule, other in zip(variants, others, strict=True)
             }
-    if protocol["report"] == "last":  # optimistic: the epoch is chosen by the test set
-        best = SELECTIONS["retrieval"].best(read_jsonl(run / "history.jsonl"), "test")
-        found["test_best"] = {name: best[f"test/{name}"] for name in found["test"]} | {"epoch": best["epoch"]}
-    with atomic_path(run / "ranks.safetensors") as temporary:
-        temporary.write_bytes(save({name: tensor.cpu() for name, tensor in kept.items()}))
-    evaluated = {"commit": commit(), "device": device_name(device), "precision": computed}
-    ranks_sha256 = sha256(run / "ranks.safetensors")
-    write_json(run / "metrics.json", {**found, **trained, "ranks_sha256": ranks_sha256, "evaluated": evaluated})
+    return found, kept
+
+
+@torch.inference_mode()
+def _predict(
+    model: Any, config: dict[str, Any], sequences: Sequences, split: Split
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What metrics.json says of a ranking model, and its predictions."""
+    found: dict[str, Any] = {}
+    kept: dict[str, torch.Tensor] = {}
+    for name, held_out in split.held_out.items():
+        predictions = RankingEvaluation(config, sequences, held_out).predictions(model)
+        require_finite(bool(predictions.logit.isfinite().all()))
+        found[name] = named(click_values(predictions, sequences.num_users).tolist())
+        kept |= {name: predictions.logit, f"{name}_labels": predictions.label.to(torch.uint8)}
+        kept[f"{name}_users"] = held_out.users.clone()
+        if name == "test":
+            found["reliability"] = reliability(predictions.logit, predictions.label)
+    return found, kept
 
 
 if __name__ == "__main__":

@@ -14,14 +14,21 @@ import polars as pl
 from steps.common import params
 from steps.common.cli import run_step
 from steps.common.files import atomic_path, write_text
-from steps.reporting.details import beyond, beyond_table, variant_table, variants
+from steps.reporting.details import (
+    beyond,
+    beyond_table,
+    reliability_rows,
+    reliability_table,
+    variant_table,
+    variants,
+)
 from steps.reporting.figures import save_figure
 from steps.reporting.headline import write_headline
 from steps.reporting.paper_table import paper_tables
 from steps.reporting.plots import Shown, draw_curves, draw_groups, draw_speed, groups_of_rows
-from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records
+from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records, task_of_records
 from steps.reporting.tables import Section, escaped, markdown, page_html, page_latex, page_markdown
-from steps.reporting.task import load_task
+from steps.reporting.task import Task, printed
 
 _REPEATS = {
     "none": "",
@@ -30,6 +37,14 @@ _REPEATS = {
 }
 _GRID = " Choose among the points of the grid by the columns of validation: the best on test is optimistic."
 _GRID_WITHOUT = " Without validation nothing chooses among the points of the grid: the best on test is optimistic."
+_ABOUT = {
+    "retrieval": "All figures are fractions. One target per user, exact rank over all candidates; where a target ties "
+    "with others, metrics are means over all orders of the ties.",
+    "ranking": "NE is the cross entropy over that of the share of engagements, predicted for all: less is better. AUC "
+    "is over all predictions, GAUC the mean of users' own by their numbers of interactions, LOG LOSS in nats, "
+    "CALIBRATION what is predicted over what came true.",
+}
+_NO_VARIANTS: dict[str, list[str]] = {name: [] for name in ("dataset", "protocol", "model", "rule")}
 _NO_PAPER = "No data set of this experiment has published figures under one of its protocols."
 
 
@@ -56,40 +71,42 @@ def sections(
     titles: dict[str, str],
     names: dict[str, str],
     repeats: dict[str, str],
+    task: Task,
     grid: bool = False,
 ) -> list[Section]:
-    """A table per (dataset, protocol).
+    """A table per (dataset, protocol), with the columns of the task.
 
     titles, repeats: of each data set. names: of each model. grid: whether the models are points of a grid.
     """
-    made, task = [], load_task()
+    made, headline = [], task.headline
     for (dataset, protocol), rows in summary.group_by("dataset", "protocol", maintain_order=True):
-        chosen = grid and _has(rows, "valid")
-        headers = ["model", "seeds", *(f"valid {name.upper()}" for name in task.headline if chosen)]
-        headers += [f"{'test ' if grid else ''}{name.upper()}" for name in task.tables]
+        chosen = grid and _has(rows, task, "valid")
+        headers = ["model", "seeds", *(f"valid {printed(name)}" for name in headline if chosen)]
+        headers += [f"{'test ' if grid else ''}{printed(name)}" for name in task.tables]
         about = params.entry("protocols", protocol)
         published = paper["public_datasets"].get(dataset, {}) if about.get("published") else {}
         published = {model: figures for model, figures in published.items() if model in set(rows["model"])}
-        best = _has(rows, "test_best")
+        best = _has(rows, task, "test_best")
         if best:
-            headers += [f"best epoch {name.upper()}" for name in task.headline]
+            headers += [f"best epoch {printed(name)}" for name in headline]
         if published:
-            headers += [f"published {name.upper()}" for name in task.headline]
+            headers += [f"published {printed(name)}" for name in headline]
         table = []
         for row in rows.iter_rows(named=True):
             line = [
                 names[row["model"]],
                 row["seeds"],
-                *(_cell(row, f"valid/{name}") for name in task.headline if chosen),
+                *(_cell(row, f"valid/{name}") for name in headline if chosen),
             ]
             line += [_cell(row, f"test/{name}") for name in task.tables]
             if best:
-                line += [_cell(row, f"test_best/{name}") for name in task.headline]
+                line += [_cell(row, f"test_best/{name}") for name in headline]
             if published:
                 reported = published.get(row["model"], {})
-                line += [f"{reported[name]:.4f}" if name in reported else "" for name in task.headline]
+                line += [f"{reported[name]:.4f}" if name in reported else "" for name in headline]
             table.append(line)
-        note = about.get("note", f"Protocol {protocol}.") + _REPEATS[repeats[dataset]]
+        note = about.get("note", f"Protocol {protocol}.")
+        note += _REPEATS[repeats[dataset]] if task.name == "retrieval" else ""
         note += _GRID if chosen else _GRID_WITHOUT if grid else ""
         note += " " + _sources(published, paper) if published else ""
         made.append(Section(f"{titles[dataset]}, protocol {protocol}", note, headers, table))
@@ -106,9 +123,7 @@ def provenance(records: list[Record], missing: list[params.Run]) -> list[str]:
     lines = [
         f"Commit {distinct('commit')}. Device {distinct('device')}.",
         "Data " + ", ".join(f"{dataset} sha256 {digest}" for dataset, digest in data) + ".",
-        "All figures are fractions. One target per user, exact rank over all candidates; where a target ties with "
-        "others, metrics are means over all orders of the ties. "
-        "± is the standard deviation over seeds.",
+        _ABOUT[records[0].task] + " ± is the standard deviation over seeds.",
     ]
     if missing:
         seeds: dict[str, list[str]] = {}
@@ -119,8 +134,9 @@ def provenance(records: list[Record], missing: list[params.Run]) -> list[str]:
     return lines
 
 
-def _has(rows: pl.DataFrame, part: str) -> bool:
-    return f"{part}/hr@10" in rows.columns and bool(rows[f"{part}/hr@10"].is_not_null().any())
+def _has(rows: pl.DataFrame, task: Task, part: str) -> bool:
+    name = f"{part}/{task.compared}"
+    return name in rows.columns and bool(rows[name].is_not_null().any())
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
@@ -144,13 +160,17 @@ def _runs_table(records: list[Record]) -> pl.DataFrame:
 
 
 def _details(records: list[Record], title: str) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
-    """The details as markdown, and the rows of both tables."""
+    """The details as markdown, and the rows of variants.csv and beyond.csv."""
     rules, others = variants(records), beyond(records)
     parts = [f"# {escaped(title)}: details"]
-    for heading, rows, layout in (
+    tables: tuple[tuple[str, list[dict[str, Any]], Any], ...] = (
         ("The same models under other rules (seen items left out / candidates)", rules, variant_table),
         ("Beyond accuracy", others, beyond_table),
-    ):
+    )
+    if records[0].task == "ranking":
+        others = reliability_rows(records)
+        tables = (("What was predicted, and what came true", others, reliability_table),)
+    for heading, rows, layout in tables:
         headers, lines = layout(rows, records)
         parts += [f"## {heading}", markdown(headers, lines)]
     return "\n\n".join(parts) + "\n", rules, others
@@ -184,7 +204,8 @@ def main(args: argparse.Namespace) -> None:
     title, grid = experiment["title"], "grid" in experiment
     repeats = {record.run.dataset: record.config["repeats"] for record in records}
     summary = summarise(records, grid)
-    made = sections(summary, paper, titles, labels(records), repeats, grid)
+    task = task_of_records(records)
+    made = sections(summary, paper, titles, labels(records), repeats, task, grid)
     footer = provenance(records, missing)
     details, rules, others = _details(records, title)
     shown = Shown(records, titles, groups_of_rows(experiment, records), paper)
@@ -193,13 +214,13 @@ def main(args: argparse.Namespace) -> None:
     for name, table in {
         "runs": _runs_table(records),
         "table": summary,
-        "variants": pl.DataFrame(rules, infer_schema_length=None),
+        "variants": pl.DataFrame(rules or _NO_VARIANTS, infer_schema_length=None),
         "beyond": pl.DataFrame(others, infer_schema_length=None),
     }.items():
         with atomic_path(args.output / f"{name}.csv") as temporary:
             table.write_csv(temporary)
     _write_paper(records, shown, title, footer, args.output)
-    write_headline(summary, args.output / "metrics.json")
+    write_headline(summary, task, args.output / "metrics.json")
     write_text(args.output / "details.md", details)
     write_text(args.output / "table.html", page_html(title, made, footer))
     write_text(args.output / "table.md", page_markdown(title, made, footer))

@@ -25,23 +25,22 @@ from typing import Any
 import torch
 
 from steps.common.cli import StepError, raise_failures, run_step
-from steps.common.config import building, read_config
+from steps.common.config import building, read_config, task_of
 from steps.common.device import device_name, pick_device, pick_precision, use_threads
 from steps.common.files import sha256, write_json, write_text
 from steps.common.locks import locked
 from steps.common.provenance import commit, content_sha256, utc_now, versions
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import require_split, split_sequences
-from steps.evaluation.retrieval import RetrievalEvaluation
 from steps.models import CountBasedModel, is_count_based
 from steps.models.weights import save_weights
-from steps.tasks import build
+from steps.tasks import EVALUATIONS, build
 from steps.training.loop import Training, doubt, reported_epoch, train_together
 from steps.training.mllog import mllog
 from steps.training.validation import Validation
 
 #: In the order of deletion: those that mark a run as done come first, so that after a kill no run looks done.
-_RESULTS = ("metrics.json", "training.json", "ranks.safetensors", "mllog.txt", "history.jsonl", "model.safetensors")
+_RESULTS = ("metrics.json", "training.json", "outcomes.safetensors", "mllog.txt", "history.jsonl", "model.safetensors")
 
 _FEW_USERS, _FEW_SHARE = 500, 0.5  # a test on fewer users, which are a smaller share of all, is pointed at
 
@@ -114,7 +113,8 @@ class Fitting:
         self.model.fit(self.sequences, self.split.num_held_out)
         seconds = round(time.perf_counter() - start, 3)
         part = self.split.eval_part
-        evaluation = RetrievalEvaluation(self.config, self.sequences, self.split.held_out[part])
+        evaluate = EVALUATIONS[task_of(self.config["protocol"])]
+        evaluation = evaluate(self.config, self.sequences, self.split.held_out[part])
         validation = Validation(self.model, evaluation, part)
         return {"epoch": 1, "train/seconds": seconds, **validation()}
 

@@ -32,7 +32,7 @@ def check_outputs(project: Path) -> None:
             folder = project / "runs/demo/demo" / model / protocol / "seed-0"
             names = {path.name for path in folder.iterdir()}
             expected = {"config.json", "history.jsonl", "mllog.txt", "model.safetensors", "training.json"}
-            assert names == expected | {"ranks.safetensors", "metrics.json"}
+            assert names == expected | {"outcomes.safetensors", "metrics.json"}
     table = (project / "reports/demo/table.md").read_text()
     assert "HSTU" in table
     assert "protocol strict" in table
@@ -72,7 +72,7 @@ def test_both_orchestrators_make_the_same_results(by_snakemake: Path, by_dvc: Pa
         config = one.with_name("config.json")
         assert config.read_bytes() == other.with_name("config.json").read_bytes()
         ours, theirs = read_json(one), read_json(other)
-        for key in ("data_sha256", "config_sha256", "weights_sha256", "ranks_sha256", "test", "beyond", "variants"):
+        for key in ("data_sha256", "config_sha256", "weights_sha256", "outcomes_sha256", "test", "beyond", "variants"):
             assert ours[key] == theirs[key], f"{one.parent.relative_to(by_snakemake)}: {key}"
     for name in CARD:
         made = [(project / "reports/datasets/demo" / name).read_bytes() for project in (by_snakemake, by_dvc)]

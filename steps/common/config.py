@@ -14,8 +14,9 @@ from steps.common.files import read_json
 from steps.common.typed import Below1, BelowHalf, Count, EntryError, Positive, Seed, Sha256, Text, To2, read
 
 _REMEDY = "run plan again"
-#: Models that count instead of learning: equal whatever the seed.
-COUNT_BASED = ("popular", "markov", "item-knn")
+#: Models that count instead of learning, by task: equal whatever the seed.
+COUNTING = {"retrieval": ("popular", "markov", "item-knn"), "ranking": ("mean-rating",)}
+COUNT_BASED = tuple(name for names in COUNTING.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,16 @@ class _TemporalProtocol(_Protocol):
 class _RankingProtocol:
     name: Text
     task: Literal["ranking"]
-    split: Literal["temporal"]
+    split: Literal["temporal", "users"]
     report: Literal["last", "best"]
-    test_share: BelowHalf
+    test_share: BelowHalf  # of all rows, or of the users
     valid_share: BelowHalf
     positive: Positive  # the least rating that counts as engagement
+
+
+@dataclass(frozen=True)
+class _ProtocolOfUsers(_RankingProtocol):
+    targets: Count  # of each held-out user the last so many interactions
 
 
 @dataclass(frozen=True)
@@ -109,14 +115,18 @@ def read_config(run: Path) -> dict[str, Any]:
     try:
         whole = read(_RunConfig, config)
         read(_Model, whole.model, "model.", others=True)
-        kind: type[_Protocol | _RankingProtocol] = _Protocol
-        if whole.protocol.get("split") == "temporal":
-            kind = _TemporalProtocol if task_of(whole.protocol) == "retrieval" else _RankingProtocol
-        protocol = read(kind, whole.protocol, "protocol.")
+        protocol = read(_kind_of(whole.protocol), whole.protocol, "protocol.")
         read(_HashesWithValid if protocol.report == "best" else _Hashes, whole.split, "split.")
     except EntryError as error:
         raise StepError(f"{file}, {error}; {_REMEDY}") from error
     return config
+
+
+def _kind_of(protocol: dict[str, Any]) -> type[_Protocol | _RankingProtocol]:
+    """Which entries a protocol has to have."""
+    if task_of(protocol) == "ranking":
+        return _ProtocolOfUsers if protocol.get("split") == "users" else _RankingProtocol
+    return _TemporalProtocol if protocol.get("split") == "temporal" else _Protocol
 
 
 @contextmanager

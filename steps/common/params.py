@@ -22,7 +22,7 @@ import jsonschema
 
 from steps.common import yaml_files
 from steps.common.cli import StepError
-from steps.common.config import COUNT_BASED
+from steps.common.config import COUNT_BASED, task_of
 from steps.common.datasets import STATED, check_dataset
 from steps.common.dotted import set_entry
 
@@ -177,6 +177,7 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
     training = dict(data["training"])
     shapes = {name: training.pop(name) for name in ("base", "large") if name in training}
     model = dict(entry("models", row, root))
+    _require_task(run, row, model.pop("task", "retrieval"), root)
     del model["label"]
     training |= model.pop("training", {}) | load(f"experiments/{run.experiment}", root).get("training", {})
     shape = model.pop("shape", None)
@@ -213,6 +214,16 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
     return config
 
 
+def _require_task(run: Run, row: str, task: str, root: Path) -> None:
+    """Raise StepError unless a row's task is that of the protocol."""
+    wanted = task_of(entry("protocols", run.protocol, root))
+    if task != wanted:
+        raise StepError(
+            f"{experiment_path(run.experiment, root)}: protocol {run.protocol} is for {wanted}, and model {row} for "
+            f"{task}; an experiment has protocols and models of one task"
+        )
+
+
 def _split(model: str) -> tuple[str, list[tuple[str, str]]]:
     """A row of params/models.yaml and the (key, value) settings of a grid's point, from a name of `runs`.
 
@@ -229,7 +240,7 @@ def _check_point(config: dict[str, Any], row: str, shape: str | None, where: str
     data = entry("datasets", config["dataset"], root)
     sizes = data["training"]["base"]
     training["base"] = {key: model.pop(key) for key in sizes} if shape else sizes
-    named = {"label": row} | ({"shape": shape} if shape else {})
+    named = {key: value for key, value in entry("models", row, root).items() if key in ("label", "task", "shape")}
     parts = {
         "datasets": {config["dataset"]: data | {"training": training}},
         "models": {row: model | named},

@@ -21,9 +21,9 @@ _LIBRARIES = ("torch", "triton", "numpy", "safetensors", "fbgemm-gpu", "fbgemm-g
 _OF_RUN = {
     "history.jsonl": "history_sha256",
     "model.safetensors": "weights_sha256",
-    "ranks.safetensors": "ranks_sha256",
+    "outcomes.safetensors": "outcomes_sha256",
 }
-_LEFT_OUT = ("model.safetensors", "ranks.safetensors")
+_LEFT_OUT = ("model.safetensors", "outcomes.safetensors")
 
 
 def commit() -> str:
@@ -81,19 +81,19 @@ def require_trained(run: Path, config: dict[str, Any], about: dict[str, Any], so
     remedy = f"{run} holds files of two trainings, or an edited one: train and evaluate it again"
     if about.get("config_sha256") != content_sha256(config):
         raise StepError(f"{run / 'config.json'} is not the config that {source} was made with; {remedy}")
-    wanted = {name: str(about.get(key)) for name, key in _OF_RUN.items() if key != "ranks_sha256" or key in about}
+    wanted = {name: str(about.get(key)) for name, key in _OF_RUN.items() if key != "outcomes_sha256" or key in about}
     present = {name: digest for name, digest in wanted.items() if name not in _LEFT_OUT or (run / name).exists()}
     require_files(run, present, source, remedy)
 
 
 def check_run(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Config and metrics of an evaluated run's folder, which may lack weights and ranks.
+    """Config and metrics of an evaluated run's folder, which may lack weights and outcomes.
 
     Raises StepError naming the file that does not belong to the others.
     """
     config, metrics = read_json(run / "config.json"), read_json(run / "metrics.json", remedy="evaluate again")
-    if "ranks_sha256" not in metrics:
-        raise StepError(f"{run / 'metrics.json'} does not say which ranks it was made of; evaluate {run} again")
+    if "outcomes_sha256" not in metrics:
+        raise StepError(f"{run / 'metrics.json'} does not say which outcomes it was made of; evaluate {run} again")
     require_trained(run, config, metrics, run / "metrics.json")
     if (run / "training.json").exists():
         trained = read_json(run / "training.json", remedy="train again")

@@ -27,7 +27,7 @@ CONTEXT = "https://w3id.org/ro/terms/workflow-run/context"
 _AXES = ("dataset", "model", "protocol", "seed")
 _STEPS = {
     "train": "Train a run; its weights, and a line of its history for each epoch.",
-    "evaluate": "Rank every test user's held-out item exactly, and count the metrics.",
+    "evaluate": "Rank or predict everything that is held out, and count the metrics.",
     "tabulate": "Tables and learning curves of all runs.",
     "compare": "Intervals, paired tests and published orderings.",
 }
@@ -118,7 +118,8 @@ class ExperimentCrate:
         }
         values = [self._value(axis, getattr(run, axis)) for axis in _AXES]
         weights = self._by_hash(record, "weights", "model.safetensors")
-        ranks = self._by_hash(record, "ranks", "ranks.safetensors")
+        outcomes = self._by_hash(record, "outcomes", "outcomes.safetensors")
+        outcomes += self._by_hash(record, "ranks", "ranks.safetensors")  # its name in runs of earlier commits
         where = f"{run.path}: {about['device']}, products in {about.get('precision', 'unknown precision')}"
         training = self._act(
             f"#train/{run.path}",
@@ -140,7 +141,7 @@ class ExperimentCrate:
             f"evaluate {run.path}: {evaluated['device']}",
             self._tool("evaluate", evaluated["commit"], about["versions"]),
             [files["config.json"], self._sequences(record), *weights],
-            [files["metrics.json"], *ranks],
+            [files["metrics.json"], *outcomes],
         )
         return files["metrics.json"]
 

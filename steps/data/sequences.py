@@ -3,7 +3,7 @@
 Needs torch and safetensors alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,8 @@ class Batch:
     be empty.
 
     sequences, index: (T,) int64, where the tokens' interactions are in `sequences`. Of them ratings and features are
-    looked up whenever they are asked for, so that they cost nothing where they are not.
+    looked up whenever they are asked for, so that they cost nothing where they are not. next_index: (T,) int64, where
+    what they predict is; None: behind each. Whoever predicts may read `sequences` up to a token's `index` alone.
     """
 
     item: torch.Tensor
@@ -44,6 +45,7 @@ class Batch:
     sequences: "Sequences"
     index: torch.Tensor
     token_mask: torch.Tensor | None = None
+    next_index: torch.Tensor | None = None
 
     @property
     def last(self) -> torch.Tensor:
@@ -58,7 +60,7 @@ class Batch:
     @property
     def next_rating(self) -> torch.Tensor:
         """The rating (T,) float32 of what each token predicts, 0 where it is padding. Raises as `rating`."""
-        return self._rating(self.index + 1)
+        return self._rating(self.index + 1 if self.next_index is None else self.next_index)
 
     @property
     def user_features(self) -> dict[str, torch.Tensor]:
@@ -80,6 +82,17 @@ class Batch:
             raise ValueError("the data set has no ratings: a model that reads them needs one that has")
         rating = self.sequences.rating[index]
         return rating if self.token_mask is None else torch.where(self.token_mask, rating, 0)
+
+    def asked(self, target: torch.Tensor) -> "Batch":
+        """The same windows, of which each asks about an interaction `target` (B,), an index into `sequences`, in place
+        of the one that follows it, as though that happened at the time of the window's last. Without padding."""
+        last, data = self.last, self.sequences
+        return replace(
+            self,
+            next_item=self.next_item.index_copy(0, last, data.item[target]),
+            next_timestamp=self.next_timestamp.index_copy(0, last, self.timestamp[last]),
+            next_index=(self.index + 1).index_copy(0, last, target),
+        )
 
     def to_padded(self, jagged: torch.Tensor) -> torch.Tensor:
         """(T, D) to (S, max_len, D), zeros behind each sequence."""

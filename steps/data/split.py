@@ -1,4 +1,4 @@
-"""What is trained on, and what is held out for validation and test: the two ways to split sequences.
+"""What is trained on, and what is held out for validation and test: the ways to split sequences.
 
 Needs torch and numpy alone.
 """
@@ -15,10 +15,12 @@ from steps.common.cli import StepError
 from steps.common.config import task_of
 from steps.data.sequences import Sequences
 
+_GOLDEN = 2654435769  # 2**32 over the golden ratio
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out interactions, the targets: of retrieval one a user, of ranking all of a period.
+    """Held-out interactions, the targets: of retrieval one a user, of ranking all of a period, or a user's last ones.
 
     users (K,) int64, and num_after (K,) int64: how many of the user's interactions follow the target.
     """
@@ -47,10 +49,12 @@ class Split:
 def split_sequences(sequences: Sequences, protocol: dict[str, Any]) -> Split:
     """The split that a protocol of params/protocols.yaml describes; validation exists where `report` is `best`."""
     validation = protocol["report"] == "best"
-    if protocol["split"] == "temporal":
-        every = task_of(protocol) == "ranking"
-        return _temporal(sequences, protocol["test_share"], protocol["valid_share"] if validation else 0.0, every)
-    return _leave_last_out(sequences, validation)
+    if protocol["split"] == "leave-last-out":
+        return _leave_last_out(sequences, validation)
+    shares = protocol["test_share"], protocol["valid_share"] if validation else 0.0
+    if protocol["split"] == "users":
+        return _of_users(sequences, *shares, protocol["targets"])
+    return _temporal(sequences, *shares, every=task_of(protocol) == "ranking")
 
 
 def require_split(sequences: Sequences, split: Split, config: dict[str, Any], run: Path) -> None:
@@ -119,12 +123,33 @@ def _temporal(sequences: Sequences, test_share: float, valid_share: float, every
     return Split(after_train, _none_empty(held_out))
 
 
-def _none_empty(held_out: dict[str, HeldOut]) -> dict[str, HeldOut]:
+def _of_users(sequences: Sequences, test_share: float, valid_share: float, targets: int) -> Split:
+    """Other users than those that are trained on: of each the last `targets` interactions, but never the first.
+
+    A hash of the user's number decides, so the same users are held out wherever the data are the same.
+    """
+    users = torch.arange(sequences.num_users, device=sequences.item.device)
+    place = (users * _GOLDEN % 2**32).double() / 2**32
+    tested = place < test_share
+    validated = ~tested & (place < test_share + valid_share)
+    lengths = sequences.offsets.diff()
+    counts = (lengths - 1).clamp(min=0, max=targets)
+    none = torch.zeros_like(counts)
+    held_out = {"test": _every(sequences, torch.where(tested, counts, none), none)}
+    if valid_share:
+        held_out["valid"] = _every(sequences, torch.where(validated, counts, none), none)
+    why = "no user with two rows is held out for {}, as there are too few users"
+    return Split(torch.where(tested | validated, lengths, none), _none_empty(held_out, why))
+
+
+_NO_PERIOD = "no user has a row in the {} period, as too few timestamps differ"
+
+
+def _none_empty(held_out: dict[str, HeldOut], why: str = _NO_PERIOD) -> dict[str, HeldOut]:
     for name, targets in held_out.items():
         if not len(targets.users):
             raise StepError(
-                f"no user has a row in the {name} period, as too few timestamps differ; change {name}_share in "
-                "params/protocols.yaml, or take another protocol"
+                f"{why.format(name)}; change {name}_share in params/protocols.yaml, or take another protocol"
             )
     return held_out
 

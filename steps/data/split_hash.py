@@ -23,6 +23,14 @@ def split_sha256(tensors: dict[str, np.ndarray], protocol: dict[str, Any]) -> di
         parts = {"train": from_end > (2 if validates else 1), "test": from_end == 1}
         if validates:
             parts["valid"] = from_end == 2
+    elif protocol["split"] == "users":
+        # Of whole numbers to 2**32, as 2**32 over the golden ratio spreads them.
+        place = user.astype(np.uint32) * np.uint32(2654435769) / 2**32
+        upto = protocol["test_share"] + (protocol["valid_share"] if validates else 0.0)
+        predicted = (from_end <= protocol["targets"]) & (from_end < np.repeat(lengths, lengths))
+        parts = {"train": place >= upto, "test": (place < protocol["test_share"]) & predicted}
+        if validates:
+            parts["valid"] = (place >= protocol["test_share"]) & (place < upto) & predicted
     else:
         ordered = np.sort(times)
         test_share, valid_share = protocol["test_share"], protocol["valid_share"] if validates else 0.0

@@ -65,7 +65,8 @@ def group_auc(
     rank = torch.arange(1, len(group) + 1, dtype=torch.float64, device=group.device)
     size = _sum_by(tie, torch.ones_like(rank), len(group))
     mean_rank = (_sum_by(tie, rank, len(group)) / size)[tie]
-    within = mean_rank - (counts.cumsum(0) - counts)[group]
+    before = counts.long().cumsum(0) - counts  # of whole numbers: in deterministic mode CUDA has no other
+    within = mean_rank - before[group]
     positive = _sum_by(group, label, num_groups)
     negative = counts - positive
     above = _sum_by(group, within * label, num_groups) - positive * (positive + 1) / 2
@@ -78,6 +79,49 @@ def gauc(group: torch.Tensor, logit: torch.Tensor, label: torch.Tensor, num_grou
     found, counts = group_auc(group, logit, label, num_groups)
     weight = torch.where(found.isnan(), 0.0, counts)
     return (torch.where(found.isnan(), 0.0, found) * weight).sum() / weight.sum()
+
+
+class UserSums(NamedTuple):
+    """What each user's (U,) examples add up to, float64.
+
+    examples, positives: how many. loss: cross entropies. probability: what is predicted. own_auc: among the user's
+    own, not a number where labels are alike. above: of each positive the share of all users' negatives that score lower
+    (equal ones as half); below: of each negative the share of all positives that score higher. Both, added up over
+    users, are AUC times the number of positives, or negatives.
+    """
+
+    examples: torch.Tensor
+    positives: torch.Tensor
+    loss: torch.Tensor
+    probability: torch.Tensor
+    own_auc: torch.Tensor
+    above: torch.Tensor
+    below: torch.Tensor
+
+
+def user_sums(predictions: Predictions, num_users: int) -> UserSums:
+    """The sums of users 0 to `num_users` - 1."""
+    user, logit, label = predictions
+    own_auc, examples = group_auc(user, logit, label, num_users)
+    positive = logit[label == 1].sort().values
+    negative = logit[label == 0].sort().values
+    above = _share_below(logit, negative)
+    below = 1 - _share_below(logit, positive)
+    return UserSums(
+        examples,
+        _sum_by(user, label, num_users),
+        _sum_by(user, log_loss(logit, label), num_users),
+        _sum_by(user, torch.sigmoid(logit.double()), num_users),
+        own_auc,
+        _sum_by(user, above * label, num_users),
+        _sum_by(user, below * (1 - label), num_users),
+    )
+
+
+def _share_below(logit: torch.Tensor, ordered: torch.Tensor) -> torch.Tensor:
+    """Of each logit (K,) float64 the share of the `ordered` ones that are lower, equal ones as half."""
+    lower, upto = (torch.searchsorted(ordered, logit, right=right) for right in (False, True))
+    return (lower + upto).double() / (2 * len(ordered))
 
 
 def click_values(predictions: Predictions, num_users: int) -> torch.Tensor:

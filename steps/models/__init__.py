@@ -10,6 +10,7 @@ from steps.models.gru4rec import GRU4Rec, GRU4RecConfig
 from steps.models.hstu import HSTU, HSTUConfig
 from steps.models.item_knn import ItemKNN, ItemKNNConfig
 from steps.models.markov import Markov
+from steps.models.mean_rating import MeanRating, MeanRatingConfig
 from steps.models.popular import MostPopular
 from steps.models.sasrec import SASRec, SASRecConfig
 from steps.models.transformer_pp import TransformerPP
@@ -40,7 +41,7 @@ def is_count_based(config: dict[str, Any]) -> bool:
     return config["model"].get("model") in COUNT_BASED
 
 
-def build_count_based(settings: dict[str, Any], num_items: int) -> CountBasedModel:
+def build_count_based(settings: dict[str, Any], num_items: int, protocol: dict[str, Any]) -> CountBasedModel:
     """The model that the `model` entry of a run's config.json describes, before it has counted anything."""
     match settings["model"]:
         case "popular":
@@ -49,6 +50,9 @@ def build_count_based(settings: dict[str, Any], num_items: int) -> CountBasedMod
             return Markov(num_items)
         case "item-knn":
             return ItemKNN(read(ItemKNNConfig, settings, "model.", others=True), num_items)
+        case "mean-rating":
+            config = read(MeanRatingConfig, settings, "model.", others=True)
+            return MeanRating(config, num_items, protocol["positive"])
         case name:
             raise ValueError(f"no model {name!r} that counts")
 

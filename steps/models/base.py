@@ -27,7 +27,7 @@ class Recommender(Model):
         """Scores (B, num_items + 1) of every item as the next one; column 0 is padding and means nothing."""
 
 
-class CountBasedModel(Recommender):
+class CountBasedModel(Model):
     """A model that is fitted by counting, without gradients. It learns buffers, whose sizes depend on the data."""
 
     @abstractmethod

@@ -8,7 +8,7 @@ from kernels.jagged.naive import sequence_and_position
 from steps.common.top import top_items
 from steps.common.typed import Count, NotNegative
 from steps.data.sequences import Batch, Sequences
-from steps.models.base import CountBasedModel
+from steps.models.base import CountBasedModel, Recommender
 
 _ITEMS_AT_ONCE = 1024  # columns of the dense block: 1,024 x 138,493 users are 0.6 GB
 
@@ -21,7 +21,7 @@ class ItemKNNConfig:
     shrink: NotNegative
 
 
-class ItemKNN(CountBasedModel):
+class ItemKNN(CountBasedModel, Recommender):
     """Each item keeps its k nearest (Sarwar et al. 2001); a candidate's score is the sum of similarities to the window.
 
     similarity(i, j) = users of both / (sqrt(users of i) sqrt(users of j) + shrink). Of equally similar items those with

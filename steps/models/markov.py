@@ -4,10 +4,10 @@ import torch
 
 from kernels.jagged.naive import sequence_and_position
 from steps.data.sequences import Batch, Sequences
-from steps.models.base import CountBasedModel
+from steps.models.base import CountBasedModel, Recommender
 
 
-class Markov(CountBasedModel):
+class Markov(CountBasedModel, Recommender):
     """Scores are counts of transitions from the last item; popularity, below one transition, breaks ties.
 
     Transitions are kept as rows of a sparse matrix: the items `followers[start[i]:start[i + 1]]` followed item i, each

@@ -3,10 +3,10 @@
 import torch
 
 from steps.data.sequences import Batch, Sequences
-from steps.models.base import CountBasedModel
+from steps.models.base import CountBasedModel, Recommender
 
 
-class MostPopular(CountBasedModel):
+class MostPopular(CountBasedModel, Recommender):
     """Scores are training counts."""
 
     count: torch.Tensor

@@ -49,6 +49,25 @@ def groups_of(seeds: list[Record], key: str, metric: str) -> dict[str, float]:
     }
 
 
+def reliability(seeds: list[Record]) -> list[dict[str, Any]]:
+    """Of groups of equal size by predicted probability, from low to high: number, examples, what was predicted and what
+    share was positive, means over seeds."""
+    found = []
+    for number, groups in enumerate(zip(*(seed.metrics["reliability"] for seed in seeds), strict=True), start=1):
+        means = {name: mean_and_sd(group[name] for group in groups)[0] for name in ("predicted", "positive")}
+        found.append({"group": number, "examples": groups[0]["examples"], **means})
+    return found
+
+
+def reliability_rows(records: list[Record]) -> list[dict[str, Any]]:
+    """A row per model and group of `reliability`."""
+    return [
+        dict(zip(_KEYS, (*row, len(seeds)), strict=True)) | group
+        for row, seeds in by_row(records).items()
+        for group in reliability(seeds)
+    ]
+
+
 _GROUPS = {"by_history_length": "history", "by_popularity": "target"}
 
 
@@ -77,3 +96,14 @@ def beyond_table(rows: list[dict[str, Any]], records: list[Record]) -> tuple[lis
 
 
 _KEYS = ("dataset", "protocol", "model", "seeds")
+
+
+def reliability_table(rows: list[dict[str, Any]], records: list[Record]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines: a line per model and group."""
+    names = labels(records)
+    lines = [
+        [row["dataset"], row["protocol"], names[row["model"]], str(row["group"]), str(row["examples"])]
+        + [f"{row[name]:.4f}" for name in ("predicted", "positive")]
+        for row in rows
+    ]
+    return ["data set", "protocol", "model", "group", "examples", "predicted", "engaged"], lines

@@ -6,10 +6,10 @@ from typing import Any
 import polars as pl
 
 from steps.common.files import write_json
-from steps.reporting.task import load_task
+from steps.reporting.task import Task
 
 
-def write_headline(summary: pl.DataFrame, path: Path) -> None:
+def write_headline(summary: pl.DataFrame, task: Task, path: Path) -> None:
     """Write json of the task's headline metrics on test, means over seeds: data set, protocol, model, metric.
 
     summary: a row per (dataset, protocol, model), with a column `test/<metric>` each.
@@ -17,5 +17,5 @@ def write_headline(summary: pl.DataFrame, path: Path) -> None:
     made: dict[str, Any] = {}
     for row in summary.iter_rows(named=True):
         of_protocol = made.setdefault(row["dataset"], {}).setdefault(row["protocol"], {})
-        of_protocol[row["model"]] = {name: row[f"test/{name}"] for name in load_task().headline}
+        of_protocol[row["model"]] = {name: row[f"test/{name}"] for name in task.headline}
     write_json(path, made)

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from steps.common import params
-from steps.reporting.details import groups_of
+from steps.reporting.details import groups_of, reliability
 from steps.reporting.figures import MARK, OTHERS, literal, style_of
-from steps.reporting.records import Record, by_row, mean_and_sd
-from steps.reporting.task import load_task
+from steps.reporting.records import Record, by_row, mean_and_sd, task_of_records
+from steps.reporting.task import Task, printed
 
 _WIDTH, _HEIGHT = 4.2, 3.3  # inches of a panel, without the labels at its right
 _LONGEST = 60  # characters of a label
@@ -32,6 +32,11 @@ class Shown:
     titles: dict[str, str]
     groups: dict[str, list[str]]
     paper: dict[str, Any]
+
+    @property
+    def task(self) -> Task:
+        """What the experiment is about."""
+        return task_of_records(self.records)
 
     @property
     def tables(self) -> list[tuple[str, str]]:
@@ -83,7 +88,7 @@ def draw_curves(shown: Shown) -> Figure:
     Epochs on a logarithmic axis, as schedules differ twentyfold. Points: the epochs that the table's figures are of.
     Diamonds at the right: published figures. Crosses: the authors' code, rerun.
     """
-    metric = load_task().compared
+    metric = shown.task.compared
     figure, axes = _panels(len(shown.panels), len(shown.groups) if len(shown.groups) > 1 else 3)
     for axis, (dataset, protocol, group) in zip(axes, shown.panels, strict=True):
         published, reruns = (shown.others(kind, dataset, protocol) for kind in ("public_datasets", "reruns"))
@@ -111,9 +116,9 @@ def draw_curves(shown: Shown) -> Figure:
                 axis.plot(*zip(*points, strict=True), "x", color=colour, markersize=4.5)
         marks = [("◇ published", published), ("× the authors' code, rerun", reruns)]
         named = ", ".join(["epoch", *(words for words, others in marks if others)])
-        axis.set(title=shown.title(dataset, protocol, group), xlabel=named, ylabel=f"{split} {metric.upper()}")
+        axis.set(title=shown.title(dataset, protocol, group), xlabel=named, ylabel=f"{split} {printed(metric)}")
         _logarithmic(axis)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=shown.task.floor)
         _label_ends(axis, labels)
     return figure
 
@@ -123,7 +128,7 @@ def draw_intervals(shown: Shown, intervals: dict[tuple[str, str, str], tuple[flo
 
     intervals: mean, low and high by (dataset, protocol, model).
     """
-    metric = load_task().compared
+    metric = shown.task.compared
     models = list(dict.fromkeys(model for names in shown.groups.values() for model in names))
     figure, axes = _panels(len(shown.tables), 3, height=0.9 + 0.24 * max(len(models), 3), share=True)
     for axis, (dataset, protocol) in zip(axes, shown.tables, strict=True):
@@ -138,15 +143,18 @@ def draw_intervals(shown: Shown, intervals: dict[tuple[str, str, str], tuple[flo
                 axis.plot(published[model][metric], height, "D", color=OTHERS, **_DIAMOND)
         axis.set_yticks(range(len(models)), [shown.label(model) for model in models])
         axis.set_ylim(len(models) - 0.5, -0.5)
-        axis.set(title=shown.title(dataset, protocol), xlabel=f"test {metric.upper()}, 95 % interval over users")
+        axis.set(title=shown.title(dataset, protocol), xlabel=f"test {printed(metric)}, 95 % interval over users")
         axis.grid(visible=False, axis="y")
-        axis.set_xlim(left=0)
+        axis.set_xlim(left=shown.task.floor)
     return figure
 
 
 def draw_groups(shown: Shown) -> Figure:
-    """The compared metric by the length of the user's history, and by the popularity of the target."""
-    metric = load_task().compared
+    """Of retrieval the compared metric by the length of the user's history, and by the popularity of the target; of
+    ranking how often what is predicted comes true."""
+    if shown.task.name == "ranking":
+        return draw_reliability(shown)
+    metric = shown.task.compared
     figure, axes = _panels(2 * len(shown.panels), 2)
     for place_of_panel, (dataset, protocol, group) in enumerate(shown.panels):
         rows = shown.rows(dataset, protocol, group)
@@ -159,15 +167,32 @@ def draw_groups(shown: Shown) -> Figure:
                     axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.2, **style_of(place))
                     labels.append((shown.label(model, group), points[-1][1], style_of(place)["color"]))
             axis.set_xticks(range(len(names)), names)
-            axis.set(title=shown.title(dataset, protocol, group), xlabel=what, ylabel=f"test {metric.upper()}")
-            axis.set_ylim(bottom=0)
+            axis.set(title=shown.title(dataset, protocol, group), xlabel=what, ylabel=f"test {printed(metric)}")
+            axis.set_ylim(bottom=shown.task.floor)
             _label_ends(axis, labels)
+    return figure
+
+
+def draw_reliability(shown: Shown) -> Figure:
+    """The share of engagements against what was predicted, in groups of equal size by what was predicted, means over
+    seeds; a panel a table and group. Dashed: as predicted."""
+    figure, axes = _panels(len(shown.panels), len(shown.groups) if len(shown.groups) > 1 else 3)
+    for axis, (dataset, protocol, group) in zip(axes, shown.panels, strict=True):
+        labels = []
+        axis.plot([0, 1], [0, 1], linewidth=1, linestyle="--", color=OTHERS)
+        for place, (model, seeds) in enumerate(shown.rows(dataset, protocol, group).items()):
+            points = [(row["predicted"], row["positive"]) for row in reliability(seeds)]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=2.5, linewidth=1.2, **style_of(place))
+            labels.append((shown.label(model, group), points[-1][1], style_of(place)["color"]))
+        axis.set(title=shown.title(dataset, protocol, group), xlabel="predicted probability", ylabel="share engaged")
+        axis.set(xlim=(0, 1), ylim=(0, 1))
+        _label_ends(axis, labels)
     return figure
 
 
 def draw_speed(shown: Shown) -> Figure:
     """The compared metric on test against the seconds of a training, means over seeds; a panel a table and group."""
-    metric = load_task().compared
+    metric = shown.task.compared
     figure, axes = _panels(len(shown.panels), len(shown.groups) if len(shown.groups) > 1 else 3)
     for axis, (dataset, protocol, group) in zip(axes, shown.panels, strict=True):
         points, rows = [], shown.rows(dataset, protocol, group)
@@ -180,8 +205,9 @@ def draw_speed(shown: Shown) -> Figure:
         devices = dict.fromkeys(str(seed.metrics["device"]) for seeds in rows.values() for seed in seeds)
         _logarithmic(axis, beside=3)
         axis.set(title=shown.title(dataset, protocol, group), xlabel=f"seconds of a training\n{'; '.join(devices)}")
-        axis.set(ylabel=f"test {metric.upper()}")
-        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+        axis.set(ylabel=f"test {printed(metric)}")
+        floor, top = shown.task.floor, axis.get_ylim()[1]
+        axis.set_ylim(floor, floor + 1.08 * (top - floor))
         _label_points(axis, points)
     return figure
 

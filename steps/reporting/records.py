@@ -1,10 +1,10 @@
 """The finished runs of an experiment: in runs/, or in the light records that are committed under reports/.
 
 Records are two compressed columnar files an experiment. `runs.parquet` has a row a run: its config.json, history.jsonl
-and metrics.json as they were written, and the SHA-256 of its recorded ranks. `ranks.parquet` has a row a run and test
-user: `user` as in the processed sequences, `rank` the best rank of the held-out item (0: left out of the ranking),
-`ties` the other candidates of equal score. Ranks above `LARGEST_RANK` are recorded as LARGEST_RANK + 1 without ties:
-no cut of HR or NDCG lies beyond it, and a run takes half the bytes.
+and metrics.json as they were written, and the SHA-256 of its recorded outcomes. The other has a row a run and test
+user, `user` as in the processed sequences. Of retrieval it is `ranks.parquet`: `rank` the best rank of the held-out
+item (0: left out of the ranking), `ties` the other candidates of equal score. Of ranking it is `predictions.parquet`:
+what the predictions for the user add up to.
 """
 
 import hashlib
@@ -16,47 +16,37 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
 from steps.common import params
 from steps.common.cli import StepError
+from steps.common.config import task_of
 from steps.common.files import atomic_path, parse_jsonl, reading
 from steps.common.provenance import check_run, content_sha256
+from steps.reporting.outcomes import KINDS, Outcomes
 from steps.reporting.pinned import require_pinned
+from steps.reporting.task import Task, load_task
 
-LARGEST_RANK = 500  # no cut of HR or NDCG is larger
-#: Ranks of more test users stay in runs/: the tree stays small.
+#: Outcomes of more test users stay in runs/: the tree stays small.
 MOST_USERS = 30_000
-RUNS, RANKS = "runs.parquet", "ranks.parquet"
+RUNS = "runs.parquet"
 TEXTS = ("config.json", "history.jsonl", "metrics.json")
 _KEY = {"dataset": pl.String, "model": pl.String, "protocol": pl.String, "seed": pl.UInt32}
-RUNS_SCHEMA = _KEY | dict.fromkeys(TEXTS, pl.String) | {"ranks_sha256": pl.String}
-RANKS_SCHEMA = _KEY | {"user": pl.UInt32, "rank": pl.UInt16, "ties": pl.UInt32}
-#: Counters become runs of equal differences, and the bytes of ranks are compressed by their significance.
+RUNS_SCHEMA = _KEY | dict.fromkeys(TEXTS, pl.String) | {"outcomes_sha256": pl.String}
+_FORMER = {"ranks_sha256": "outcomes_sha256"}  # a column's name in records of earlier commits
+#: Counters become runs of equal differences, and the bytes of others are compressed by their significance.
 _ENCODINGS = {"seed": "DELTA_BINARY_PACKED", "user": "DELTA_BINARY_PACKED"}
-_ENCODINGS |= dict.fromkeys(("rank", "ties"), "BYTE_STREAM_SPLIT")
+_ENCODINGS |= {name: "BYTE_STREAM_SPLIT" for kind in KINDS.values() for name in kind.SCHEMA if name not in _ENCODINGS}
 _REMEDY = "take it from git again, or record the runs again"
-
-
-@dataclass(frozen=True)
-class TestRanks:
-    """Ranks of the test items: of `users` (U,), ascending; `best` and `ties` (U,) int64 as in `evaluation.metrics`."""
-
-    __test__ = False  # no test of pytest's
-
-    users: np.ndarray
-    best: np.ndarray
-    ties: np.ndarray
 
 
 @dataclass(frozen=True)
 class Record:
     """One finished run: what it is in the experiment, and the content of its small files.
 
-    texts: these files as they were written. ranks: reads the ranks; raises StepError where they are not kept.
+    texts: these files as they were written. outcomes: reads them; raises StepError where they are not kept.
     """
 
     run: params.Run
@@ -64,7 +54,12 @@ class Record:
     history: list[dict[str, Any]]
     metrics: dict[str, Any]
     texts: dict[str, str]
-    ranks: Callable[[], TestRanks]
+    outcomes: Callable[[], Outcomes]
+
+    @property
+    def task(self) -> str:
+        """What the run's protocol evaluates."""
+        return task_of(self.config["protocol"])
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -104,37 +99,32 @@ def write_records(experiment: str, records: list[Record], folder: Path) -> int:
     """Write the light records of these runs to `folder`, in place of those that it has of the same runs.
 
     Records of runs that the experiment no longer has are left out; returns how many. Raises StepError, before anything
-    is written, if the ranks of a run cannot be read.
+    is written, if the outcomes of a run cannot be read.
     """
     rows = recorded_texts(folder)
-    ranks = _parts(_read(folder / RANKS, RANKS_SCHEMA)) if rows else {}
+    kind = KINDS[records[0].task]
+    schema = _KEY | kind.SCHEMA
+    outcomes = _parts(_read(folder / kind.FILE, schema)) if rows else {}
     for record in records:
-        path, part = record.run.path, _light(record)
-        rows[path] = {name: getattr(record.run, name) for name in _KEY} | record.texts | {"ranks_sha256": None}
-        ranks.pop(path, None)
+        path, part = record.run.path, record.outcomes().light()
+        rows[path] = {name: getattr(record.run, name) for name in _KEY} | record.texts | {"outcomes_sha256": None}
+        outcomes.pop(path, None)
         if len(part) <= MOST_USERS:
-            rows[path]["ranks_sha256"] = _ranks_sha256(part)
-            ranks[path] = part
+            rows[path]["outcomes_sha256"] = _outcomes_sha256(part)
+            key = [pl.lit(getattr(record.run, name), kind).alias(name) for name, kind in _KEY.items()]
+            outcomes[path] = part.select(*key, *kind.SCHEMA)
     paths = [run.path for run in params.runs(experiment) if run.path in rows]
     _write(
-        folder / RANKS,
-        pl.concat([pl.DataFrame(schema=RANKS_SCHEMA), *(ranks[path] for path in paths if path in ranks)]),
+        folder / kind.FILE,
+        pl.concat([pl.DataFrame(schema=schema), *(outcomes[path] for path in paths if path in outcomes)]),
     )
     _write(folder / RUNS, pl.DataFrame([rows[path] for path in paths], schema=RUNS_SCHEMA, orient="row"))
     return len(rows) - len(paths)
 
 
-def _light(record: Record) -> pl.DataFrame:
-    """A run's rows of `ranks.parquet`."""
-    found = record.ranks()
-    far = found.best > LARGEST_RANK
-    columns = {
-        "user": found.users,
-        "rank": np.where(far, LARGEST_RANK + 1, found.best),
-        "ties": np.where(far, 0, found.ties),
-    }
-    key = [pl.lit(getattr(record.run, name), kind).alias(name) for name, kind in _KEY.items()]
-    return pl.DataFrame(columns, schema={name: RANKS_SCHEMA[name] for name in columns}).select(*key, *columns)
+def task_of_records(records: list[Record]) -> Task:
+    """What their reports show: an experiment is of one task."""
+    return load_task(records[0].task)
 
 
 def by_row(records: list[Record]) -> dict[tuple[str, str, str], list[Record]]:
@@ -167,13 +157,12 @@ def _of_run(run: params.Run, folder: Path) -> Record:
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in TEXTS}
     history = parse_jsonl(texts["history.jsonl"], str(folder / "history.jsonl"), "train again")
 
-    def ranks() -> TestRanks:
-        path = folder / "ranks.safetensors"
+    def outcomes() -> Outcomes:
+        path = folder / "outcomes.safetensors"
         with reading(path, "evaluate again"):
-            tensors = load_file(path)
-            return TestRanks(*(tensors[name].astype(np.int64) for name in ("test_users", "test", "test_ties")))
+            return KINDS[task_of(config["protocol"])].of_run(load_file(path))
 
-    return Record(run, config, history, metrics, texts, ranks)
+    return Record(run, config, history, metrics, texts, outcomes)
 
 
 def _of_record(run: params.Run, row: dict[str, Any], folder: Path) -> Record:
@@ -190,47 +179,50 @@ def _of_record(run: params.Run, row: dict[str, Any], folder: Path) -> Record:
     if other is not None:
         raise StepError(f"{where}: metrics.json names another {other.removesuffix('_sha256')}; {_REMEDY}")
 
-    def ranks() -> TestRanks:
-        if row["ranks_sha256"] is None:
+    def outcomes() -> Outcomes:
+        if row["outcomes_sha256"] is None:
             raise StepError(
-                f"{where}: records leave out the ranks of more than {MOST_USERS} users; compare runs/{run.experiment}"
+                f"{where}: records leave out the outcomes of more than {MOST_USERS} users; compare "
+                f"runs/{run.experiment}"
             )
-        path = folder / RANKS
+        kind = KINDS[task_of(config["protocol"])]
+        path = folder / kind.FILE
         part = _parts_of(path, path.stat().st_mtime_ns if path.is_file() else 0).get(run.path)
-        if part is None or _ranks_sha256(part) != row["ranks_sha256"]:
-            raise StepError(f"{path} has other ranks of {run.path} than {folder / RUNS} names; {_REMEDY}")
-        return TestRanks(*(part[name].to_numpy().astype(np.int64) for name in ("user", "rank", "ties")))
+        if part is None or _outcomes_sha256(part.select(*kind.SCHEMA)) != row["outcomes_sha256"]:
+            raise StepError(f"{path} has other outcomes of {run.path} than {folder / RUNS} names; {_REMEDY}")
+        return kind.of_record(part)
 
-    return Record(run, config, history, metrics, texts, ranks)
+    return Record(run, config, history, metrics, texts, outcomes)
 
 
 def _path(row: dict[str, Any]) -> Path:
     return params.Run("", row["dataset"], row["model"], row["protocol"], row["seed"]).path
 
 
-def _parts(ranks: pl.DataFrame) -> dict[Path, pl.DataFrame]:
+def _parts(outcomes: pl.DataFrame) -> dict[Path, pl.DataFrame]:
     """The rows of each run, by its path."""
-    keyed = ranks.partition_by(*_KEY, as_dict=True, maintain_order=True)
+    keyed = outcomes.partition_by(*_KEY, as_dict=True, maintain_order=True)
     return {_path(dict(zip(_KEY, key, strict=True))): part for key, part in keyed.items()}
 
 
 @cache
 def _parts_of(path: Path, modified: int) -> dict[Path, pl.DataFrame]:
     """`_parts` of a file; read once, unless it was `modified` (ns) meanwhile."""
-    return _parts(_read(path, RANKS_SCHEMA))
+    (kind,) = (kind for kind in KINDS.values() if path.name == kind.FILE)
+    return _parts(_read(path, _KEY | kind.SCHEMA))
 
 
-def _ranks_sha256(part: pl.DataFrame) -> str:
-    """Of a run's users, ranks and ties, as little-endian int64 columns."""
+def _outcomes_sha256(part: pl.DataFrame) -> str:
+    """Of the columns of a run, as little-endian int64 or float32."""
     digest = hashlib.sha256()
-    for name in ("user", "rank", "ties"):
-        digest.update(part[name].to_numpy().astype("<i8").data)
+    for column in part:
+        digest.update(column.to_numpy().astype("<f4" if column.dtype == pl.Float32 else "<i8").data)
     return digest.hexdigest()
 
 
 def _read(path: Path, schema: dict[str, Any]) -> pl.DataFrame:
     with reading(path, _REMEDY):
-        found = pl.read_parquet(path)
+        found = pl.read_parquet(path).rename(_FORMER, strict=False)
         if dict(found.schema) != schema:
             raise StepError(f"{path} has columns {dict(found.schema)}, and not {schema}; {_REMEDY}")
     return found

@@ -1,5 +1,6 @@
 """Do differences between models hold? Bootstrap intervals over users, and paired tests with their correction."""
 
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
@@ -9,8 +10,9 @@ from scipy import stats
 
 from steps.common.cli import StepError
 from steps.evaluation.metrics import Ranks, user_values
-from steps.reporting.records import Record, TestRanks, by_row
-from steps.reporting.task import load_task
+from steps.reporting.outcomes import Outcomes, TestPredictions, TestRanks
+from steps.reporting.records import Record, by_row
+from steps.reporting.task import Task, load_task
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -18,34 +20,70 @@ _DIGITS = 12  # of a difference: the mean of equal gains over 6 seeds is not to 
 _BLOCK = 100  # resamples at once: 100 x 138,493 indices are 0.1 GB
 
 
-def metrics_of_intervals() -> list[str]:
-    """The compared metric, and then the others that the paper reports."""
-    task = load_task()
+def metrics_of_intervals(task: Task | None = None) -> list[str]:
+    """The compared metric, and then the others that the paper reports. task: by default retrieval."""
+    task = task or load_task()
     return [task.compared, *(name for name in task.paper if name != task.compared)]
 
 
-def values_of_users(ranks: TestRanks) -> np.ndarray:
-    """Each test user's value of every metric of `metrics_of_intervals`: (U, M) float64."""
-    of_users = Ranks(torch.from_numpy(ranks.best), torch.from_numpy(ranks.ties))
-    return np.stack([user_values(of_users, name).numpy() for name in metrics_of_intervals()], axis=1)
+def values_of_users(outcomes: Outcomes) -> np.ndarray:
+    """Each test user's value of every metric of `metrics_of_intervals`: (U, M) float64, of which the mean over users is
+    the metric.
+
+    A ranking metric is no mean over users. A user's value is then the metric plus the user's influence on it, times the
+    number of users: what it would change by, to first order, if the user weighed more (the infinitesimal jackknife).
+    The spread of these values is that of the metric; for AUC this is DeLong's test for users with several interactions
+    each (Obuchowski 1997).
+    """
+    if isinstance(outcomes, TestRanks):
+        of_users = Ranks(torch.from_numpy(outcomes.best), torch.from_numpy(outcomes.ties))
+        return np.stack([user_values(of_users, name).numpy() for name in metrics_of_intervals()], axis=1)
+    found = _influences(outcomes)
+    return np.stack([found[name] for name in metrics_of_intervals(load_task("ranking"))], axis=1)
+
+
+def _influences(sums: TestPredictions) -> dict[str, np.ndarray]:
+    """Each user's value (U,) of every ranking metric: the metric, plus U times the user's influence."""
+    examples, positives = sums.examples, sums.positives
+    negatives, number = examples - positives, len(examples)
+    share = positives.sum() / examples.sum()
+    entropy = -share * np.log(share) - (1 - share) * np.log(1 - share)
+    loss = sums.loss.sum() / examples.sum()
+    log_loss = loss + number * (sums.loss - loss * examples) / examples.sum()
+    # NE is loss over entropy, whose derivative by the share is log((1 - share) / share).
+    of_share = number * (positives - share * examples) / examples.sum()
+    normalized = (log_loss - loss / entropy * np.log((1 - share) / share) * of_share) / entropy
+    ratio = sums.probability.sum() / positives.sum()
+    auc = sums.above.sum() / positives.sum()
+    influence = (sums.above - auc * positives) / positives.sum() + (sums.below - auc * negatives) / negatives.sum()
+    both = ~np.isnan(sums.own_auc)
+    own_auc, weight = np.where(both, sums.own_auc, 0), np.where(both, examples, 0)
+    gauc = (own_auc * weight).sum() / weight.sum()
+    return {
+        "ne": normalized,
+        "auc": auc + number * influence,
+        "gauc": gauc + number * weight * (own_auc - gauc) / weight.sum(),
+        "log_loss": log_loss,
+        "calibration": ratio + number * (sums.probability - ratio * positives) / positives.sum(),
+    }
 
 
 def values_of_models(records: list[Record]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
     """Per (dataset, protocol) and model: each test user's values (U, M), averaged over the seeds that are there.
 
-    Raises StepError if a run's ranks are missing, or of other users than another's.
+    Raises StepError if a run's outcomes are missing, or of other users than another's.
     """
     found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     users: dict[tuple[str, str], np.ndarray] = {}
     for (dataset, protocol, model), seeds in by_row(records).items():
         of_seeds = []
         for seed in seeds:
-            ranks = seed.ranks()
-            if not np.array_equal(ranks.users, users.setdefault((dataset, protocol), ranks.users)):
+            outcomes = seed.outcomes()
+            if not np.array_equal(outcomes.users, users.setdefault((dataset, protocol), outcomes.users)):
                 raise StepError(
                     f"{seed.run.path} ranks other users than the runs before it; train and evaluate it again"
                 )
-            of_seeds.append(values_of_users(ranks))
+            of_seeds.append(values_of_users(outcomes))
         found.setdefault((dataset, protocol), {})[model] = np.mean(of_seeds, axis=0)
     return found
 
@@ -81,21 +119,39 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def compare_pairs(models: dict[str, np.ndarray], means: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+def wilcoxon(difference: np.ndarray) -> float:
+    """p, of both sides, that users' differences (U,) lie around 0, by the signed-rank test; 1 where the ranks speak
+    against a mean above 0: many small gains can outrank a few large losses.
+
+    Most users gain the same from both models; Pratt's treatment of these zeros keeps the test's level, where splitting
+    their ranks halves it.
+    """
+    return min(1.0, 2 * float(stats.wilcoxon(difference, zero_method="pratt", alternative="greater").pvalue))
+
+
+def of_mean(difference: np.ndarray) -> float:
+    """p, of both sides, that the mean of users' differences (U,) is 0, by its standard error (normal)."""
+    error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else np.inf
+    return float(2 * stats.norm.sf(abs(difference.mean()) / error)) if error else 0.0
+
+
+#: By task, the test of users' differences: an influence has no sign of its own, as a user's gain has.
+TESTS = {"retrieval": wilcoxon, "ranking": of_mean}
+
+
+def compare_pairs(
+    models: dict[str, np.ndarray], means: dict[str, np.ndarray], test: Callable[[np.ndarray], float] = wilcoxon
+) -> list[dict[str, Any]]:
     """A row per pair of models, the better one first, with Holm-corrected p-values over all pairs.
 
-    means: what `resample` made of the models. p is of both sides, and 1 where the ranks speak against the mean: many
-    small gains can outrank a few large losses. Most users gain the same from both models; Pratt's treatment of these
-    zeros keeps the test's level, where splitting their ranks halves it.
+    models: users' values (U,) of the compared metric. means: what `resample` made of the models.
     """
     rows: list[dict[str, Any]] = []
     for one, other in combinations(models, 2):
         better, worse = (one, other) if models[one].mean() >= models[other].mean() else (other, one)
         difference = (models[better] - models[worse]).round(_DIGITS)
         low, high = interval(means[better] - means[worse])
-        p = 1.0
-        if difference.any():
-            p = min(1.0, 2 * float(stats.wilcoxon(difference, zero_method="pratt", alternative="greater").pvalue))
+        p = test(difference) if difference.any() else 1.0
         rows.append(
             {
                 "better": better,
@@ -112,14 +168,32 @@ def compare_pairs(models: dict[str, np.ndarray], means: dict[str, np.ndarray]) -
     return rows
 
 
-def interval_rows(models: dict[str, np.ndarray], means: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+def seeds_deviation(better: list[Record], worse: list[Record], metric: str) -> float | None:
+    """The standard deviation over seeds of the difference of two rows in a test metric; None of one seed.
+
+    The seeds of one row are paired with the same ones of the other; a row of one seed stands beside all.
+    """
+    of_rows = [{one.run.seed: one.metrics["test"][metric] for one in seeds} for seeds in (better, worse)]
+    one, other = of_rows
+    if len(one) > 1 and len(other) > 1:
+        differences = [one[seed] - other[seed] for seed in one if seed in other]
+    else:
+        differences = [a - b for a in one.values() for b in other.values()]
+    return float(np.std(differences, ddof=1)) if len(differences) > 1 else None
+
+
+def interval_rows(
+    models: dict[str, np.ndarray], means: dict[str, np.ndarray], task: Task | None = None
+) -> list[dict[str, Any]]:
     """A row per model and metric: mean, interval, and the gain over the baseline as a share, with its interval.
 
-    models, means: of one table, and what `resample` made of them. No gain where the table has no baseline.
+    models, means: of one table, and what `resample` made of them. No gain where the table has no baseline. task: by
+    default retrieval.
     """
-    baseline, rows = load_task().baseline, []
+    task, rows = task or load_task(), []
+    baseline = task.baseline
     for model, values in models.items():
-        for place, metric in enumerate(metrics_of_intervals()):
+        for place, metric in enumerate(metrics_of_intervals(task)):
             mean, (low, high) = values[:, place].mean(), interval(means[model][:, place])
             row = {"model": model, "metric": metric, "mean": mean, "low": low, "high": high}
             if baseline in models and model != baseline and models[baseline][:, place].any():

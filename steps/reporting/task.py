@@ -4,28 +4,39 @@ from dataclasses import dataclass
 
 from steps.common import params
 from steps.common.cli import StepError
-from steps.evaluation.names import NAMES
+from steps.evaluation.names import NOT_MORE_IS_BETTER, OF_TASK
 
 
 @dataclass(frozen=True)
 class Task:
-    """Metrics by their names: columns of the table, the two with most room, the paper's columns, the compared one.
+    """Metrics by their names: columns of the table, the two with most room, those with intervals (the paper's columns),
+    the compared one.
 
-    baseline: the row that gains are relative to.
+    baseline: the row that gains are relative to. floor: where axes of the compared metric begin.
     """
 
+    name: str
     tables: tuple[str, ...]
     headline: tuple[str, ...]
     paper: tuple[str, ...]
     compared: str
     baseline: str
+    floor: float
 
 
 def load_task(name: str = "retrieval") -> Task:
     """The entry of params/tasks.yaml. Raises StepError if it names a metric that evaluation does not have."""
     content = params.load("tasks")[name]
+    known, where = OF_TASK[name], f"params/tasks.yaml, key {name}"
     for metric in [*content["tables"], *content["headline"], *content["paper"], content["compared"]]:
-        if metric not in NAMES:
-            raise StepError(f"params/tasks.yaml, key {name}: evaluation has no {metric}; it has {', '.join(NAMES)}")
+        if metric not in known:
+            raise StepError(f"{where}: evaluation has no {metric}; it has {', '.join(known)}")
+    if content["compared"] in NOT_MORE_IS_BETTER:
+        raise StepError(f"{where}.compared: more {content['compared']} is not better; name another metric")
     tables, headline, paper = (tuple(content[key]) for key in ("tables", "headline", "paper"))
-    return Task(tables, headline, paper, content["compared"], content["baseline"])
+    return Task(name, tables, headline, paper, content["compared"], content["baseline"], float(content["floor"]))
+
+
+def printed(metric: str) -> str:
+    """A metric's name as tables and figures print it."""
+    return metric.upper().replace("_", " ")

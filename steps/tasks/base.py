@@ -13,8 +13,6 @@ from kernels.rowwise_table import RowwiseTable
 from steps.common.config import TrainingConfig
 from steps.common.typed import Count, EntryError, NotNegative, PairBelow1, Positive, read
 from steps.data.sequences import Batch, Sequences
-from steps.evaluation.ranking import RankingEvaluation
-from steps.evaluation.retrieval import RetrievalEvaluation
 from steps.models import Encoder, build_encoder
 from steps.models.base import Model, embedding_lookup
 
@@ -59,7 +57,6 @@ class Task(Model, ABC):
 
     schedules: ClassVar[tuple[str, ...]] = ("windows",)  # what it can be trained on, by default the first
     optimizer: ClassVar[str] = "adamw"  # of steps.training.optimizers
-    evaluation: ClassVar[type[RetrievalEvaluation | RankingEvaluation]] = RetrievalEvaluation  # after an epoch
     supports_rowwise_items: ClassVar[bool] = False
     configs: ClassVar[tuple[type[Any], ...]] = (TaskConfig,)  # which entries of `model` it reads
 

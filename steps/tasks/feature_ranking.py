@@ -39,7 +39,7 @@ class FeatureRanking(RankingTask):
         if sizes is None:
             raise ValueError("a model that reads features needs to know how many values they have")
         kind = RANKERS[settings["model"]][0]
-        num_levels = len(read(LevelsConfig, settings, "model.", others=True).levels)
+        num_levels = len(read(LevelsConfig, settings, "model.", others=True).all_levels(protocol))
         if kind.weighs_fields:
             settings = settings | {"dim": num_levels}
         num_fields = 2 + len(sizes.user_features) + len(sizes.item_features)
@@ -93,7 +93,7 @@ class FeatureRanking(RankingTask):
     def _counts(self, sequences: Sequences, user: torch.Tensor, item: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """What was known before each time (K,) of item and user: (K, 6) float32."""
         if self._before is None or self._before[0] is not sequences:
-            self._before = sequences, Before(sequences, self.config.levels[self.positive])
+            self._before = sequences, Before(sequences, float(self.levels[self.positive]))
         before = self._before[1]
         columns = []
         for known in (before.items(item, time), before.users(user, time)):

@@ -13,65 +13,67 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from steps.common.cli import StepError
 from steps.common.config import TrainingConfig
-from steps.common.typed import Count, EntryError, NotNegative, Rising, read
+from steps.common.typed import Count, NotNegative, Rising, read
 from steps.data.fields import FieldSizes
 from steps.data.sequences import Batch, Sequences
-from steps.evaluation.ranking import RankingEvaluation
 from steps.models.base import embedding_lookup
 from steps.models.features import FeatureEmbeddings, user_place
+from steps.models.mean_rating import require_ratings
 from steps.tasks.base import Task
 from steps.tasks.losses import masked_mean
 
 
 @dataclass(frozen=True)
 class LevelsConfig:
-    """levels: ratings, rising; for each a model says whether it will be reached. others_weight: of the losses of the
-    levels beside the one that counts as engagement.
+    """levels: ratings, rising, beside the one that counts as engagement; for each a model says whether it will be
+    reached. others_weight: of the losses of the levels beside engagement.
     """
 
     levels: Rising
     others_weight: NotNegative
 
+    def all_levels(self, protocol: dict[str, Any]) -> list[float]:
+        """The levels, rising, with the one that counts as engagement."""
+        return sorted({*self.levels, protocol["positive"]})
+
 
 @dataclass(frozen=True)
 class RankingConfig(LevelsConfig):
-    """tokens: interleaved, an item and its action a token each; or merged, an item with the action before it as one, of
-    half the number. An action is the highest of the levels that is reached. head: the width of the head's inner layer.
-    features: whether the user's features are added to the first token, and an item's to its token.
+    """tokens: interleaved, an item and its action a token each; merged, an item with the action before it as one, of
+    half the number; or items, without actions. An action is the highest of the levels that is reached.
+
+    head: the width of the head's inner layer. features: whether the user's features are added to the first token, and
+    an item's to its own.
     """
 
-    tokens: Literal["interleaved", "merged"]
+    tokens: Literal["interleaved", "merged", "items"]
     head: Count
     features: bool = False
 
 
 class RankingTask(Task):
-    """Says of each token how likely the next interaction's rating reaches each level."""
+    """Says of each token how likely the next interaction's rating is to reach each level."""
 
     schedules = ("windows", "one-pass")
-    evaluation = RankingEvaluation
 
     def __init__(
         self, settings: dict[str, Any], training: TrainingConfig, num_items: int, protocol: dict[str, Any]
     ) -> None:
-        config = read(LevelsConfig, settings, "model.", others=True)
-        if protocol["positive"] not in config.levels:
-            raise EntryError(f"key model.levels: {config.levels} lacks protocol.positive, {protocol['positive']}")
+        self.config = read(LevelsConfig, settings, "model.", others=True)
+        levels = self.config.all_levels(protocol)
         super().__init__(settings, training, num_items)
-        self.config, self.positive = config, config.levels.index(protocol["positive"])
+        self.positive = levels.index(protocol["positive"])
         self.levels: torch.Tensor
-        self.register_buffer("levels", torch.tensor(config.levels), persistent=False)
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
 
     @abstractmethod
     def logits(self, batch: Batch) -> torch.Tensor:
-        """(T, levels): of each token's next item, whether its rating will reach each level."""
+        """(T, levels) float32: of each token's next item, whether its rating will reach each level."""
 
     def prepare(self, sequences: Sequences, num_held_out: torch.Tensor) -> None:
         """Raises StepError if an interaction has no rating."""
-        if sequences.rating is None or bool(sequences.rating.isnan().any()):
-            raise StepError("ranking predicts ratings, and the data set lacks some or all: take another data set")
+        require_ratings(sequences)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean cross entropy of engagement, and by `others_weight` that of the other levels."""
@@ -79,8 +81,8 @@ class RankingTask(Task):
         reached = (batch.next_rating[:, None] >= self.levels).to(logits.dtype)
         terms = F.binary_cross_entropy_with_logits(logits, reached, reduction="none")
         engaged, others = terms[:, self.positive], terms.sum(1) - terms[:, self.positive]
-        if len(self.config.levels) > 1:
-            engaged = engaged + self.config.others_weight * others / (len(self.config.levels) - 1)
+        if len(self.levels) > 1:
+            engaged = engaged + self.config.others_weight * others / (len(self.levels) - 1)
         return masked_mean(engaged, batch.token_mask)
 
     def predict(self, batch: Batch) -> torch.Tensor:
@@ -105,38 +107,40 @@ class Ranking(RankingTask):
         protocol: dict[str, Any],
         sizes: FieldSizes | None = None,
     ) -> None:
+        """sizes: of the data's features, for a model that reads them."""
         config = read(RankingConfig, settings, "model.", others=True)
         self._per_item = 2 if config.tokens == "interleaved" else 1
         super().__init__(settings, replace(training, max_len=self._per_item * training.max_len), num_items, protocol)
-        self.actions = nn.Embedding(len(config.levels) + 1, self.dim)
-        nn.init.trunc_normal_(self.actions.weight, std=0.02, a=-0.04, b=0.04)
+        levels = config.all_levels(protocol)
+        self.actions = nn.Embedding(len(levels) + 1, self.dim) if config.tokens != "items" else None
+        if self.actions is not None:
+            nn.init.trunc_normal_(self.actions.weight, std=0.02, a=-0.04, b=0.04)
         self.head = nn.Sequential(
             nn.LayerNorm(self.dim),
             nn.Linear(self.dim, config.head),
             nn.SiLU(),
-            nn.Linear(config.head, len(config.levels)),
+            nn.Linear(config.head, len(levels)),
         )
         self.user_features = self.item_features = None
         if config.features:
             if sizes is None:
-                raise ValueError("a model with features needs to know how many values they have")
+                raise ValueError("a model that reads features needs to know how many values they have")
             self.user_features = FeatureEmbeddings(sizes.user_features, self.dim)
             self.item_features = FeatureEmbeddings(sizes.item_features, self.dim)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """(T, levels) float32: of each token's next item, whether its rating will reach each level."""
-        action = embedding_lookup(self.actions, torch.bucketize(batch.rating, self.levels, right=True))
         first, item = embedding_lookup(self.items, batch.item), embedding_lookup(self.items, batch.next_item)
         if self.user_features is not None and self.item_features is not None:
-            of_users = self.user_features(batch.user_features)
-            of_first = self.item_features(batch.item_features)
-            first = sum((values[user_place(batch)] for values in of_users), sum(of_first, first))
+            of_users = [values[user_place(batch)] for values in self.user_features(batch.user_features)]
+            first = sum([*of_users, *self.item_features(batch.item_features)], first)
             item = sum(self.item_features(batch.next_item_features), item)
         before = torch.where((batch.position == 0)[:, None], first, 0)
+        if self.actions is not None:
+            before = before + embedding_lookup(self.actions, torch.bucketize(batch.rating, self.levels, right=True))
         if self._per_item == 1:
-            embeddings, sequence = item + action + before, _merged(batch)
+            embeddings, sequence = item + before, _merged(batch)
         else:
-            embeddings = torch.stack([action + before, item], dim=1).flatten(0, 1)
+            embeddings = torch.stack([before, item], dim=1).flatten(0, 1)
             sequence = _interleaved(batch)
         states: torch.Tensor = self.encoder(embeddings, sequence)
         logits: torch.Tensor = self.head(states.view(len(batch.item), self._per_item, -1)[:, -1])

@@ -49,7 +49,7 @@ def register(
     chosen = [
         _Candidate(best, runs / best.run.path, data / best.run.dataset, ids[str(best.run.path)])
         for row in by_row(records).values()
-        if "valid" in row[0].metrics
+        if "valid" in row[0].metrics and row[0].task == "retrieval"  # what ranks recommends nothing by itself
         for best in [max(row, key=lambda record: record.metrics["valid"][_SELECTION])]
     ]
     chosen = [

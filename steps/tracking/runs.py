@@ -18,6 +18,7 @@ import polars as pl
 
 from steps.common import params
 from steps.common.files import read_json
+from steps.evaluation.names import OF_TASK
 from steps.reporting.records import Record
 from steps.tracking.store import NEWEST, here, logged, mark_newest, search
 
@@ -214,9 +215,10 @@ def _metrics(record: Record, start: int, end: int) -> list[Any]:
         return Metric(logged(name), value, moment, step)
 
     result, points, moment = record.metrics, [], float(start)
+    metrics = OF_TASK[record.task]
     for line in record.history:
         moment += 1000 * _seconds_of(line)
-        about = {name: line[name] for name in line if name == "train/loss" or "@" in name or name.endswith("/mrr")}
+        about = {name: line[name] for name in line if name == "train/loss" or name.partition("/")[2] in metrics}
         points += [
             metric(name, value, round(moment), line["epoch"]) for name, value in {**about, **_system(line)}.items()
         ]

@@ -27,7 +27,7 @@ _TABLE, _CHARTS, _PAIR = "table", "charts", "pair"
 
 def set_views(client: Any, experiment_id: str, title: str, records: list[Record]) -> None:
     """Describe the experiment, and set its shared views; the charts show means where rows have several seeds."""
-    task = params.load("tasks")["retrieval"]
+    task = params.load("tasks")[records[0].task]
     headline, compared = [logged(name) for name in task["headline"]], logged(task["compared"])
     charts = _charts(headline, compared)
     means = {"groupBy": _ROWS, "runsHiddenMode": "SHOW_ALL"} if len({one.run.seed for one in records}) > 1 else {}

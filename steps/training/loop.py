@@ -24,7 +24,7 @@ from steps.data.fields import FieldSizes
 from steps.data.sequences import Sequences
 from steps.data.split import split_sequences
 from steps.evaluation.names import SELECTIONS, SHOWN
-from steps.tasks import Task, build
+from steps.tasks import EVALUATIONS, Task, build
 from steps.training.checkpoint import StateError, StateWriter, load_state, read_state
 from steps.training.execution import Execution, Mode
 from steps.training.optimizers import make_optimizer
@@ -82,7 +82,8 @@ class Training:
         self.schedule = make_schedule(model.schedules, self.settings, self.sequences, self.split.num_held_out)
         self.execution = Execution(model, self.optimizer, self.schedule, self.stream, mode or self._best_mode())
         part = self.split.eval_part
-        evaluation = model.evaluation(self.config, self.sequences, self.split.held_out[part])
+        evaluate = EVALUATIONS[task_of(self.config["protocol"])]
+        evaluation = evaluate(self.config, self.sequences, self.split.held_out[part])
         self._validation = Validation(model, evaluation, part)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, torch.Tensor] = {}

@@ -88,7 +88,7 @@ def add_tables(data: Path, users: list[str], titles: list[str]) -> Path:
 def seal(run: Path) -> None:
     """Put the hashes of a run's files into its metrics.json, as train and evaluate would."""
     hashes = {"config_sha256": content_sha256(read_json(run / "config.json"))}
-    files = {"history": "history.jsonl", "weights": "model.safetensors", "ranks": "ranks.safetensors"}
+    files = {"history": "history.jsonl", "weights": "model.safetensors", "outcomes": "outcomes.safetensors"}
     for name, file in files.items():
         hashes[f"{name}_sha256"] = sha256(run / file) if (run / file).exists() else "absent"
     write_json(run / "metrics.json", read_json(run / "metrics.json") | hashes)
@@ -102,7 +102,7 @@ def add_record(folder: Path, row: str, seed: int, config: dict[str, Any], metric
 
     texts = {"config.json": json.dumps(config), "history.jsonl": "", "metrics.json": json.dumps(metrics)}
     key = {"dataset": "ml-1m", "model": row, "protocol": "strict", "seed": seed}
-    rows = [key | texts | {"ranks_sha256": None}]
+    rows = [key | texts | {"outcomes_sha256": None}]
     if (folder / RUNS).exists():
         rows = [*pl.read_parquet(folder / RUNS).iter_rows(named=True), *rows]
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from steps.reporting.outcomes import TestRanks
 from steps.reporting.parity import orderings
-from steps.reporting.records import TestRanks
 from steps.reporting.statistics import (
     compare_pairs,
     holm,

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from steps.common.params import Run
+from steps.reporting.outcomes import TestRanks
 from steps.reporting.parity import curve_table, independent_table, parity_table
-from steps.reporting.records import Record, TestRanks
+from steps.reporting.records import Record
 
 PAPER: dict[str, Any] = {
     "public_datasets": {"d": {"hstu": {"hr@10": 0.3, "ndcg@10": 0.2}, "sasrec": {"hr@10": 0.1, "ndcg@10": 0.1}}},

@@ -104,7 +104,7 @@ def test_a_target_has_the_place_that_evaluation_gives_it(
 ) -> None:
     run = train(tmp_path / "run", data, model, protocol)
     step("evaluate", "--run", run, "--data", data, "--device", "cpu", cwd=ROOT)
-    ranks = load_file(run / "ranks.safetensors")
+    ranks = load_file(run / "outcomes.safetensors")
     recommender, _ = load_run(run, data)
     targets, histories = [], []
     for user in ranks["test_users"]:

@@ -18,7 +18,8 @@ from steps.common import params, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import write_json, write_text
 from steps.evaluation.names import HR_CUTOFFS, NDCG_CUTOFFS
-from steps.reporting.records import LARGEST_RANK, RANKS, RUNS, read_records, write_records
+from steps.reporting.outcomes import LARGEST_RANK, TestRanks
+from steps.reporting.records import RUNS, read_records, write_records
 from tests.conftest import step
 from tests.steps.runs import seal
 
@@ -53,7 +54,7 @@ def fake_run(project: Path, run: params.Run, commit: str = "a" * 40) -> None:
     random = torch.Generator().manual_seed(10 * len(run.model) + run.seed)
     best, ties = (torch.randint(1, 40 // (1 + len(run.model) % 3), (200,), generator=random).int() for _ in range(2))
     ranks = {"test": best, "test_ties": ties, "test_users": torch.arange(200)}
-    save_file(ranks, folder / "ranks.safetensors")
+    save_file(ranks, folder / "outcomes.safetensors")
     save_file({"w": torch.ones(2)}, folder / "model.safetensors")
     seal(folder)
 
@@ -119,7 +120,7 @@ def test_tables_are_the_same_bytes_from_runs_and_from_their_records(project: Pat
     figures = {f"{name}{end}" for name in ("curves", "groups", "speed", "intervals") for end in FIGURE}
     assert figures | {"table.md", "paper.tex", "paper.html", "intervals.csv", "parity.md"} <= set(before)
     step("record", "--experiment", "mine", "--runs", "runs/mine", "--output", "reports/mine/records", cwd=project)
-    assert sorted(path.name for path in (folder / "records").iterdir()) == [RANKS, RUNS]
+    assert sorted(path.name for path in (folder / "records").iterdir()) == [TestRanks.FILE, RUNS]
     tabulate(project, "mine", "reports/mine/records")
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
@@ -185,12 +186,12 @@ def test_records_hold_the_ranks_up_to_the_largest_that_counts(project: Path, ml_
         fake_run(project, run)
     path = project / "runs/mine" / ml_1m[0].path
     best, ties = torch.arange(1, 1001).int(), (torch.arange(1000) % 3).int()
-    save_file({"test": best, "test_ties": ties, "test_users": torch.arange(1000)}, path / "ranks.safetensors")
+    save_file({"test": best, "test_ties": ties, "test_users": torch.arange(1000)}, path / "outcomes.safetensors")
     seal(path)
     folder = record_all(project)
     (found, *_), missing = read_records("mine", folder)
     assert missing == []
-    kept = found.ranks()
+    kept = found.outcomes()
     assert kept.users.tolist() == list(range(1000))
     assert kept.best.tolist() == [*range(1, LARGEST_RANK + 1), *[LARGEST_RANK + 1] * (1000 - LARGEST_RANK)]
     assert kept.ties.tolist() == [*ties.tolist()[:LARGEST_RANK], *[0] * (1000 - LARGEST_RANK)]
@@ -204,8 +205,8 @@ def test_recording_again_replaces_runs_and_leaves_out_those_that_are_no_more(
     for run in ml_1m:
         fake_run(project, run)
     folder = record_all(project)
-    before = (folder / RANKS).read_bytes()
-    assert (record_all(project) / RANKS).read_bytes() == before
+    before = (folder / TestRanks.FILE).read_bytes()
+    assert (record_all(project) / TestRanks.FILE).read_bytes() == before
     fake_run(project, ml_1m[0], commit="b" * 40)
     experiment(project, "mine", datasets=["ml-1m"], models=["sasrec", "hstu"], protocols=["strict"], seeds=[0, 1])
     shutil.rmtree(project / "runs/mine" / ml_1m[-1].path.parts[0] / "hstu")
@@ -221,17 +222,19 @@ def test_records_that_do_not_belong_together_are_named(project: Path, ml_1m: lis
     for run in ml_1m:
         fake_run(project, run)
     folder = record_all(project)
-    runs, ranks = pl.read_parquet(folder / RUNS), pl.read_parquet(folder / RANKS)
+    runs, ranks = pl.read_parquet(folder / RUNS), pl.read_parquet(folder / TestRanks.FILE)
     if damage == "half":
         (folder / RUNS).write_bytes((folder / RUNS).read_bytes()[:500])
     elif damage == "other ranks":
-        ranks.with_columns(pl.lit(3, pl.UInt16).alias("rank")).write_parquet(folder / RANKS)
+        ranks.with_columns(pl.lit(3, pl.UInt16).alias("rank")).write_parquet(folder / TestRanks.FILE)
     else:
         column = "history.jsonl" if damage == "other history" else "config.json"
         old, new = ('"epoch": 1', '"epoch": 3') if damage == "other history" else ('"seed": 0', '"seed": 9')
         runs.with_columns(pl.col(column).str.replace(old, new, literal=True)).write_parquet(folder / RUNS)
-    with pytest.raises(StepError, match="ranks.parquet has other ranks" if damage == "other ranks" else "runs.parquet"):
-        read_records("mine", folder)[0][0].ranks()
+    with pytest.raises(
+        StepError, match="ranks.parquet has other outcomes" if damage == "other ranks" else "runs.parquet"
+    ):
+        read_records("mine", folder)[0][0].outcomes()
 
 
 def test_ranks_of_many_users_stay_in_runs(
@@ -242,7 +245,7 @@ def test_ranks_of_many_users_stay_in_runs(
     monkeypatch.setattr("steps.reporting.records.MOST_USERS", 199)
     folder = record_all(project)
     with pytest.raises(StepError, match="compare runs/mine"):
-        read_records("mine", folder)[0][0].ranks()
+        read_records("mine", folder)[0][0].outcomes()
 
 
 def test_details_show_every_rule_and_group(project: Path, ml_1m: list[params.Run]) -> None:
@@ -336,7 +339,7 @@ def test_a_protocol_of_one_s_own_has_its_table(project: Path) -> None:
 def test_ranks_that_cannot_be_compared_are_named(project: Path, ml_1m: list[params.Run], users: int | None) -> None:
     for run in ml_1m:
         fake_run(project, run)
-    path = project / "runs/mine" / ml_1m[-1].path / "ranks.safetensors"
+    path = project / "runs/mine" / ml_1m[-1].path / "outcomes.safetensors"
     path.unlink()
     if users:
         ones = torch.ones(users, dtype=torch.int32)

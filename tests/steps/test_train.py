@@ -242,10 +242,10 @@ def test_strict_keeps_the_best_validation_epoch_and_paper_the_last(data: Path, t
     assert metrics["test"]["ndcg@10"] == pytest.approx(history[-1]["test/ndcg@10"], abs=1e-6)
     assert metrics["test_best"]["ndcg@10"] == max(line["test/ndcg@10"] for line in history)
     assert "valid" not in metrics
-    assert set(load_file(strict / "ranks.safetensors")) == {
+    assert set(load_file(strict / "outcomes.safetensors")) == {
         f"{split}{what}" for split in ("test", "valid") for what in ("", "_ties", "_users")
     }
-    assert load_file(paper / "ranks.safetensors")["test"].shape == (150,)
+    assert load_file(paper / "outcomes.safetensors")["test"].shape == (150,)
     for name in ("commit", "data_sha256", "device", "versions", "train_seconds", "peak_bytes"):
         assert name in metrics
 
@@ -532,9 +532,12 @@ def evaluated(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tamper(run: Path, what: str) -> str:
     """Change a file of a run; returns its name."""
-    name = {"bias": "config.json", "epoch": "training.json", "line": "history.jsonl", "ranks": "ranks.safetensors"}.get(
-        what, "model.safetensors"
-    )
+    name = {
+        "bias": "config.json",
+        "epoch": "training.json",
+        "line": "history.jsonl",
+        "outcomes": "outcomes.safetensors",
+    }.get(what, "model.safetensors")
     path = run / name
     content = bytearray(path.read_bytes())
     match what:
@@ -555,18 +558,18 @@ def tamper(run: Path, what: str) -> str:
     return name
 
 
-@pytest.mark.parametrize("what", ["bias", "line", "weights", "cut", "ranks", "epoch"])
+@pytest.mark.parametrize("what", ["bias", "line", "weights", "cut", "outcomes", "epoch"])
 def test_files_that_do_not_belong_together_are_named(what: str, evaluated: Path, data: Path, tmp_path: Path) -> None:
     run = shutil.copytree(evaluated, tmp_path / "run")
     check_run(run)
     name = tamper(run, what)
     with pytest.raises(StepError, match=rf"run/(metrics\.json and )?{name}.*(again|train)"):
         check_run(run)
-    if what not in ("ranks", "epoch"):  # which evaluate writes, or reads its figures from
+    if what not in ("outcomes", "epoch"):  # which evaluate writes, or reads its figures from
         assert f"run/{name}" in fails("evaluate", run, data)
 
 
-def test_a_record_without_weights_and_ranks_is_checked_as_well(evaluated: Path, tmp_path: Path) -> None:
+def test_a_record_without_weights_and_outcomes_is_checked_as_well(evaluated: Path, tmp_path: Path) -> None:
     for name in ("config.json", "history.jsonl", "metrics.json"):
         shutil.copyfile(evaluated / name, tmp_path / name)
     check_run(tmp_path)

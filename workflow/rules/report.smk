@@ -46,6 +46,7 @@ rule tabulate:
 rule compare:
     input:
         "steps/compare.py",
+        "steps/evaluation/clicks.py",
         "steps/evaluation/metrics.py",
         REPORTING_CODE,
         "params/paper.yaml",

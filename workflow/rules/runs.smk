@@ -56,7 +56,7 @@ rule evaluate:
         "data/processed/{dataset}/manifest.json",
     output:
         f"{RUN}/metrics.json",
-        f"{RUN}/ranks.safetensors",
+        f"{RUN}/outcomes.safetensors",
     log:
         f"logs/evaluate/{RUN}.log",
     conda:
