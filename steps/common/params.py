@@ -8,6 +8,7 @@ import it: they read the `config.json` that `plan` resolved.
 """
 
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -138,7 +139,8 @@ def runs(experiment: str, root: Path = ROOT) -> Iterator[Run]:
     """Every run of an experiment, in table order.
 
     A model without randomness has the first seed alone. With a `grid`, every model becomes one for each point of the
-    grid, named `model+key=value+...`. Characters that a file's name cannot have are quoted as in URLs.
+    grid, named `model+key=value+...`. Characters that a file's name cannot have are quoted as in URLs. With `points`
+    these are that many of the grid's, those whose texts have the least SHA-256: the same for every model.
     """
     content = load(f"experiments/{experiment}", root)
     grid = content.get("grid", {})
@@ -146,6 +148,9 @@ def runs(experiment: str, root: Path = ROOT) -> Iterator[Run]:
         "".join(f"+{key}={quote(yaml_files.scalar(value), safe='')}" for key, value in zip(grid, point, strict=True))
         for point in product(*grid.values())
     ]
+    if "points" in content:
+        drawn = set(sorted(points, key=lambda point: hashlib.sha256(point.encode()).digest())[: content["points"]])
+        points = [point for point in points if point in drawn]
     for dataset in content["datasets"]:
         for model in [model + point for model in content["models"] for point in points]:
             for protocol in content["protocols"]:
@@ -199,19 +204,58 @@ def resolve(run: Run, root: Path = ROOT) -> dict[str, Any]:
     )
     valid_of(run.dataset, root)
     where = f"{data_file}, entry {run.dataset}"
+    tuned_file, tuned = _tuned(run, row, root)
+    if tuned:
+        _set_entries(config, tuned, tuned_file)
+        _check_point(config, row, shape, tuned_file, root)
     if point:
         where = f"{experiment_path(run.experiment, root)}, grid"
-        for key, value in point:
-            try:
-                set_entry(config, key, yaml_files.parse(value, f"{where}, {key}"))
-            except KeyError:
-                raise StepError(f"{where}: no parameter {key!r}; it is the path in a run's config.json") from None
+        _set_entries(config, point_of(run.model)[1], where)
         _check_point(config, row, shape, where, root)
     model = config["model"]
     if model["model"] in _SPLIT_BY_HEADS and model["dim"] % model["heads"]:
         raise StepError(f"{where}: {model['heads']} heads do not divide dim {model['dim']}, as model {row} needs")
     config["protocol"] = {"name": run.protocol, **config["protocol"]}
     return config
+
+
+def point_of(model: str) -> tuple[str, dict[str, Any]]:
+    """A row of params/models.yaml and the settings of a grid's point by dotted key, from a name of `runs`."""
+    row, point = _split(model)
+    return row, {key: yaml_files.parse(value, f"{model}, {key}") for key, value in point}
+
+
+def tuned_path(experiment: str, search: str, root: Path = ROOT) -> Path:
+    """The file of what a search chose, for an experiment that is `tuned` by it: beside the experiments' folder."""
+    return experiment_path(experiment, root).parent.parent / "tuned" / f"{search}.yaml"
+
+
+def _tuned(run: Run, row: str, root: Path) -> tuple[str, dict[str, Any]]:
+    """The file of what the experiment's search chose, and the settings of a row; none if the row has nothing to tune.
+
+    Raises StepError if the search has not chosen for a row that learns.
+    """
+    search = load(f"experiments/{run.experiment}", root).get("tuned")
+    if search is None or entry("models", row, root)["model"] in COUNT_BASED:
+        return "", {}
+    path = tuned_path(run.experiment, search, root)
+    found = _parse(str(path), _text(path), _schema("tuned", root)) if path.is_file() else {}
+    chosen = found.get(run.dataset, {}).get(row)
+    if chosen is None:
+        raise StepError(
+            f"{experiment_path(run.experiment, root)}, key tuned: {path} has nothing for {row} on {run.dataset}; run "
+            f"experiment {search} with this row, then `python -m steps.choose --experiment {search}`"
+        )
+    return str(path), chosen["settings"]
+
+
+def _set_entries(config: dict[str, Any], settings: dict[str, Any], where: str) -> None:
+    """Set entries of a run's config by dotted key. Raises StepError that names a key which it does not have."""
+    for key, value in settings.items():
+        try:
+            set_entry(config, key, value)
+        except KeyError:
+            raise StepError(f"{where}: no parameter {key!r}; it is the path in a run's config.json") from None
 
 
 def _require_task(run: Run, row: str, task: str, root: Path) -> None:
@@ -237,10 +281,13 @@ def _split(model: str) -> tuple[str, list[tuple[str, str]]]:
 def _check_point(config: dict[str, Any], row: str, shape: str | None, where: str, root: Path) -> None:
     """Check the values of a grid's point against the schemas of the files that its keys come from."""
     training, model = dict(config["training"]), dict(config["model"])
+    training.pop("stochastic_length", None)  # of the experiment alone, whose schema has checked it
+    of_row = {key: training.pop(key) for key in ("schedule",) if key in training}
     data = entry("datasets", config["dataset"], root)
     sizes = data["training"]["base"]
     training["base"] = {key: model.pop(key) for key in sizes} if shape else sizes
     named = {key: value for key, value in entry("models", row, root).items() if key in ("label", "task", "shape")}
+    named |= {"training": of_row} if of_row else {}
     parts = {
         "datasets": {config["dataset"]: data | {"training": training}},
         "models": {row: model | named},

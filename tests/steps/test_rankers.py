@@ -366,7 +366,7 @@ def test_what_does_not_fit_is_refused() -> None:
     del settings["model"]["hidden"]
     with pytest.raises(EntryError, match=r"key model\.hidden: is missing"):
         build(settings, ITEMS, FieldSizes.of(data))
-    with pytest.raises(EntryError, match="'dlrm' is not one of .*, the models of retrieval"):
+    with pytest.raises(EntryError, match=r"'dlrm' is not one of .*, the models of retrieval"):
         build(config("dlrm") | {"protocol": {"name": "strict"}}, ITEMS, FieldSizes.of(data))
     with pytest.raises(ValueError, match="how many values they have"):
         build(config("dlrm"), ITEMS)

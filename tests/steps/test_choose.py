@@ -1,0 +1,107 @@
+"""A search: the same points for every row, chosen among on validation, for an experiment that is tuned by it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from steps import choose as step_choose
+from steps.common import params, yaml_files
+from steps.common.cli import StepError
+from tests.conftest import step
+
+GRID = {"model.optimizer.lr": [1.0e-3, 1.0e-2, 1.0e-1], "training.dropout": [0.0, 0.2]}
+SEARCH = {
+    "title": "A search", "datasets": ["demo"], "models": ["logistic-regression", "dlrm"],
+    "protocols": ["temporal-ranking"], "seeds": [0], "training": {"epochs": 1}, "grid": GRID, "points": 3,
+}  # fmt: skip
+
+
+def write(project: Path, name: str, content: dict[str, Any]) -> None:
+    path = project / "params/local/experiments" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml_files.dump(content))
+
+
+def test_points_are_the_same_for_every_row_and_for_good(project: Path) -> None:
+    root = project / "params"
+    write(project, "search", SEARCH)
+    found: dict[str, list[str]] = {}
+    for run in params.check("search", root):
+        found.setdefault(run.model.split("+")[0], []).append(run.model.split("+", 1)[1])
+    assert found["dlrm"] == [  # of the six the least three by sha256sum, with a plus sign before each
+        "model.optimizer.lr=0.001+training.dropout=0.0",
+        "model.optimizer.lr=0.01+training.dropout=0.0",
+        "model.optimizer.lr=0.1+training.dropout=0.0",
+    ]
+    assert found["logistic-regression"] == found["dlrm"]
+    write(project, "search", SEARCH | {"points": 99})
+    assert len(params.check("search", root)) == 12
+    write(project, "search", {key: value for key, value in SEARCH.items() if key != "grid"})
+    with pytest.raises(StepError, match="'grid' is a dependency of 'points'"):
+        params.check("search", root)
+
+
+def record(model: str, seed: int, protocol: str = "temporal-ranking", **metrics: Any) -> Any:
+    run = params.Run("search", "demo", model, protocol, seed)
+    return SimpleNamespace(run=run, config={"protocol": {"task": "ranking"}}, metrics=metrics)
+
+
+def test_the_least_mean_over_seeds_is_chosen() -> None:
+    values = {("dlrm+a.b=1", 0): 0.8, ("dlrm+a.b=1", 1): 0.9, ("dlrm+a.b=2", 0): 0.7, ("dlrm+a.b=2", 1): 0.99}
+    values |= {("din+a.b=1", 0): 0.9, ("din+a.b=2", 0): 0.9}
+    records = [record(*key, valid={"ne": value}) for key, value in values.items()]
+    assert step_choose.choose(records) == {
+        "demo": {
+            "dlrm": {"trials": 2, "metric": "ne", "value": 0.845, "settings": {"a.b": 2}},
+            "din": {"trials": 2, "metric": "ne", "value": 0.9, "settings": {"a.b": 1}},
+        }
+    }
+    with pytest.raises(StepError, match="has no validation to choose by"):
+        step_choose.choose([record("dlrm+a.b=1", 0, test={"ne": 0.5})])
+    with pytest.raises(StepError, match="protocols temporal-ranking, upstream-ranking; settings are chosen under one"):
+        step_choose.choose([*records, record("dlrm+a.b=1", 0, "upstream-ranking", valid={"ne": 0.5})])
+
+
+def test_a_search_tunes_an_experiment(project: Path) -> None:
+    root = project / "params"
+    write(project, "search", SEARCH | {"models": ["logistic-regression"], "points": 2})
+    tuned = {key: value for key, value in SEARCH.items() if key not in ("grid", "points", "training")}
+    tuned["models"] = ["mean-rating", "logistic-regression"]
+    write(project, "own", tuned | {"tuned": "search"})
+    with pytest.raises(StepError, match=r"tuned/search\.yaml has nothing for logistic-regression on demo; run exp"):
+        params.check("own", root)
+    step("synthesize", "--dataset", "demo", "--output", "data/synthetic/demo.zip", cwd=project)
+    step("download", "--dataset", "demo", "--output", "data/raw/demo", cwd=project)
+    step("validate", "--dataset", "demo", "--raw", "data/raw/demo", "--output", "data/valid/demo", cwd=project)
+    data = ("--data", "data/processed/demo")
+    step("preprocess", "--dataset", "demo", "--valid", "data/valid/demo", "--output", data[1], cwd=project)
+    runs = params.check("search", root)
+    for run in runs:
+        folder = Path("runs/search") / run.path
+        named = ("--experiment", "search", "--dataset", "demo", "--model", run.model, "--protocol", run.protocol)
+        step("plan", *named, "--seed", 0, *data, "--output", folder / "config.json", cwd=project)
+        step("train", "--run", folder, *data, "--threads", 1, cwd=project)
+        if run != runs[-1]:
+            step("evaluate", "--run", folder, *data, cwd=project)
+    choose = ("--experiment", "search", "--runs", "runs/search")
+    assert "lacks 1 runs of search" in step("choose", *choose, cwd=project, check=False).stderr
+    step("evaluate", "--run", folder, *data, cwd=project)
+    step("choose", *choose, cwd=project)
+    chosen = yaml_files.read(root / "local/tuned/search.yaml")["demo"]["logistic-regression"]
+    assert chosen["trials"] == 2
+    assert chosen["settings"].keys() == GRID.keys()
+    mean, regression = params.check("own", root)
+    assert params.resolve(mean, root)["model"] == {"model": "mean-rating", "shrink": 20.0}
+    config = params.resolve(regression, root)
+    settings = {
+        "model.optimizer.lr": config["model"]["optimizer"]["lr"],
+        "training.dropout": config["training"]["dropout"],
+    }
+    assert settings == chosen["settings"]
+    # What does not fit is refused, whoever wrote it.
+    path = root / "local/tuned/search.yaml"
+    path.write_text(path.read_text().replace("training.dropout", "training.dropouts"))
+    with pytest.raises(StepError, match=r"tuned/search\.yaml: no parameter 'training\.dropouts'"):
+        params.check("own", root)
