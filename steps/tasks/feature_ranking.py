@@ -73,7 +73,7 @@ class FeatureRanking(RankingTask):
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(T, levels): of each token's next item, whether its rating will reach each level."""
-        user = batch.user[user_place(batch)]
+        user = batch.user.index_select(0, user_place(batch))
         dense = self._counts(batch.sequences, user, batch.next_item, batch.next_timestamp)
         history = first_order = None
         if self.encoder.reads_history:

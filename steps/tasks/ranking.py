@@ -131,7 +131,8 @@ class Ranking(RankingTask):
     def logits(self, batch: Batch) -> torch.Tensor:
         first, item = embedding_lookup(self.items, batch.item), embedding_lookup(self.items, batch.next_item)
         if self.user_features is not None and self.item_features is not None:
-            of_users = [values[user_place(batch)] for values in self.user_features(batch.user_features)]
+            place = user_place(batch)
+            of_users = [values.index_select(0, place) for values in self.user_features(batch.user_features)]
             first = sum([*of_users, *self.item_features(batch.item_features)], first)
             item = sum(self.item_features(batch.next_item_features), item)
         before = torch.where((batch.position == 0)[:, None], first, 0)

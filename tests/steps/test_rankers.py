@@ -10,6 +10,8 @@ from steps.common.typed import EntryError
 from steps.data.before import Before
 from steps.data.fields import FieldSizes
 from steps.data.sequences import Batch, Sequences, StaticShape
+from steps.data.split import split_sequences
+from steps.evaluation.ranking import RankingEvaluation
 from steps.models.rankers import RANKERS
 from steps.models.rankers.deepfm import pairwise
 from steps.models.rankers.din import ActivationUnit
@@ -90,11 +92,12 @@ def windows(data: Sequences, users: list[int] | None = None) -> Batch:
 # What a prediction may see
 
 
-@pytest.mark.parametrize("model", EVERY)
+@pytest.mark.parametrize("model", [*EVERY, "hstu merged"])
 def test_no_prediction_sees_its_own_rating_or_the_future(model: str) -> None:
     data = sequences()
     assert data.rating is not None
-    task, batch = make(model, data), windows(data)
+    model, *merged = model.split()
+    task, batch = make(model, data, **({"tokens": "merged"} if merged else {})), windows(data)
     expected = task.predict(batch)
     for now in (60, 120, 180):
         generator = torch.Generator().manual_seed(now)
@@ -108,6 +111,34 @@ def test_no_prediction_sees_its_own_rating_or_the_future(model: str) -> None:
         assert until.any()
         assert torch.equal(found[until], expected[until])
         assert not torch.equal(found[~until], expected[~until])
+
+
+@pytest.mark.parametrize("model", EVERY)
+def test_candidates_of_one_request_do_not_see_each_other(model: str) -> None:
+    """Of users who are not trained on, nor the interactions of others that come later."""
+    data = sequences(90)
+    assert data.rating is not None
+    protocol = {"name": "users", "task": "ranking", "split": "users", "report": "best", "positive": 4.0}
+    protocol |= {"test_share": 0.25, "valid_share": 0.1, "targets": 4}
+    settings = config(model) | {"protocol": protocol}
+    split = split_sequences(data, protocol)
+    held_out = split.held_out["test"]
+    task = make(model, data)
+    targets = data.offsets[held_out.users + 1] - 1 - held_out.num_after
+    place, expected = torch.arange(len(data.item)), RankingEvaluation(settings, data, held_out).predictions(task).logit
+    for one in range(0, len(targets), 5):
+        # All but the history, and but the item that is asked about, changes from the time of the request on.
+        user = held_out.users[one]
+        first = targets[held_out.users == user].min()
+        history = (place >= data.offsets[user]) & (place < first)
+        changed = (data.timestamp >= data.timestamp[first - 1]) & ~history
+        rating, item = data.rating.clone(), data.item.clone()
+        rating[changed] = 6 - rating[changed]
+        changed[targets[one]] = False
+        item[changed] = item[changed] % ITEMS + 1
+        found = RankingEvaluation(settings, like(data, item, rating), held_out).predictions(task).logit
+        assert torch.equal(found[one], expected[one])
+        assert not torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("model", EVERY)
