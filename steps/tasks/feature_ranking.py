@@ -75,17 +75,21 @@ class FeatureRanking(RankingTask):
         """(T, levels): of each token's next item, whether its rating will reach each level."""
         user = batch.user.index_select(0, user_place(batch))
         dense = self._counts(batch.sequences, user, batch.next_item, batch.next_timestamp)
-        history = first_order = None
+        first_order = item = history = None
+        fields = self.fields(batch, self.items)
         if self.encoder.reads_history:
             action = embedding_lookup(self.actions, torch.bucketize(batch.rating, self.levels, right=True))
-            history = embedding_lookup(self.items, batch.item) + action
+            before = self.fields.item_features(batch.item_features)
+            history = sum(before, embedding_lookup(self.items, batch.item) + action)
+            item = fields[:, 1] + fields[:, fields.shape[1] - len(before) :].sum(1)
         if self.encoder.reads_first_order:
             first_order = self.weights(batch, self.item_weights).sum(1)
         inputs = Inputs(
-            fields=self.fields(batch, self.items),
+            fields=fields,
             dense=(dense.to(self.dense_mean.dtype) - self.dense_mean) / self.dense_std,
-            history=history,
             first_order=first_order,
+            item=item,
+            history=history,
         )
         logits: torch.Tensor = self.encoder(inputs, batch)
         return logits

@@ -267,7 +267,7 @@ def test_rankers_equal_their_equations(model: str) -> None:
     torch.testing.assert_close(given.dense, numbers)
     ranker, found = task.encoder, []
     for token, (fields, dense) in enumerate(zip(vectors, numbers, strict=True)):
-        flat = torch.cat([*fields, dense])
+        flat, item = torch.cat([*fields, dense]), fields[1] + fields[3] + fields[4]
         match model:
             case "logistic-regression":
                 found.append(sum(fields) + ranker.dense.weight @ dense + ranker.dense.bias)
@@ -292,13 +292,13 @@ def test_rankers_equal_their_equations(model: str) -> None:
                 interests = torch.zeros(task.dim, dtype=torch.float64)
                 for place in range(start, token + 1):
                     e = given.history[place]
-                    inner = ranker.unit.inner(torch.cat([fields[1], e, fields[1] - e, fields[1] * e]))
+                    inner = ranker.unit.inner(torch.cat([item, e, item - e, item * e]))
                     inner = torch.where(inner > 0, inner, ranker.unit.activation.weight * inner)
                     interests = interests + ranker.unit.outer(inner) * e
-                found.append(layers(ranker.deep, torch.cat([flat, interests, interests * fields[1]])))
+                found.append(layers(ranker.deep, torch.cat([flat, interests, interests * item])))
             case "sasrec-ranker":
                 state = ranker.encoder(given.history, batch)[token]
-                found.append(layers(ranker.deep, torch.cat([flat, state, state * fields[1]])))
+                found.append(layers(ranker.deep, torch.cat([flat, state, state * item])))
     expected, logits = torch.stack(found), task.logits(batch)
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-11)
     direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -310,14 +310,18 @@ def test_rankers_equal_their_equations(model: str) -> None:
         torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other, rtol=1e-8, atol=1e-10)
 
 
-def test_history_is_items_and_ratings() -> None:
+def test_history_is_items_with_their_features_and_ratings() -> None:
     data = sequences(8)
     task = make("din", data)
     batch = windows(data)
     given, _, _ = inputs_of(task, batch)
     for token in range(len(batch.item)):
         level = sum(float(batch.rating[token]) >= bound for bound in (2.0, 4.0))
-        expected = task.items.weight[batch.item[token]] + task.actions.weight[level]
+        item = int(batch.item[token])
+        genres, kinds = task.fields.item_features.tables
+        own = data.item_features["genres"][item].double()
+        expected = task.items.weight[item] + task.actions.weight[level] + kinds.weight[data.item_features["kind"][item]]
+        expected = expected + own @ genres.weight[1:] / own.sum().clamp(min=1)
         torch.testing.assert_close(given.history[token], expected)
 
 

@@ -28,20 +28,18 @@ class Inputs:
     """What is known of each token's next interaction, without how it was rated.
 
     fields: (T, F, d), embeddings of the user, the item, the user's features, and the item's. dense: (T, C), numbers of
-    mean 0 and variance 1 on what is trained on. history: (T, d), what each token itself was, item and rating; it has
-    happened before the next interaction. first_order: (T, L), the sum of the fields' own weights. Both are None unless
-    the ranker reads them.
+    mean 0 and variance 1 on what is trained on.
+
+    For rankers that read it, first_order: (T, L), the sum of the fields' own weights. For those that read the history,
+    item: (T, d), the next item with its features; and history: (T, d), the same of what each token itself was, with its
+    rating, which has happened before the next interaction.
     """
 
     fields: torch.Tensor
     dense: torch.Tensor
-    history: Any = None
     first_order: Any = None
-
-    @property
-    def item(self) -> torch.Tensor:
-        """The next item's embedding (T, d)."""
-        return self.fields[:, 1]
+    item: Any = None
+    history: Any = None
 
     @property
     def flat(self) -> torch.Tensor:
