@@ -88,10 +88,11 @@ class TestPredictions:
         """What is recorded: floats without the last bits of their mantissa, which compression could not shorten."""
         columns = {}
         for (name, kind), values in zip(self.SCHEMA.items(), astuple(self), strict=True):
-            columns[name] = values.astype(np.int64)
             if kind == pl.Float32:
                 rounded = values.astype(np.float32).view(np.uint32) + np.uint32(0x800)
                 columns[name] = (rounded & _KEPT_BITS).view(np.float32)
+            else:
+                columns[name] = values.astype(np.int64)
         return pl.DataFrame(columns, schema=self.SCHEMA)
 
 

@@ -67,6 +67,24 @@ def test_calibration_is_the_ratio_of_what_is_predicted_to_what_is() -> None:
     assert float(clicks.calibration(logit, torch.tensor([1, 0, 0, 0]))) == pytest.approx(1.6)
 
 
+def test_sums_of_users_are_the_loops(drawn: Predictions) -> None:
+    found = clicks.user_sums(drawn, 30)
+    positive, negative = (drawn.logit[drawn.label == value] for value in (1, 0))
+    for user in range(30):
+        own = [(float(s), int(y)) for u, s, y in zip(*drawn, strict=True) if u == user]
+        assert (found.examples[user], found.positives[user]) == (len(own), sum(y for _, y in own))
+        losses = [math.log1p(math.exp(-s if y else s)) for s, y in own]
+        assert float(found.loss[user]) == pytest.approx(sum(losses), abs=1e-9)
+        assert float(found.probability[user]) == pytest.approx(sum(1 / (1 + math.exp(-s)) for s, _ in own), abs=1e-9)
+        above = [float(((s > negative).double() + (s == negative) / 2).mean()) for s, y in own if y]
+        below = [float(((positive > s).double() + (positive == s) / 2).mean()) for s, y in own if not y]
+        assert float(found.above[user]) == pytest.approx(sum(above), abs=1e-9)
+        assert float(found.below[user]) == pytest.approx(sum(below), abs=1e-9)
+    auc = float(clicks.auc(drawn.logit, drawn.label))
+    assert float(found.above.sum()) / len(positive) == pytest.approx(auc)
+    assert float(found.below.sum()) / len(negative) == pytest.approx(auc)
+
+
 def test_extreme_logits_cost_what_they_are() -> None:
     """No probability is rounded to 1."""
     assert clicks.log_loss(torch.tensor([80.0, -80.0]), torch.tensor([0, 1])).tolist() == pytest.approx([80, 80])

@@ -5,19 +5,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
-from steps.reporting.outcomes import TestRanks
+from steps.common.params import Run
+from steps.evaluation import clicks
+from steps.reporting.outcomes import TestPredictions, TestRanks
 from steps.reporting.parity import orderings
+from steps.reporting.records import Record
 from steps.reporting.statistics import (
+    TESTS,
     compare_pairs,
     holm,
     interval,
     interval_rows,
     metrics_of_intervals,
     resample,
+    seeds_deviation,
     values_of_users,
 )
+from steps.reporting.task import load_task
 
 
 def resampled(models: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -170,3 +177,73 @@ def test_the_table_is_readable(tmp_path: Path) -> None:
     assert float(hstu["low"]) < float(hstu["difference"]) < float(hstu["high"])
     assert int(hstu["users"]) == 6040
     assert "hstu > sasrec (published 0.1720 > 0.1603): holds" in (tmp_path / "parity.md").read_text()
+
+
+def predictions(users: int = 150, seed: int = 0) -> dict[str, np.ndarray]:
+    """Predictions as evaluate writes them; users differ in their number, their share and the model's skill."""
+    random = torch.Generator().manual_seed(seed)
+    user = torch.repeat_interleave(torch.arange(users), torch.randint(1, 30, (users,), generator=random))
+    taste, skill = torch.randn(users, generator=random), torch.rand(users, generator=random) * 2
+    known = torch.randn(len(user), generator=random)
+    label = torch.rand(len(user), generator=random) < torch.sigmoid(taste[user] + known)
+    logit = ((0.5 * taste + 0.3)[user] + skill[user] * known).round(decimals=1)  # with ties
+    return {"test_users": user.numpy(), "test": logit.numpy(), "test_labels": label.to(torch.uint8).numpy()}
+
+
+def metrics_of(tensors: dict[str, np.ndarray]) -> dict[str, float]:
+    user, logit, label = (torch.from_numpy(tensors[name]) for name in ("test_users", "test", "test_labels"))
+    return clicks.named(
+        clicks.click_values(clicks.Predictions(user, logit, label.long()), int(user.max()) + 1).tolist()
+    )
+
+
+def test_ranking_metrics_are_means_of_users_values_with_the_spread_of_the_metric() -> None:
+    """Against metrics that are computed anew of resampled users."""
+    drawn = predictions()
+    names = metrics_of_intervals(load_task("ranking"))
+    values = values_of_users(TestPredictions.of_run(drawn))
+    expected = metrics_of(drawn)
+    for place, name in enumerate(names):
+        assert values[:, place].mean() == pytest.approx(expected[name], abs=2e-4), name
+    random, count = np.random.default_rng(5), len(values)
+    rows = [np.flatnonzero(drawn["test_users"] == user) for user in range(count)]
+    resampled_anew = []
+    for _ in range(300):
+        picked = random.integers(0, count, count)
+        index = np.concatenate([rows[user] for user in picked])
+        number = np.repeat(np.arange(count), [len(rows[user]) for user in picked])
+        resampled_anew.append(metrics_of({name: of[index] for name, of in drawn.items()} | {"test_users": number}))
+    for place, name in enumerate(names):
+        anew = np.std([one[name] for one in resampled_anew])
+        assert values[:, place].std() / count**0.5 == pytest.approx(anew, rel=0.15), name
+
+
+def test_recorded_predictions_are_those_that_tables_are_made_of() -> None:
+    once = TestPredictions.of_run(predictions())
+    again = TestPredictions.of_record(once.light())
+    for name, values in vars(once).items():
+        np.testing.assert_array_equal(values, getattr(again, name))
+
+
+def test_the_test_of_a_ranking_difference_is_that_of_its_mean() -> None:
+    difference = np.random.default_rng(0).exponential(1.0, 400)
+    difference += 0.05 - difference.mean()
+    expected = stats.ttest_1samp(difference, 0).pvalue
+    assert TESTS["ranking"](difference) == pytest.approx(expected, rel=0.05)
+    assert TESTS["ranking"](np.array([0.1])) == 1
+    assert TESTS["ranking"](np.full(4, 0.25)) == 0
+
+
+def of_seeds(values: dict[int, float]) -> list[Record]:
+    return [
+        Record(Run("e", "d", "m", "p", seed), {}, [], {"test": {"auc": value}}, {}, lambda: None)
+        for seed, value in values.items()
+    ]
+
+
+def test_seeds_are_paired_and_a_row_of_one_seed_stands_beside_all() -> None:
+    three = of_seeds({0: 0.7, 1: 0.8, 2: 0.6})
+    other = of_seeds({0: 0.5, 1: 0.7, 4: 0.9})
+    assert seeds_deviation(three, other, "auc") == pytest.approx(np.std([0.2, 0.1], ddof=1))
+    assert seeds_deviation(three, of_seeds({7: 0.5}), "auc") == pytest.approx(0.1)
+    assert seeds_deviation(of_seeds({0: 0.5}), of_seeds({0: 0.6}), "auc") is None

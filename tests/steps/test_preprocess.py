@@ -142,6 +142,18 @@ def test_the_manifest_counts_ties_and_names_no_protocol_s_split() -> None:
             {"split": "temporal", "report": "last", "test_share": 0.28, "valid_share": 0.28},
             {"train": [(0, 1, 1), (0, 2, 2), (0, 3, 2), (1, 1, 3), (1, 2, 4)], "test": [(1, 4, 9)]},
         ),
+        (
+            {"task": "ranking", "split": "temporal", "report": "best", "test_share": 0.28, "valid_share": 0.28},
+            {"train": [(0, 1, 1), (0, 2, 2), (0, 3, 2)], "test": [(1, 5, 5), (1, 4, 9)], "valid": [(1, 2, 4)]},
+        ),
+        (  # user 0 is at place 0, user 1 at 0.618
+            {"split": "users", "report": "last", "test_share": 0.4, "valid_share": 0.3, "targets": 2},
+            {"train": [(1, 1, 3), (1, 2, 4), (1, 5, 5), (1, 4, 9)], "test": [(0, 2, 2), (0, 3, 2)]},
+        ),
+        (
+            {"split": "users", "report": "best", "test_share": 0.4, "valid_share": 0.3, "targets": 3},
+            {"train": [], "test": [(0, 2, 2), (0, 3, 2)], "valid": [(1, 2, 4), (1, 5, 5), (1, 4, 9)]},
+        ),
     ],
 )
 def test_the_split_is_hashed_by_the_rows_that_a_protocol_holds_out(
@@ -158,9 +170,10 @@ def test_the_split_is_hashed_by_the_rows_that_a_protocol_holds_out(
 
 
 @pytest.mark.parametrize("report", ["best", "last"])
-@pytest.mark.parametrize("split", ["leave-last-out", "temporal"])
+@pytest.mark.parametrize("task", ["retrieval", "ranking"])
+@pytest.mark.parametrize("split", ["leave-last-out", "temporal", "users"])
 @pytest.mark.parametrize("seed", range(5))
-def test_both_implementations_of_the_split_agree(seed: int, split: str, report: str) -> None:
+def test_both_implementations_of_the_split_agree(seed: int, split: str, task: str, report: str) -> None:
     random = np.random.default_rng(seed)
     rows = [
         (user, int(random.choice([7, 9, 11, 30, 50])), int(random.integers(0, 40)))
@@ -168,7 +181,7 @@ def test_both_implementations_of_the_split_agree(seed: int, split: str, report: 
         for _ in range(3 + user % 7)
     ]
     tensors, *_ = build(table(rows), ITEMS)
-    protocol = {"split": split, "report": report, "test_share": 0.2, "valid_share": 0.15}
+    protocol = {"split": split, "task": task, "report": report, "test_share": 0.2, "valid_share": 0.15, "targets": 5}
     data = Sequences(*(torch.tensor(tensors[name]).long() for name in ("offsets", "item", "timestamp")), 5)
     assert split_sha256(tensors, protocol) == torch_split_sha256(data, split_sequences(data, protocol))
 

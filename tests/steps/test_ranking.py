@@ -184,3 +184,125 @@ def test_what_does_not_fit_is_refused() -> None:
         bare = Sequences(data.offsets, data.item, data.timestamp, ITEMS, rating=rating)
         with pytest.raises(StepError, match="ranking predicts ratings"):
             make("merged").prepare(bare, torch.zeros(60, dtype=torch.int64))
+
+
+OF_USERS = {
+    "name": "upstream", "task": "ranking", "split": "users", "report": "best", "test_share": 0.25, "valid_share": 0.1,
+    "targets": 5, "positive": 4.0,
+}  # fmt: skip
+
+
+def shuffled(data: Sequences, rows: torch.Tensor, seed: int = 1) -> Sequences:
+    """The items and ratings of these rows in another order, drawn apart; times are as they were."""
+    generator, (item, rating) = torch.Generator().manual_seed(seed), (data.item.clone(), data.rating.clone())
+    for values in (item, rating):
+        values[rows] = values[rows[torch.randperm(len(rows), generator=generator)]]
+    return Sequences(data.offsets, item, data.timestamp, ITEMS, rating=rating)
+
+
+def evaluation(data: Sequences, protocol: dict[str, Any], max_len: int = 12) -> RankingEvaluation:
+    settings = config() | {"protocol": protocol}
+    settings["training"] |= {"max_len": max_len}
+    return RankingEvaluation(settings, data, split_sequences(data, protocol).held_out["test"])
+
+
+@pytest.mark.parametrize("tokens", ["interleaved", "merged", "items"])
+def test_what_comes_later_changes_no_prediction_by_the_clock(tokens: str) -> None:
+    data, task = sequences(200), make(tokens)
+    held_out = split_sequences(data, PROTOCOL).held_out["test"]
+    times = data.timestamp[data.offsets[held_out.users + 1] - 1 - held_out.num_after]
+    cut = times.median()
+    other = shuffled(data, torch.nonzero(data.timestamp >= cut)[:, 0])
+    one, two = (evaluation(changed, PROTOCOL).predictions(task).logit for changed in (data, other))
+    assert int((times < cut).sum()) > 20
+    assert torch.equal(one[times < cut], two[times < cut])
+    assert not torch.equal(one[times >= cut], two[times >= cut])
+
+
+@pytest.mark.parametrize("tokens", ["interleaved", "merged", "items"])
+def test_candidates_of_one_request_do_not_see_each_other(tokens: str) -> None:
+    data, task = sequences(200), make(tokens)
+    held_out = split_sequences(data, OF_USERS).held_out["test"]
+    index = data.offsets[held_out.users + 1] - 1 - held_out.num_after
+    one = evaluation(data, OF_USERS).predictions(task).logit
+    for place in range(5):
+        kept = held_out.num_after == place
+        other = shuffled(data, index[~kept])
+        two = evaluation(other, OF_USERS).predictions(task).logit
+        torch.testing.assert_close(one[kept], two[kept])
+        assert not torch.allclose(one[~kept], two[~kept])
+    # Of a candidate it is the item alone that counts, neither its rating nor its time.
+    rating = data.rating.clone()
+    rating[index] = 6 - rating[index]
+    time = data.timestamp.clone()
+    time[index] += torch.arange(len(index))
+    changed = Sequences(data.offsets, data.item, time, ITEMS, rating=rating)
+    assert torch.equal(evaluation(changed, OF_USERS).predictions(task).logit, one)
+
+
+@pytest.mark.parametrize("max_len", [1, 4, 12, 100])
+def test_a_candidate_is_the_next_item_of_its_user_s_history(max_len: int) -> None:
+    data, task = sequences(), build(config(output_slots=200), ITEMS).eval().double()
+    held_out = split_sequences(data, OF_USERS).held_out["test"]
+    with torch.no_grad():
+        found = evaluation(data, OF_USERS, max_len).predictions(task)
+    for logit, label, user, num_after in zip(found.logit, found.label, held_out.users, held_out.num_after, strict=True):
+        start, end = data.offsets[user], data.offsets[user + 1]
+        target = end - 1 - num_after
+        first = end - min(5, end - start - 1)
+        history = torch.arange(int(max(start, first - max_len)), int(first))
+        rows = torch.cat([history, target[None]])
+        time = torch.cat([data.timestamp[history], data.timestamp[first - 1][None]])
+        alone = Sequences(torch.tensor([0, len(rows)]), data.item[rows], time, ITEMS, rating=data.rating[rows])
+        expected = task.predict(alone.batch(torch.tensor([0]), torch.tensor([0]), max_len))[-1].detach()
+        assert float(logit) == pytest.approx(float(expected), abs=1e-6)
+        assert label == (data.rating[target] >= 4)
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOL, OF_USERS])
+@pytest.mark.parametrize("tokens", ["interleaved", "merged"])
+def test_what_is_held_out_changes_no_training(protocol: dict[str, Any], tokens: str, tmp_path: Any) -> None:
+    data = sequences()
+    held_out = split_sequences(data, protocol).num_held_out
+    user = torch.repeat_interleave(torch.arange(data.num_users), data.offsets.diff())
+    from_end = data.offsets[user + 1] - torch.arange(len(user))
+    weights = []
+    for changed in (data, shuffled(data, torch.nonzero(from_end <= held_out[user])[:, 0])):
+        settings = config(tokens) | {"protocol": protocol}
+        settings["training"] |= {"epochs": 1, "schedule": "one-pass"}
+        training = Training(settings, changed, "0" * 64, tmp_path / str(len(weights)))
+        for _, failure in train_together([training]):
+            assert failure is None
+        weights.append(training.model.state_dict())
+    for name, values in weights[0].items():
+        assert torch.equal(values, weights[1][name]), name
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOL, OF_USERS])
+def test_the_means_see_neither_their_label_nor_what_comes_later(protocol: dict[str, Any]) -> None:
+    data = sequences(200)
+    split = split_sequences(data, protocol)
+    held_out = split.held_out["test"]
+    index = data.offsets[held_out.users + 1] - 1 - held_out.num_after
+    settings = config() | {"model": {"model": "mean-rating", "shrink": 5.0}, "protocol": protocol}
+    cut = data.timestamp[index].median() if protocol is PROTOCOL else None
+    later = data.timestamp >= cut if cut is not None else torch.zeros(len(data.item)).index_fill(0, index, 1) > 0
+    rating = torch.where(later, 6 - data.rating, data.rating)
+    logits = []
+    for ratings in (data.rating, rating):
+        changed = Sequences(data.offsets, data.item, data.timestamp, ITEMS, rating=ratings)
+        model = build(settings, ITEMS)
+        model.fit(changed, split.num_held_out)
+        logits.append(evaluation(changed, protocol).predictions(model).logit)
+    before = data.timestamp[index] < cut if cut is not None else torch.ones(len(index)) > 0
+    assert torch.equal(logits[0][before], logits[1][before])
+    assert cut is None or not torch.equal(logits[0], logits[1])
+
+
+def test_labels_that_leave_nothing_to_rank_are_refused() -> None:
+    data = sequences()
+    alike = Sequences(data.offsets, data.item, data.timestamp, ITEMS, rating=torch.full_like(data.rating, 5))
+    with pytest.raises(StepError, match="no user has held-out interactions of both labels"):
+        evaluation(alike, PROTOCOL)
+    with pytest.raises(StepError, match=r"all ratings that are trained on are below 4\.0, or none"):
+        build(config() | {"model": {"model": "mean-rating", "shrink": 5.0}}, ITEMS).fit(alike, torch.zeros(60).long())

@@ -1,4 +1,4 @@
-"""Both splits, against loops over users."""
+"""The splits, against loops over users."""
 
 import pytest
 import torch
@@ -64,3 +64,23 @@ def test_a_period_without_any_row_is_named(times: list[int]) -> None:
     protocol = {"split": "temporal", "report": "best", "test_share": 0.3, "valid_share": 0.3}
     with pytest.raises(StepError, match=r"no user has a row in the valid period.*valid_share"):
         split_sequences(data, protocol)
+
+
+def test_users_are_held_out_by_their_numbers() -> None:
+    """Multiples of 0.618 without their whole part: .00 .62 .24 .85 .47 .09 .71 .33 .94 .56."""
+    data, lists = sequences(users=10)
+    protocol = {"task": "ranking", "split": "users", "report": "best", "test_share": 0.25, "valid_share": 0.1}
+    found = split_sequences(data, protocol | {"targets": 4})
+    lengths = [len(times) for times in lists]
+    assert found.num_held_out.tolist() == [n if user in (0, 2, 5, 7) else 0 for user, n in enumerate(lengths)]
+    for name, users in (("test", (0, 2, 5)), ("valid", (7,))):
+        held_out = found.held_out[name]
+        expected = [(user, after) for user in users for after in reversed(range(min(4, lengths[user] - 1)))]
+        assert list(zip(held_out.users.tolist(), held_out.num_after.tolist(), strict=True)) == expected
+
+
+def test_a_part_without_any_user_is_named() -> None:
+    data = Sequences(torch.tensor([0, 3, 6]), torch.arange(1, 7), torch.arange(6), 6)
+    protocol = {"task": "ranking", "split": "users", "report": "best", "test_share": 0.3, "valid_share": 0.1}
+    with pytest.raises(StepError, match=r"no user with two rows is held out for valid.*valid_share"):
+        split_sequences(data, protocol | {"targets": 4})

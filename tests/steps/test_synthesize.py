@@ -23,7 +23,7 @@ def tables(content: bytes) -> dict[str, list[list[str]]]:
         }
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-long"])
+@pytest.mark.parametrize("name", ["demo", "demo-long", "demo-taste"])
 def test_the_published_checksum_is_what_every_machine_makes(name: str) -> None:
     demo = yaml_files.read(ROOT / "params/datasets.yaml")[name]
     settings = {key: value for key, value in demo["synthesize"].items() if key != "form"}
@@ -81,3 +81,27 @@ def test_shorter_gaps_change_the_times_alone() -> None:
     assert [row[:3] for row in once] == [row[:3] for row in six]
     spans = [(max(whole[user]) - min(whole[user]), max(shorter[user]) - min(shorter[user])) for user in whole]
     assert 4 < sum(span for span, _ in spans) / sum(span for _, span in spans) < 6  # hours stay as they are
+
+
+def test_taste_drifts_in_the_ratings_alone() -> None:
+    """What a user likes is half of the genres, and another half after six gaps of days or months."""
+    data = tables(synthesize(**SMALL | {"users": 300}, taste_drifts=True))
+    without = tables(synthesize(**SMALL | {"users": 300}))
+    assert [(user, movie, time) for user, movie, _, time in data["ratings"]] == [
+        (user, movie, time) for user, movie, _, time in without["ratings"]
+    ]
+    genre = {row[0]: int(row[2].removeprefix("Genre")) for row in data["movies"]}
+    users = defaultdict(list)
+    for user, movie, rating, time in data["ratings"]:
+        users[user].append((int(time), genre[movie], int(rating)))
+    liked = Counter()
+    for user, ratings in users.items():
+        ratings.sort(key=lambda rating: rating[0])
+        taste, before = int(user), ratings[0][0]
+        for time, of, rating in ratings:
+            taste += time - before > 86400
+            before = time
+            likes = (of - taste) % 6 < 3
+            assert rating in ((3, 4, 5) if likes else (1, 2, 3))
+            liked[likes] += 1
+    assert 0.4 < liked[True] / liked.total() < 0.6

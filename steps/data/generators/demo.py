@@ -11,6 +11,10 @@ Within a genre a user walks along the genre's series of movies, a step or two at
 in five is any movie of the catalogue, popular ones more often. About half the ratings of a session
 share the timestamp of the rating before, as in MovieLens.
 
+Ratings say whether a genre is the user's home. With `taste_drifts` they say what the user likes at the moment: half of
+the genres, those that follow in the cycle on a place which moves on after every gap of days or months. Which movies are
+rated, and when, is the same.
+
 Who comes back to a genre goes on where they were, however long ago that was: in a long history the
 next movie may follow from a token hundreds of places before.
 """
@@ -60,7 +64,7 @@ class Demo:
     """The settings of the archive. Raises ValueError, which names the setting, if there are too few movies.
 
     gap_divisor: gaps of days and months are so many times shorter, so that a long history is one of years, not of a
-    century.
+    century. taste_drifts: whether what a user likes changes with time.
     """
 
     seed: int
@@ -69,6 +73,7 @@ class Demo:
     genres: int
     mean_ratings: int
     gap_divisor: int = 1
+    taste_drifts: bool = False
 
     def __post_init__(self) -> None:
         if self.movies * (1 - _SHARE_NEVER_RATED) < 2 * self.mean_ratings:
@@ -79,7 +84,15 @@ class Demo:
         path.write_bytes(synthesize(**asdict(self)))
 
 
-def synthesize(seed: int, users: int, movies: int, genres: int, mean_ratings: int, gap_divisor: int = 1) -> bytes:
+def synthesize(
+    seed: int,
+    users: int,
+    movies: int,
+    genres: int,
+    mean_ratings: int,
+    gap_divisor: int = 1,
+    taste_drifts: bool = False,
+) -> bytes:
     """The archive's bytes: `demo/users.dat`, `demo/movies.dat`, `demo/ratings.dat`.
 
     Movie ids have gaps and some movies are never rated, as in MovieLens. Rows of a user are not in
@@ -97,7 +110,7 @@ def synthesize(seed: int, users: int, movies: int, genres: int, mean_ratings: in
         gender = "MF"[draw.between(0, 1)]
         age = _AGES[draw.between(0, len(_AGES) - 1)]
         user_lines.append(f"{user}::{gender}::{age}::{draw.between(0, 20)}::{draw.between(10000, 99999)}")
-        rating_lines += _ratings_of_user(draw, user, series, rated, genre_of, mean_ratings, gap_divisor)
+        rating_lines += _ratings_of_user(draw, user, series, rated, genre_of, mean_ratings, gap_divisor, taste_drifts)
     movie_lines = [f"{movie}::Movie {movie} ({1950 + movie % 50})::Genre{genre_of[movie]}" for movie in sorted(ids)]
     return _archive({"users.dat": user_lines, "movies.dat": movie_lines, "ratings.dat": rating_lines})
 
@@ -110,9 +123,11 @@ def _ratings_of_user(
     genre_of: dict[int, int],
     mean_ratings: int,
     gap_divisor: int,
+    taste_drifts: bool,
 ) -> list[str]:
     """One user's lines of ratings.dat."""
     home = genre = draw.between(0, len(series) - 1)
+    taste = user  # of the user's number, not drawn, so that draws are the same without it
     position = [draw.between(0, len(movies) - 1) for movies in series]
     wanted = 20 + draw.between(0, mean_ratings - 20) + draw.between(0, mean_ratings - 20)
     time = _START + draw.between(0, 300 * _DAY)
@@ -134,12 +149,17 @@ def _ratings_of_user(
                 if movie in seen:  # the whole series is seen
                     movie = draw.one_of([other for other in rated if other not in seen])
             seen.add(movie)
-            rating = min(5, max(1, 3 + (genre_of[movie] == home) + draw.between(-1, 1)))
+            noise = draw.between(-1, 1)
+            if taste_drifts:
+                rating = 2 + 2 * ((genre_of[movie] - taste) % len(series) < len(series) // 2) + noise
+            else:
+                rating = min(5, max(1, 3 + (genre_of[movie] == home) + noise))
             session.append(f"{user}::{movie}::{rating}::{time}")
             if not draw.chance(_SHARE_SAME_TIMESTAMP):
                 time += draw.between(5, 50)
         sessions.append(session)
         gap = draw.between(0, 2)
+        taste += gap > 0
         if gap == 0:
             time += draw.between(5 * _MINUTE, 2 * _HOUR)
         elif gap == 1:

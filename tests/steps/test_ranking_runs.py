@@ -1,0 +1,184 @@
+"""Ranking from processed data to tables: three users by hand, and the generated demo whose taste drifts."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save
+
+from steps.common import params, yaml_files
+from steps.common.cli import StepError
+from steps.common.files import read_json, read_jsonl, sha256, write_json
+from steps.common.params import Run, resolve
+from steps.reporting.records import read_records, write_records
+from tests.conftest import ROOT, step
+from tests.steps.runs import planned
+
+#: User, item, rating, time. The latest four are tested.
+ROWS = [
+    (0, 1, 5, 1), (0, 2, 2, 2), (0, 1, 4, 7), (0, 2, 1, 8),
+    (1, 1, 4, 3), (1, 2, 4, 4), (1, 2, 1, 9),
+    (2, 2, 1, 5), (2, 1, 2, 6), (2, 2, 5, 10),
+]  # fmt: skip
+CLOCK = {"name": "temporal-ranking", "task": "ranking", "split": "temporal", "report": "last"}
+CLOCK |= {"test_share": 0.4, "valid_share": 0.1, "positive": 4.0}
+
+
+def processed(folder: Path) -> Path:
+    """The rows as preprocess would write them."""
+    _, item, rating, time = (np.array(column) for column in zip(*ROWS, strict=True))
+    tensors = {"offsets": np.array([0, 4, 7, 10]), "item": item.astype(np.int32), "timestamp": time}
+    tensors |= {"rating": rating.astype(np.float32)}
+    folder.mkdir()
+    (folder / "sequences.safetensors").write_bytes(save(tensors))
+    digest = sha256(folder / "sequences.safetensors")
+    write_json(folder / "manifest.json", {"catalogue_items": 2, "sequences_sha256": digest})
+    return folder
+
+
+def make(project: Path, settings: dict[str, Any], data: Path, dataset: str = "demo-taste") -> Path:
+    """Train and evaluate a run of experiment `mine`."""
+    run = project / "runs/mine" / Run("mine", dataset, settings["row"], settings["protocol"]["name"], 0).path
+    write_json(run / "config.json", planned(settings, data))
+    for name in ("train", "evaluate"):
+        step(name, "--run", run, "--data", data, "--device", "cpu", cwd=project)
+    return run
+
+
+def add_experiment(project: Path, **content: Any) -> None:
+    text = yaml_files.dump({"title": "Mine", "datasets": ["demo-taste"], "seeds": [0], **content})
+    (project / "params/experiments/mine.yaml").write_text(text)
+
+
+def tabulate(project: Path, runs: str = "runs/mine") -> dict[str, bytes]:
+    """The tables, figures and pages of experiment `mine`."""
+    for table in ("tabulate", "compare"):
+        step(table, "--experiment", "mine", "--runs", runs, "--output", "reports/mine", cwd=project)
+    return {path.name: path.read_bytes() for path in (project / "reports/mine").iterdir() if path.is_file()}
+
+
+def check_documented(run: Path) -> None:
+    """Every key of a run's files is in the schema."""
+    schema = yaml_files.read(ROOT / "params/schemas/results.yaml")
+    files = [(read_json(run / "training.json"), "training"), (read_json(run / "metrics.json"), "ranking_result")]
+    for content, name in [*files, *((line, "history") for line in read_jsonl(run / "history.jsonl"))]:
+        jsonschema.validate(content, schema | {"$ref": f"#/$defs/{name}"})
+
+
+def test_the_means_of_three_users_by_hand(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a shrinkage of 1. Half of what is trained on is an engagement: items 2 of 3 and 1 of 3.
+
+    | target | the user's mean before | the item's      | odds             | probability | engaged |
+    | 0: 1   | (1 + .5) / 3 = 1/2     | 2.5 / 4 = 5/8   | 1 x 5/3          | 5/8         | yes     |
+    | 0: 2   | (2 + .5) / 4 = 5/8     | 1.5 / 4 = 3/8   | 5/3 x 3/5        | 1/2         | no      |
+    | 1: 2   | (2 + .5) / 3 = 5/6     | 3/8             | 5 x 3/5          | 3/4         | no      |
+    | 2: 2   | (0 + .5) / 3 = 1/6     | 3/8             | 1/5 x 3/5        | 3/28        | yes     |
+    """
+    monkeypatch.chdir(project)
+    add_experiment(project, models=["mean-rating"], protocols=["temporal-ranking"])
+    about = {"experiment": "mine", "dataset": "demo-taste", "row": "mean-rating", "seed": 0, "repeats": "none"}
+    training = {"max_len": 2, "epochs": 1, "batch": 2, "negatives": 1, "dropout": 0.0}
+    model = {"model": "mean-rating", "shrink": 1.0}
+    run = make(project, about | {"protocol": CLOCK, "model": model, "training": training}, processed(project / "data"))
+    check_documented(run)
+    outcomes = load_file(run / "outcomes.safetensors")
+    assert outcomes["test_users"].tolist() == [0, 0, 1, 2]
+    assert outcomes["test_labels"].tolist() == [1, 0, 0, 1]
+    np.testing.assert_allclose(outcomes["test"], np.log([5 / 3, 1, 3, 3 / 25]), atol=1e-6)
+    loss = -(math.log(5 / 8) + math.log(1 / 2) + math.log(1 / 4) + math.log(3 / 28)) / 4
+    # Of the pairs of an engaged and another one, 5/8 is above 1/2 alone, and 3/28 above none.
+    expected = {"ne": loss / math.log(2), "auc": 1 / 4, "gauc": 1.0, "log_loss": loss}
+    expected["calibration"] = (5 / 8 + 1 / 2 + 3 / 4 + 3 / 28) / 2
+    assert read_json(run / "metrics.json")["test"] == pytest.approx(expected, abs=1e-6)
+    made = tabulate(project)
+    lines = made["table.md"].decode().splitlines()
+    (row,) = (line for line in lines if line.startswith("| Mean of item and user"))
+    figures = [f"{expected[name]:.4f}" for name in ("ne", "auc", "gauc", "log_loss", "calibration")]
+    assert [cell.strip() for cell in row.split("|")][2:8] == ["1", *figures]
+    (header,) = (line for line in lines if line.startswith("| model"))
+    assert [cell.strip() for cell in header.split("|")][3:8] == ["NE", "AUC", "GAUC", "LOG LOSS", "CALIBRATION"]
+    rows = {line["metric"]: line for line in csv.DictReader(made["intervals.csv"].decode().splitlines())}
+    assert {name: float(rows[name]["mean"]) for name in expected} == pytest.approx(expected, abs=2e-4)
+    # 4 predictions, of which each is a group: from low to high.
+    groups = [line.split(",")[-2:] for line in made["beyond.csv"].decode().splitlines()[1:]]
+    assert [[float(cell) for cell in group] for group in groups] == [[0.107143, 1], [0.5, 0], [0.625, 1], [0.75, 0]]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sequences of the demo whose taste drifts, made by its own steps."""
+    folder = tmp_path_factory.mktemp("demo")
+    arguments = {
+        "synthesize": ["--dataset", "demo-taste", "--output", folder / "mirror/demo-taste.zip"],
+        "download": ["--dataset", "demo-taste", "--output", folder / "raw"],
+        "validate": ["--dataset", "demo-taste", "--raw", folder / "raw", "--output", folder / "valid"],
+        "preprocess": ["--dataset", "demo-taste", "--valid", folder / "valid", "--output", folder / "processed"],
+    }
+    for name, values in arguments.items():
+        step(name, *values, cwd=ROOT, HSTU_DATA_MIRROR=str(folder / "mirror"))
+    return folder / "processed"
+
+
+@pytest.mark.slow
+def test_hstu_is_above_the_means_where_taste_drifts(demo: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads actions follows the taste; means, and items without actions, do not. From runs and from records."""
+    monkeypatch.chdir(project)
+    models = ["mean-rating", "hstu-ranking", "hstu-ranking-merged", "hstu-ranking-no-actions"]
+    add_experiment(project, models=models, protocols=["temporal-ranking"], training={"epochs": 6})
+    for model in models:
+        run = make(project, resolve(Run("mine", "demo-taste", model, "temporal-ranking", 0)), demo)
+        check_documented(run)
+    made = tabulate(project)
+    with (project / "reports/mine/table.csv").open() as file:
+        auc = {row["model"]: float(row["test/auc"]) for row in csv.DictReader(file)}
+    assert min(auc["hstu-ranking"], auc["hstu-ranking-merged"]) > 0.65
+    assert max(auc["mean-rating"], auc["hstu-ranking-no-actions"]) < 0.56
+    with (project / "reports/mine/comparisons.csv").open() as file:
+        pairs = {(row["better"], row["worse"]): row for row in csv.DictReader(file)}
+    for model in ("hstu-ranking", "hstu-ranking-merged"):
+        row = pairs[model, "mean-rating"]
+        assert float(row["low"]) > 0.05
+        assert float(row["p_holm"]) < 1e-6
+        assert float(row["difference"]) == pytest.approx(auc[model] - auc["mean-rating"], abs=2e-5)
+    folder = project / "reports/mine/records"
+    write_records("mine", read_records("mine", project / "runs/mine")[0], folder)
+    assert sum(path.stat().st_size for path in folder.iterdir()) / len(models) < 20_000
+    assert tabulate(project, "reports/mine/records") == made
+    step("crate", "--experiment", "mine", "--runs", "runs/mine", "--reports", "reports/mine", "--output",
+         "reports/mine/crate", cwd=project)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [name for name, row in params.load("models", ROOT / "params").items() if "task" in row])
+def test_every_ranking_row_runs_under_the_protocol_of_users(
+    row: str, demo: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    datasets = yaml_files.read(project / "params/datasets.yaml")
+    training = datasets["demo-taste"]["training"]
+    training["large"] = training["base"] | {"blocks": 3}
+    (project / "params/datasets.yaml").write_text(yaml_files.dump(datasets))
+    add_experiment(project, models=[row], protocols=["upstream-ranking"], training={"epochs": 1})
+    run = make(project, resolve(Run("mine", "demo-taste", row, "upstream-ranking", 0)), demo)
+    check_documented(run)
+    outcomes = load_file(run / "outcomes.safetensors")
+    users, counts = np.unique(outcomes["test_users"], return_counts=True)
+    assert set(counts) == {10}
+    assert len(users) == pytest.approx(250, abs=2)
+    history = read_jsonl(run / "history.jsonl")
+    assert history[0]["valid/ne"] == read_json(run / "metrics.json")["valid"]["ne"]
+
+
+def test_an_experiment_is_of_one_task(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    for models, protocols, said in (
+        (["hstu"], ["temporal-ranking"], "protocol temporal-ranking is for ranking, and model hstu for retrieval"),
+        (["hstu-ranking"], ["strict"], "protocol strict is for retrieval, and model hstu-ranking for ranking"),
+    ):
+        add_experiment(project, models=models, protocols=protocols)
+        with pytest.raises(StepError, match=rf"mine\.yaml: {said}; an experiment has protocols and models of one task"):
+            params.check("mine")
