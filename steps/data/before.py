@@ -5,6 +5,7 @@ none sees itself or the future.
 """
 
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -85,3 +86,20 @@ class Before:
         total, mean = _STEP * sums[:, 0], _STEP * sums_all[:, 0] / count_all.clamp(min=1)
         deviation = (total - count * mean) / (count + SHRINKAGE)
         return Known(count.float(), sums[:, 1].float(), deviation.float())
+
+
+_KEPT: WeakKeyDictionary[Sequences, dict[float, Before]] = WeakKeyDictionary()
+
+
+def before_of(sequences: Sequences, positive: float) -> Before:
+    """The one `Before` of sequences, which all models on them share: it takes 72 bytes an interaction.
+
+    When it is made, the host waits for the device, since streams of other runs read it too.
+    """
+    kept = _KEPT.setdefault(sequences, {})
+    if positive not in kept:
+        with torch.inference_mode(False):
+            kept[positive] = Before(sequences, positive)
+        if sequences.item.is_cuda:
+            torch.cuda.synchronize(sequences.item.device)
+    return kept[positive]

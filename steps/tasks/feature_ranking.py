@@ -10,7 +10,7 @@ import torch
 
 from steps.common.config import TrainingConfig
 from steps.common.typed import read
-from steps.data.before import Before
+from steps.data.before import before_of
 from steps.data.fields import FieldSizes
 from steps.data.sequences import Batch, Sequences
 from steps.models.base import embedding_lookup
@@ -44,6 +44,7 @@ class FeatureRanking(RankingTask):
             settings = settings | {"dim": num_levels}
         num_fields = 2 + len(sizes.user_features) + len(sizes.item_features)
         self._shape = RankerShape(num_fields, int(settings["dim"]), _NUM_DENSE, num_levels, training.max_len)
+        self._engaged = float(protocol["positive"])
         super().__init__(settings, training, num_items, protocol)
         self.fields = FieldEmbeddings(sizes, self.dim)
         if kind.reads_history:
@@ -55,7 +56,6 @@ class FeatureRanking(RankingTask):
         self.dense_std: torch.Tensor
         self.register_buffer("dense_mean", torch.zeros(_NUM_DENSE))
         self.register_buffer("dense_std", torch.ones(_NUM_DENSE))
-        self._before: tuple[Sequences, Before] | None = None
 
     def _build_encoder(self, settings: dict[str, Any], training: TrainingConfig) -> Ranker:
         return build_ranker(settings, training, self._shape)
@@ -96,9 +96,7 @@ class FeatureRanking(RankingTask):
 
     def _counts(self, sequences: Sequences, user: torch.Tensor, item: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """What was known before each time (K,) of item and user: (K, 6) float32."""
-        if self._before is None or self._before[0] is not sequences:
-            self._before = sequences, Before(sequences, float(self.levels[self.positive]))
-        before = self._before[1]
+        before = before_of(sequences, self._engaged)
         columns = []
         for known in (before.items(item, time), before.users(user, time)):
             columns += [known.ratings.log1p(), known.engagements.log1p(), known.deviation]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steps.data.before import SHRINKAGE, Before
+from steps.data.before import SHRINKAGE, Before, before_of
 from steps.data.sequences import Sequences
 
 
@@ -83,6 +83,17 @@ def test_the_present_and_the_future_change_nothing() -> None:
     assert not torch.equal(
         Before(data, 4.0).items(*beyond).engagements, Before(changed, 4.0).items(*beyond).engagements
     )
+
+
+def test_one_is_kept_of_sequences_and_what_is_an_engagement() -> None:
+    data, other = by_hand(), by_hand()
+    with torch.inference_mode():
+        first = before_of(data, 4.0)
+    assert before_of(data, 4.0) is first
+    query = torch.tensor([1]), torch.tensor([21])
+    assert before_of(data, 2.0).items(*query).engagements.tolist() == [3]
+    assert before_of(other, 4.0) is not first
+    assert not first.items(*query).deviation.is_inference()
 
 
 def test_what_cannot_be_counted_is_refused() -> None:
