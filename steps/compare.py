@@ -22,7 +22,7 @@ from steps.common.files import atomic_path, write_text
 from steps.reporting.figures import save_figure
 from steps.reporting.parity import curve_table, independent_table, orderings, parity_table
 from steps.reporting.plots import Shown, draw_intervals, groups_of_rows
-from steps.reporting.records import Record, by_row, labels, read_records, task_of_records
+from steps.reporting.records import Record, by_row, labels, read_records
 from steps.reporting.statistics import (
     CONFIDENCE,
     RESAMPLES,
@@ -34,7 +34,7 @@ from steps.reporting.statistics import (
     values_of_models,
 )
 from steps.reporting.tables import Section, markdown, page_html, page_markdown
-from steps.reporting.task import printed
+from steps.reporting.task import printed, task_of_records
 
 
 def parity(records: list[Record], paper: dict[str, Any]) -> list[str]:

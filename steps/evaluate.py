@@ -4,8 +4,8 @@ Writes `outcomes.safetensors` and `metrics.json` beside each model's weights. Of
 ranks of every user's held-out item (for `test`, and `valid` if there is one: `<name>` the best rank, `<name>_ties` the
 candidates of equal score, `<name>_users`), and the metrics are those under the protocol's own rules, under every choice
 of candidates and excluded items (`variants`), and beyond accuracy (`beyond`). Of ranking the outcomes are the
-predictions for every held-out interaction (`<name>` the logit, `<name>_labels`, `<name>_users`), and beside the metrics
-stands how often what is predicted comes true (`reliability`).
+predictions for every held-out interaction (`<name>` the logit, `<name>_labels`, `<name>_users`), with what each test
+user's add up to (`test_sums`), and beside the metrics stands how often what is predicted comes true (`reliability`).
 Needs torch, numpy and safetensors alone.
 """
 
@@ -26,7 +26,7 @@ from steps.data.fields import FieldSizes
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import Split, require_split, split_sequences
 from steps.evaluation.beyond import beyond_accuracy
-from steps.evaluation.clicks import click_values, named, reliability
+from steps.evaluation.clicks import click_values, named, reliability, user_sums
 from steps.evaluation.metrics import metrics
 from steps.evaluation.names import SELECTIONS
 from steps.evaluation.ranking import RankingEvaluation
@@ -143,6 +143,7 @@ def _predict(
         kept[f"{name}_users"] = held_out.users.clone()
         if name == "test":
             found["reliability"] = reliability(predictions.logit, predictions.label)
+            kept["test_sums"] = torch.stack(user_sums(predictions), dim=1)
     return found, kept
 
 

@@ -26,9 +26,9 @@ from steps.reporting.figures import save_figure
 from steps.reporting.headline import write_headline
 from steps.reporting.paper_table import paper_tables
 from steps.reporting.plots import Shown, draw_curves, draw_groups, draw_speed, groups_of_rows
-from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records, task_of_records
+from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records
 from steps.reporting.tables import Section, escaped, markdown, page_html, page_latex, page_markdown
-from steps.reporting.task import Task, printed
+from steps.reporting.task import Task, printed, task_of_records
 
 _REPEATS = {
     "none": "",

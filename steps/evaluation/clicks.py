@@ -99,9 +99,11 @@ class UserSums(NamedTuple):
     below: torch.Tensor
 
 
-def user_sums(predictions: Predictions, num_users: int) -> UserSums:
-    """The sums of users 0 to `num_users` - 1."""
-    user, logit, label = predictions
+def user_sums(predictions: Predictions) -> UserSums:
+    """The sums of the users that have examples, in the order of their numbers."""
+    logit, label = predictions.logit, predictions.label
+    users, user = predictions.user.unique(return_inverse=True)
+    num_users = len(users)
     own_auc, examples = group_auc(user, logit, label, num_users)
     positive = logit[label == 1].sort().values
     negative = logit[label == 0].sort().values

@@ -12,8 +12,8 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 from steps.common import params
 from steps.reporting.details import groups_of, reliability
 from steps.reporting.figures import MARK, OTHERS, literal, style_of
-from steps.reporting.records import Record, by_row, mean_and_sd, task_of_records
-from steps.reporting.task import Task, printed
+from steps.reporting.records import Record, by_row, mean_and_sd
+from steps.reporting.task import Task, printed, task_of_records
 
 _WIDTH, _HEIGHT = 4.2, 3.3  # inches of a panel, without the labels at its right
 _LONGEST = 60  # characters of a label

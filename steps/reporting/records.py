@@ -27,7 +27,6 @@ from steps.common.files import atomic_path, parse_jsonl, reading
 from steps.common.provenance import check_run, content_sha256
 from steps.reporting.outcomes import KINDS, Outcomes
 from steps.reporting.pinned import require_pinned
-from steps.reporting.task import Task, load_task
 
 #: Outcomes of more test users stay in runs/: the tree stays small.
 MOST_USERS = 30_000
@@ -120,11 +119,6 @@ def write_records(experiment: str, records: list[Record], folder: Path) -> int:
     )
     _write(folder / RUNS, pl.DataFrame([rows[path] for path in paths], schema=RUNS_SCHEMA, orient="row"))
     return len(rows) - len(paths)
-
-
-def task_of_records(records: list[Record]) -> Task:
-    """What their reports show: an experiment is of one task."""
-    return load_task(records[0].task)
 
 
 def by_row(records: list[Record]) -> dict[tuple[str, str, str], list[Record]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from steps.common import params
 from steps.common.cli import StepError
 from steps.evaluation.names import NOT_MORE_IS_BETTER, OF_TASK
+from steps.reporting.records import Record
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ def load_task(name: str = "retrieval") -> Task:
         raise StepError(f"{where}.compared: more {content['compared']} is not better; name another metric")
     tables, headline, paper = (tuple(content[key]) for key in ("tables", "headline", "paper"))
     return Task(name, tables, headline, paper, content["compared"], content["baseline"], float(content["floor"]))
+
+
+def task_of_records(records: list[Record]) -> Task:
+    """What the reports of an experiment's records show: it is of one task."""
+    return load_task(records[0].task)
 
 
 def printed(metric: str) -> str:

@@ -68,7 +68,8 @@ def test_calibration_is_the_ratio_of_what_is_predicted_to_what_is() -> None:
 
 
 def test_sums_of_users_are_the_loops(drawn: Predictions) -> None:
-    found = clicks.user_sums(drawn, 30)
+    found = clicks.user_sums(drawn)
+    assert drawn.user.unique().tolist() == list(range(30))
     positive, negative = (drawn.logit[drawn.label == value] for value in (1, 0))
     for user in range(30):
         own = [(float(s), int(y)) for u, s, y in zip(*drawn, strict=True) if u == user]

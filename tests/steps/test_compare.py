@@ -179,7 +179,7 @@ def test_the_table_is_readable(tmp_path: Path) -> None:
     assert "hstu > sasrec (published 0.1720 > 0.1603): holds" in (tmp_path / "parity.md").read_text()
 
 
-def predictions(users: int = 150, seed: int = 0) -> dict[str, np.ndarray]:
+def predictions(users: int = 150, seed: int = 0) -> clicks.Predictions:
     """Predictions as evaluate writes them; users differ in their number, their share and the model's skill."""
     random = torch.Generator().manual_seed(seed)
     user = torch.repeat_interleave(torch.arange(users), torch.randint(1, 30, (users,), generator=random))
@@ -187,39 +187,41 @@ def predictions(users: int = 150, seed: int = 0) -> dict[str, np.ndarray]:
     known = torch.randn(len(user), generator=random)
     label = torch.rand(len(user), generator=random) < torch.sigmoid(taste[user] + known)
     logit = ((0.5 * taste + 0.3)[user] + skill[user] * known).round(decimals=1)  # with ties
-    return {"test_users": user.numpy(), "test": logit.numpy(), "test_labels": label.to(torch.uint8).numpy()}
+    return clicks.Predictions(user, logit, label.long())
 
 
-def metrics_of(tensors: dict[str, np.ndarray]) -> dict[str, float]:
-    user, logit, label = (torch.from_numpy(tensors[name]) for name in ("test_users", "test", "test_labels"))
-    return clicks.named(
-        clicks.click_values(clicks.Predictions(user, logit, label.long()), int(user.max()) + 1).tolist()
-    )
+def kept(drawn: clicks.Predictions) -> TestPredictions:
+    sums = torch.stack(clicks.user_sums(drawn), dim=1)
+    return TestPredictions.of_run({"test_users": drawn.user.numpy(), "test_sums": sums.numpy()})
+
+
+def metrics_of(drawn: clicks.Predictions) -> dict[str, float]:
+    return clicks.named(clicks.click_values(drawn, int(drawn.user.max()) + 1).tolist())
 
 
 def test_ranking_metrics_are_means_of_users_values_with_the_spread_of_the_metric() -> None:
     """Against metrics that are computed anew of resampled users."""
     drawn = predictions()
     names = metrics_of_intervals(load_task("ranking"))
-    values = values_of_users(TestPredictions.of_run(drawn))
+    values = values_of_users(kept(drawn))
     expected = metrics_of(drawn)
     for place, name in enumerate(names):
         assert values[:, place].mean() == pytest.approx(expected[name], abs=2e-4), name
     random, count = np.random.default_rng(5), len(values)
-    rows = [np.flatnonzero(drawn["test_users"] == user) for user in range(count)]
+    rows = [torch.nonzero(drawn.user == user)[:, 0] for user in range(count)]
     resampled_anew = []
     for _ in range(300):
         picked = random.integers(0, count, count)
-        index = np.concatenate([rows[user] for user in picked])
-        number = np.repeat(np.arange(count), [len(rows[user]) for user in picked])
-        resampled_anew.append(metrics_of({name: of[index] for name, of in drawn.items()} | {"test_users": number}))
+        index = torch.cat([rows[user] for user in picked])
+        number = torch.repeat_interleave(torch.arange(count), torch.tensor([len(rows[user]) for user in picked]))
+        resampled_anew.append(metrics_of(clicks.Predictions(number, drawn.logit[index], drawn.label[index])))
     for place, name in enumerate(names):
         anew = np.std([one[name] for one in resampled_anew])
         assert values[:, place].std() / count**0.5 == pytest.approx(anew, rel=0.15), name
 
 
 def test_recorded_predictions_are_those_that_tables_are_made_of() -> None:
-    once = TestPredictions.of_run(predictions())
+    once = kept(predictions())
     again = TestPredictions.of_record(once.light())
     for name, values in vars(once).items():
         np.testing.assert_array_equal(values, getattr(again, name))

@@ -46,7 +46,6 @@ rule tabulate:
 rule compare:
     input:
         "steps/compare.py",
-        "steps/evaluation/clicks.py",
         "steps/evaluation/metrics.py",
         REPORTING_CODE,
         "params/paper.yaml",
@@ -113,6 +112,7 @@ rule track:
         "steps/track.py",
         "steps/common/params.py",
         "steps/common/dotted.py",
+        "steps/reporting/outcomes.py",
         "steps/reporting/pinned.py",
         "steps/reporting/records.py",
         code("steps/tracking", "steps/serving"),
