@@ -69,9 +69,7 @@ class Ranking(Task):
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(T, levels) float32: of each token's next item, whether its rating will reach each level."""
-        before = torch.where((batch.position == 0)[:, None], embedding_lookup(self.items, batch.item), 0)
-        if self.actions is not None:
-            before = before + embedding_lookup(self.actions, torch.bucketize(batch.rating, self.levels, right=True))
+        before = self.before(batch.item, batch.rating, batch.position == 0)
         item = embedding_lookup(self.items, batch.next_item)
         if self._per_item == 1:
             embeddings, sequence = item + before, _merged(batch)
@@ -81,6 +79,16 @@ class Ranking(Task):
         states: torch.Tensor = self.encoder(embeddings, sequence)
         logits: torch.Tensor = self.head(states.view(len(batch.item), self._per_item, -1)[:, -1])
         return logits
+
+    def before(self, item: torch.Tensor, rating: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
+        """What stands before the next item (T, d): the action on each item, and the first item of a window itself.
+
+        item: (T,) int64; rating: (T,); is_first: (T,) bool.
+        """
+        found = torch.where(is_first[:, None], embedding_lookup(self.items, item), 0)
+        if self.actions is None:
+            return found
+        return found + embedding_lookup(self.actions, torch.bucketize(rating, self.levels, right=True))
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean cross entropy of engagement, and by `others_weight` that of the other levels."""
