@@ -19,6 +19,7 @@ from steps.common.device import use_threads
 from steps.common.files import read_json, write_json
 from steps.data.sequences import Sequences
 from steps.evaluation.ranks import Rules, best_items, require_finite
+from steps.models import Recommender as RetrievalModel
 from steps.models.weights import load_weights, save_weights
 from steps.serving.titles import Catalogue
 from steps.tasks import Task, build
@@ -179,5 +180,10 @@ def trained_model(folder: Path, config: dict[str, Any], num_items: int) -> torch
     use_threads(None, [config])
     with building(folder):
         model = build(config, num_items)
+    if not isinstance(model, RetrievalModel):
+        raise StepError(
+            f"{folder / 'config.json'}: model {config['row']} says whether a user engages with an item, and recommends "
+            "none; take a run of another protocol"
+        )
     load_weights(model, folder / "model.safetensors")
     return model

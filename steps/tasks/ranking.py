@@ -98,6 +98,7 @@ class Ranking(RankingTask):
     """
 
     configs = (*Task.configs, RankingConfig)
+    config: RankingConfig
 
     def __init__(
         self,
@@ -111,7 +112,7 @@ class Ranking(RankingTask):
         config = read(RankingConfig, settings, "model.", others=True)
         self._per_item = 2 if config.tokens == "interleaved" else 1
         super().__init__(settings, replace(training, max_len=self._per_item * training.max_len), num_items, protocol)
-        levels = config.all_levels(protocol)
+        self.config, levels = config, config.all_levels(protocol)
         self.actions = nn.Embedding(len(levels) + 1, self.dim) if config.tokens != "items" else None
         if self.actions is not None:
             nn.init.trunc_normal_(self.actions.weight, std=0.02, a=-0.04, b=0.04)
@@ -129,15 +130,14 @@ class Ranking(RankingTask):
             self.item_features = FeatureEmbeddings(sizes.item_features, self.dim)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        first, item = embedding_lookup(self.items, batch.item), embedding_lookup(self.items, batch.next_item)
+        before = self.before(batch.item, batch.rating, batch.position == 0)
+        item = embedding_lookup(self.items, batch.next_item)
         if self.user_features is not None and self.item_features is not None:
             place = user_place(batch)
             of_users = [values.index_select(0, place) for values in self.user_features(batch.user_features)]
-            first = sum([*of_users, *self.item_features(batch.item_features)], first)
-            item = sum(self.item_features(batch.next_item_features), item)
-        before = torch.where((batch.position == 0)[:, None], first, 0)
-        if self.actions is not None:
-            before = before + embedding_lookup(self.actions, torch.bucketize(batch.rating, self.levels, right=True))
+            first = torch.stack([*of_users, *self.item_features(batch.item_features), torch.zeros_like(item)]).sum(0)
+            before = before + torch.where((batch.position == 0)[:, None], first, 0)
+            item = torch.stack([*self.item_features(batch.next_item_features), item]).sum(0)
         if self._per_item == 1:
             embeddings, sequence = item + before, _merged(batch)
         else:
@@ -146,6 +146,17 @@ class Ranking(RankingTask):
         states: torch.Tensor = self.encoder(embeddings, sequence)
         logits: torch.Tensor = self.head(states.view(len(batch.item), self._per_item, -1)[:, -1])
         return logits
+
+    def before(self, item: torch.Tensor, rating: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
+        """What stands before the next item (T, d), without features: the action on each item, and the first item of a
+        window itself.
+
+        item: (T,) int64; rating: (T,); is_first: (T,) bool.
+        """
+        found = torch.where(is_first[:, None], embedding_lookup(self.items, item), 0)
+        if self.actions is None:
+            return found
+        return found + embedding_lookup(self.actions, torch.bucketize(rating, self.levels, right=True))
 
 
 def _interleaved(batch: Batch) -> Batch:

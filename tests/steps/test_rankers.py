@@ -16,6 +16,7 @@ from steps.models.rankers import RANKERS
 from steps.models.rankers.deepfm import pairwise
 from steps.models.rankers.din import ActivationUnit
 from steps.models.rankers.dlrm import dots
+from steps.serving.ranker import Ranker as ServedRanker
 from steps.tasks import build
 from steps.tasks.ranking import RankingTask
 from steps.training.loop import Training, train_together
@@ -40,7 +41,7 @@ def config(model: str, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
     if model == "hstu":
         settings |= {"blocks": 2, "heads": 2, "dqk": 4, "dv": 4, "attention": "silu", "alpha": 1.0, "head": 8}
-        settings |= {"attention_scale": "max_len", "bias": {"position": True, "time": "next"}, "output_slots": 0}
+        settings |= {"attention_scale": "max_len", "bias": {"position": True, "time": "self"}, "output_slots": 0}
         settings |= {"tokens": "interleaved", "features": True}
     training = {"max_len": MAX_LEN, "epochs": 6, "batch": 16, "negatives": 1, "dropout": 0.0}
     return {
@@ -405,3 +406,8 @@ def test_what_does_not_fit_is_refused() -> None:
         build(config("dlrm") | {"protocol": {"name": "strict"}}, ITEMS, FieldSizes.of(data))
     with pytest.raises(ValueError, match="how many values they have"):
         build(config("dlrm"), ITEMS)
+
+
+def test_histories_are_kept_of_models_without_features() -> None:
+    with pytest.raises(ValueError, match="this model reads them: take a row without"):
+        ServedRanker(make("hstu", sequences(8)))

@@ -1,5 +1,6 @@
 """Ranking: what a prediction may see, which examples there are, and that training learns."""
 
+import re
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ from steps.common.cli import StepError
 from steps.common.typed import EntryError
 from steps.data.sequences import Batch, Sequences
 from steps.data.split import HeldOut, split_sequences
+from steps.evaluation.clicks import auc
 from steps.evaluation.ranking import RankingEvaluation
+from steps.serving.ranker import Ranker
 from steps.tasks import build
 from steps.tasks.ranking import Ranking
 from steps.training.loop import Training, train_together
+from tests.conftest import ROOT
 
 PROTOCOL = {
     "name": "ranking", "task": "ranking", "split": "temporal", "report": "best", "test_share": 0.1, "valid_share": 0.1,
@@ -29,7 +33,7 @@ def config(tokens: str = "interleaved", model: str = "hstu", **changes: Any) -> 
     }  # fmt: skip
     if model == "hstu":
         settings |= {"dqk": 8, "dv": 8, "attention": "silu", "alpha": 1.0, "attention_scale": "max_len"}
-        settings |= {"bias": {"position": True, "time": "next"}}
+        settings |= {"bias": {"position": True, "time": "self"}}
     training = {"max_len": 12, "epochs": 6, "batch": 16, "negatives": 1, "dropout": 0.0}
     return {"model": settings | changes, "training": training, "protocol": PROTOCOL, "seed": 0, "row": model}
 
@@ -306,3 +310,64 @@ def test_labels_that_leave_nothing_to_rank_are_refused() -> None:
         evaluation(alike, PROTOCOL)
     with pytest.raises(StepError, match=r"all ratings that are trained on are below 4\.0, or none"):
         build(config() | {"model": {"model": "mean-rating", "shrink": 5.0}}, ITEMS).fit(alike, torch.zeros(60).long())
+
+
+def served(ranker: Ranker, data: Sequences, held_out: HeldOut, pieces: int) -> torch.Tensor:
+    """The logits of the targets as a request for each user, after histories that came in so many pieces."""
+    users = held_out.users.unique().tolist()
+    first = {user: int(held_out.num_after[held_out.users == user].max()) for user in users}
+    history = {user: range(int(data.offsets[user]), int(data.offsets[user + 1]) - 1 - first[user]) for user in users}
+    for piece in range(pieces):
+        parts = [history[user][len(history[user]) * piece // pieces :] for user in users]
+        parts = [
+            part[: len(history[user]) * (piece + 1) // pieces - len(history[user]) * piece // pieces]
+            for user, part in zip(users, parts, strict=True)
+        ]
+        index = torch.tensor([row for part in parts for row in part], dtype=torch.int64)
+        offsets = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+        ranker.append(users, data.item[index], data.rating[index], data.timestamp[index], offsets)
+    targets = data.offsets[held_out.users + 1] - 1 - held_out.num_after
+    offsets = torch.tensor([0, *(int((held_out.users == user).sum()) for user in users)]).cumsum(0)
+    time = torch.stack([data.timestamp[history[user][-1]] for user in users])
+    return ranker.score(users, data.item[targets], offsets, time, micro_batch=7)
+
+
+@pytest.mark.parametrize("tokens", ["interleaved", "merged", "items"])
+@pytest.mark.parametrize("attention", ["silu", "softmax"])
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_serving_from_kept_histories_is_the_training_path(tokens: str, attention: str, pieces: int) -> None:
+    """In float32 to 1e-5, and in AUC but for a pair or two of nearly equal scores."""
+    data = sequences(300)
+    torch.manual_seed(1)
+    settings = config(tokens, attention=attention)
+    settings["training"] |= {"max_len": 32}
+    settings["protocol"] = OF_USERS
+    task = build(settings, ITEMS).eval()
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.mul_(2)
+    held_out = split_sequences(data, OF_USERS).held_out["test"]
+    expected = RankingEvaluation(settings, data, held_out)
+    with torch.no_grad():
+        trained = expected.predictions(task)
+    found = served(Ranker(task, page=4), data, held_out, pieces)
+    torch.testing.assert_close(found, trained.logit, rtol=1e-5, atol=1e-5)
+    assert float(trained.logit.std()) > 0.01
+    one, two = (float(auc(logit, trained.label)) for logit in (found, trained.logit))
+    assert one == pytest.approx(two, abs=1e-4)
+
+
+def test_who_has_no_history_is_not_ranked() -> None:
+    ranker = Ranker(make("merged"))
+    with pytest.raises(ValueError, match="user 3 has no history: append at least one interaction first"):
+        ranker.score([3], torch.tensor([1]), torch.tensor([0, 1]), torch.tensor([0]))
+    with pytest.raises(ValueError, match="of HSTU alone, and this is a SASRec"):
+        Ranker(make("merged", "sasrec"))
+
+
+def test_the_page_s_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/ranking.md").read_text("utf-8"), re.M | re.S)
+    exec(block, {})  # noqa: S102
+    promised = re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE)
+    assert promised
+    assert capsys.readouterr().out.splitlines() == promised
