@@ -231,12 +231,12 @@ def tuned_path(experiment: str, search: str, root: Path = ROOT) -> Path:
 
 
 def _tuned(run: Run, row: str, root: Path) -> tuple[str, dict[str, Any]]:
-    """The file of what the experiment's search chose, and the settings of a row; none if the row has nothing to tune.
+    """The file of what the experiment's search chose, and the settings of a row; none if the search has no such row.
 
-    Raises StepError if the search has not chosen for a row that learns.
+    Raises StepError if the search has the row, and has not chosen.
     """
     search = load(f"experiments/{run.experiment}", root).get("tuned")
-    if search is None or entry("models", row, root)["model"] in COUNT_BASED:
+    if search is None or row not in load(f"experiments/{search}", root)["models"]:
         return "", {}
     path = tuned_path(run.experiment, search, root)
     found = _parse(str(path), _text(path), _schema("tuned", root)) if path.is_file() else {}
@@ -244,7 +244,7 @@ def _tuned(run: Run, row: str, root: Path) -> tuple[str, dict[str, Any]]:
     if chosen is None:
         raise StepError(
             f"{experiment_path(run.experiment, root)}, key tuned: {path} has nothing for {row} on {run.dataset}; run "
-            f"experiment {search} with this row, then `python -m steps.choose --experiment {search}`"
+            f"experiment {search} on it, then `python -m steps.choose --experiment {search}`"
         )
     return str(path), chosen["settings"]
 
