@@ -118,7 +118,7 @@ def draw_curves(shown: Shown) -> Figure:
         named = ", ".join(["epoch", *(words for words, others in marks if others)])
         axis.set(title=shown.title(dataset, protocol, group), xlabel=named, ylabel=f"{split} {printed(metric)}")
         _logarithmic(axis)
-        axis.set_ylim(bottom=shown.task.floor)
+        axis.set_ylim(bottom=min(shown.task.floor, axis.dataLim.y0))
         _label_ends(axis, labels)
     return figure
 
@@ -145,7 +145,7 @@ def draw_intervals(shown: Shown, intervals: dict[tuple[str, str, str], tuple[flo
         axis.set_ylim(len(models) - 0.5, -0.5)
         axis.set(title=shown.title(dataset, protocol), xlabel=f"test {printed(metric)}, 95 % interval over users")
         axis.grid(visible=False, axis="y")
-        axis.set_xlim(left=shown.task.floor)
+        axis.set_xlim(left=min(shown.task.floor, axis.dataLim.x0))
     return figure
 
 
@@ -168,7 +168,7 @@ def draw_groups(shown: Shown) -> Figure:
                     labels.append((shown.label(model, group), points[-1][1], style_of(place)["color"]))
             axis.set_xticks(range(len(names)), names)
             axis.set(title=shown.title(dataset, protocol, group), xlabel=what, ylabel=f"test {printed(metric)}")
-            axis.set_ylim(bottom=shown.task.floor)
+            axis.set_ylim(bottom=min(shown.task.floor, axis.dataLim.y0))
             _label_ends(axis, labels)
     return figure
 
@@ -206,7 +206,7 @@ def draw_speed(shown: Shown) -> Figure:
         _logarithmic(axis, beside=3)
         axis.set(title=shown.title(dataset, protocol, group), xlabel=f"seconds of a training\n{'; '.join(devices)}")
         axis.set(ylabel=f"test {printed(metric)}")
-        floor, top = shown.task.floor, axis.get_ylim()[1]
+        floor, top = min(shown.task.floor, axis.dataLim.y0), axis.get_ylim()[1]
         axis.set_ylim(floor, floor + 1.08 * (top - floor))
         _label_points(axis, points)
     return figure

@@ -2,6 +2,8 @@
 
 import csv
 import math
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +150,16 @@ def test_hstu_is_above_the_means_where_taste_drifts(demo: Path, project: Path, m
     write_records("mine", read_records("mine", project / "runs/mine")[0], folder)
     assert sum(path.stat().st_size for path in folder.iterdir()) / len(models) < 20_000
     assert tabulate(project, "reports/mine/records") == made
-    step("crate", "--experiment", "mine", "--runs", "runs/mine", "--reports", "reports/mine", "--output",
-         "reports/mine/crate", cwd=project)  # fmt: skip
+    reports = ["--experiment", "mine", "--runs", "runs/mine", "--reports", "reports/mine"]
+    step("crate", *reports, "--output", "reports/mine/crate", cwd=project)
+    (project / "data").mkdir()
+    (project / "data/demo-taste").symlink_to(demo)
+    step("track", *reports, "--data", "data", "--output", "reports/mine/mlflow.json", cwd=project)
+    tracked = read_json(project / "reports/mine/mlflow.json")
+    assert tracked["models"] == {}  # what ranks is not served as a recommender
+    with closing(sqlite3.connect(project / "mlflow.db")) as store:
+        logged = {key for (key,) in store.execute("SELECT DISTINCT key FROM latest_metrics")}
+    assert {"reported/test/auc", "reported/test/ne", "valid/auc", "valid/log_loss", "train/loss"} <= logged
 
 
 @pytest.mark.slow
