@@ -135,11 +135,12 @@ def _prepare(
                 else:
                     jobs[run] = Training(config, sequences, data_sha256, run, compute_dtype, title=name)
             require_split(sequences, jobs[run].split, config, run)
-            tested = len(jobs[run].split.held_out["test"].users)
-            if tested < min(_FEW_USERS, _FEW_SHARE * sequences.num_users):
+            tested = jobs[run].split.held_out["test"].users
+            if len(tested) < min(_FEW_USERS, _FEW_SHARE * sequences.num_users):
                 print(
-                    f"{name}protocol {config['protocol']['name']} tests {tested} of {sequences.num_users} users: too "
-                    "few to mean much; raise test_share in params/protocols.yaml, or take another protocol",
+                    f"{name}protocol {config['protocol']['name']} tests {len(tested.unique())} of "
+                    f"{sequences.num_users} users: too few to mean much; raise test_share in params/protocols.yaml, or "
+                    "take another protocol",
                     flush=True,
                 )
         except Exception as error:  # of one run; the message lists all
@@ -211,7 +212,7 @@ def _write(run: Path, job: Fitting | Training, history: list[dict[str, Any]], ab
 
 
 def _samples(job: Fitting | Training) -> tuple[int, int]:
-    """How many sequences an epoch goes over, and how many users an evaluation."""
+    """How many sequences an epoch goes over, and how many targets an evaluation."""
     trained = len(job.schedule.lengths) if isinstance(job, Training) else job.sequences.num_users
     return trained, len(job.split.held_out[job.split.eval_part].users)
 

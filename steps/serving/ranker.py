@@ -15,7 +15,7 @@ from steps.models.hstu import HSTU
 from steps.tasks.ranking import Ranking
 
 
-class Ranker:
+class CandidateRanker:
     """Scores candidates of users, whose interactions were given before. A user is a whole number."""
 
     def __init__(self, task: Ranking, page: int = 64) -> None:

@@ -28,7 +28,7 @@ def mllog(
     """The log of a run, a line an event.
 
     config, history, training: what config.json, history.jsonl and training.json hold. train_samples: sequences that an
-    epoch goes over; eval_samples: users with a target to rank. optimizer: None of a model that counts.
+    epoch goes over; eval_samples: targets of an evaluation. optimizer: None of a model that counts.
     """
     seconds = [line["train/seconds"] + _evaluation(line)[1] for line in history]
     if training["started"] is not None:

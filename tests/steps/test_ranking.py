@@ -12,7 +12,7 @@ from steps.data.sequences import Batch, Sequences
 from steps.data.split import HeldOut, split_sequences
 from steps.evaluation.clicks import auc
 from steps.evaluation.ranking import RankingEvaluation
-from steps.serving.ranker import Ranker
+from steps.serving.ranker import CandidateRanker
 from steps.tasks import build
 from steps.tasks.ranking import Ranking
 from steps.training.loop import Training, train_together
@@ -312,57 +312,95 @@ def test_labels_that_leave_nothing_to_rank_are_refused() -> None:
         build(config() | {"model": {"model": "mean-rating", "shrink": 5.0}}, ITEMS).fit(alike, torch.zeros(60).long())
 
 
-def served(ranker: Ranker, data: Sequences, held_out: HeldOut, pieces: int) -> torch.Tensor:
+def served(ranker: CandidateRanker, data: Sequences, held_out: HeldOut, pieces: int) -> torch.Tensor:
     """The logits of the targets as a request for each user, after histories that came in so many pieces."""
     users = held_out.users.unique().tolist()
-    first = {user: int(held_out.num_after[held_out.users == user].max()) for user in users}
-    history = {user: range(int(data.offsets[user]), int(data.offsets[user + 1]) - 1 - first[user]) for user in users}
+    device, start, end = data.item.device, data.offsets.tolist(), data.offsets.tolist()[1:]
+    first = {user: end[user] - 1 - int(held_out.num_after[held_out.users == user].max()) for user in users}
     for piece in range(pieces):
-        parts = [history[user][len(history[user]) * piece // pieces :] for user in users]
-        parts = [
-            part[: len(history[user]) * (piece + 1) // pieces - len(history[user]) * piece // pieces]
-            for user, part in zip(users, parts, strict=True)
-        ]
-        index = torch.tensor([row for part in parts for row in part], dtype=torch.int64)
+        parts = []
+        for user in users:
+            length = first[user] - start[user]
+            parts.append(range(*(start[user] + length * place // pieces for place in (piece, piece + 1))))
+        index = torch.tensor([row for part in parts for row in part], dtype=torch.int64, device=device)
         offsets = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
         ranker.append(users, data.item[index], data.rating[index], data.timestamp[index], offsets)
     targets = data.offsets[held_out.users + 1] - 1 - held_out.num_after
     offsets = torch.tensor([0, *(int((held_out.users == user).sum()) for user in users)]).cumsum(0)
-    time = torch.stack([data.timestamp[history[user][-1]] for user in users])
+    time = torch.stack([data.timestamp[first[user] - 1] for user in users])
     return ranker.score(users, data.item[targets], offsets, time, micro_batch=7)
 
 
+def on(device: str, data: Sequences) -> Sequences:
+    tensors = (data.offsets, data.item, data.timestamp, data.rating)
+    offsets, item, time, rating = (tensor.to(device) for tensor in tensors)
+    return Sequences(offsets, item, time, ITEMS, rating=rating)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("tokens", ["interleaved", "merged", "items"])
 @pytest.mark.parametrize("attention", ["silu", "softmax"])
 @pytest.mark.parametrize("pieces", [1, 4])
-def test_serving_from_kept_histories_is_the_training_path(tokens: str, attention: str, pieces: int) -> None:
+def test_serving_from_kept_histories_is_the_training_path(
+    tokens: str, attention: str, pieces: int, device: str
+) -> None:
     """In float32 to 1e-5, and in AUC but for a pair or two of nearly equal scores."""
-    data = sequences(300)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    data = on(device, sequences(300))
     torch.manual_seed(1)
     settings = config(tokens, attention=attention)
     settings["training"] |= {"max_len": 32}
     settings["protocol"] = OF_USERS
-    task = build(settings, ITEMS).eval()
+    task = build(settings, ITEMS).eval().to(device)
     with torch.no_grad():
         for parameter in task.parameters():
             parameter.mul_(2)
     held_out = split_sequences(data, OF_USERS).held_out["test"]
-    expected = RankingEvaluation(settings, data, held_out)
     with torch.no_grad():
-        trained = expected.predictions(task)
-    found = served(Ranker(task, page=4), data, held_out, pieces)
+        trained = RankingEvaluation(settings, data, held_out).predictions(task)
+    found = served(CandidateRanker(task, page=4), data, held_out, pieces)
     torch.testing.assert_close(found, trained.logit, rtol=1e-5, atol=1e-5)
     assert float(trained.logit.std()) > 0.01
     one, two = (float(auc(logit, trained.label)) for logit in (found, trained.logit))
     assert one == pytest.approx(two, abs=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("protocol", [PROTOCOL, OF_USERS])
+@pytest.mark.parametrize("tokens", ["interleaved", "merged", "items"])
+def test_training_and_evaluation_are_graphs_that_do_what_eager_steps_do(
+    tokens: str, protocol: dict[str, Any], tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = on("cuda", sequences(300))
+    settings = config(tokens) | {"protocol": protocol}
+    settings["training"] |= {"epochs": 4, "schedule": "one-pass"}
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [
+            Training(settings, data, "0" * 64, tmp_path / mode, torch.bfloat16, mode) for mode in ("graph", "eager")
+        ]
+        for run in runs:
+            for _, failure in train_together([run]):
+                assert failure is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert runs[0].record()["captured"]
+    assert "without a CUDA graph" not in capsys.readouterr().out
+    for name, values in runs[0].model.state_dict().items():
+        torch.testing.assert_close(values, runs[1].model.state_dict()[name], rtol=1e-4, atol=1e-5)
+    best = min(runs[0].history, key=lambda line: line["valid/ne"])
+    with runs[0].stream.active():
+        anew = RankingEvaluation(settings, data, runs[0].split.held_out["valid"])
+        found = anew.named(anew(runs[0].model))
+    assert found == pytest.approx({name: best[f"valid/{name}"] for name in found}, abs=2e-6)
+
+
 def test_who_has_no_history_is_not_ranked() -> None:
-    ranker = Ranker(make("merged"))
+    ranker = CandidateRanker(make("merged"))
     with pytest.raises(ValueError, match="user 3 has no history: append at least one interaction first"):
         ranker.score([3], torch.tensor([1]), torch.tensor([0, 1]), torch.tensor([0]))
     with pytest.raises(ValueError, match="of HSTU alone, and this is a SASRec"):
-        Ranker(make("merged", "sasrec"))
+        CandidateRanker(make("merged", "sasrec"))
 
 
 def test_the_page_s_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, save
 
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
+from steps.common.config import read_config
 from steps.common.files import read_json, read_jsonl, sha256, write_json
 from steps.common.params import Run, resolve
 from steps.reporting.records import read_records, write_records
+from steps.serving.recommender import trained_model
 from tests.conftest import ROOT, step
 from tests.steps.runs import planned
 
@@ -96,6 +98,8 @@ def test_the_means_of_three_users_by_hand(project: Path, monkeypatch: pytest.Mon
     expected = {"ne": loss / math.log(2), "auc": 1 / 4, "gauc": 1.0, "log_loss": loss}
     expected["calibration"] = (5 / 8 + 1 / 2 + 3 / 4 + 3 / 28) / 2
     assert read_json(run / "metrics.json")["test"] == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(StepError, match=r"mean-rating says whether a user engages with an item, and recommends none"):
+        trained_model(run, read_config(run), 2)
     made = tabulate(project)
     lines = made["table.md"].decode().splitlines()
     (row,) = (line for line in lines if line.startswith("| Mean of item and user"))

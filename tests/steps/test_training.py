@@ -15,6 +15,7 @@ from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import HeldOut
 from steps.evaluation.metrics import Ranks, metric_values
 from steps.evaluation.ranks import Ranker, Rules, rank
+from steps.evaluation.retrieval import RetrievalEvaluation
 from steps.tasks import Task, losses
 from steps.tasks.sessions import Sessions
 from steps.training import checkpoint
@@ -388,7 +389,7 @@ def validated(run: Training) -> dict[str, Any]:
     """The metrics of the run's model, from a new validation without a graph."""
     with run.stream.active():
         held_out = run.split.held_out[run.split.eval_part]
-        evaluation = run.model.evaluation(run.config, run.sequences, held_out)
+        evaluation = RetrievalEvaluation(run.config, run.sequences, held_out)
         return Validation(run.model, evaluation, run.split.eval_part)()
 
 
