@@ -16,11 +16,11 @@ from steps.models.rankers import RANKERS
 from steps.models.rankers.deepfm import pairwise
 from steps.models.rankers.din import ActivationUnit
 from steps.models.rankers.dlrm import dots
-from steps.serving.ranker import Ranker as ServedRanker
+from steps.serving.ranker import CandidateRanker
 from steps.tasks import build
 from steps.tasks.ranking import RankingTask
 from steps.training.loop import Training, train_together
-from tests.steps.test_ranking import PROTOCOL
+from tests.steps.test_ranking import OF_USERS, PROTOCOL
 
 ITEMS, MAX_LEN = 24, 12
 OWN: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ def config(model: str, **changes: Any) -> dict[str, Any]:
         "optimizer": {"lr": 1e-2, "betas": [0.9, 0.98], "weight_decay": 0.0},
     }  # fmt: skip
     if model == "hstu":
-        settings |= {"blocks": 2, "heads": 2, "dqk": 4, "dv": 4, "attention": "silu", "alpha": 1.0, "head": 8}
+        settings |= {"blocks": 2, "heads": 2, "dqk": 8, "dv": 8, "attention": "silu", "alpha": 1.0, "head": 8}
         settings |= {"attention_scale": "max_len", "bias": {"position": True, "time": "self"}, "output_slots": 0}
         settings |= {"tokens": "interleaved", "features": True}
     training = {"max_len": MAX_LEN, "epochs": 6, "batch": 16, "negatives": 1, "dropout": 0.0}
@@ -71,6 +71,13 @@ def sequences(users: int = 60, seed: int = 0) -> Sequences:
 def like(data: Sequences, item: torch.Tensor, rating: torch.Tensor) -> Sequences:
     features = {"user_features": data.user_features, "item_features": data.item_features}
     return Sequences(data.offsets, item, data.timestamp, ITEMS, rating=rating, **features)
+
+
+def on(device: str, data: Sequences) -> Sequences:
+    tensors = (data.offsets, data.item, data.timestamp, data.rating)
+    offsets, item, time, rating = (tensor.to(device) for tensor in tensors)
+    kinds = [{name: of.to(device) for name, of in kind.items()} for kind in (data.user_features, data.item_features)]
+    return Sequences(offsets, item, time, ITEMS, rating=rating, user_features=kinds[0], item_features=kinds[1])
 
 
 def make(model: str, data: Sequences, **changes: Any) -> RankingTask:
@@ -116,7 +123,7 @@ def test_no_prediction_sees_its_own_rating_or_the_future(model: str) -> None:
 
 @pytest.mark.parametrize("model", EVERY)
 def test_candidates_of_one_request_do_not_see_each_other(model: str) -> None:
-    """Of users who are not trained on, nor the interactions of others that come later."""
+    """Nor what others do from the time of the request on."""
     data = sequences(90)
     assert data.rating is not None
     protocol = {"name": "users", "task": "ranking", "split": "users", "report": "best", "positive": 4.0}
@@ -394,6 +401,41 @@ def test_pairs_of_fields_are_learnt_by_all_but_logistic_regression(model: str, t
     assert best < 0.6 if model == "logistic-regression" else best > 0.95
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("protocol", [PROTOCOL, OF_USERS])
+@pytest.mark.parametrize("model", EVERY)
+def test_training_and_evaluation_are_graphs_that_do_what_eager_steps_do(
+    model: str, protocol: dict[str, Any], tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = on("cuda", sequences(300))
+    settings = config(model) | {"protocol": protocol}
+    settings["training"] |= {"epochs": 4, "schedule": "one-pass"}
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [Training(settings, data, "0" * 64, tmp_path / mode, None, mode) for mode in ("graph", "eager")]
+        for run in runs:
+            for _, failure in train_together([run]):
+                assert failure is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert runs[0].record()["captured"]
+    assert "without a CUDA graph" not in capsys.readouterr().out
+    for name, values in runs[0].model.state_dict().items():
+        torch.testing.assert_close(values, runs[1].model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", EVERY)
+def test_a_gpu_predicts_what_a_cpu_does(model: str) -> None:
+    assert not torch.backends.cuda.matmul.allow_tf32
+    data = sequences()
+    task = make(model, data).float()
+    expected = task.predict(windows(data))
+    users = torch.arange(data.num_users, device="cuda")
+    found = task.cuda().predict(on("cuda", data).batch(users, torch.zeros_like(users), MAX_LEN))
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     data = sequences(8)
     with pytest.raises(EntryError, match=r"key model\.unit: nothing reads it"):
@@ -410,4 +452,4 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_histories_are_kept_of_models_without_features() -> None:
     with pytest.raises(ValueError, match="this model reads them: take a row without"):
-        ServedRanker(make("hstu", sequences(8)))
+        CandidateRanker(make("hstu", sequences(8)))
