@@ -97,18 +97,20 @@ def recorded_texts(folder: Path) -> dict[Path, dict[str, Any]]:
 def write_records(experiment: str, records: list[Record], folder: Path) -> int:
     """Write the light records of these runs to `folder`, in place of those that it has of the same runs.
 
+    Those of a search, an experiment with `points`, have no outcomes: its trials are many, and chosen among by metrics.
     Records of runs that the experiment no longer has are left out; returns how many. Raises StepError, before anything
     is written, if the outcomes of a run cannot be read.
     """
+    search = "points" in params.load(f"experiments/{experiment}")
     rows = recorded_texts(folder)
     kind = KINDS[records[0].task]
     schema = _KEY | kind.SCHEMA
     outcomes = _parts(_read(folder / kind.FILE, schema)) if rows else {}
     for record in records:
-        path, part = record.run.path, record.outcomes().light()
+        path, part = record.run.path, None if search else record.outcomes().light()
         rows[path] = {name: getattr(record.run, name) for name in _KEY} | record.texts | {"outcomes_sha256": None}
         outcomes.pop(path, None)
-        if len(part) <= MOST_USERS:
+        if part is not None and len(part) <= MOST_USERS:
             rows[path]["outcomes_sha256"] = _outcomes_sha256(part)
             key = [pl.lit(getattr(record.run, name), kind).alias(name) for name, kind in _KEY.items()]
             outcomes[path] = part.select(*key, *kind.SCHEMA)
@@ -176,7 +178,7 @@ def _of_record(run: params.Run, row: dict[str, Any], folder: Path) -> Record:
     def outcomes() -> Outcomes:
         if row["outcomes_sha256"] is None:
             raise StepError(
-                f"{where}: records leave out the outcomes of more than {MOST_USERS} users; compare "
+                f"{where}: records leave out the outcomes of searches, and of more than {MOST_USERS} users; compare "
                 f"runs/{run.experiment}"
             )
         kind = KINDS[task_of(config["protocol"])]

@@ -1,5 +1,6 @@
 """A search: the same points for every row, chosen among on validation, for an experiment that is tuned by it."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from steps import choose as step_choose
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
+from steps.reporting.records import read_records, write_records
 from tests.conftest import step
 
 GRID = {"model.optimizer.lr": [1.0e-3, 1.0e-2, 1.0e-1], "training.dropout": [0.0, 0.2]}
@@ -64,7 +66,7 @@ def test_the_least_mean_over_seeds_is_chosen() -> None:
         step_choose.choose([*records, record("dlrm+a.b=1", 0, "upstream-ranking", valid={"ne": 0.5})])
 
 
-def test_a_search_tunes_an_experiment(project: Path) -> None:
+def test_a_search_tunes_an_experiment(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = project / "params"
     write(project, "search", SEARCH | {"models": ["logistic-regression"], "points": 2})
     tuned = {key: value for key, value in SEARCH.items() if key not in ("grid", "points", "training")}
@@ -89,6 +91,17 @@ def test_a_search_tunes_an_experiment(project: Path) -> None:
     assert "lacks 1 runs of search" in step("choose", *choose, cwd=project, check=False).stderr
     step("evaluate", "--run", folder, *data, cwd=project)
     step("choose", *choose, cwd=project)
+    written = (root / "local/tuned/search.yaml").read_bytes()
+    monkeypatch.chdir(project)
+    for _ in range(2):  # of runs, and of records
+        write_records("search", read_records("search", Path("runs/search"))[0], Path("reports/search/records"))
+        step("choose", "--experiment", "search", cwd=project)
+        assert (root / "local/tuned/search.yaml").read_bytes() == written
+        shutil.rmtree("runs/search", ignore_errors=True)
+        shutil.copytree("reports/search/records", "runs/search")
+    records, _ = read_records("search", Path("reports/search/records"))
+    with pytest.raises(StepError, match="records leave out the outcomes of searches"):
+        records[0].outcomes()
     chosen = yaml_files.read(root / "local/tuned/search.yaml")["demo"]["logistic-regression"]
     assert chosen["trials"] == 2
     assert chosen["settings"].keys() == GRID.keys()
