@@ -198,3 +198,11 @@ def test_an_experiment_is_of_one_task(project: Path, monkeypatch: pytest.MonkeyP
         add_experiment(project, models=models, protocols=protocols)
         with pytest.raises(StepError, match=rf"mine\.yaml: {said}; an experiment has protocols and models of one task"):
             params.check("mine")
+
+
+def test_one_pass_is_one_in_every_experiment() -> None:
+    for experiment in params.experiments(ROOT / "params"):
+        for run in params.runs(experiment, ROOT / "params"):
+            if run.model.endswith("one-pass"):
+                training = resolve(run, ROOT / "params")["training"]
+                assert (training["schedule"], training["epochs"]) == ("one-pass", 1), experiment
