@@ -84,7 +84,7 @@ def gauc(group: torch.Tensor, logit: torch.Tensor, label: torch.Tensor, num_grou
 class UserSums(NamedTuple):
     """What each user's (U,) examples add up to, float64.
 
-    examples, positives: how many. loss: cross entropies. probability: what is predicted. own_auc: among the user's
+    examples, positives: how many. loss: cross entropies. own_auc: among the user's
     own, not a number where labels are alike. above: of each positive the share of all users' negatives that score lower
     (equal ones as half); below: of each negative the share of all positives that score higher. Both, added up over
     users, are AUC times the number of positives, or negatives.
@@ -93,7 +93,6 @@ class UserSums(NamedTuple):
     examples: torch.Tensor
     positives: torch.Tensor
     loss: torch.Tensor
-    probability: torch.Tensor
     own_auc: torch.Tensor
     above: torch.Tensor
     below: torch.Tensor
@@ -113,7 +112,6 @@ def user_sums(predictions: Predictions) -> UserSums:
         examples,
         _sum_by(user, label, num_users),
         _sum_by(user, log_loss(logit, label), num_users),
-        _sum_by(user, torch.sigmoid(logit.double()), num_users),
         own_auc,
         _sum_by(user, above * label, num_users),
         _sum_by(user, below * (1 - label), num_users),

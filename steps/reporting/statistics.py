@@ -43,7 +43,7 @@ def values_of_users(outcomes: Outcomes) -> np.ndarray:
 
 
 def _influences(sums: TestPredictions) -> dict[str, np.ndarray]:
-    """Each user's value (U,) of every ranking metric: the metric, plus U times the user's influence."""
+    """Each user's value (U,) of ranking metrics: the metric, plus U times the user's influence."""
     examples, positives = sums.examples, sums.positives
     negatives, number = examples - positives, len(examples)
     share = positives.sum() / examples.sum()
@@ -53,7 +53,6 @@ def _influences(sums: TestPredictions) -> dict[str, np.ndarray]:
     # NE is loss over entropy, whose derivative by the share is log((1 - share) / share).
     of_share = number * (positives - share * examples) / examples.sum()
     normalized = (log_loss - loss / entropy * np.log((1 - share) / share) * of_share) / entropy
-    ratio = sums.probability.sum() / positives.sum()
     auc = sums.above.sum() / positives.sum()
     influence = (sums.above - auc * positives) / positives.sum() + (sums.below - auc * negatives) / negatives.sum()
     both = ~np.isnan(sums.own_auc)
@@ -64,7 +63,6 @@ def _influences(sums: TestPredictions) -> dict[str, np.ndarray]:
         "auc": auc + number * influence,
         "gauc": gauc + number * weight * (own_auc - gauc) / weight.sum(),
         "log_loss": log_loss,
-        "calibration": ratio + number * (sums.probability - ratio * positives) / positives.sum(),
     }
 
 

@@ -42,6 +42,8 @@ class CandidateRanker:
         items, timestamps: (T,) int64, and ratings: (T,), jagged over the users by `offsets` (B + 1,) int64. Raises
         ValueError if a history gets longer than the model reads.
         """
+        if not users:
+            return
         bounds = list(pairwise(offsets.tolist()))
         is_first = torch.zeros_like(items, dtype=torch.bool)
         for user, (start, end) in zip(users, bounds, strict=True):

@@ -108,7 +108,9 @@ def test_the_means_of_three_users_by_hand(project: Path, monkeypatch: pytest.Mon
     (header,) = (line for line in lines if line.startswith("| model"))
     assert [cell.strip() for cell in header.split("|")][3:8] == ["NE", "AUC", "GAUC", "LOG LOSS", "CALIBRATION"]
     rows = {line["metric"]: line for line in csv.DictReader(made["intervals.csv"].decode().splitlines())}
-    assert {name: float(rows[name]["mean"]) for name in expected} == pytest.approx(expected, abs=2e-4)
+    assert list(rows) == ["auc", "ne", "gauc", "log_loss"]
+    for name, line in rows.items():  # of means in steps of 1/64, which matters where there are three users
+        assert float(line["mean"]) == pytest.approx(expected[name], abs=0.02)
     # 4 predictions, of which each is a group: from low to high.
     groups = [line.split(",")[-2:] for line in made["beyond.csv"].decode().splitlines()[1:]]
     assert [[float(cell) for cell in group] for group in groups] == [[0.107143, 1], [0.5, 0], [0.625, 1], [0.75, 0]]
@@ -149,10 +151,10 @@ def test_hstu_is_above_the_means_where_taste_drifts(demo: Path, project: Path, m
         row = pairs[model, "mean-rating"]
         assert float(row["low"]) > 0.05
         assert float(row["p_holm"]) < 1e-6
-        assert float(row["difference"]) == pytest.approx(auc[model] - auc["mean-rating"], abs=2e-5)
+        assert float(row["difference"]) == pytest.approx(auc[model] - auc["mean-rating"], abs=5e-5)
     folder = project / "reports/mine/records"
     write_records("mine", read_records("mine", project / "runs/mine")[0], folder)
-    assert sum(path.stat().st_size for path in folder.iterdir()) / len(models) < 20_000
+    assert sum(path.stat().st_size for path in folder.iterdir()) / len(models) < 8_000
     assert tabulate(project, "reports/mine/records") == made
     reports = ["--experiment", "mine", "--runs", "runs/mine", "--reports", "reports/mine"]
     step("crate", *reports, "--output", "reports/mine/crate", cwd=project)
@@ -196,3 +198,11 @@ def test_an_experiment_is_of_one_task(project: Path, monkeypatch: pytest.MonkeyP
         add_experiment(project, models=models, protocols=protocols)
         with pytest.raises(StepError, match=rf"mine\.yaml: {said}; an experiment has protocols and models of one task"):
             params.check("mine")
+
+
+def test_one_pass_is_one_in_every_experiment() -> None:
+    for experiment in params.experiments(ROOT / "params"):
+        for run in params.runs(experiment, ROOT / "params"):
+            if run.model.endswith("one-pass"):
+                training = resolve(run, ROOT / "params")["training"]
+                assert (training["schedule"], training["epochs"]) == ("one-pass", 1), experiment
