@@ -47,6 +47,8 @@ LONGEST = (
     "test_reporting.py",
     "test_studies.py",
     "test_recommend.py",
+    "test_ranking_runs.py",
+    "test_ranking.py",
 )
 
 

@@ -123,7 +123,9 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def _kind_of(protocol: dict[str, Any]) -> type[_Protocol | _RankingProtocol]:
-    """Which entries a protocol has to have."""
+    """Which entries a protocol has to have. Raises EntryError for a task that is none."""
+    if task_of(protocol) not in COUNTING:
+        raise EntryError(f"key protocol.task: {protocol['task']!r} is not one of {', '.join(COUNTING)}")
     if task_of(protocol) == "ranking":
         return _ProtocolOfUsers if protocol.get("split") == "users" else _RankingProtocol
     return _TemporalProtocol if protocol.get("split") == "temporal" else _Protocol
