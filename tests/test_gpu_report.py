@@ -70,6 +70,30 @@ def test_a_report_has_each_test_once(workers: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
+def test_failures_alone_are_run_again_once_their_tests_are_mended(workers: str, tmp_path: Path) -> None:
+    _, _, first = reported(tmp_path, "-n", workers)
+    mended = TESTS.replace("assert False", "assert True").replace("def test_passes(): pass", "def test_passes(): 1 / 0")
+    code, _, report = reported(tmp_path, "-n", workers, "--gpu-report-again", tests=mended)
+    # Those that had passed are not run; the one that was not mended fails once more.
+    assert (code, report["exit"], report["failures"]) == (1, 1, ["test_it.py::test_fails_at_its_end"])
+    assert (report["passed"], report["failed"], report["skipped"]) == (7, 1, 1)
+    assert [one["tests"] for one in report["again"]] == [first["failures"]]
+    code, _, report = reported(tmp_path, "-n", workers, "--gpu-report-again", tests=mended.replace("raise OSError", ""))
+    assert (code, report["exit"], report["failures"], report["passed"]) == (0, 0, [], 8)
+    assert [one["commit"] for one in report["again"]] == ["a" * 40] * 2
+    assert report["tested"] == first["tested"]
+
+    code, printed, unchanged = reported(tmp_path, "--gpu-report-again")
+    assert (code, unchanged) == (4, report)
+    assert "gpu.json names no failure; run all tests" in printed
+    first["sha256"]["kernels"] = "of another"
+    (tmp_path / "out/gpu.json").write_text(json.dumps(first))
+    code, printed, unchanged = reported(tmp_path, "--gpu-report-again")
+    assert (code, unchanged) == (4, first)
+    assert "gpu.json is of another state of kernels; run all tests" in printed
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_file_that_does_not_load_is_a_failure(workers: str, tmp_path: Path) -> None:
     code, _, report = reported(tmp_path, "-n", workers, tests="import nothing_of_this_name")
     assert code == report["exit"] != 0

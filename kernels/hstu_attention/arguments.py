@@ -76,7 +76,7 @@ class Flags(NamedTuple):
     KEY_OFFSETS: bool  # rows have keys of their own number
     QUERY_SCALE: bool  # each query has an N of its own
     GENERAL: bool  # one of the last nine: more than the causal mask and one N
-    WHOLE: bool  # of these masks, and of rows long enough: tiles that all see have a loop without the mask
+    WHOLE: bool  # of these masks, and of rows long enough: most tiles that all see have a loop without the mask
     BY_LENGTH: bool  # N is the sequence's own length
     SOFTMAX: bool  # instead of silu
     DESCRIPTOR: bool  # tokens are loaded through tensor descriptors

@@ -44,8 +44,8 @@ class Sums(NamedTuple):
 def _attend(sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SHAPE, FLAGS, MASK, CUT):
     """One tile of keys from position `key`: adds its weighted values.
 
-    MASK: "none", and there every pair is seen; "whole", likewise under another mask than the causal one; "band", which
-    brings it with the bias; or "compare". CUT: the tile may end beyond the sequence.
+    MASK: "none", and there every pair is seen; "whole", likewise where GENERAL; "band", which brings it with
+    the bias; or "compare". CUT: the tile may end beyond the sequence.
     """
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     PRECISION: tl.constexpr = FLAGS.PRECISION

@@ -435,6 +435,31 @@ def _table_group(
         mbarrier.arrive(barriers.read.index(stage))
 
 
+@gluon.jit
+def _with_times(
+    memory, barriers, place, position, pointers, since, k, v, queries, dq, dk, dv, near, alpha, scale, factor,
+    CUT: gl.constexpr, SIZES: gl.constexpr, SCORE_REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
+    OTHER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """The groups of calls with a time bias. CUT: some of the sequence's times need 64 bits."""
+    gl.warp_specialize(
+        [
+            (
+                _score_group,
+                (memory, barriers, place, position, pointers, since, dk, dv, alpha, scale, 0, CUT, SIZES),
+            ),
+            (
+                _score_group,
+                (memory, barriers, place, position, pointers, since, dk, dv, alpha, scale, 1, CUT, SIZES),
+            ),
+            (_dq_group, (memory, barriers, place, k, v, queries, dq, factor, True, SIZES)),
+            (_table_group, (memory, barriers, place, position, pointers, since, near, scale, CUT, SIZES)),
+        ],
+        [4, 4, 4],
+        [SCORE_REGISTERS, DQ_REGISTERS, OTHER_REGISTERS],
+    )
+
+
 @gluon.jit(do_not_specialize=["num_tiles", "zero", "blocks", "width"])
 def hopper_backward_kernel(
     q, k, v, do, dq, dk, dv, since, band, near, offsets, alpha, attention_scale, num_tiles, spread, sums, times, zero,
@@ -517,101 +542,15 @@ def hopper_backward_kernel(
             memory.edges._reinterpret(gl.int32, [256], TABLE).store(edges)
             barrier()
             if gl.load(times.cut + sequence) == 0:
-                gl.warp_specialize(
-                    [
-                        (
-                            _score_group,
-                            (
-                                memory,
-                                barriers,
-                                place,
-                                position,
-                                pointers,
-                                key_since,
-                                dk,
-                                dv,
-                                alpha,
-                                scale,
-                                0,
-                                False,
-                                SIZES,
-                            ),
-                        ),
-                        (
-                            _score_group,
-                            (
-                                memory,
-                                barriers,
-                                place,
-                                position,
-                                pointers,
-                                key_since,
-                                dk,
-                                dv,
-                                alpha,
-                                scale,
-                                1,
-                                False,
-                                SIZES,
-                            ),
-                        ),
-                        (_dq_group, (memory, barriers, place, k, v, queries, dq, factor, True, SIZES)),
-                        (
-                            _table_group,
-                            (memory, barriers, place, position, pointers, key_since, near, scale, False, SIZES),
-                        ),
-                    ],
-                    [4, 4, 4],
-                    [SCORE_REGISTERS, DQ_REGISTERS, OTHER_REGISTERS],
-                )
+                _with_times(
+                    memory, barriers, place, position, pointers, key_since, k, v, queries, dq, dk, dv, near, alpha,
+                    scale, factor, False, SIZES, SCORE_REGISTERS, DQ_REGISTERS, OTHER_REGISTERS,
+                )  # fmt: skip
             else:
-                gl.warp_specialize(
-                    [
-                        (
-                            _score_group,
-                            (
-                                memory,
-                                barriers,
-                                place,
-                                position,
-                                pointers,
-                                key_since,
-                                dk,
-                                dv,
-                                alpha,
-                                scale,
-                                0,
-                                True,
-                                SIZES,
-                            ),
-                        ),
-                        (
-                            _score_group,
-                            (
-                                memory,
-                                barriers,
-                                place,
-                                position,
-                                pointers,
-                                key_since,
-                                dk,
-                                dv,
-                                alpha,
-                                scale,
-                                1,
-                                True,
-                                SIZES,
-                            ),
-                        ),
-                        (_dq_group, (memory, barriers, place, k, v, queries, dq, factor, True, SIZES)),
-                        (
-                            _table_group,
-                            (memory, barriers, place, position, pointers, key_since, near, scale, True, SIZES),
-                        ),
-                    ],
-                    [4, 4, 4],
-                    [SCORE_REGISTERS, DQ_REGISTERS, OTHER_REGISTERS],
-                )
+                _with_times(
+                    memory, barriers, place, position, pointers, key_since, k, v, queries, dq, dk, dv, near, alpha,
+                    scale, factor, True, SIZES, SCORE_REGISTERS, DQ_REGISTERS, OTHER_REGISTERS,
+                )  # fmt: skip
         elif SIZES.POSITION:
             gl.warp_specialize(
                 [

@@ -61,11 +61,17 @@ def timed(call: Call, inputs: Iterable[Any], device: str, captured: bool = True)
     return Timing(ms, in_graph)
 
 
-def peak_of(call: Call, device: str) -> int | None:
-    """Bytes allocated at the peak of a call, beyond what was there before; None on a CPU, which does not say."""
+def peak_of(call: Call, device: str, prepare: Callable[[], None] = lambda: None) -> int | None:
+    """Bytes allocated at the peak of a call, beyond what was there before; None on a CPU, which does not say.
+
+    Args:
+        prepare: is called before each of the two calls, of which the second counts.
+    """
     if device == "cpu":
         return None
+    prepare()
     call()
+    prepare()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,6 +1,6 @@
 """Choose the attention kernels' launch parameters on the GPU at hand, and write them into the table.
 
-    python -m kernels.tools.tune --log tuning.json
+    python -m kernels.tools.tune --log tuning.json [--dims 64 32] [--lengths short]
 
 Every shape class is timed on one representative shape, each kernel by itself, as replays of a CUDA graph.
 Candidates compile side by side in worker processes first; one that does not compile, or does not fit, drops out.
@@ -49,8 +49,10 @@ def candidates(kernel: str, dim: int, length: str, biased: bool) -> Iterator[Con
         case _:
             sizes = [(64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
             sizes += [(64, 64, 4, 3), (128, 64, 8, 3)] if dim <= 64 else []
-    descriptor = int(torch.cuda.get_device_capability()[0] >= 9)
-    for m, n, warps, stages in sizes:
+    descriptors = [int(torch.cuda.get_device_capability()[0] >= 9)]
+    if length == "short" and dim <= 32:  # small tiles gain least from descriptors, and every row has a last tile to cut
+        descriptors = sorted({0, *descriptors})
+    for (m, n, warps, stages), descriptor in itertools.product(sizes, descriptors):
         if length == "short" and max(m, n) == 128:
             continue
         limits = (0, 128, 168) if biased and (m, n, warps) == (64, 64, 4) and kernel != "bias_gradient" else (0,)
@@ -144,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=int, nargs="*", default=[64, 32, 16, 128, 256])
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16"])
+    parser.add_argument("--lengths", nargs="*", default=["short", "long"], choices=["short", "long"])
     parser.add_argument("--log", type=Path, required=True, help="every timing, as json")
     parser.add_argument("--table", type=Path, default=TABLE, help="configuration table to update")
     args = parser.parse_args()
@@ -155,7 +158,7 @@ def main() -> None:
         for dim, dtype in itertools.product(args.dims, args.dtypes):
             jobs = [
                 (kernel, dim, getattr(torch, dtype), length, biased, config)
-                for length in ("short", "long")
+                for length in args.lengths
                 for biased in (False, True)
                 for kernel in KERNELS
                 if biased or kernel != "bias_gradient"

@@ -1,5 +1,6 @@
 """Verdicts on the paper's claims, from the tables under reports/."""
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -11,6 +12,7 @@ import polars as pl
 from steps.common import params
 from steps.common.cli import StepError
 from steps.common.files import sha256
+from steps.common.paired import student
 from steps.reporting.parity import decided, side
 from steps.reporting.task import load_task
 
@@ -30,6 +32,7 @@ VERDICTS = {
 STUDIES = "studies"
 #: Columns of studies' tables that say which of several rows one is.
 _AXES = ("n", "alpha")
+_CONFIDENCE = 95  # percent, of intervals over seeds
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,9 @@ def decide(reports: Path) -> list[Verdict]:
 
 def _check(where: str, claim: dict[str, Any], tables: Tables) -> None:
     """Raise StepError if a claim names a study, a row or a figure that is not there."""
+    if about := claim.get("study") or claim.get("runs"):
+        params.load(f"{STUDIES}/{about['table']}")
     if "study" in claim:
-        params.load(f"{STUDIES}/{claim['study']['table']}")
         _published(where, claim["study"]["published"], tables)
     asked = claim.get("figures") or claim.get("gains")
     for model in asked["models"] if asked else claim.get("order", {}).get("rows", []):
@@ -149,6 +153,8 @@ def _of(name: str, claim: dict[str, Any], band: float, tables: Tables) -> Iterat
         yield _order(name, told, claim["order"], tables)
     elif "study" in claim:
         yield _study(name, told, claim["study"], band, tables)
+    elif "runs" in claim:
+        yield _runs(name, told, claim["runs"], band, tables)
     else:
         asked = claim.get("figures") or claim["gains"]
         for model in asked["models"]:
@@ -213,6 +219,44 @@ def _study(name: str, told: dict[str, Any], claimed: dict[str, Any], band: float
     why = f"{ours / published:.3f} of the published figure, on {best['device']}"
     why += "".join(f", {key} {best[key]}" for key in several)
     return Verdict(name, verdict=verdict, ours=ours, why=why, files=tables.files((study, "table")), **told)
+
+
+def _runs(name: str, told: dict[str, Any], claimed: dict[str, Any], band: float, tables: Tables) -> Verdict:
+    """Whether runs of a study are above others, paired by seed, in every place, some or none; or no lower than those by
+    more than the band."""
+    study, column = f"{STUDIES}/{claimed['table']}", claimed["column"]
+    path, where = tables.path(study, "table"), f"params/claims.yaml, key claims.{name}"
+    not_run = f"not measured here; snakemake {claimed['table']} does"
+    told = told | {"experiment": study}
+    rows, found, said = tables.read(study, "table"), [], []
+    if rows is None:
+        return Verdict(name, verdict="not run", why=not_run, **told | {"explained": None})
+    for place in claimed["places"]:
+        named = [*place, *claimed["rows"][0], *claimed["rows"][1], column, "seed", "device"]
+        missing = [key for key in named if key not in rows.columns]
+        if missing:
+            raise StepError(f"{path} has no column {missing[0]!r}, which {where} names")
+        first, second = (rows.filter(**place, **meant).drop_nulls([column, "seed"]) for meant in claimed["rows"])
+        pairs = first.join(second, on=["seed", "device"], suffix=", other")
+        words = ", ".join(map(str, place.values()))
+        if pairs.is_empty():
+            said.append(f"{words}: {not_run}")
+            continue
+        other = statistics.fmean(pairs[f"{column}, other"].to_list())
+        mean, half = student((pairs[column] - pairs[f"{column}, other"]).to_list(), _CONFIDENCE)
+        margin = band * other if claimed.get("no_lower") else 0.0
+        sign = 1 if mean - half > -margin else -1 if mean + half < -margin else 0
+        found.append(sign)
+        doubt = "" if sign else ", not decided"
+        said.append(f"{words} {mean:+.4f} ± {half:.4f} beside {other:.4f}{doubt}")
+    verdict = "not run" if not found else "not decided"
+    if found and min(found) == 1 and len(found) == len(claimed["places"]):
+        verdict, told = "reproduced", told | {"explained": None}
+    elif 1 in found:
+        verdict = "partly"
+    elif -1 in found:
+        verdict = "contradicted"
+    return Verdict(name, verdict=verdict, why="; ".join(said), files=tables.files((study, "table")), **told)
 
 
 def _published(where: str, keys: list[str | int], tables: Tables) -> float:

@@ -160,6 +160,7 @@ def train(configs: list[dict[str, Any]], sequences: Sequences, digest: str) -> l
     compute_dtype = pick_precision("bf16", device)[1]
     gc.collect()  # of earlier runs, whose memory would count as these ones'
     if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()  # cuBLAS keeps memory for every stream that it has ever worked on
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:

@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
-from scipy import stats
 from tabulate import tabulate as render
 
+from steps.common.paired import student
 from steps.studies.long_sequences import FULL, LONG, SEMI_LOCAL, STOCHASTIC
 from steps.studies.rows import Row, cases
 
@@ -48,11 +48,7 @@ class Comparison:
         seeds = [seed for seed in variant.runs if metric in variant.runs[seed] and metric in other.runs.get(seed, {})]
         differences = [variant.runs[seed][metric] - other.runs[seed][metric] for seed in seeds]
         self.count = len(differences)
-        self.mean = statistics.fmean(differences) if differences else 0.0
-        self.half = math.inf
-        if self.count > 1:
-            quantile = float(stats.t.ppf(0.5 + confidence / 200, self.count - 1))
-            self.half = quantile * statistics.stdev(differences) / math.sqrt(self.count)
+        self.mean, self.half = student(differences, confidence)
         self.verdict = EQUAL if abs(self.mean) <= self.half else BETTER if self.mean > 0 else WORSE
 
 
@@ -193,9 +189,10 @@ def grid_table(found: list[Variant], metric: str) -> str:
 
 
 def cost_table(found: list[Variant]) -> str:
-    """A line a variant: an epoch's time, tokens and pairs, also as shares of full attention's; memory; and of the runs
-    the chosen epochs, and how long the longest trained beside how many."""
+    """A line a variant: an epoch's time, tokens and pairs, also as shares of full attention's; memory, where it was
+    measured; and of the runs the chosen epochs, and how long the longest trained beside how many."""
     full = next((variant.cost for variant in found if variant.kind == FULL), {})
+    memory = any("peak" in variant.cost for variant in found)
     table = []
     for variant in found:
         cost, runs = variant.cost, variant.runs.values()
@@ -210,14 +207,14 @@ def cost_table(found: list[Variant]) -> str:
         table.append(
             [
                 *(variant.name, cells[0], ms, *cells[1:], kept, pairs),
-                f"{cost['peak'] / 2**20:,.0f}" if "peak" in cost else "",
+                *([f"{cost['peak'] / 2**20:,.0f}" if "peak" in cost else ""] if memory else []),
                 ", ".join(str(run["chosen epoch"]) for run in runs),
                 f"{max(run['training'] for run in runs):.1f}",
                 ", ".join(dict.fromkeys(str(run["trained at once"]) for run in runs)),
             ]
         )
-    headers = ["trained with", "epoch, ms", "of full", "tokens", "padding", "tokens kept", "pairs kept", "peak MiB"]
-    headers += ["chosen epochs", "longest run, s", "runs at once"]
+    headers = ["trained with", "epoch, ms", "of full", "tokens", "padding", "tokens kept", "pairs kept"]
+    headers += [*(["peak MiB"] if memory else []), "chosen epochs", "longest run, s", "runs at once"]
     return render(table, headers, tablefmt="github", disable_numparse=True)
 
 

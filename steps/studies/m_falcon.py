@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 
+from kernels.tools.timing import peak_of
 from steps.common.cli import StepError
 from steps.models.history_cache import HistoryCache
 from steps.models.hstu import HSTU, BiasConfig, HSTUConfig, HSTULayer
@@ -66,7 +67,7 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
             prepare, answer = cached(cache, request, case["micro_batch"])
         else:
             prepare, answer = _nothing, recomputed(encoder, request, _TYPES[case["precision"]])
-        peak = _peak(prepare, answer) if on_cuda else None
+        peak = peak_of(answer, device.type, prepare)
         seconds = latencies(prepare, answer, settings["warm_up"], settings["timed"], device)
         kernels = _kernels(prepare, answer) if on_cuda else {}
     axes = case | model
@@ -248,19 +249,6 @@ def latencies(
         if enough or len(found) >= timed["most"]:
             return found
     raise AssertionError  # count() does not end
-
-
-def _peak(prepare: Callable[[], None], answer: Callable[[], torch.Tensor]) -> int:
-    """Bytes allocated at the peak of a request, beyond what was there before."""
-    prepare()
-    answer()  # compiles
-    prepare()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    answer()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _kernels(prepare: Callable[[], None], answer: Callable[[], torch.Tensor]) -> dict[str, float]:

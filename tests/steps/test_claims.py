@@ -184,6 +184,79 @@ def test_a_claim_about_a_study_links_to_its_table(project: Path) -> None:
     assert "| [studies/kernels](studies/kernels/table.md) | 5.30 | 6.00 | higher |" in page
 
 
+def seeds(device: str = "H200", **by_data: tuple[list[float], list[float]]) -> list[dict[str, Any]]:
+    """Runs of two variants from as many seeds; and a line of their times, which has no seed."""
+    rows: list[dict[str, Any]] = []
+    for data, values in by_data.items():
+        for variant, of_seeds in zip(("some", "all"), values, strict=True):
+            rows.append({"data": data, "variant": variant, "seed": "", "ndcg@10": "", "epoch": 1, "device": device})
+            rows += [rows[-1] | {"seed": n, "ndcg@10": value} for n, value in enumerate(of_seeds)]
+    return rows
+
+
+RUNS = {"table": "kernels", "rows": [{"variant": "some"}, {"variant": "all"}], "column": "ndcg@10"}
+PLACES = {"places": [{"data": "a"}, {"data": "b"}]}
+ALL = [0.200, 0.210, 0.190]
+# Beside ALL, by hand: +0.02 and +0.02 +- 0.0025 (differences 0.019, 0.020, 0.021; t 4.303 x 0.001 / sqrt 3), and so on.
+ABOVE, SAME, NEARLY, LOST = (
+    [value + shift + other for value, other in zip(ALL, (-0.001, 0.0, 0.001), strict=True)]
+    for shift in (0.02, 0.0, -0.005, -0.02)
+)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "above", "no_lower"),
+    [
+        (ABOVE, ABOVE, "reproduced", "reproduced"),
+        (ABOVE, SAME, "partly", "reproduced"),  # no lower: a loss of 0.0025 is within 3 % of 0.2
+        (SAME, SAME, "not decided", "reproduced"),
+        (NEARLY, SAME, "contradicted", "partly"),  # -0.005 +- 0.0025: below 0, and neither sure of 0.006 nor of less
+        (LOST, NEARLY, "contradicted", "contradicted"),
+    ],
+)
+def test_runs_of_a_study_are_compared_by_seed(
+    project: Path, a: list[float], b: list[float], above: str, no_lower: str
+) -> None:
+    write_csv(project / "reports/studies/kernels/table.csv", seeds(a=(a, ALL), b=(b, ALL)))
+    found = verdict(project, runs=RUNS | PLACES, explained=["why", "docs/findings.md#y"])
+    assert found.verdict == above
+    assert (found.explained is None) == (above == "reproduced")
+    shift = a[1] - ALL[1]
+    assert f"a {shift:+.4f} ± 0.0025 beside 0.2000" in found.why
+    assert list(found.files) == ["reports/studies/kernels/table.csv"]
+    assert verdict(project, runs=RUNS | PLACES | {"no_lower": True}).verdict == no_lower
+
+
+def test_runs_of_a_study_that_are_missing_or_single_decide_nothing(project: Path) -> None:
+    missing = "not measured here; snakemake kernels does"
+    assert (found := verdict(project, runs=RUNS | PLACES)).verdict == "not run"
+    assert found.why == missing
+    write_csv(project / "reports/studies/kernels/table.csv", seeds(a=(ABOVE, ALL)))
+    found = verdict(project, runs=RUNS | PLACES)
+    assert (found.verdict, found.why.endswith(f"b: {missing}")) == ("partly", True)
+    write_csv(project / "reports/studies/kernels/table.csv", seeds(a=(ABOVE[:1], ALL[:1]), b=(ABOVE[:1], ALL)))
+    assert verdict(project, runs=RUNS | PLACES).verdict == "not decided"
+    # Runs of another device are no pairs.
+    rows = seeds(a=(ABOVE, ALL))
+    others = [row | {"device": "H100"} for row in rows if row["variant"] == "all"]
+    write_csv(project / "reports/studies/kernels/table.csv", [row for row in rows if row["variant"] == "some"] + others)
+    assert verdict(project, runs=RUNS | PLACES).verdict == "not run"
+
+
+def test_every_claim_about_runs_of_a_study_is_about_some_of_its_variants() -> None:
+    claims = params.load("claims", ROOT / "params")["claims"]
+    named = {name: claim["runs"] for name, claim in claims.items() if "runs" in claim}
+    assert named
+    for name, claim in named.items():
+        content = plan(claim["table"], ROOT / "params")
+        module = importlib.import_module(f"steps.studies.{content['module']}")
+        variants, cases = module.variants(content["settings"]), module.cases(content)
+        for place in claim["places"]:
+            assert any(place.items() <= case.items() for case in cases), name
+        for row in claim["rows"]:
+            assert any(row.items() <= variant.items() for variant in variants), name
+
+
 def test_what_was_not_run_says_which_command_runs_it(project: Path) -> None:
     found = verdict(project, figures=FIGURES)
     assert (found.verdict, found.why, found.files) == ("not run", "not run here; snakemake e does", {})
@@ -213,6 +286,8 @@ def test_an_order_of_which_a_table_is_missing_holds_in_part(project: Path) -> No
         ({"study": STUDY | {"published": ["speed"]}}, "params/paper.yaml has no figure efficiency speed"),
         ({"study": STUDY | {"published": STUDY["published"][:2]}}, "has no figure efficiency train_speedup"),
         ({"study": STUDY | {"rows": {"length": 1}}}, "table.csv has no column 'length', which"),
+        ({"runs": RUNS | PLACES}, "table.csv has no column 'data', which"),
+        ({"runs": RUNS | PLACES | {"table": "kernel"}}, "no study 'kernel'"),
     ],
 )
 def test_what_a_claim_names_has_to_be_there(project: Path, claim: dict[str, Any], said: str) -> None:
