@@ -227,6 +227,43 @@ def test_recorded_predictions_are_those_that_tables_are_made_of() -> None:
         np.testing.assert_array_equal(values, getattr(again, name))
 
 
+@pytest.mark.parametrize("counts", ["skewed", "alike"])
+def test_what_recording_rounds_changes_no_comparison_of_similar_models(counts: str) -> None:
+    """Users as many as MovieLens-1M tests, by time a few with most of the targets, else ten of each."""
+    random = torch.Generator().manual_seed(3)
+    number = torch.full((1209,), 10)
+    if counts == "skewed":
+        number = (40 * (1.4 * torch.randn(1209, generator=random)).exp()).long().clamp(1, 1000)
+    user = torch.repeat_interleave(torch.arange(1209), number)
+    known = torch.randn(len(user), generator=random) + 0.5 * torch.randn(1209, generator=random)[user]
+    label = (torch.rand(len(user), generator=random) < torch.sigmoid(1.5 * known)).long()
+    exact, rounded = [], []
+    for _ in range(2):
+        logit = known + 0.03 * torch.randn(len(user), generator=random)
+        sums = clicks.user_sums(clicks.Predictions(user, logit, label))
+        unrounded = TestPredictions(np.arange(1209), *(values.numpy() for values in sums))
+        exact.append(values_of_users(unrounded))
+        rounded.append(values_of_users(TestPredictions.of_record(unrounded.light())))
+    for place, name in enumerate(metrics_of_intervals(load_task("ranking"))):
+        one, other = (values[1][:, place] - values[0][:, place] for values in (exact, rounded))
+        assert 0 < one.std() / 1209**0.5 < 1e-3
+        assert other.std() == pytest.approx(one.std(), rel=0.01), name
+        assert TESTS["ranking"](other) == pytest.approx(TESTS["ranking"](one), rel=0.01), name
+
+
+def test_no_user_s_rounding_reaches_another() -> None:
+    """The first user's sum is no whole number of steps, and others' are."""
+    large = TestPredictions(
+        np.arange(3),
+        *np.array([[500.0, 1, 1], [250, 1, 1], [303.9, 0.5, 0.5], [0.3, 0, 0], [151.23, 0.5, 0.5], [9, 0, 0]]),
+    )
+    again = TestPredictions.of_record(large.light())
+    for name in ("loss", "above"):
+        found, expected = getattr(again, name), getattr(large, name)
+        assert found[1:].tolist() == expected[1:].tolist()
+        assert found[0] == pytest.approx(expected[0], abs=500 / 2**18)
+
+
 def test_the_test_of_a_ranking_difference_is_that_of_its_mean() -> None:
     difference = np.random.default_rng(0).exponential(1.0, 400)
     difference += 0.05 - difference.mean()
