@@ -44,7 +44,7 @@ class FeatureRanking(RankingTask):
             settings = settings | {"dim": num_levels}
         num_fields = 2 + len(sizes.user_features) + len(sizes.item_features)
         self._shape = RankerShape(num_fields, int(settings["dim"]), _NUM_DENSE, num_levels, training.max_len)
-        self._engaged = float(protocol["positive"])
+        self._protocol = protocol
         super().__init__(settings, training, num_items, protocol)
         self.fields = FieldEmbeddings(sizes, self.dim)
         if kind.reads_history:
@@ -96,7 +96,7 @@ class FeatureRanking(RankingTask):
 
     def _counts(self, sequences: Sequences, user: torch.Tensor, item: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """What was known before each time (K,) of item and user: (K, 6) float32."""
-        before = before_of(sequences, self._engaged)
+        before = before_of(sequences, self._protocol)
         columns = []
         for known in (before.items(item, time), before.users(user, time)):
             columns += [known.ratings.log1p(), known.engagements.log1p(), known.deviation]

@@ -85,14 +85,33 @@ def test_the_present_and_the_future_change_nothing() -> None:
     )
 
 
+def test_held_out_users_count_for_themselves_alone_and_their_targets_for_nobody() -> None:
+    """Of a split by users; user 0's number hashes to 0, so it is the test user, with its last row as target."""
+    protocol = {"task": "ranking", "split": "users", "report": "best", "positive": 4.0, "targets": 1}
+    protocol |= {"test_share": 0.3, "valid_share": 0.0}
+    before = before_of(by_hand(), protocol)
+    late = torch.full((2,), 99)
+    items, users = before.items(torch.tensor([1, 2]), late), before.users(torch.tensor([0, 1]), late)
+    assert items.ratings.tolist() == [1, 1]  # by user 1; the missing one is not counted
+    assert items.engagements.tolist() == [0, 0]
+    assert users.ratings.tolist() == [2, 2]
+    assert users.engagements.tolist() == [1, 0]
+    # The mean of all is that of 2 and 3.
+    torch.testing.assert_close(items.deviation, torch.tensor([-0.5, 0.5]) / 11)
+    torch.testing.assert_close(users.deviation, torch.tensor([1.0, 0.0]) / 12)
+    by_time = before_of(by_hand(), protocol | {"split": "temporal"})
+    assert by_time.items(torch.tensor([1, 2]), late).ratings.tolist() == [3, 2]
+
+
 def test_one_is_kept_of_sequences_and_what_is_an_engagement() -> None:
     data, other = by_hand(), by_hand()
+    protocol = {"split": "temporal", "positive": 4.0}
     with torch.inference_mode():
-        first = before_of(data, 4.0)
-    assert before_of(data, 4.0) is first
+        first = before_of(data, protocol)
+    assert before_of(data, dict(protocol)) is first
     query = torch.tensor([1]), torch.tensor([21])
-    assert before_of(data, 2.0).items(*query).engagements.tolist() == [3]
-    assert before_of(other, 4.0) is not first
+    assert before_of(data, protocol | {"positive": 2.0}).items(*query).engagements.tolist() == [3]
+    assert before_of(other, protocol) is not first
     assert not first.items(*query).deviation.is_inference()
 
 

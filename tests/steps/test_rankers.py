@@ -80,9 +80,9 @@ def on(device: str, data: Sequences) -> Sequences:
     return Sequences(offsets, item, time, ITEMS, rating=rating, user_features=kinds[0], item_features=kinds[1])
 
 
-def make(model: str, data: Sequences, **changes: Any) -> RankingTask:
+def make(model: str, data: Sequences, protocol: dict[str, Any] = PROTOCOL, **changes: Any) -> RankingTask:
     torch.manual_seed(1)
-    made = build(config(model, **changes), ITEMS, FieldSizes.of(data))
+    made = build(config(model, **changes) | {"protocol": protocol}, ITEMS, FieldSizes.of(data))
     assert isinstance(made, RankingTask)
     made = made.eval().double()
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_candidates_of_one_request_do_not_see_each_other(model: str) -> None:
     settings = config(model) | {"protocol": protocol}
     split = split_sequences(data, protocol)
     held_out = split.held_out["test"]
-    task = make(model, data)
+    task = make(model, data, protocol)
     targets = data.offsets[held_out.users + 1] - 1 - held_out.num_after
     place, expected = torch.arange(len(data.item)), RankingEvaluation(settings, data, held_out).predictions(task).logit
     for one in range(0, len(targets), 5):
@@ -147,6 +147,44 @@ def test_candidates_of_one_request_do_not_see_each_other(model: str) -> None:
         found = RankingEvaluation(settings, like(data, item, rating), held_out).predictions(task).logit
         assert torch.equal(found[one], expected[one])
         assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOL, OF_USERS])
+@pytest.mark.parametrize("model", EVERY)
+def test_what_is_held_out_changes_no_training(model: str, protocol: dict[str, Any], tmp_path: Any) -> None:
+    data = sequences()
+    assert data.rating is not None
+    held_out = split_sequences(data, protocol).num_held_out
+    user = torch.repeat_interleave(torch.arange(data.num_users), data.offsets.diff())
+    rows = torch.nonzero(data.offsets[user + 1] - torch.arange(len(user)) <= held_out[user])[:, 0]
+    item, rating = data.item.clone(), data.rating.clone()
+    item[rows], rating[rows] = item[rows] % ITEMS + 1, 6 - rating[rows]
+    weights = []
+    for changed in (data, like(data, item, rating)):
+        settings = config(model) | {"protocol": protocol}
+        settings["training"] |= {"epochs": 1, "schedule": "one-pass"}
+        training = Training(settings, changed, "0" * 64, tmp_path / str(len(weights)))
+        for _, failure in train_together([training]):
+            assert failure is None
+        weights.append(training.model.state_dict())
+    for name, values in weights[0].items():
+        assert torch.equal(values, weights[1][name]), name
+
+
+@pytest.mark.parametrize("model", EVERY)
+def test_labels_of_held_out_users_change_no_prediction(model: str) -> None:
+    data = sequences(90)
+    assert data.rating is not None
+    split, settings = split_sequences(data, OF_USERS), config(model) | {"protocol": OF_USERS}
+    rating = data.rating.clone()
+    for held_out in split.held_out.values():
+        targets = data.offsets[held_out.users + 1] - 1 - held_out.num_after
+        rating[targets] = 6 - rating[targets]
+    one, two = data, like(data, data.item, rating)
+    task = make(model, data, OF_USERS)
+    found = [RankingEvaluation(settings, each, split.held_out["test"]).predictions(task) for each in (one, two)]
+    assert torch.equal(found[0].logit, found[1].logit)
+    assert not torch.equal(found[0].label, found[1].label)
 
 
 @pytest.mark.parametrize("model", EVERY)
