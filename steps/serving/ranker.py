@@ -3,7 +3,8 @@
 Logits are those of the training path, in which a window holds history and candidate, up to rounding.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -26,6 +27,7 @@ class CandidateRanker:
             raise ValueError("histories are kept without features, and this model reads them: take a row without")
         self.task, self.cache = task, HistoryCache(task.encoder, page)
         self._before: dict[int, torch.Tensor] = {}  # (1, d), what stands before a user's next item
+        self._latest: dict[int, int] = {}  # the time of a user's last interaction
         self._interleaved = task.config.tokens == "interleaved"
 
     @torch.no_grad()
@@ -39,12 +41,28 @@ class CandidateRanker:
     ) -> None:
         """Let the histories of `users` (B), who are different, go on.
 
-        items, timestamps: (T,) int64, and ratings: (T,), jagged over the users by `offsets` (B + 1,) int64. Raises
-        ValueError if a history gets longer than the model reads.
+        items, timestamps: (T,) int64, and ratings: (T,), jagged over the users by `offsets` (B + 1,) int64, each user's
+        in the order of time. Raises ValueError, and keeps what was there, if a history gets longer than the model
+        reads, for an item that the catalogue lacks, a rating that is no number, and an earlier time than the user's
+        interaction before.
         """
         if not users:
             return
+        counts = [len(items), len(ratings), len(timestamps), int(offsets[-1])]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"there are {counts[0]} items, {counts[1]} ratings, {counts[2]} timestamps, and offsets end at "
+                f"{counts[3]}: give one of each for every interaction"
+            )
         bounds = list(pairwise(offsets.tolist()))
+        self._require_items(users, items, offsets)
+        _require(
+            users,
+            offsets,
+            ratings.isfinite(),
+            lambda at: f"the rating of item {int(items[at])} is {float(ratings[at])}: leave out what is not rated",
+        )
+        latest = self._checked_times(users, timestamps, offsets)
         is_first = torch.zeros_like(items, dtype=torch.bool)
         for user, (start, end) in zip(users, bounds, strict=True):
             is_first[start:end][:1] = user not in self._before
@@ -68,7 +86,7 @@ class CandidateRanker:
                 last[user] = before[end - 1 : end].clone()
         lengths = torch.tensor([len(row) for row in rows])
         self.cache.append(users, torch.cat(rows), torch.cat(times), offsets_from_lengths(lengths))
-        self._before = last
+        self._before, self._latest = last, latest
 
     @torch.no_grad()
     def score(
@@ -81,12 +99,19 @@ class CandidateRanker:
     ) -> torch.Tensor:
         """Logits (T,) float32 of engagement with the candidates, items (T,) int64, jagged over the users by `offsets`.
 
-        time: (B,) int64 seconds, of each user's request. Raises ValueError for a user without any interaction, and as
-        `HistoryCache.encode`.
+        time: (B,) int64 seconds, of each user's request. Raises ValueError for a user without any interaction, a
+        request before the user's last interaction, a candidate that the catalogue lacks, and as `HistoryCache.encode`.
         """
         for user in users:
             if user not in self._before:
                 raise ValueError(f"user {user} has no history: append at least one interaction first")
+        for user, asked in zip(users, time.tolist(), strict=False):  # `encode` refuses another number
+            if asked < self._latest[user]:
+                raise ValueError(
+                    f"user {user}: the request's time {asked} is before the last interaction's, {self._latest[user]}: "
+                    "ask for that time or later, as histories are kept up to their last interaction alone"
+                )
+        self._require_items(users, candidates, offsets)
         embeddings = embedding_lookup(self.task.items, candidates)
         if not self._interleaved:
             before = torch.cat([self._before[user] for user in users])
@@ -94,3 +119,44 @@ class CandidateRanker:
         states = self.cache.encode(users, embeddings, offsets, time, micro_batch)
         logits: torch.Tensor = self.task.head(states)[:, self.task.positive]
         return logits.float()
+
+    def evict(self, users: Sequence[int]) -> None:
+        """Forget these users' histories. Raises ValueError, and forgets nobody, if one was never appended."""
+        self.cache.evict(users)
+        for user in users:
+            self._before.pop(user, None)
+            self._latest.pop(user, None)
+
+    def _require_items(self, users: Sequence[int], items: torch.Tensor, offsets: torch.Tensor) -> None:
+        most = self.task.num_items
+        _require(
+            users,
+            offsets,
+            (items >= 1) & (items <= most),
+            lambda at: f"item {int(items[at])} is not in the catalogue: give items from 1 to {most}",
+        )
+
+    def _checked_times(self, users: Sequence[int], timestamps: torch.Tensor, offsets: torch.Tensor) -> dict[int, int]:
+        """The last time of every user once these are appended. Raises ValueError if one is before another."""
+        time, latest = timestamps.cpu(), dict(self._latest)
+        before = torch.cat([time[:1], time[:-1]])
+        for user, (start, end) in zip(users, pairwise(offsets.tolist()), strict=True):
+            if start < end:
+                before[start] = latest.get(user, int(time[start]))
+                latest[user] = int(time[end - 1])
+        _require(
+            users,
+            offsets,
+            time >= before,
+            lambda at: (
+                f"an interaction at {int(time[at])} follows one at {int(before[at])}: append them in the order "
+                "of time, later than what was appended before, or at the same time"
+            ),
+        )
+        return latest
+
+
+def _require(users: Sequence[int], offsets: torch.Tensor, right: torch.Tensor, say: Callable[[int], str]) -> None:
+    """Raise ValueError, with what `say` says of its place, for the first that is not `right` (T,) bool."""
+    for place in torch.nonzero(~right)[:1, 0].tolist():
+        raise ValueError(f"user {users[bisect_right(offsets.tolist(), place) - 1]}: {say(place)}")

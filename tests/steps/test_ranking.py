@@ -403,6 +403,50 @@ def test_who_has_no_history_is_not_ranked() -> None:
         CandidateRanker(make("merged", "sasrec"))
 
 
+@pytest.mark.parametrize("tokens", ["interleaved", "merged", "items"])
+def test_what_cannot_be_ranked_is_refused_and_changes_nothing(tokens: str) -> None:
+    ranker = CandidateRanker(make(tokens))
+    users, offsets = [7, 8, 9], torch.tensor([0, 2, 2, 4])
+    given = {"items": [3, 1, 4, ITEMS], "ratings": [4.0, 2.0, 5.0, 1.0], "timestamps": [10, 10, 30, 40]}
+
+    def append(**changes: list[Any]) -> None:
+        ranker.append(users, *(torch.tensor(values) for values in (given | changes).values()), offsets)
+
+    def score(candidates: list[int], time: list[int]) -> torch.Tensor:
+        return ranker.score([7, 9], torch.tensor(candidates), torch.tensor([0, 1, 3]), torch.tensor(time))
+
+    faults: list[tuple[dict[str, list[Any]], str]] = [
+        (
+            {"ratings": [4.0, 2.0, 5.0, float("nan")]},
+            "user 9: the rating of item 40 is nan: leave out what is not rated",
+        ),
+        ({"items": [3, 0, 4, 1]}, "user 7: item 0 is not in the catalogue: give items from 1 to 40"),
+        ({"items": [3, 1, ITEMS + 1, 1]}, "user 9: item 41 is not in the catalogue: give items from 1 to 40"),
+        ({"timestamps": [10, 10, 30, 29]}, "user 9: an interaction at 29 follows one at 30: append them in the order"),
+        ({"ratings": [4.0]}, "4 items, 1 ratings, 4 timestamps, and offsets end at 4"),
+    ]
+    for changes, message in faults:
+        with pytest.raises(ValueError, match=message):
+            append(**changes)
+    assert not ranker.cache.lengths
+    append()
+    expected = score([5, 6, 7], [10, 40])
+    with pytest.raises(ValueError, match="user 7: an interaction at 9 follows one at 10: append them in the order"):
+        append(timestamps=[9, 10, 40, 40])
+    with pytest.raises(ValueError, match="user 9: the request's time 39 is before the last interaction's, 40"):
+        score([5, 6, 7], [10, 39])
+    for item in (0, ITEMS + 1):
+        with pytest.raises(ValueError, match=f"user 9: item {item} is not in the catalogue"):
+            score([5, 6, item], [10, 40])
+    assert torch.equal(score([5, 6, 7], [10, 40]), expected)
+    # Who was forgotten begins anew.
+    ranker.evict([7, 9])
+    with pytest.raises(ValueError, match="user 7 has no history"):
+        score([5, 6, 7], [10, 40])
+    append()
+    torch.testing.assert_close(score([5, 6, 7], [10, 40]), expected)
+
+
 def test_the_page_s_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/ranking.md").read_text("utf-8"), re.M | re.S)
     exec(block, {})  # noqa: S102
