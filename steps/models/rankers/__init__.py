@@ -1,7 +1,7 @@
 """The rankers that generative ranking is compared with, one file each.
 
 They are the published equations, written here: the libraries that have them bring data pipelines and dependencies of
-their own, and a GPU machine has torch alone (docs/models.md).
+their own, and a GPU machine has torch alone (docs/ranking.md).
 """
 
 from typing import Any
