@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from steps.common.cli import run_step
+from steps.common.cli import StepError, run_step
+from steps.common.config import task_of
 from steps.common.files import read_json, reading, write_json
 from steps.common.params import Run, resolve
 from steps.common.provenance import require_files
@@ -27,6 +28,18 @@ def read_arrays(data: Path) -> dict[str, np.ndarray]:
         return load_file(data / "sequences.safetensors")
 
 
+def require_ratings(dataset: str, arrays: dict[str, np.ndarray]) -> None:
+    """Raise StepError if an interaction of a data set has no rating: ranking predicts all."""
+    number, remedy = len(arrays["item"]), "take another data set, or protocols and models of retrieval"
+    if "rating" not in arrays:
+        raise StepError(f"ranking predicts ratings, and data set {dataset} has none: {remedy}")
+    if missing := int(np.isnan(arrays["rating"]).sum()):
+        raise StepError(
+            f"ranking predicts ratings, and {missing} of {number} interactions of data set {dataset} have none: leave "
+            f"out their rows (filter min_rating), {remedy}"
+        )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", required=True)
     parser.add_argument("--dataset", required=True)
@@ -39,8 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     run = Run(args.experiment, args.dataset, args.model, args.protocol, args.seed)
-    config = resolve(run)
-    write_json(args.output, config | {"split": split_sha256(read_arrays(args.data), config["protocol"])})
+    config, arrays = resolve(run), read_arrays(args.data)
+    if task_of(config["protocol"]) == "ranking":
+        require_ratings(run.dataset, arrays)
+    write_json(args.output, config | {"split": split_sha256(arrays, config["protocol"])})
 
 
 if __name__ == "__main__":

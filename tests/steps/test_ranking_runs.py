@@ -1,5 +1,6 @@
 """Ranking from processed data to tables: three users by hand, and the generated demo whose taste drifts."""
 
+import argparse
 import csv
 import math
 import sqlite3
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
+from steps import plan
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
 from steps.common.config import read_config
@@ -198,6 +200,33 @@ def test_an_experiment_is_of_one_task(project: Path, monkeypatch: pytest.MonkeyP
         add_experiment(project, models=models, protocols=protocols)
         with pytest.raises(StepError, match=rf"mine\.yaml: {said}; an experiment has protocols and models of one task"):
             params.check("mine")
+
+
+@pytest.mark.parametrize(
+    ("rating", "said"),
+    [
+        (None, "and data set demo-taste has none: take another data set"),
+        ([5, np.nan, 4, 1, 4, np.nan, 1, 1, 2, 5], "and 2 of 10 interactions of data set demo-taste have none"),
+    ],
+)
+def test_ranking_without_ratings_is_refused_before_training(
+    rating: list[float] | None, said: str, tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    add_experiment(project, models=["mean-rating"], protocols=["temporal-ranking"])
+    data, run = processed(tmp_path / "data"), Run("mine", "demo-taste", "mean-rating", "temporal-ranking", 0)
+    arguments = argparse.Namespace(**vars(run), data=data, output=tmp_path / "config.json")
+    plan.main(arguments)
+    assert read_json(tmp_path / "config.json")["split"]
+    tensors = load_file(data / "sequences.safetensors")
+    del tensors["rating"]
+    if rating is not None:
+        tensors["rating"] = np.array(rating, dtype=np.float32)
+    (data / "sequences.safetensors").write_bytes(save(tensors))
+    manifest = {"catalogue_items": 2, "sequences_sha256": sha256(data / "sequences.safetensors")}
+    write_json(data / "manifest.json", manifest)
+    with pytest.raises(StepError, match=said):
+        plan.main(arguments)
 
 
 def test_one_pass_is_one_in_every_experiment() -> None:
