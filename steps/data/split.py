@@ -4,7 +4,7 @@ Needs torch and numpy alone.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ _GOLDEN = 2654435769  # 2**32 over the golden ratio
 class HeldOut:
     """Held-out interactions, the targets: of retrieval one a user, of ranking all of a period, or a user's last ones.
 
-    users (K,) int64, and num_after (K,) int64: how many of the user's interactions follow the target.
+    users (K,) int64, and num_after (K,) int64: how many of the user's interactions follow the target. part: `test` or
+    `valid`, what they are held out for.
     """
 
     users: torch.Tensor
     num_after: torch.Tensor
+    part: str = "test"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _leave_last_out(sequences: Sequences, validation: bool) -> Split:
     users = torch.arange(sequences.num_users, device=sequences.item.device)
     held_out = {"test": HeldOut(users, torch.zeros_like(users))}
     if validation:
-        held_out["valid"] = HeldOut(users, torch.ones_like(users))
+        held_out["valid"] = HeldOut(users, torch.ones_like(users), "valid")
     return Split(torch.full_like(users, 2 if validation else 1), held_out)
 
 
@@ -146,12 +148,13 @@ _NO_PERIOD = "no user has a row in the {} period, as too few timestamps differ"
 
 
 def _none_empty(held_out: dict[str, HeldOut], why: str = _NO_PERIOD) -> dict[str, HeldOut]:
+    """The targets, with the names of their parts. Raises StepError if a part has none."""
     for name, targets in held_out.items():
         if not len(targets.users):
             raise StepError(
                 f"{why.format(name)}; change {name}_share in params/protocols.yaml, or take another protocol"
             )
-    return held_out
+    return {name: replace(targets, part=name) for name, targets in held_out.items()}
 
 
 def _every(sequences: Sequences, most_after: torch.Tensor, fewest_after: torch.Tensor) -> HeldOut:

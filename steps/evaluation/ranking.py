@@ -88,8 +88,9 @@ class RankingEvaluation:
         negative = torch.bincount(users[label == 0], minlength=self.sequences.num_users)
         if not bool(((positive > 0) & (negative > 0)).any()):
             raise StepError(
-                "no user has held-out interactions of both labels, so nothing can be ranked: take another `positive` "
-                "in params/protocols.yaml, a larger share, or another data set"
+                f"no user has interactions of both labels in the {self.held_out.part} split, so nothing can be ranked: "
+                f"take another `positive` in params/protocols.yaml, a larger {self.held_out.part}_share, or another "
+                "data set"
             )
 
     def named(self, result: torch.Tensor) -> dict[str, float]:

@@ -306,8 +306,11 @@ def test_the_means_see_neither_their_label_nor_what_comes_later(protocol: dict[s
 def test_labels_that_leave_nothing_to_rank_are_refused() -> None:
     data = sequences()
     alike = Sequences(data.offsets, data.item, data.timestamp, ITEMS, rating=torch.full_like(data.rating, 5))
-    with pytest.raises(StepError, match="no user has held-out interactions of both labels"):
-        evaluation(alike, PROTOCOL)
+    for protocol in (PROTOCOL, OF_USERS):
+        for part, held_out in split_sequences(alike, protocol).held_out.items():
+            message = f"no user has interactions of both labels in the {part} split, .* a larger {part}_share"
+            with pytest.raises(StepError, match=message):
+                RankingEvaluation(config() | {"protocol": protocol}, alike, held_out)
     with pytest.raises(StepError, match=r"all ratings that are trained on are below 4\.0, or none"):
         build(config() | {"model": {"model": "mean-rating", "shrink": 5.0}}, ITEMS).fit(alike, torch.zeros(60).long())
 

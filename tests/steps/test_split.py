@@ -22,7 +22,7 @@ def test_leave_last_out_holds_out_the_last_interactions(report: str, held: int) 
     data, lists = sequences()
     found = split_sequences(data, {"split": "leave-last-out", "report": report})
     assert found.num_held_out.tolist() == [held] * 30
-    assert list(found.held_out) == ["test", "valid"][:held]
+    assert [held_out.part for held_out in found.held_out.values()] == list(found.held_out) == ["test", "valid"][:held]
     assert found.eval_part == ("valid" if held == 2 else "test")
     for num_after, held_out in enumerate(found.held_out.values()):
         assert held_out.users.tolist() == list(range(len(lists)))
