@@ -10,6 +10,7 @@ from jinja2 import Environment
 from tabulate import tabulate
 
 Row = Sequence[Any]
+_SCREEN = 160  # columns of text
 #: What GitHub's Markdown takes for markup inside a cell: emphasis, code, html, mathematics, links, a column's end.
 _MARKUP = re.compile(r"([\\|`*<$~]|\](?=\()|\b_|_\b|&(?=#?\w+;))")
 
@@ -75,8 +76,12 @@ def page_latex(sections: Sequence[Section], footer: Sequence[str]) -> str:
 
 
 def markdown(headers: Row, rows: Sequence[Row]) -> str:
-    """A GitHub table."""
-    return _table([escaped(header) for header in headers], [[escaped(cell) for cell in row] for row in rows], "github")
+    """A GitHub table. One that is wider than a screen has no blanks to align its source: they would be half of it."""
+    cells = [[escaped(cell) for cell in row] for row in rows]
+    table = _table([escaped(header) for header in headers], cells, "github")
+    if len(table.partition("\n")[0]) <= _SCREEN:
+        return table
+    return re.sub(r"-{4,}", "---", re.sub(r"(?<=\|) {2,}| {2,}(?=\|)", " ", table))
 
 
 def html(headers: Row, rows: Sequence[Row]) -> str:
