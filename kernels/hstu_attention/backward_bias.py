@@ -148,7 +148,18 @@ def bias_gradient_kernel(
                         tile_x = load_band(tables.band, sequence, i[:, None], j[None, :])
                 if not near:
                     tile_x = tile_bias(
-                        bias, sequence, queries, keys, buckets.w_first, BLOCK_M, BLOCK_N, FLAGS, False, False, True
+                        bias,
+                        sequence,
+                        queries,
+                        keys,
+                        buckets.w_first,
+                        BLOCK_M,
+                        BLOCK_N,
+                        FLAGS,
+                        False,
+                        True,
+                        False,
+                        True,
                     )
                     if FLAGS.TIME:
                         if buckets.last > buckets.first:

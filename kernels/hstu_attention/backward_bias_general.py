@@ -100,7 +100,9 @@ def general_bias_gradient_kernel(
                 i = query + tl.arange(0, BLOCK_M)
                 j = key + tl.arange(0, BLOCK_N)
                 queries, keys = Side(i, tables.query_time, i), Side(j, tables.key_time, j)
-                tile_x = tile_bias(bias, sequence, queries, keys, 0.0, BLOCK_M, BLOCK_N, FLAGS, False, False, True)
+                tile_x = tile_bias(
+                    bias, sequence, queries, keys, 0.0, BLOCK_M, BLOCK_N, FLAGS, False, False, False, True
+                )
                 tile_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 for head in range(heads):
                     Q = Tokens(q, strides.q_token, strides.q_head, head)

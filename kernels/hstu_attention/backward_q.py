@@ -53,6 +53,7 @@ def _add_keys(sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAP
     """One tile of keys from position `key`: adds what it brings. MASK and CUT as in the forward kernel's."""
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     PRECISION: tl.constexpr = FLAGS.PRECISION
+    STEPS: tl.constexpr = MASK == "none" or (MASK == "whole" and not FLAGS.KEY_OFFSETS)
     k_tile = load_keys(K, key, sequence, BLOCK_N, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
     v_tile = load_keys(V, key, sequence, BLOCK_N, SHAPE.DV, SHAPE.BLOCK_DV, CUT, FLAGS)
     j = key + tl.arange(0, BLOCK_N)
@@ -60,10 +61,10 @@ def _add_keys(sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAP
     keys = Side(j, bias.tables.key_time, bias.key_since)
     x = tile_bias(
         bias, sequence, kept.side, keys, buckets.w_first, SHAPE.BLOCK_M, BLOCK_N, FLAGS, MASK == "band",
-        FLAGS.MMA_LAYOUT, True,
+        STEPS, FLAGS.MMA_LAYOUT, True,
     )  # fmt: skip
     x = tl.dot(kept.q, tl.trans(k_tile), input_precision=PRECISION) * alpha + x
-    if FLAGS.TIME and MASK == "none":
+    if FLAGS.TIME and STEPS:
         if buckets.last > buckets.first:
             x = add_time_steps(x, bias.tables, sequence, kept.side, keys, buckets, True)
     dp = tl.dot(kept.do, tl.trans(v_tile), input_precision=PRECISION)
@@ -134,9 +135,11 @@ def bwd_dq_kernel(
             whole_tiles = whole_key_tiles(first, end, runs, sequence, BLOCK_N, FLAGS)
             for index in range(whole_count(whole_tiles)):
                 key = whole_tile_of(index, whole_tiles, runs) * BLOCK_N
-                sums = _add_keys(
-                    sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "whole", False
-                )
+                own = buckets
+                if FLAGS.TIME and not FLAGS.KEY_OFFSETS:
+                    row = (start // BLOCK_M + sequence_id() + tile).to(tl.int64) * tiles_width
+                    own = unpack_tile(tl.load(tables.tiles + row + key // BLOCK_N), tables.time)
+                sums = _add_keys(sums, kept, key, K, V, sequence, bias, own, alpha, scale, SHAPE, FLAGS, "whole", False)
         else:
             whole_tiles = WholeTiles(0, 0, 0, 0)
         for index in range(tile_count(runs) - whole_count(whole_tiles)):

@@ -35,13 +35,15 @@ def times_since(since, position, sequence, FLAGS):
 
 
 @triton.jit
-def tile_bias(bias, sequence, rows, columns, w_first, ROWS, COLUMNS, FLAGS, NEAR, MMA_LAYOUT, ROWS_ARE_QUERIES):
+def tile_bias(
+    bias, sequence, rows, columns, w_first, ROWS, COLUMNS, FLAGS, NEAR, STEPS, MMA_LAYOUT, ROWS_ARE_QUERIES
+):  # fmt: skip
     """What a tile's scores start from, (ROWS, COLUMNS). Taken before the product, so that its loads are under
     way meanwhile.
 
-    GENERAL (other masks than the causal one): the whole bias, element by element. NEAR the diagonal, with times: the
-    whole bias and the mask, from the band. Else positions, and `w_first`: w of the tile's first bucket, to which
-    `add_time_steps` adds.
+    NEAR the diagonal, under the causal mask alone and with times: the whole bias and the mask, from the band. Else
+    positions, and the bias of times: STEPS, `w_first`, w of the tile's first bucket, to which `add_time_steps` adds; or
+    element by element.
     """
     row, column = tl.expand_dims(rows.position, 1), tl.expand_dims(columns.position, 0)
     query, key = row, column
@@ -59,12 +61,12 @@ def tile_bias(bias, sequence, rows, columns, w_first, ROWS, COLUMNS, FLAGS, NEAR
             else:
                 x = position_entries(bias, sequence, query, key, FLAGS)
         if FLAGS.TIME:
-            if FLAGS.GENERAL:
+            if STEPS:
+                x += w_first
+            else:
                 row_times, column_times = _general_times(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS)
                 bucket = exact_bucket(row_times - column_times, bias.tables.edges, FLAGS.INLINE_ASM)
                 x += entries(bias.tables.time, bucket, FLAGS.INLINE_ASM)
-            else:
-                x += w_first
     return x
 
 

@@ -49,16 +49,18 @@ def _attend(sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SH
     """
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     PRECISION: tl.constexpr = FLAGS.PRECISION
+    # Tiles' buckets are known but for sequences that have keys of their own number.
+    STEPS: tl.constexpr = MASK == "none" or (MASK == "whole" and not FLAGS.KEY_OFFSETS)
     k_tile = load_keys(K, key, sequence, BLOCK_N, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
     j = key + tl.arange(0, BLOCK_N)
     keys = Side(j, bias.tables.key_time, bias.key_since)
     i = queries.position
     x = tile_bias(
         bias, sequence, queries, keys, buckets.w_first, SHAPE.BLOCK_M, BLOCK_N, FLAGS, MASK == "band",
-        FLAGS.MMA_LAYOUT, True,
+        STEPS, FLAGS.MMA_LAYOUT, True,
     )  # fmt: skip
     x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * alpha + x
-    if FLAGS.TIME and MASK == "none":
+    if FLAGS.TIME and STEPS:
         if buckets.last > buckets.first:
             x = add_time_steps(x, bias.tables, sequence, queries, keys, buckets, True)
     acc, m_i, l_i = sums.acc, sums.m_i, sums.l_i
@@ -123,8 +125,12 @@ def forward_kernel(
             whole_tiles = whole_key_tiles(first, end, runs, sequence, BLOCK_N, FLAGS)
             for index in range(whole_count(whole_tiles)):
                 key = whole_tile_of(index, whole_tiles, runs) * BLOCK_N
+                own = buckets
+                if FLAGS.TIME and not FLAGS.KEY_OFFSETS:
+                    row = (sequence.start // BLOCK_M + sequence_id() + tile).to(tl.int64) * tiles_width
+                    own = unpack_tile(tl.load(tables.tiles + row + key // BLOCK_N), tables.time)
                 sums = _attend(
-                    sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SHAPE, FLAGS, "whole", False
+                    sums, q_tile, queries, key, K, V, sequence, bias, own, alpha, SHAPE, FLAGS, "whole", False
                 )
         else:
             whole_tiles = WholeTiles(0, 0, 0, 0)
