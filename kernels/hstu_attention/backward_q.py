@@ -53,7 +53,7 @@ def _add_keys(sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAP
     """One tile of keys from position `key`: adds what it brings. MASK and CUT as in the forward kernel's."""
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     PRECISION: tl.constexpr = FLAGS.PRECISION
-    STEPS: tl.constexpr = MASK == "none" or (MASK == "whole" and not FLAGS.KEY_OFFSETS)
+    STEPS: tl.constexpr = MASK == "none" or MASK == "whole"
     k_tile = load_keys(K, key, sequence, BLOCK_N, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
     v_tile = load_keys(V, key, sequence, BLOCK_N, SHAPE.DV, SHAPE.BLOCK_DV, CUT, FLAGS)
     j = key + tl.arange(0, BLOCK_N)
@@ -66,7 +66,7 @@ def _add_keys(sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAP
     x = tl.dot(kept.q, tl.trans(k_tile), input_precision=PRECISION) * alpha + x
     if FLAGS.TIME and STEPS:
         if buckets.last > buckets.first:
-            x = add_time_steps(x, bias.tables, sequence, kept.side, keys, buckets, True)
+            x = add_time_steps(x, bias.tables, sequence, kept.side, keys, buckets, True, FLAGS)
     dp = tl.dot(kept.do, tl.trans(v_tile), input_precision=PRECISION)
     seen = visible(i[:, None], j[None, :], sequence, FLAGS) & (j < sequence.n)[None, :]
     _, dact = weights_and_derivatives(x, seen, kept.lse[:, None], MASK == "compare", FLAGS)
@@ -107,7 +107,7 @@ def bwd_dq_kernel(
         if first + BLOCK_M <= sequence.first:
             return
     scale = one_over_n(attention_scale, sequence, FLAGS)
-    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME and not FLAGS.KEY_OFFSETS else None)
+    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
     Q = Tokens(q, strides.q_token, strides.q_head, head)
     K = Tokens(k, strides.k_token, strides.k_head, head)
     V = Tokens(v, strides.v_token, strides.v_head, head)
@@ -123,7 +123,9 @@ def bwd_dq_kernel(
         lse_of_head, delta_of_head = lse + head.to(tl.int64) * total_tokens, delta + head.to(tl.int64) * total_tokens
         lse_tile = tl.load(lse_of_head + start + i, mask=is_query(i, sequence, FLAGS), other=0.0)
         delta_tile = tl.load(delta_of_head + start + i, mask=is_query(i, sequence, FLAGS), other=0.0)
-    queries = Side(i, tables.query_time, times_since(tables.since, i, sequence, FLAGS))
+    queries = Side(
+        i, tables.query_time, times_since(tables.since, sequence.start, i, is_query(i, sequence, FLAGS), FLAGS)
+    )
     kept = Queries(q_tile, do_tile, queries, lse_tile, delta_tile)
     buckets = Buckets(0, 0, True, 0.0)
     sums = Sums(tl.zeros([BLOCK_M, BLOCK_DQK], tl.float32), tl.zeros([BLOCK_M], tl.float32))
@@ -136,8 +138,8 @@ def bwd_dq_kernel(
             for index in range(whole_count(whole_tiles)):
                 key = whole_tile_of(index, whole_tiles, runs) * BLOCK_N
                 own = buckets
-                if FLAGS.TIME and not FLAGS.KEY_OFFSETS:
-                    row = (start // BLOCK_M + sequence_id() + tile).to(tl.int64) * tiles_width
+                if FLAGS.TIME:
+                    row = (sequence.key_start // BLOCK_M + sequence_id() + tile).to(tl.int64) * tiles_width
                     own = unpack_tile(tl.load(tables.tiles + row + key // BLOCK_N), tables.time)
                 sums = _add_keys(sums, kept, key, K, V, sequence, bias, own, alpha, scale, SHAPE, FLAGS, "whole", False)
         else:

@@ -49,8 +49,7 @@ def _attend(sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SH
     """
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     PRECISION: tl.constexpr = FLAGS.PRECISION
-    # Tiles' buckets are known but for sequences that have keys of their own number.
-    STEPS: tl.constexpr = MASK == "none" or (MASK == "whole" and not FLAGS.KEY_OFFSETS)
+    STEPS: tl.constexpr = MASK == "none" or MASK == "whole"
     k_tile = load_keys(K, key, sequence, BLOCK_N, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
     j = key + tl.arange(0, BLOCK_N)
     keys = Side(j, bias.tables.key_time, bias.key_since)
@@ -62,7 +61,7 @@ def _attend(sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SH
     x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * alpha + x
     if FLAGS.TIME and STEPS:
         if buckets.last > buckets.first:
-            x = add_time_steps(x, bias.tables, sequence, queries, keys, buckets, True)
+            x = add_time_steps(x, bias.tables, sequence, queries, keys, buckets, True, FLAGS)
     acc, m_i, l_i = sums.acc, sums.m_i, sums.l_i
     if FLAGS.SOFTMAX:
         if MASK == "compare":
@@ -108,7 +107,7 @@ def forward_kernel(
     Q = Tokens(q, strides.q_token, strides.q_head, head)
     K = Tokens(k, strides.k_token, strides.k_head, head)
     V = Tokens(v, strides.v_token, strides.v_head, head)
-    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME and not FLAGS.KEY_OFFSETS else None)
+    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
     i = first + tl.arange(0, BLOCK_M)
     q_tile = load_queries(Q, first, sequence, BLOCK_M, SHAPE.DQK, SHAPE.BLOCK_DQK, False, FLAGS)
     sums = Sums(
@@ -116,7 +115,9 @@ def forward_kernel(
         tl.full([BLOCK_M], _LOWEST, tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
     )
-    queries = Side(i, tables.query_time, times_since(tables.since, i, sequence, FLAGS))
+    queries = Side(
+        i, tables.query_time, times_since(tables.since, sequence.start, i, is_query(i, sequence, FLAGS), FLAGS)
+    )
     buckets = Buckets(0, 0, True, 0.0)
     end = tl.minimum(first + BLOCK_M, sequence.n)
     if FLAGS.GENERAL:
@@ -126,8 +127,8 @@ def forward_kernel(
             for index in range(whole_count(whole_tiles)):
                 key = whole_tile_of(index, whole_tiles, runs) * BLOCK_N
                 own = buckets
-                if FLAGS.TIME and not FLAGS.KEY_OFFSETS:
-                    row = (sequence.start // BLOCK_M + sequence_id() + tile).to(tl.int64) * tiles_width
+                if FLAGS.TIME:
+                    row = (sequence.key_start // BLOCK_M + sequence_id() + tile).to(tl.int64) * tiles_width
                     own = unpack_tile(tl.load(tables.tiles + row + key // BLOCK_N), tables.time)
                 sums = _attend(
                     sums, q_tile, queries, key, K, V, sequence, bias, own, alpha, SHAPE, FLAGS, "whole", False
