@@ -54,7 +54,8 @@ def tile_bias(
     else:
         x = tl.zeros([ROWS, COLUMNS], tl.float32)
         if FLAGS.POSITION:
-            if MMA_LAYOUT and not FLAGS.GENERAL:
+            # Targets all stand at one position.
+            if MMA_LAYOUT and (not FLAGS.GENERAL or (STEPS and not FLAGS.TARGETS)):
                 x = position_diagonals(
                     bias.tables.spread, bias.position_zero, row, column, COLUMNS, ROWS_ARE_QUERIES, FLAGS.INLINE_ASM
                 )

@@ -90,7 +90,9 @@ def _(
     if time_bias is not None:
         config = configuration("hstu_attention.forward", shape_class(q, v, max_len, True), q.device)
         blocks = config["block_m"], config["block_n"]
-    handed = Handed.empty(q, k, offsets, max_len, Needs(zero, time_bias is not None, not general, *blocks))
+    handed = Handed.empty(
+        q, k, offsets, max_len, Needs(zero, time_bias is not None, not general, num_targets is not None, *blocks)
+    )
     return v.new_empty(*q.shape[:2], v.shape[2]), lse, *handed
 
 

@@ -234,6 +234,7 @@ class Needs(NamedTuple):
     position_zero: int | None  # None without a position bias
     timed: bool  # there is a time bias
     causal: bool  # under the causal mask alone
+    targets: bool
     block_m: int  # of the forward kernel
     block_n: int
 
@@ -258,7 +259,7 @@ class Handed(NamedTuple):
         band = q.new_empty(tokens if needs.timed and needs.causal else 0, 2 * BAND_BLOCK.value)
         near_buckets = torch.empty_like(band, dtype=torch.uint8)
         spread = q.new_empty(0, 0, dtype=torch.float32)
-        if needs.position_zero is not None and needs.causal:
+        if needs.position_zero is not None and not needs.targets:
             spread = q.new_empty(4, spread_width(needs.position_zero), dtype=torch.float32)
         since, tiles = q.new_empty(0, dtype=torch.int32), q.new_empty(0, 0, dtype=torch.int32)
         if needs.timed:
@@ -320,7 +321,7 @@ class BiasTables:
     def _make(self, block_m: int, block_n: int) -> Handed:
         inputs = self.inputs
         zero = None if inputs.position_bias is None else inputs.position_zero
-        needs = Needs(zero, inputs.timed, not inputs.general, block_m, block_n)
+        needs = Needs(zero, inputs.timed, not inputs.general, inputs.num_targets is not None, block_m, block_n)
         handed = Handed.empty(inputs.q, inputs.k, inputs.offsets[: inputs.num_sequences + 1], inputs.max_len, needs)
         if not len(inputs.q) or not inputs.max_len:
             return handed
