@@ -121,28 +121,31 @@ def cached_attention(
     num_sink_tokens: int = 0,
     target_group_size: int = 1,
 ) -> torch.Tensor:
-    """The new tokens as targets behind their sequence's T' stored ones, cached_k (T', h, dqk), cached_v (T', h, dv)."""
+    """The new tokens as targets behind their sequence's T' stored ones, cached_k (T', h, dqk), cached_v (T', h, dv).
+    query_time and key_time are (B,): a sequence's new tokens have the same."""
+    rows, total = len(q), int(cached_offsets[-1])
+    q, k, v = (tensor[: int(offsets[-1])] for tensor in (q, k, v))  # those behind belong to nobody
     lengths, cached_lengths = offsets.diff(), cached_offsets.diff()  # (B,)
     joined_offsets = jagged.offsets_from_lengths(lengths + cached_lengths)
-    total = len(q) + len(cached_k)
-    sequence_id, position = jagged.naive.sequence_and_position(joined_offsets, total)  # (T + T',)
+    sequence_id, position = jagged.naive.sequence_and_position(joined_offsets, len(q) + total)  # (T + T',)
     is_new = position >= cached_lengths[sequence_id]
 
     def join(cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Each sequence's cached tokens, then its new ones: (T + T', ...)."""
-        tokens = new.new_empty(total, *new.shape[1:])
-        tokens[~is_new], tokens[is_new] = cached, new
+        tokens = new.new_empty(len(is_new), *new.shape[1:])
+        tokens[~is_new], tokens[is_new] = cached[:total], new
         return tokens
 
     times: dict[str, Any] = {}
     if time_bias is not None:
         if query_time is None or key_time is None or cached_time is None:
             raise ValueError("time_bias needs query_time, key_time and cached_time")
-        times = {"query_time": join(cached_time, query_time), "key_time": join(cached_time, key_time)}
+        owner = sequence_id[is_new]  # (T,)
+        times = {"query_time": join(cached_time, query_time[owner]), "key_time": join(cached_time, key_time[owner])}
     if isinstance(attention_scale, torch.Tensor):
-        attention_scale = join(attention_scale.new_ones(len(cached_k)), attention_scale)
+        attention_scale = join(attention_scale.new_ones(total), attention_scale[: len(q)])
     attend = softmax_attention if softmax else functools.partial(hstu_attention, attention_scale=attention_scale)
-    joined_q = join(q.new_zeros(len(cached_k), *q.shape[1:]), q)
+    joined_q = join(q.new_zeros(total, *q.shape[1:]), q)
     output = attend(
         joined_q,
         join(cached_k, k),
@@ -158,7 +161,7 @@ def cached_attention(
         num_sink_tokens=num_sink_tokens,
         target_group_size=target_group_size,
     )
-    return output[is_new]  # (T, h, dv)
+    return F.pad(output[is_new], (0, 0, 0, 0, 0, rows - len(q)))  # (T, h, dv)
 
 
 def time_bucket(seconds: torch.Tensor) -> torch.Tensor:

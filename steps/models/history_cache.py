@@ -219,9 +219,9 @@ class HistoryCache:
             own = offsets[first : last + 1].clamp(start, end) - start
             part = history.of(first, last)
             owner, _ = sequence_and_position(own, end - start)
-            x, at = self._encoder.embed(candidates[start:end], part.offsets.diff()[owner]), asked[first:last][owner]
+            x = self._encoder.embed(candidates[start:end], part.offsets.diff()[owner])
             for index in range(len(self._layers)):
-                x = self._scored(index, x, at, own, longest, part)
+                x = self._scored(index, x, asked[first:last], own, longest, part)
             hidden.append(x)
         return torch.cat(hidden)
 
@@ -432,7 +432,8 @@ class HistoryCache:
         max_len: int,
         history: _History,
     ) -> torch.Tensor:
-        """A layer's output of candidates (T, d), at most `max_len` of a user: they see the history and themselves."""
+        """A layer's output of candidates (T, d), at most `max_len` of a user: they see the history and themselves.
+        time: (B,)."""
         layer = self._layers[index]
         u, q, k, v = layer.project(x, self._dtype)
         attention_output = cached_attention(

@@ -25,7 +25,10 @@ from steps.studies.rows import Row, row
 
 RECOMPUTED, CACHED = "recomputed", "cached"
 #: What names of the kernels begin with that are attention, its preparations included.
-ATTENTION = ("cached_kernel", "forward_kernel", "band_kernel", "relative_time", "tile_bucket", "spread_kernel")
+ATTENTION = (
+    *("key_bias_kernel", "cached_kernel", "join_kernel"),
+    *("forward_kernel", "band_kernel", "relative_time", "tile_bucket", "spread_kernel"),
+)
 _AXES = ("model", "precision", "users", "history", "new", "candidates", "way", "micro_batch")
 _TYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 _FLOAT32_ERROR = 1e-5  # of the largest hidden state, between the two ways

@@ -33,6 +33,7 @@ def _attend(name: str, which: int) -> Callable[[torch.Tensor], torch.Tensor]:
         if name == "cached_attention":
             stored = [numbers(TOKENS, 1, DIM)] * 2
             tables |= {"position_bias": None, "time_bias": None} if which < 3 else {"position_bias": None}
+            tables |= {"query_time": TIMES[:2], "key_time": TIMES[:2]}
             return attention.cached_attention(
                 *tensors[:3], OFFSETS, *stored, OFFSETS, 4, 4, cached_time=TIMES, **tables
             )

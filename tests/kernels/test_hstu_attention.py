@@ -199,13 +199,13 @@ def test_what_fits_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cached_inputs() -> dict[str, object]:
-    q, k, v, offsets, position, time, query_time, key_time = inputs([2, 0, 3])
+    q, k, v, offsets, position, time, query_time, _ = inputs([2, 0, 3])
     _, cached_k, cached_v, cached_offsets, *_, cached_time = inputs([6, 4, 1])
     return {
         "q": q, "k": k, "v": v, "offsets": offsets, "cached_k": cached_k, "cached_v": cached_v,
         "cached_offsets": cached_offsets, "max_len": 3, "max_cached_len": 6, "alpha": 0.5, "attention_scale": 9.0,
-        "softmax": False, "position_bias": position, "time_bias": time, "query_time": query_time,
-        "key_time": key_time, "cached_time": cached_time, "max_attn_len": 4, "num_sink_tokens": 1,
+        "softmax": False, "position_bias": position, "time_bias": time, "query_time": query_time[2:],
+        "key_time": query_time[:3], "cached_time": cached_time, "max_attn_len": 4, "num_sink_tokens": 1,
         "target_group_size": 2,
     }  # fmt: skip
 
