@@ -7,24 +7,26 @@ states are the same up to rounding.
 
 import hashlib
 import json
-from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from kernels.hstu_attention import cached_attention
+from kernels.hstu_attention import cached_attention, runs_in_triton
 from kernels.jagged.naive import sequence_and_position
 from steps.common.cli import StepError
 from steps.common.files import atomic_path
 from steps.models.hstu import HSTU, HSTULayer
+from steps.models.repeated import Repeated
 
 
 @dataclass
@@ -47,21 +49,11 @@ class _User:
 
 @dataclass(frozen=True)
 class _History:
-    """Keys (layers, T', h, dqk), values (layers, T', h, dv) and times (T',), jagged over the users of a call by
-    `offsets` (B + 1,)."""
+    """Keys (layers, T', h, dqk), values (layers, T', h, dv) and times (T',) of users, side by side."""
 
     keys: torch.Tensor
     values: torch.Tensor
     time: torch.Tensor
-    lengths: list[int]
-    offsets: torch.Tensor
-
-    def of(self, first: int, last: int) -> "_History":
-        """That of the users from `first` to before `last`, as views."""
-        start = sum(self.lengths[:first])
-        part = slice(start, start + sum(self.lengths[first:last]))
-        offsets = self.offsets[first : last + 1] - self.offsets[first]
-        return _History(self.keys[:, part], self.values[:, part], self.time[part], self.lengths[first:last], offsets)
 
 
 class HistoryCache:
@@ -92,6 +84,11 @@ class HistoryCache:
         self._keys = torch.zeros(len(self._layers), 0, layer.heads, layer.dqk, **made)  # (layers, slots, h, dqk)
         self._values = torch.zeros(len(self._layers), 0, layer.heads, layer.dv, **made)  # (layers, slots, h, dv)
         self._times = torch.zeros(0, dtype=torch.int64, device=table.device)  # (slots,)
+        # Where kernels do the work, sizes are rounded up, so that requests have few shapes, and those of a shape that
+        # comes again are CUDA graphs. These read the histories in `_buffer`, which stays where it is.
+        self._in_kernels = runs_in_triton(self._keys, self._keys, self._values)
+        self._repeated = Repeated(table.device)
+        self._buffer = self._empty_history(0)
 
     def __contains__(self, user: int) -> bool:
         return user in self._users
@@ -182,8 +179,9 @@ class HistoryCache:
     ) -> torch.Tensor:
         """Hidden states (T, d) of candidates, each as the next token of its user's history; nothing is kept of them.
 
-        The histories are copied out of their pages once. The host waits for the device only to read `offsets`, if they
-        are there.
+        The histories are copied out of their pages once. On CUDA a request whose shape, rounded up, comes a second time
+        is captured as CUDA graphs, which are replayed from then on; the results are the same to the bit. The host waits
+        for the device only to capture, and to read `offsets`, if they are there.
 
         Args:
             candidates: (T, d), item embeddings, jagged over `users` (B) by `offsets` (B + 1,) int64, on any device.
@@ -210,20 +208,35 @@ class HistoryCache:
                 )
         if not len(candidates):
             return torch.zeros_like(candidates)
-        history, bounds, hidden = self._histories(found, asked), [0, *accumulate(counts)], []
-        offsets = self._on_device(bounds)
+        longest = min(self._rounded(max(user.total for user in found)), most - 1)
+        request = ("histories", len(names), longest)
+        history = self._collected(found, self._repeated.seen(request))
+        run = self._run(history)
+        # A user's stored tokens, then the one that waits, if one does: as sequences of their own.
+        parts = self._offsets([count for user in found for count in (user.length, len(user.waiting))])
+        if any(len(user.waiting) for user in found):
+            none, never = torch.zeros_like(candidates[:1]), self._times.new_zeros(1)
+            waiting = torch.cat([user.waiting if len(user.waiting) else none for user in found])
+            time_of = torch.cat([user.waiting_time if len(user.waiting) else never for user in found])
+            run(
+                ("waiting", request),
+                partial(self._calculate_waiting, history, longest),
+                [waiting, time_of, parts, asked],
+            )
+        hidden, most_of_one = torch.empty_like(candidates), self._rounded(max(counts))
+        bounds = self._on_device([0, *accumulate(counts)])
         for start in range(0, len(candidates), micro_batch):
             end = min(start + micro_batch, len(candidates))
-            first, last = bisect_right(bounds, start) - 1, bisect_left(bounds, end)  # the users of these candidates
-            longest = max(min(bounds[b + 1], end) - max(bounds[b], start) for b in range(first, last))
-            own = offsets[first : last + 1].clamp(start, end) - start
-            part = history.of(first, last)
-            owner, _ = sequence_and_position(own, end - start)
-            x = self._encoder.embed(candidates[start:end], part.offsets.diff()[owner])
-            for index in range(len(self._layers)):
-                x = self._scored(index, x, asked[first:last], own, longest, part)
-            hidden.append(x)
-        return torch.cat(hidden)
+            size = min(self._rounded(end - start), micro_batch)
+            max_len = min(most_of_one, size)
+            own = F.pad(candidates[start:end], (0, 0, 0, size - (end - start)))
+            states = run(
+                ("candidates", request, size, max_len),
+                partial(self._scored, history, longest, max_len),
+                [own, bounds.clamp(start, end) - start, parts, asked],
+            )
+            hidden[start:end] = states[: end - start]
+        return hidden
 
     def evict(self, users: Sequence[int]) -> None:
         """Forget these users; others use their pages. Raises ValueError, and forgets nobody, if one is unknown."""
@@ -389,10 +402,8 @@ class HistoryCache:
         totals = [length + new for length, new in zip(lengths, more, strict=True)]
         offsets, key_offsets = self._offsets(more), self._offsets(totals)
         slots = self._slots(tables, totals)
-        keys, values = _copied(self._keys, slots), _copied(self._values, slots)
-        history = _History(keys, values, self._times[slots], totals, key_offsets)
-        if not len(embeddings):
-            return history, slots, slots[:0]
+        keys, values = (_copied(pool, slots).view(pool.dtype) for pool in (self._keys, self._values))
+        history = _History(keys, values, self._times[slots])
         owner, position = sequence_and_position(offsets, len(embeddings))
         position += self._on_device(lengths)[owner]
         new = key_offsets[owner] + position
@@ -408,39 +419,110 @@ class HistoryCache:
             x = layer.finish(x, u, attention_output, self._dtype)
         return history, slots, new
 
-    def _histories(self, users: list[_User], asked: torch.Tensor) -> _History:
-        """The whole histories. Tokens that wait are calculated for the time (B,) that is asked for."""
-        some = [index for index, user in enumerate(users) if len(user.waiting)]
-        if some and not len(self._times):
+    def _collected(self, users: list[_User], keep: bool) -> _History:
+        """Copies of the whole histories, with room for the tokens that wait, and a row more; in the buffer, if they
+        fit. keep: make it larger, if they do not."""
+        totals = [user.total for user in users]
+        if any(totals) and not len(self._times):
             self._reserved([1])  # a page 0, see below
-        nothing = self._encoder.position.weight[:0]
-        return self._extended(
-            [[*user.pages, 0] for user in users],  # a token that waits has no slot: its place is copied from any
-            [user.length for user in users],
-            [len(user.waiting) for user in users],
-            torch.cat([nothing, *(users[index].waiting for index in some)]),
-            asked[self._on_device(some)],
-            torch.cat([self._times[:0], *(users[index].waiting_time for index in some)]),
-        )[0]
+        # A token that waits has no slot: its place is copied from any.
+        slots, rows, history = self._slots([[*user.pages, 0] for user in users], totals), sum(totals), self._buffer
+        if rows >= len(history.time):
+            history = self._empty_history((self._rounded(rows) if keep else rows) + 1)
+            if keep and self._in_kernels:
+                self._repeated.forget()
+                self._buffer = history
+        _copied(self._keys, slots, history.keys)
+        _copied(self._values, slots, history.values)
+        torch.index_select(self._times, 0, slots, out=history.time[:rows])
+        return history
+
+    def _empty_history(self, rows: int) -> _History:
+        keys, values = (pool.new_empty(len(pool), rows, *pool.shape[2:]) for pool in (self._keys, self._values))
+        return _History(keys, values, self._times.new_empty(rows))
+
+    def _rounded(self, count: int) -> int:
+        """A size that is at least the count: at most a quarter more, or 15, so that few sizes occur."""
+        if not self._in_kernels:
+            return count
+        step = max(16, 2 ** ((count - 1).bit_length() - 3))
+        return -(-count // step) * step
+
+    def _run(self, history: _History) -> Callable[[Hashable, Callable[..., Any], list[torch.Tensor]], Any]:
+        """How to call work on a history: graphs can read none but the buffer."""
+        if history is self._buffer and self._in_kernels:
+            return self._repeated.run
+        return lambda key, work, inputs: (self._repeated.seen(key), work(*inputs))[1]
+
+    def _calculate_waiting(
+        self,
+        history: _History,
+        longest: int,
+        waiting: torch.Tensor,
+        waiting_time: torch.Tensor,
+        parts: torch.Tensor,
+        asked: torch.Tensor,
+    ) -> None:
+        """Put keys, values and times of the tokens that wait (B, d) into their places behind the stored ones, for the
+        times (B,) that are asked for. Where none waits, the row is any, and goes to the history's last row."""
+        lengths = parts.diff()
+        stored, waits = lengths[0::2], lengths[1::2]
+        place = torch.where(waits > 0, parts[1::2], len(history.time) - 1)
+        history.time.index_copy_(0, place, waiting_time)
+        x = self._encoder.embed(waiting, stored)
+        each = torch.arange(1, len(parts) + 1, device=parts.device) // 2  # a query for every other part
+        times = {"query_time": asked.repeat_interleave(2), "key_time": waiting_time.repeat_interleave(2)}
+        for index, layer in enumerate(self._layers):
+            u, q, k, v = layer.project(x, self._dtype)
+            if layer is not self._layers[-1]:  # nobody asks for its output: candidates read keys and values alone
+                x = self._attended(index, x, u, q, k, v, each, history, parts, 1, longest, times)
+            history.keys[index].index_copy_(0, place, k)
+            history.values[index].index_copy_(0, place, v)
 
     def _scored(
         self,
+        history: _History,
+        longest: int,
+        max_len: int,
+        candidates: torch.Tensor,
+        offsets: torch.Tensor,
+        parts: torch.Tensor,
+        asked: torch.Tensor,
+    ) -> torch.Tensor:
+        """Hidden states of candidates (T, d), at most `max_len` of a user: they see the history and themselves. Those
+        of rows behind the last offset mean nothing."""
+        ends = parts[0::2].contiguous()
+        row = torch.arange(len(candidates), device=offsets.device)
+        owner = (torch.searchsorted(offsets, row, right=True) - 1).clamp(max=len(asked) - 1)
+        x = self._encoder.embed(candidates, ends.diff()[owner])
+        times = {"query_time": asked, "key_time": asked}
+        for index, layer in enumerate(self._layers):
+            u, q, k, v = layer.project(x, self._dtype)
+            x = self._attended(index, x, u, q, k, v, offsets, history, ends, max_len, longest, times)
+        return x
+
+    def _attended(
+        self,
         index: int,
         x: torch.Tensor,
-        time: torch.Tensor,
+        u: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         offsets: torch.Tensor,
-        max_len: int,
         history: _History,
+        history_offsets: torch.Tensor,
+        max_len: int,
+        longest: int,
+        times: dict[str, Any],
     ) -> torch.Tensor:
-        """A layer's output of candidates (T, d), at most `max_len` of a user: they see the history and themselves.
-        time: (B,)."""
+        """A layer's output (T, d) of tokens that see the history and themselves."""
         layer = self._layers[index]
-        u, q, k, v = layer.project(x, self._dtype)
         attention_output = cached_attention(
-            q, k, v, offsets, history.keys[index], history.values[index], history.offsets, max_len,
-            max(history.lengths), alpha=layer.alpha, attention_scale=layer.attention_scale, softmax=layer.softmax,
-            position_bias=layer.position_bias, time_bias=layer.time_bias, query_time=time, key_time=time,
-            cached_time=history.time, **layer.window,
+            q, k, v, offsets, history.keys[index], history.values[index], history_offsets, max_len, longest,
+            alpha=layer.alpha, attention_scale=layer.attention_scale, softmax=layer.softmax,
+            position_bias=layer.position_bias, time_bias=layer.time_bias, cached_time=history.time,
+            **(times | layer.window),
         )  # fmt: skip
         return layer.finish(x, u, attention_output, self._dtype)
 
@@ -456,11 +538,14 @@ def _in_type(layer: HSTULayer, dtype: torch.dtype) -> HSTULayer:
     return layer
 
 
-def _copied(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """pool[:, slots], of (layers, slots, h, d): in words of 8 bytes where vectors are made of them, as torch's kernel
-    moves an element at a time."""
+def _copied(pool: torch.Tensor, slots: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor:
+    """pool[:, slots], of (layers, slots, h, d), in the first rows of `to`, if it is given: in words of 8 bytes where
+    vectors are made of them, as torch's kernel moves an element at a time."""
     wide = pool.shape[3] * pool.itemsize % 8 == 0
-    return (pool.view(torch.int64) if wide else pool).index_select(1, slots).view(pool.dtype)
+    made = None if to is None else to[:, : len(slots)]
+    if wide:
+        pool, made = pool.view(torch.int64), None if made is None else made.view(torch.int64)
+    return torch.index_select(pool, 1, slots, out=made)
 
 
 def _kind(encoder: HSTU) -> dict[str, Any]:

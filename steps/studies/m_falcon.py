@@ -1,9 +1,10 @@
 """M-FALCON (arXiv 2402.17152): how long a request takes whose candidates are scored against histories.
 
 Cached: the histories' keys and values are kept (`steps.models.history_cache`); a request appends what is new, and
-scores its candidates in micro-batches. Recomputed, which is what one does without: one forward pass of the histories
-with the candidates behind them, which do not see each other (`num_targets`). Encoders and inputs are random. A case's
-hidden states are compared first; where the two ways differ, no time is kept.
+scores its candidates in micro-batches. Requests of its shape came before, so that on CUDA it replays graphs.
+Recomputed, which is what one does without: one forward pass of the histories with the candidates behind them, which do
+not see each other (`num_targets`). Encoders and inputs are random. A case's hidden states are compared first; where the
+two ways differ, no time is kept.
 """
 
 import itertools
