@@ -18,6 +18,7 @@ from .naive import TIME_BUCKETS, time_bucket
 
 __all__ = [
     "TIME_BUCKETS",
+    "appended_attention",
     "cached_attention",
     "hstu_attention",
     "runs_in_triton",
@@ -253,6 +254,71 @@ def cached_attention(
         attention_scale=attention_scale, softmax=softmax, position_bias=position_bias, time_bias=time_bias,
         query_time=query_time, key_time=key_time, cached_time=cached_time, max_attn_len=max_attn_len,
         num_sink_tokens=num_sink_tokens, target_group_size=target_group_size,
+    )  # fmt: skip
+
+
+def appended_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    max_new: int,
+    max_len: int,
+    *,
+    alpha: float = 1.0,
+    attention_scale: float | None = None,
+    softmax: bool = False,
+    position_bias: torch.Tensor | None = None,
+    time_bias: torch.Tensor | None = None,
+    query_time: torch.Tensor | None = None,
+    key_time: torch.Tensor | None = None,
+    max_attn_len: int = 0,
+    num_sink_tokens: int = 0,
+) -> torch.Tensor:
+    """Attention of new tokens over histories that they are the last tokens of: what `hstu_attention` and
+    `softmax_attention` give them with `key_offsets`, under the causal mask or semi-local, for inference alone.
+
+    Faster where a sequence's new tokens are few beside its keys: the bias of each pair is calculated once for all
+    heads, in parts of at most 64 MiB.
+
+    Args:
+        q: (T, h, dqk), of the new tokens, jagged over sequences by `offsets` (B + 1,).
+        k, v: (T', h, dqk) and (T', h, dv) of all tokens, the new ones included, jagged by `key_offsets` (B + 1,).
+        offsets, key_offsets: start at 0. Rows from their last number on belong to nobody: they are not read, and
+            outputs of theirs may be anything.
+        max_new, max_len: upper bounds of a sequence's new tokens, and of all its tokens.
+        attention_scale: a number; None stands for each sequence's own number of tokens.
+        softmax: softmax over the keys instead of silu(.)/N.
+        query_time, key_time: (T,) and (T',) int64, seconds; needed with `time_bias`.
+        alpha, position_bias, time_bias, max_attn_len, num_sink_tokens: as in `hstu_attention`; P >= max_len.
+
+    None of these bounds is checked, nor that a sequence has at least as many keys as new tokens.
+
+    Returns:
+        (T, h, dv). Not differentiable where Triton runs.
+
+    Raises:
+        ValueError: a time bias without times, shapes other than these, a negative number, tokens seen beyond a window
+            that is not there.
+    """
+    _check_times(time_bias, query_time, key_time)
+    mask = Mask(max_attn_len, num_sink_tokens=num_sink_tokens)
+    _check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, None, key_offsets)
+    if max_new < 0:
+        raise ValueError(f"max_new must not be negative, as {max_new} is")
+    if runs_in_triton(q, k, v):
+        from . import appended
+
+        reverse_mode_only("appended_attention", q, k, v, position_bias, time_bias)
+        return appended.appended_attention(
+            q, k, v, offsets, key_offsets, max_new, max_len, alpha, attention_scale, softmax, position_bias, time_bias,
+            query_time, key_time, max_attn_len, num_sink_tokens,
+        )  # fmt: skip
+    return naive.appended_attention(
+        q, k, v, offsets, key_offsets, max_new, max_len, alpha=alpha, attention_scale=attention_scale, softmax=softmax,
+        position_bias=position_bias, time_bias=time_bias, query_time=query_time, key_time=key_time,
+        max_attn_len=max_attn_len, num_sink_tokens=num_sink_tokens,
     )  # fmt: skip
 
 

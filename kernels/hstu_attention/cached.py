@@ -34,9 +34,9 @@ from .inputs import (
 from .mask import Mask, cut_mask
 from .tiles import load_tile, sequence_id
 
-_LOWEST = tl.constexpr(-1e30)
+LOWEST = tl.constexpr(-1e30)
 _BIAS_BLOCK = 1024  # keys of a program of `key_bias_kernel`
-_JOIN_BLOCK = 16  # queries of a program of `join_kernel`
+JOIN_BLOCK = 16  # queries of a program of `join_kernel`
 # Of programs that share keys: so many warps a multiprocessor are wanted, each program has so many tiles of keys at
 # least, and a tile of queries so many programs at most.
 _WARPS, _FEWEST_TILES, _MOST_SPLITS = 16, 4, 64
@@ -60,7 +60,7 @@ class CacheStrides(NamedTuple):
     v_head: int
 
 
-class Tables(NamedTuple):
+class CacheTables(NamedTuple):
     """Pointers of the bias tables and times; None for what a call does not need."""
 
     position: Any
@@ -86,7 +86,7 @@ class Parts(NamedTuple):
     sums: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["position_zero"])
 def key_bias_kernel(bias, offsets, cached_offsets, tables, position_zero, BLOCK: tl.constexpr, FLAGS: tl.constexpr):
     """Grid: blocks of keys of the longest sequence x sequences of `launch_grid`. The new key stands behind the stored
     ones."""
@@ -145,7 +145,7 @@ def cached_kernel(
     if BIAS:
         own_bias = tl.load(bias.own + index)
 
-    m_i = tl.full([BLOCK_M, 1], _LOWEST, tl.float32)
+    m_i = tl.full([BLOCK_M, 1], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_M, 1], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     own = 1
@@ -158,7 +158,7 @@ def cached_kernel(
         v_tile = load_tile(OWN_V, first - before, end, BLOCK_M, SHAPE.DV, BLOCK_DV, False, FLAGS, start, FLAGS.GROUPS)
         x = tl.sum(q_tile.to(tl.float32) * k_tile.to(tl.float32), 1)[:, None] * alpha + own_bias
         if FLAGS.GROUPS:
-            x = tl.where(((i - start) % group >= before)[:, None], x, _LOWEST)
+            x = tl.where(((i - start) % group >= before)[:, None], x, LOWEST)
         if FLAGS.SOFTMAX:
             m_new = tl.maximum(m_i, x)
             weights = exp_of(x - m_new)
@@ -198,9 +198,9 @@ def cached_kernel(
                 near = near | (j < sinks)
             seen = seen & near
         if BIAS:
-            x += tl.load(bias.stored + stored + j, mask=seen, other=_LOWEST)[None, :]
+            x += tl.load(bias.stored + stored + j, mask=seen, other=LOWEST)[None, :]
         elif FLAGS.SOFTMAX or FLAGS.WINDOW:
-            x += tl.where(seen, 0.0, _LOWEST)[None, :]
+            x += tl.where(seen, 0.0, LOWEST)[None, :]
         if FLAGS.SOFTMAX:
             m_new = tl.maximum(m_i, tl.max(x, 1)[:, None])
             weights = exp_of(x - m_new)
@@ -252,7 +252,7 @@ def join_kernel(
     apart = tokens.to(tl.int64) * heads
     acc = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
     if SOFTMAX:
-        m = tl.full([BLOCK, 1], _LOWEST, tl.float32)
+        m = tl.full([BLOCK, 1], LOWEST, tl.float32)
         total = tl.zeros([BLOCK, 1], tl.float32)
         for split in range(0, splits):
             m = tl.maximum(m, tl.load(parts.maxima + row + split * apart, mask=is_query, other=0.0))
@@ -340,10 +340,12 @@ def cached_attention(
     rows, cache_rows = (q, k, v, output), (cached_k, cached_v)
     with torch.cuda.device_of(q):
         if flags.POSITION or flags.TIME:
-            tables = Tables(float_table(position_bias), None, None, None, None, None)
+            tables = CacheTables(float_table(position_bias), None, None, None, None, None)
             if time_bias is not None:
                 edges = bucket_edges(q.device)
-                tables = Tables(tables.position, float_table(time_bias), edges, *(time.contiguous() for time in times))
+                tables = CacheTables(
+                    tables.position, float_table(time_bias), edges, *(time.contiguous() for time in times)
+                )
             bias = KeyBias(*(q.new_empty(n, dtype=torch.float32) for n in (len(cached_k), sequences)))
             key_bias_kernel[launch_grid(triton.cdiv(max_cached_len + 1, _BIAS_BLOCK), sequences)](
                 bias,
@@ -381,8 +383,8 @@ def cached_attention(
             **{name: number for name, number in config.items() if name not in ("block_m", "block_n")},
         )
         if splits > 1:
-            join_kernel[(triton.cdiv(tokens, _JOIN_BLOCK) * heads,)](
-                found, parts, output, tokens=tokens, splits=splits, heads=heads, BLOCK=_JOIN_BLOCK, SHAPE=shape,
+            join_kernel[(triton.cdiv(tokens, JOIN_BLOCK) * heads,)](
+                found, parts, output, tokens=tokens, splits=splits, heads=heads, BLOCK=JOIN_BLOCK, SHAPE=shape,
                 SOFTMAX=softmax,
             )  # fmt: skip
     return output

@@ -164,6 +164,46 @@ def cached_attention(
     return F.pad(output[is_new], (0, 0, 0, 0, 0, rows - len(q)))  # (T, h, dv)
 
 
+def appended_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    max_new: int,
+    max_len: int,
+    *,
+    alpha: float = 1.0,
+    attention_scale: float | None = None,
+    softmax: bool = False,
+    position_bias: torch.Tensor | None = None,
+    time_bias: torch.Tensor | None = None,
+    query_time: torch.Tensor | None = None,
+    key_time: torch.Tensor | None = None,
+    max_attn_len: int = 0,
+    num_sink_tokens: int = 0,
+) -> torch.Tensor:
+    """The new tokens q (T, h, dqk) as the last ones of their sequences, whose keys are k (T', h, dqk)."""
+    rows, tokens, keys = len(q), int(offsets[-1]), int(key_offsets[-1])  # what is behind belongs to nobody
+    attend = softmax_attention if softmax else functools.partial(hstu_attention, attention_scale=attention_scale)
+    output = attend(
+        q[:tokens],
+        k[:keys],
+        v[:keys],
+        offsets,
+        max(max_new, max_len),
+        alpha=alpha,
+        position_bias=position_bias,
+        time_bias=time_bias,
+        query_time=None if query_time is None else query_time[:tokens],
+        key_time=None if key_time is None else key_time[:keys],
+        max_attn_len=max_attn_len,
+        num_sink_tokens=num_sink_tokens,
+        key_offsets=key_offsets,
+    )
+    return F.pad(output, (0, 0, 0, 0, 0, rows - tokens))  # (T, h, dv)
+
+
 def time_bucket(seconds: torch.Tensor) -> torch.Tensor:
     """clamp(floor(ln(max(1, |s|)) / 0.301), 0, 128) of int64 seconds, as int64.
 

@@ -7,6 +7,7 @@ states are the same up to rounding.
 
 import hashlib
 import json
+import operator
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from kernels.hstu_attention import cached_attention, runs_in_triton
+from kernels.hstu_attention import appended_attention, cached_attention, runs_in_triton
 from kernels.jagged.naive import sequence_and_position
 from steps.common.cli import StepError
 from steps.common.files import atomic_path
@@ -89,6 +90,7 @@ class HistoryCache:
         self._in_kernels = runs_in_triton(self._keys, self._keys, self._values)
         self._repeated = Repeated(table.device)
         self._buffer = self._empty_history(0)
+        self._held: list[_User] = []  # whose histories an append has just left in the buffer
 
     def __contains__(self, user: int) -> bool:
         return user in self._users
@@ -153,19 +155,18 @@ class HistoryCache:
             [self._num_pages(n + new) - self._num_pages(n) for n, new in zip(lengths, more, strict=True)]
         )
         tables = [user.pages + own for user, own in zip(found, pages, strict=True)]
+        grown = [
+            _User(*waiting, table, length + count)
+            for table, length, count, waiting in zip(tables, lengths, more, kept, strict=True)
+        ]
         if some := [index for index, count in enumerate(more) if count]:
-            history, slots, new = self._extended(
-                [tables[index] for index in some],
-                [lengths[index] for index in some],
-                [more[index] for index in some],
-                torch.cat(rows),
-                torch.cat(query_times),
-                torch.cat(times),
-            )
-            self._keys[:, slots[new]], self._values[:, slots[new]] = history.keys[:, new], history.values[:, new]
-            self._times[slots[new]] = history.time[new]
-        for name, table, length, count, (waiting, waiting_time) in zip(names, tables, lengths, more, kept, strict=True):
-            self._users[name] = _User(waiting, waiting_time, table, length + count)
+            new = (torch.cat(rows), torch.cat(query_times), torch.cat(times))
+            calculate = self._continued if any(lengths[index] for index in some) else self._begun
+            slots, keys, values = calculate([grown[index] for index in some], [more[index] for index in some], *new)
+            self._keys.index_copy_(1, slots, keys)
+            self._values.index_copy_(1, slots, values)
+            self._times.index_copy_(0, slots, new[2])
+        self._users.update(zip(names, grown, strict=True))
         del self._free[len(self._free) - sum(map(len, pages)) :]
 
     @torch.no_grad()
@@ -210,10 +211,15 @@ class HistoryCache:
             return torch.zeros_like(candidates)
         longest = min(self._rounded(max(user.total for user in found)), most - 1)
         request = ("histories", len(names), longest)
-        history = self._collected(found, self._repeated.seen(request))
+        again = self._repeated.seen(request)
+        if self._held and len(self._held) == len(found) and all(map(operator.is_, self._held, found)):
+            history = self._buffer
+        else:
+            history = self._collected(found, again)
+        self._held = []
         run = self._run(history)
         # A user's stored tokens, then the one that waits, if one does: as sequences of their own.
-        parts = self._offsets([count for user in found for count in (user.length, len(user.waiting))])
+        parts = self._parts(found)
         if any(len(user.waiting) for user in found):
             none, never = torch.zeros_like(candidates[:1]), self._times.new_zeros(1)
             waiting = torch.cat([user.waiting if len(user.waiting) else none for user in found])
@@ -385,43 +391,98 @@ class HistoryCache:
         held = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
         return held.to(device, non_blocking=True)
 
-    def _extended(
+    def _begun(
         self,
-        tables: list[list[int]],
-        lengths: list[int],
+        users: list[_User],
         more: list[int],
         embeddings: torch.Tensor,
         query_time: torch.Tensor,
         time: torch.Tensor,
-    ) -> tuple[_History, torch.Tensor, torch.Tensor]:
-        """Histories of `lengths` stored tokens with new ones (T', d) behind them, `more` of each user, calculated.
-
-        Returns them, the slots in the pool of all their tokens, and where among these the new ones are (T',). The pages
-        in `tables` must have a slot for every token.
-        """
-        totals = [length + new for length, new in zip(lengths, more, strict=True)]
-        offsets, key_offsets = self._offsets(more), self._offsets(totals)
-        slots = self._slots(tables, totals)
-        keys, values = (_copied(pool, slots).view(pool.dtype) for pool in (self._keys, self._values))
-        history = _History(keys, values, self._times[slots])
-        owner, position = sequence_and_position(offsets, len(embeddings))
-        position += self._on_device(lengths)[owner]
-        new = key_offsets[owner] + position
-        history.time[new] = time
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slots (T',) in the pool, keys (layers, T', h, dqk) and values (layers, T', h, dv) of the first tokens of
+        histories, (T', d) jagged by their numbers, `more`."""
+        offsets, history = self._offsets(more), self._empty_history(len(embeddings))
+        _, position = sequence_and_position(offsets, len(embeddings))
         x = self._encoder.embed(embeddings, position)
-        # Histories that begin have as many queries as keys: the plain mask, which kernels are fastest with.
-        of_keys = key_offsets if any(lengths) else None
-        for layer, k, v in zip(self._layers, keys, values, strict=True):
-            u, q, k[new], v[new] = layer.project(x, self._dtype)
-            if layer is self._layers[-1]:  # nobody asks for its output: candidates read keys and values alone
+        for layer, keys, values in zip(self._layers, history.keys, history.values, strict=True):
+            u, q, k, v = layer.project(x, self._dtype)
+            keys.copy_(k)
+            values.copy_(v)
+            if layer is not self._layers[-1]:  # nobody asks for its output: candidates read keys and values alone
+                x = layer.finish(x, u, layer.attend(q, k, v, offsets, max(more), query_time, time), self._dtype)
+        return self._slots([user.pages for user in users], more), history.keys, history.values
+
+    def _continued(
+        self,
+        users: list[_User],
+        more: list[int],
+        embeddings: torch.Tensor,
+        query_time: torch.Tensor,
+        time: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `_begun`, of tokens behind others. `users` as they are with them."""
+        tokens = len(embeddings)
+        longest = min(self._rounded(max(user.length for user in users)), self._encoder.num_positions)
+        size, max_new = self._rounded(tokens), self._rounded(max(more))
+        key = ("append", len(users), longest, size, max_new)
+        history, slots = self._collected_with_slots(users, self._repeated.seen(("more", *key)))
+        offsets, parts = self._offsets(more), self._parts(users)
+        owner, position = sequence_and_position(offsets, tokens)
+        position += self._on_device([user.length - count for user, count in zip(users, more, strict=True)])[owner]
+        place = parts[0::2][owner] + position
+        rest = size - tokens  # rows that belong to nobody go to the history's last row
+        inputs = [
+            F.pad(embeddings, (0, 0, 0, rest)),
+            *(F.pad(numbers, (0, rest)) for numbers in (query_time, time, position)),
+            F.pad(place, (0, rest), value=len(history.time) - 1),
+            offsets.repeat_interleave(2)[1:].clone(),  # no query for what waits
+            parts,
+        ]
+        self._run(history)(key, partial(self._calculate_appended, history, longest, max_new), inputs)
+        if history is self._buffer:
+            self._held = users
+        return slots[place], history.keys.index_select(1, place), history.values.index_select(1, place)
+
+    def _calculate_appended(
+        self,
+        history: _History,
+        longest: int,
+        max_new: int,
+        embeddings: torch.Tensor,
+        query_time: torch.Tensor,
+        time: torch.Tensor,
+        position: torch.Tensor,
+        place: torch.Tensor,
+        offsets: torch.Tensor,
+        parts: torch.Tensor,
+    ) -> None:
+        """Put keys, values and times of new tokens (T, d) into their places in the history."""
+        history.time.index_copy_(0, place, time)
+        x = self._encoder.embed(embeddings, position)
+        for layer, keys, values in zip(self._layers, history.keys, history.values, strict=True):
+            u, q, k, v = layer.project(x, self._dtype)
+            keys.index_copy_(0, place, k)
+            values.index_copy_(0, place, v)
+            if layer is self._layers[-1]:
                 break
-            attention_output = layer.attend(q, k, v, offsets, max(totals), query_time, history.time, of_keys)
+            attention_output = appended_attention(
+                q, keys, values, offsets, parts, max_new, longest, alpha=layer.alpha, softmax=layer.softmax,
+                attention_scale=layer.attention_scale, position_bias=layer.position_bias, time_bias=layer.time_bias,
+                query_time=query_time, key_time=history.time, **layer.window,
+            )  # fmt: skip
             x = layer.finish(x, u, attention_output, self._dtype)
-        return history, slots, new
+
+    def _parts(self, users: list[_User]) -> torch.Tensor:
+        """Offsets (2 B + 1,) of users' histories: of each the stored tokens, then the one that waits, if one does."""
+        return self._offsets([count for user in users for count in (user.length, len(user.waiting))])
 
     def _collected(self, users: list[_User], keep: bool) -> _History:
         """Copies of the whole histories, with room for the tokens that wait, and a row more; in the buffer, if they
         fit. keep: make it larger, if they do not."""
+        return self._collected_with_slots(users, keep)[0]
+
+    def _collected_with_slots(self, users: list[_User], keep: bool) -> tuple[_History, torch.Tensor]:
+        """As `_collected`; and the slots in the pool that the rows were copied from."""
         totals = [user.total for user in users]
         if any(totals) and not len(self._times):
             self._reserved([1])  # a page 0, see below
@@ -432,10 +493,12 @@ class HistoryCache:
             if keep and self._in_kernels:
                 self._repeated.forget()
                 self._buffer = history
+        if history is self._buffer:
+            self._held = []
         _copied(self._keys, slots, history.keys)
         _copied(self._values, slots, history.values)
         torch.index_select(self._times, 0, slots, out=history.time[:rows])
-        return history
+        return history, slots
 
     def _empty_history(self, rows: int) -> _History:
         keys, values = (pool.new_empty(len(pool), rows, *pool.shape[2:]) for pool in (self._keys, self._values))
@@ -538,14 +601,13 @@ def _in_type(layer: HSTULayer, dtype: torch.dtype) -> HSTULayer:
     return layer
 
 
-def _copied(pool: torch.Tensor, slots: torch.Tensor, to: torch.Tensor | None = None) -> torch.Tensor:
-    """pool[:, slots], of (layers, slots, h, d), in the first rows of `to`, if it is given: in words of 8 bytes where
-    vectors are made of them, as torch's kernel moves an element at a time."""
-    wide = pool.shape[3] * pool.itemsize % 8 == 0
-    made = None if to is None else to[:, : len(slots)]
-    if wide:
-        pool, made = pool.view(torch.int64), None if made is None else made.view(torch.int64)
-    return torch.index_select(pool, 1, slots, out=made)
+def _copied(pool: torch.Tensor, slots: torch.Tensor, to: torch.Tensor) -> None:
+    """pool[:, slots], of (layers, slots, h, d), into the first rows of `to`: in words of 8 bytes where vectors are made
+    of them, as torch's kernel moves an element at a time."""
+    to = to[:, : len(slots)]
+    if pool.shape[3] * pool.itemsize % 8 == 0:
+        pool, to = pool.view(torch.int64), to.view(torch.int64)
+    torch.index_select(pool, 1, slots, out=to)
 
 
 def _kind(encoder: HSTU) -> dict[str, Any]:

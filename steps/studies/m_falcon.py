@@ -27,7 +27,7 @@ from steps.studies.rows import Row, row
 RECOMPUTED, CACHED = "recomputed", "cached"
 #: What names of the kernels begin with that are attention, its preparations included.
 ATTENTION = (
-    *("key_bias_kernel", "cached_kernel", "join_kernel"),
+    *("key_bias_kernel", "cached_kernel", "pair_bias_kernel", "appended_kernel", "join_kernel"),
     *("forward_kernel", "band_kernel", "relative_time", "tile_bucket", "spread_kernel"),
 )
 _AXES = ("model", "precision", "users", "history", "new", "candidates", "way", "micro_batch")

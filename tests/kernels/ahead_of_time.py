@@ -28,7 +28,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kernels import common
-from kernels.hstu_attention import cached, mma_layout
+from kernels.hstu_attention import appended, cached, mma_layout
 from kernels.hstu_attention import launch as attention_launch
 from kernels.hstu_attention import op as hstu_attention
 from kernels.layer_norm import triton_op as layer_norm
@@ -227,6 +227,25 @@ def _cached_attention(
     return Case(call, lengths)
 
 
+def _appended_attention(
+    dtype: torch.dtype, heads: int, dim: int, lengths: tuple[tuple[int, ...], ...], softmax: bool = False,
+    window: bool = False, bias: str = "both",
+) -> Case:  # fmt: skip
+    def call(lengths: torch.Tensor) -> None:
+        stored = attention_inputs(lengths, heads, dim, dim, dtype, bias)
+        names = ("k", "v", "max_len", "alpha", "attention_scale", "position_bias", "time_bias", "key_time")
+        inputs = {name: stored[name] for name in names}
+        more = (lengths // 8).clamp(min=1)
+        tokens = int(more.sum())
+        inputs |= {"q": stored["q"][:tokens], "key_offsets": stored["offsets"], "max_new": int(more.max())}
+        inputs |= {"offsets": torch.nn.functional.pad(more.cumsum(0), (1, 0)), "softmax": softmax}
+        inputs |= {"query_time": None if stored["query_time"] is None else stored["query_time"][:tokens].clone()}
+        inputs |= {"max_attn_len": 64 * window, "num_sink_tokens": 5 * window}
+        appended.appended_attention(**_on_gpu(inputs))
+
+    return Case(call, lengths)
+
+
 def _mma_layout(dtype: torch.dtype, rows: int, columns: int, warps: int, rows_are_queries: bool) -> Case:
     tile = mma_layout.Tile(torch.device("cpu"), dtype, rows, columns, warps, rows_are_queries)
     return Case(lambda _: mma_layout.wrong_elements(tile, inline_asm=True), _SHORT)
@@ -323,6 +342,11 @@ CASES = {
     "cached attention d 64, groups": _cached_attention(_BF16, 4, 64, _LONG, masks=True),
     "cached attention d 25, short, softmax": _cached_attention(_BF16, 2, 25, _SHORT, softmax=True),
     "cached attention d 256": _cached_attention(_BF16, 2, 256, _LONG),
+    "appended attention d 64": _appended_attention(_BF16, 4, 64, _LONGER),
+    "appended attention d 64, semi-local, softmax": _appended_attention(_BF16, 4, 64, _LONG, softmax=True, window=True),
+    "appended attention d 128": _appended_attention(_BF16, 4, 128, _LONGER),
+    "appended attention d 128, fp32": _appended_attention(_FP32, 2, 128, _LONG),
+    "appended attention d 128, no bias": _appended_attention(_BF16, 4, 128, _LONGER, bias="none"),
     "layout of tensor cores": _mma_layout(_BF16, 64, 64, 4, True),
     "layout of tensor cores, keys": _mma_layout(_FP16, 64, 32, 4, False),
     "layout of tensor cores, fp32": _mma_layout(_FP32, 32, 32, 2, True),

@@ -15,6 +15,7 @@ from kernels.hstu_attention import naive
 
 op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 cached = pytest.importorskip("kernels.hstu_attention.cached", exc_type=ImportError)
+appended = pytest.importorskip("kernels.hstu_attention.appended", exc_type=ImportError)
 launch = pytest.importorskip("kernels.hstu_attention.launch", exc_type=ImportError)
 inputs_module = pytest.importorskip("kernels.hstu_attention.inputs", exc_type=ImportError)
 value_block = pytest.importorskip("kernels.hstu_attention.inputs", exc_type=ImportError).value_block
@@ -673,6 +674,38 @@ def test_keys_shared_by_programs_give_the_same_output(
         assert torch.equal(found[0][:7], found[1][:7])
         tolerance = 3e-3 if ON_GPU else 1e-5
         torch.testing.assert_close(found[0][:7], expected[:7], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("window", [(0, 0), (70, 0), (40, 30)], ids=["causal", "window", "window, sinks"])
+@pytest.mark.parametrize("bias", ["both", "position", "time", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if ON_GPU else [])], ids=str)
+def test_appended_tokens_attend_as_their_sequences_last(
+    dtype: torch.dtype, bias: str, window: tuple[int, int], softmax: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keys shared by programs and not, the bias in one part and in several; rows behind the last offset are not
+    read."""
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 70, 71, 71, 74], device=DEVICE)
+    key_offsets = torch.tensor([0, 250, 251, 260, 300], device=DEVICE)
+    q, k, v = (torch.randn(n, 2, 16, device=DEVICE).to(dtype) for n in (80, 310, 310))
+    for tensor, used in ((q, 74), (k, 300), (v, 300)):
+        tensor[used:] = torch.nan
+    p = torch.randn(2 * 260 - 1, device=DEVICE) if bias in ("both", "position") else None
+    w = torch.randn(naive.TIME_BUCKETS, device=DEVICE) if bias in ("both", "time") else None
+    times = [torch.randint(2**31, (n,), device=DEVICE) for n in (80, 310)]
+    expected = naive.appended_attention(
+        q, k, v, offsets, key_offsets, 72, 256, alpha=0.3, attention_scale=None, softmax=softmax, position_bias=p,
+        time_bias=w, query_time=times[0], key_time=times[1], max_attn_len=window[0], num_sink_tokens=window[1],
+    )  # fmt: skip
+    for splits, pairs in ((1, 2**24), (3, 2**24), (9, 2**24), (2, 256 * 33)):
+        monkeypatch.setattr(appended, "num_splits", lambda *_, splits=splits: splits)
+        monkeypatch.setattr(appended, "MOST_PAIRS", pairs)
+        found = appended.appended_attention(
+            q, k, v, offsets, key_offsets, 72, 256, 0.3, None, softmax, p, w, *times, *window
+        )
+        tolerance = (3e-3 if ON_GPU else 1e-5) if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(found[:74], expected[:74], rtol=tolerance, atol=tolerance)
 
 
 def test_programs_share_keys_where_there_would_be_few() -> None:

@@ -233,6 +233,67 @@ def test_requests_that_come_again_have_the_same_hidden_states(
     assert graphs.captured == captured
 
 
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+def test_histories_that_go_on_in_graphs_are_the_same(
+    time: str, attention: str, position: bool, case: Case, graphs: type[PretendedGraph]
+) -> None:
+    """Token by token, of two users, with a request after each; and semi-local."""
+    for changes in ({}, {"max_attn_len": 3, "num_sink_tokens": 2}):
+        encoder = make(time, attention, position, **changes)
+        cache, users = HistoryCache(encoder, PAGE), [5, 23]
+        for end in range(1, 9):
+            append(cache, case, users, end - 1, end)
+            part = Case(
+                {user: case.history[user][:end] for user in users},
+                {user: case.times[user][:end] for user in users},
+                {5: case.candidates[11], 23: case.candidates[23]},
+                case.asked,
+            )
+            close(encode(cache, part, users), plain(encoder, part, users))
+        assert graphs.captured >= 2
+        graphs.captured = 0
+
+
+def test_a_request_reads_what_its_append_has_just_laid_out(
+    case: Case, graphs: type[PretendedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not after another append, another request, or an eviction, which may have changed it."""
+    encoder = make("next")
+    cache, users, copied = HistoryCache(encoder, PAGE), [11, 23], []
+    original = cache._collected
+    monkeypatch.setattr(cache, "_collected", lambda *given: copied.append(len(given[0])) or original(*given))
+
+    def from_the_start(end: int) -> None:
+        if 11 in cache:
+            cache.evict(users)
+        append(cache, case, users, 0, 4)
+        append(cache, case, users, 4, end)
+
+    def states(asked_for: list[int]) -> None:
+        part = Case(case.history | {23: case.history[23][:6]}, case.times | {23: case.times[23][:6]},
+                    case.candidates, case.asked)  # fmt: skip
+        close(encode(cache, part, asked_for), plain(encoder, part, asked_for))
+
+    for _ in range(2):
+        from_the_start(6)
+        states(users)
+    copied.clear()
+    from_the_start(6)
+    states(users)
+    assert copied == []
+    states(users)
+    from_the_start(6)
+    states(users[::-1])
+    states(users)
+    from_the_start(6)
+    append(cache, case, [7])
+    append(cache, case, [40])
+    cache.evict([23])
+    append(cache, case, [23], 0, 6)
+    states(users)
+    assert copied == [2] * 4
+
+
 def test_a_graph_goes_when_many_others_came_or_histories_outgrow_the_buffer(
     case: Case, graphs: type[PretendedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
