@@ -87,7 +87,7 @@ class HistoryCache:
         self._times = torch.zeros(0, dtype=torch.int64, device=table.device)  # (slots,)
         # Where kernels do the work, sizes are rounded up, so that requests have few shapes, and those of a shape that
         # comes again are CUDA graphs. These read the histories in `_buffer`, which stays where it is.
-        self._in_kernels = runs_in_triton(self._keys, self._keys, self._values)
+        self._in_kernels = runs_in_triton(self._keys[0], self._keys[0], self._values[0])
         self._repeated = Repeated(table.device)
         self._buffer = self._empty_history(0)
         self._held: list[_User] = []  # whose histories an append has just left in the buffer
@@ -435,7 +435,7 @@ class HistoryCache:
             F.pad(embeddings, (0, 0, 0, rest)),
             *(F.pad(numbers, (0, rest)) for numbers in (query_time, time, position)),
             F.pad(place, (0, rest), value=len(history.time) - 1),
-            offsets.repeat_interleave(2)[1:].clone(),  # no query for what waits
+            _twice(offsets)[1:],  # no query for what waits
             parts,
         ]
         self._run(history)(key, partial(self._calculate_appended, history, longest, max_new), inputs)
@@ -489,7 +489,7 @@ class HistoryCache:
         # A token that waits has no slot: its place is copied from any.
         slots, rows, history = self._slots([[*user.pages, 0] for user in users], totals), sum(totals), self._buffer
         if rows >= len(history.time):
-            history = self._empty_history((self._rounded(rows) if keep else rows) + 1)
+            history = self._empty_history(self._rounded(rows + 1))
             if keep and self._in_kernels:
                 self._repeated.forget()
                 self._buffer = history
@@ -513,9 +513,7 @@ class HistoryCache:
 
     def _run(self, history: _History) -> Callable[[Hashable, Callable[..., Any], list[torch.Tensor]], Any]:
         """How to call work on a history: graphs can read none but the buffer."""
-        if history is self._buffer and self._in_kernels:
-            return self._repeated.run
-        return lambda key, work, inputs: (self._repeated.seen(key), work(*inputs))[1]
+        return partial(self._repeated.run, capture=self._in_kernels and history is self._buffer)
 
     def _calculate_waiting(
         self,
@@ -530,11 +528,11 @@ class HistoryCache:
         times (B,) that are asked for. Where none waits, the row is any, and goes to the history's last row."""
         lengths = parts.diff()
         stored, waits = lengths[0::2], lengths[1::2]
-        place = torch.where(waits > 0, parts[1::2], len(history.time) - 1)
+        place = parts[1::2].masked_fill(waits == 0, len(history.time) - 1)
         history.time.index_copy_(0, place, waiting_time)
         x = self._encoder.embed(waiting, stored)
         each = torch.arange(1, len(parts) + 1, device=parts.device) // 2  # a query for every other part
-        times = {"query_time": asked.repeat_interleave(2), "key_time": waiting_time.repeat_interleave(2)}
+        times = {"query_time": _twice(asked), "key_time": _twice(waiting_time)}
         for index, layer in enumerate(self._layers):
             u, q, k, v = layer.project(x, self._dtype)
             if layer is not self._layers[-1]:  # nobody asks for its output: candidates read keys and values alone
@@ -599,6 +597,11 @@ def _in_type(layer: HSTULayer, dtype: torch.dtype) -> HSTULayer:
     for matrix in (layer.uvqk, *layer.output.parameters()):
         matrix.data = matrix.data.to(dtype)
     return layer
+
+
+def _twice(numbers: torch.Tensor) -> torch.Tensor:
+    """a, a, b, b, ... of a, b, ..."""
+    return torch.stack([numbers, numbers], 1).flatten()
 
 
 def _copied(pool: torch.Tensor, slots: torch.Tensor, to: torch.Tensor) -> None:

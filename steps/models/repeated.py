@@ -43,20 +43,20 @@ class Repeated:
             self._seen.popitem(last=False)
         return known
 
-    def run(self, key: Hashable, work: Callable[..., Any], inputs: list[torch.Tensor]) -> Any:
+    def run(self, key: Hashable, work: Callable[..., Any], inputs: list[torch.Tensor], *, capture: bool = True) -> Any:
         """work(*inputs). What it returns is overwritten by the next call: read or copy it before.
 
-        To capture waits for the device, all other calls do not.
+        To capture waits for the device, all other calls do not. With `capture` False no graph is made, nor replayed.
         """
         again = self.seen(key)
         held = self._graphs.get(key)
+        if not capture or (held is None and not again):
+            # Copies, as a graph has: kernels are compiled for addresses like theirs, which cannot be done in a capture.
+            return work(*(tensor.clone() for tensor in inputs))
         if held is None:
-            if not again:
-                return work(*inputs)
             if len(self._graphs) >= self._most:
                 self._graphs.popitem(last=False)
-            own = [tensor.clone() for tensor in inputs]
-            held = _Graph(*self._captured(work, own))
+            held = _Graph(*self._captured(work, [tensor.clone() for tensor in inputs]))
             self._graphs[key] = held
         else:
             self._graphs.move_to_end(key)
@@ -68,6 +68,7 @@ class Repeated:
     def forget(self) -> None:
         """Keep no graph: the tensors that they read, besides their inputs, are others now."""
         self._graphs.clear()
+        self._pool = None  # a pool cannot be captured into once all its graphs are gone
 
     def _captured(self, work: Callable[..., Any], inputs: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor], Any]:
         """A graph of work(*inputs), these inputs, and its output. Graphs never run at the same time, nor is an output
