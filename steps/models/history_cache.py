@@ -220,15 +220,11 @@ class HistoryCache:
         run = self._run(history)
         # A user's stored tokens, then the one that waits, if one does: as sequences of their own.
         parts = self._parts(found)
+        waiting: list[torch.Tensor] = []
         if any(len(user.waiting) for user in found):
             none, never = torch.zeros_like(candidates[:1]), self._times.new_zeros(1)
-            waiting = torch.cat([user.waiting if len(user.waiting) else none for user in found])
-            time_of = torch.cat([user.waiting_time if len(user.waiting) else never for user in found])
-            run(
-                ("waiting", request),
-                partial(self._calculate_waiting, history, longest),
-                [waiting, time_of, parts, asked],
-            )
+            waiting.append(torch.cat([user.waiting if len(user.waiting) else none for user in found]))
+            waiting.append(torch.cat([user.waiting_time if len(user.waiting) else never for user in found]))
         hidden, most_of_one = torch.empty_like(candidates), self._rounded(max(counts))
         bounds = self._on_device([0, *accumulate(counts)])
         for start in range(0, len(candidates), micro_batch):
@@ -237,11 +233,12 @@ class HistoryCache:
             max_len = min(most_of_one, size)
             own = F.pad(candidates[start:end], (0, 0, 0, size - (end - start)))
             states = run(
-                ("candidates", request, size, max_len),
+                ("candidates", request, size, max_len, len(waiting)),
                 partial(self._scored, history, longest, max_len),
-                [own, bounds.clamp(start, end) - start, parts, asked],
+                [own, bounds.clamp(start, end) - start, parts, asked, *waiting],
             )
             hidden[start:end] = states[: end - start]
+            waiting = []  # the first micro-batch has calculated them
         return hidden
 
     def evict(self, users: Sequence[int]) -> None:
@@ -515,31 +512,6 @@ class HistoryCache:
         """How to call work on a history: graphs can read none but the buffer."""
         return partial(self._repeated.run, capture=self._in_kernels and history is self._buffer)
 
-    def _calculate_waiting(
-        self,
-        history: _History,
-        longest: int,
-        waiting: torch.Tensor,
-        waiting_time: torch.Tensor,
-        parts: torch.Tensor,
-        asked: torch.Tensor,
-    ) -> None:
-        """Put keys, values and times of the tokens that wait (B, d) into their places behind the stored ones, for the
-        times (B,) that are asked for. Where none waits, the row is any, and goes to the history's last row."""
-        lengths = parts.diff()
-        stored, waits = lengths[0::2], lengths[1::2]
-        place = parts[1::2].masked_fill(waits == 0, len(history.time) - 1)
-        history.time.index_copy_(0, place, waiting_time)
-        x = self._encoder.embed(waiting, stored)
-        each = torch.arange(1, len(parts) + 1, device=parts.device) // 2  # a query for every other part
-        times = {"query_time": _twice(asked), "key_time": _twice(waiting_time)}
-        for index, layer in enumerate(self._layers):
-            u, q, k, v = layer.project(x, self._dtype)
-            if layer is not self._layers[-1]:  # nobody asks for its output: candidates read keys and values alone
-                x = self._attended(index, x, u, q, k, v, each, history, parts, 1, longest, times)
-            history.keys[index].index_copy_(0, place, k)
-            history.values[index].index_copy_(0, place, v)
-
     def _scored(
         self,
         history: _History,
@@ -549,43 +521,63 @@ class HistoryCache:
         offsets: torch.Tensor,
         parts: torch.Tensor,
         asked: torch.Tensor,
+        waiting: torch.Tensor | None = None,
+        waiting_time: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states of candidates (T, d), at most `max_len` of a user: they see the history and themselves. Those
-        of rows behind the last offset mean nothing."""
-        ends = parts[0::2].contiguous()
-        row = torch.arange(len(candidates), device=offsets.device)
+        of rows behind the last offset mean nothing.
+
+        On the way keys, values and times of the tokens that wait (B, d) are put into their places behind the stored
+        ones, for the times `asked` (B,). A user without such a token has any row, which goes to the history's last.
+        """
+        size, ends, lengths = len(candidates), parts[0::2].contiguous(), parts.diff()
+        row = torch.arange(size, device=offsets.device)
         owner = (torch.searchsorted(offsets, row, right=True) - 1).clamp(max=len(asked) - 1)
-        x = self._encoder.embed(candidates, ends.diff()[owner])
-        times = {"query_time": asked, "key_time": asked}
-        for index, layer in enumerate(self._layers):
+        x, position = candidates, ends.diff()[owner]
+        if waiting is not None and waiting_time is not None:
+            place = parts[1::2].masked_fill(lengths[1::2] == 0, len(history.time) - 1)
+            history.time.index_copy_(0, place, waiting_time)
+            x, position = torch.cat([x, waiting]), torch.cat([position, lengths[0::2]])
+            each = torch.arange(1, len(parts) + 1, device=parts.device) // 2  # a query for the stored tokens of each
+            times = {"query_time": _twice(asked), "key_time": _twice(waiting_time)}
+        x = self._encoder.embed(x, position)
+        for layer, keys, values in zip(self._layers, history.keys, history.values, strict=True):
+            attend = partial(_attended, layer, keys, values, history.time, longest)
             u, q, k, v = layer.project(x, self._dtype)
-            x = self._attended(index, x, u, q, k, v, offsets, history, ends, max_len, longest, times)
+            attended = []
+            if waiting is not None:
+                keys.index_copy_(0, place, k[size:])
+                values.index_copy_(0, place, v[size:])
+                if layer is self._layers[-1]:  # nobody asks for their output: candidates read keys and values alone
+                    x, u = x[:size], u[:size]
+                else:
+                    attended.append(attend(q[size:], k[size:], v[size:], each, parts, 1, **times))
+            own = (q[:size], k[:size], v[:size])
+            attended.insert(0, attend(*own, offsets, ends, max_len, query_time=asked, key_time=asked))
+            x = layer.finish(x, u, torch.cat(attended) if len(attended) > 1 else attended[0], self._dtype)
         return x
 
-    def _attended(
-        self,
-        index: int,
-        x: torch.Tensor,
-        u: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        offsets: torch.Tensor,
-        history: _History,
-        history_offsets: torch.Tensor,
-        max_len: int,
-        longest: int,
-        times: dict[str, Any],
-    ) -> torch.Tensor:
-        """A layer's output (T, d) of tokens that see the history and themselves."""
-        layer = self._layers[index]
-        attention_output = cached_attention(
-            q, k, v, offsets, history.keys[index], history.values[index], history_offsets, max_len, longest,
-            alpha=layer.alpha, attention_scale=layer.attention_scale, softmax=layer.softmax,
-            position_bias=layer.position_bias, time_bias=layer.time_bias, cached_time=history.time,
-            **(times | layer.window),
-        )  # fmt: skip
-        return layer.finish(x, u, attention_output, self._dtype)
+
+def _attended(
+    layer: HSTULayer,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    time: torch.Tensor,
+    longest: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    history_offsets: torch.Tensor,
+    max_len: int,
+    **times: Any,
+) -> torch.Tensor:
+    """A layer's attention (T, h, dv) of tokens that see a history and themselves."""
+    return cached_attention(
+        q, k, v, offsets, keys, values, history_offsets, max_len, longest, alpha=layer.alpha,
+        attention_scale=layer.attention_scale, softmax=layer.softmax, position_bias=layer.position_bias,
+        time_bias=layer.time_bias, cached_time=time, **(times | layer.window),
+    )  # fmt: skip
 
 
 def _in_type(layer: HSTULayer, dtype: torch.dtype) -> HSTULayer:

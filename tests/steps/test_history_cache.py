@@ -221,7 +221,7 @@ def test_requests_that_come_again_have_the_same_hidden_states(
     close(first, plain(encoder, case, everybody))
     assert graphs.captured == 0
     assert torch.equal(encode(cache, case, everybody, 7), first)
-    made = 2 if time == "next" else 1  # a graph for all micro-batches, and one for tokens that wait
+    made = 2 if time == "next" else 1  # a graph for all micro-batches, but the first has the tokens that wait
     assert graphs.captured == made
     for users in ([23, 11], [11, 23], [7], [40], [7]):
         close(encode(cache, case, users), plain(encoder, case, users))
