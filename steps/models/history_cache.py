@@ -362,13 +362,15 @@ class HistoryCache:
         need, pages = sum(counts), len(self._times) // self.page
         if need > len(self._free):
             more = max(need - len(self._free), pages)  # twice as many at least: then growing costs little on average
-            self._free += range(pages, pages + more)
             slots = more * self.page
-            self._keys, self._values = (
+            keys, values = (
                 torch.cat([pool, pool.new_zeros(len(pool), slots, *pool.shape[2:])], dim=1)
                 for pool in (self._keys, self._values)
             )
-            self._times = torch.cat([self._times, self._times.new_zeros(slots)])
+            times = torch.cat([self._times, self._times.new_zeros(slots)])
+            # All or nothing: memory may have been short.
+            self._keys, self._values, self._times = keys, values, times
+            self._free += range(pages, pages + more)
         picked = iter(self._free[len(self._free) - need :])
         return [list(islice(picked, count)) for count in counts]
 

@@ -671,6 +671,25 @@ def test_an_append_that_fails_midway_changes_nothing(case: Case, monkeypatch: py
     close(encode(cache, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
 
 
+def test_a_pool_that_does_not_grow_has_no_more_pages(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make()
+    cache = HistoryCache(encoder, PAGE)
+    append(cache, case, [11])
+    joined = torch.cat
+
+    def fail(tensors: Any, dim: int = 0) -> torch.Tensor:
+        if dim == 1:
+            raise RuntimeError("out of memory")
+        return joined(tensors, dim)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", fail)
+        with pytest.raises(RuntimeError, match=r"^out of memory$"):
+            append(cache, case, [23])
+    append(cache, case, [23, 5])
+    close(encode(cache, case, [11, 23, 5]), plain(encoder, case, [11, 23, 5]))
+
+
 def test_nobody_is_evicted_with_somebody_unknown(case: Case) -> None:
     cache = filled(make(), case)
     with pytest.raises(ValueError, match=r"^user 99 is not in the cache"):
