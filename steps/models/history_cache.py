@@ -61,7 +61,8 @@ class HistoryCache:
     """Keys and values of users' histories under one HSTU encoder in eval mode, on the encoder's device.
 
     A user is a whole number. A cache is of the weights that the encoder has when the cache is made: after more
-    training, or after other weights were loaded, make a new one.
+    training, or after other weights were loaded, make a new one. Calls in and out of `torch.inference_mode` mix; what
+    they return has no gradient, and is no inference tensor.
     """
 
     def __init__(self, encoder: HSTU, page: int = 64) -> None:
@@ -112,6 +113,7 @@ class HistoryCache:
         """Bytes of all pages, free ones included."""
         return len(self._times) // self.page * self._page_bytes
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def append(
         self, users: Sequence[int], embeddings: torch.Tensor, timestamps: torch.Tensor | None, offsets: torch.Tensor
@@ -169,6 +171,7 @@ class HistoryCache:
         self._users.update(zip(names, grown, strict=True))
         del self._free[len(self._free) - sum(map(len, pages)) :]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def encode(
         self,
@@ -272,6 +275,7 @@ class HistoryCache:
             save_file(host, temporary, {"history_cache": json.dumps(about)})
 
     @classmethod
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load(cls, path: Path, encoder: HSTU) -> "HistoryCache":
         """What `save` wrote. Raises StepError if the file is missing, damaged, or of another encoder."""

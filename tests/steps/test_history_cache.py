@@ -690,6 +690,25 @@ def test_a_pool_that_does_not_grow_has_no_more_pages(case: Case, monkeypatch: py
     close(encode(cache, case, [11, 23, 5]), plain(encoder, case, [11, 23, 5]))
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["in it first", "out of it first"])
+def test_calls_in_and_out_of_inference_mode_mix(first: bool, case: Case, graphs: type[PretendedGraph]) -> None:
+    """What a call keeps, and what graphs read, the next may write to, whatever the mode."""
+    encoder, users = make("next"), [23, 5]
+    part = Case(case.history, case.times, {5: case.candidates[11], 23: case.candidates[23]}, case.asked)
+    part.history[5], part.times[5] = part.history[5][:8], part.times[5][:8]
+    with torch.inference_mode(first):
+        cache = HistoryCache(encoder, PAGE)
+    for end in range(1, 9):
+        with torch.inference_mode(first == bool(end % 2)):
+            append(cache, part, users, end - 1, end)
+    for number in range(4):
+        with torch.inference_mode(first == bool(number % 2)):
+            found = encode(cache, part, users)
+        close(found, plain(encoder, part, users))
+    assert graphs.captured >= 2
+    assert not found.is_inference()
+
+
 def test_nobody_is_evicted_with_somebody_unknown(case: Case) -> None:
     cache = filled(make(), case)
     with pytest.raises(ValueError, match=r"^user 99 is not in the cache"):
