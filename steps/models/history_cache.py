@@ -76,7 +76,7 @@ class HistoryCache:
         if page < 1:
             raise ValueError(f"page must be at least 1 token, not {page}")
         self.page = page
-        self._encoder = encoder
+        self._encoder, self._weights = encoder, _identity(encoder)
         table = encoder.position.weight
         self._dtype = encoder.compute_dtype or table.dtype
         self._layers = [_in_type(cast(HSTULayer, block), self._dtype) for block in encoder.blocks]
@@ -253,7 +253,11 @@ class HistoryCache:
 
     @torch.no_grad()
     def save(self, path: Path) -> None:
-        """Write the histories to `path` (safetensors), atomically: of all tokens, and of no page what is not used."""
+        """Write the histories to `path` (safetensors), atomically: of all tokens, and of no page what is not used.
+
+        Raises ValueError if the encoder has other weights than the cache is of.
+        """
+        self._check_encoder()
         users = list(self._users.values())
         lengths = [user.length for user in users]
         slots = self._slots([user.pages for user in users], lengths)
@@ -320,6 +324,7 @@ class HistoryCache:
         """The users' names, and how many of the `embeddings` each has. ValueError if they do not fit together."""
         if self._encoder.training:
             raise ValueError("the encoder is in training mode, where dropout is random: call encoder.eval() first")
+        self._check_encoder()
         names, table = [int(user) for user in users], self._encoder.position.weight
         if embeddings.ndim != 2 or embeddings.shape[1] != table.shape[1] or embeddings.dtype != table.dtype:
             given = f"{tuple(embeddings.shape)} {embeddings.dtype}"
@@ -332,6 +337,14 @@ class HistoryCache:
         if bounds[0] or bounds[-1] != len(embeddings) or min(counts, default=0) < 0:
             raise ValueError(f"offsets must rise from 0 to the {len(embeddings)} {what}, not be {bounds}")
         return names, counts
+
+    def _check_encoder(self) -> None:
+        """ValueError for what shows, without a look at the device, that the encoder is not as it was."""
+        if _identity(self._encoder) != self._weights:
+            raise ValueError(
+                "the encoder's weights were changed, converted or moved since the cache was made: append the histories "
+                "to a new cache"
+            )
 
     def _checked_time(self, what: str, time: torch.Tensor | None, length: int, one: str) -> torch.Tensor:
         """`time` (length,), or zeros where the encoder reads none."""
@@ -629,6 +642,14 @@ def _kind(encoder: HSTU) -> dict[str, Any]:
         **layer.window,
         "type": str(encoder.compute_dtype or table.dtype),
     }
+
+
+def _identity(encoder: HSTU) -> tuple[Any, ...]:
+    """What changes with the weights, or where they are: training and loading count a tensor's versions, conversions
+    and moves give it another address. One table stands for all, as every request asks."""
+    table = encoder.position.weight
+    version = None if table.is_inference() else table._version
+    return table.data_ptr(), table.dtype, version, encoder.compute_dtype
 
 
 def _digest(encoder: HSTU) -> str:

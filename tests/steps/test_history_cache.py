@@ -709,6 +709,29 @@ def test_calls_in_and_out_of_inference_mode_mix(first: bool, case: Case, graphs:
     assert not found.is_inference()
 
 
+CHANGES: dict[str, Callable[[HSTU], Any]] = {
+    "converted": lambda encoder: encoder.float(),
+    "other weights": lambda encoder: encoder.load_state_dict(make("self").double().state_dict(), strict=False),
+    "computes otherwise": lambda encoder: setattr(encoder, "compute_dtype", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_encoder_that_changed_is_refused(change: Callable[[HSTU], Any], case: Case, tmp_path: Path) -> None:
+    encoder = make()
+    cache = filled(encoder, case)
+    change(encoder)
+    message = r"^the encoder's weights were changed, converted or moved .*: append the histories to a new cache$"
+    for call in (
+        lambda: append(cache, case, [23], 0, 0),
+        lambda: encode(cache, case, [23]),
+        lambda: cache.save(tmp_path / "cache"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not (tmp_path / "cache").exists()
+
+
 def test_nobody_is_evicted_with_somebody_unknown(case: Case) -> None:
     cache = filled(make(), case)
     with pytest.raises(ValueError, match=r"^user 99 is not in the cache"):
