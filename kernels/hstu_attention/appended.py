@@ -1,8 +1,8 @@
 """Attention of a sequence's new tokens over its keys, stored and new, for histories that go on; forward only.
 
 What `hstu_attention` with `key_offsets` calculates, where queries are few and keys many: the bias of every pair, and
-with it the causal mask, is made once for all heads, a float32 a pair of so many queries at a time that it stays small.
-Programs share the keys of a tile of queries as in `cached`.
+with it the mask, is made once for all heads, a float32 a pair of so many queries at a time that it stays small.
+Programs share the keys of a tile of queries (`shared_keys`).
 """
 # A kernel's arguments have no Python types.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
@@ -13,12 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import configuration, tf32_allowed
-from ..tensor_cores import operand
-from .activations import exp_of, silu
-from .arguments import Flags, Shape, Strides, Tokens
+from ..common import configuration
+from .arguments import Shape, Strides, Tokens
 from .bias_tiles import exact_bucket
-from .cached import JOIN_BLOCK, LOWEST, CacheTables, Parts, join_kernel, num_splits
+from .cached import CacheTables
 from .inputs import (
     block_of,
     bucket_edges,
@@ -31,6 +29,7 @@ from .inputs import (
     value_block,
 )
 from .mask import Mask, cut_mask
+from .shared_keys import LOWEST, Sums, add_tile, inference_flags, join, num_splits, room_for_found, store_found
 from .tiles import load_tile, sequence_id
 
 #: Pairs whose bias is in memory at a time: 64 MiB.
@@ -114,9 +113,11 @@ def appended_kernel(
     position = (first_position + tl.arange(0, BLOCK_M))[:, None]
     is_query = (i < last)[:, None]
 
-    m_i = tl.full([BLOCK_M, 1], LOWEST, tl.float32)
-    l_i = tl.zeros([BLOCK_M, 1], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    sums = Sums(
+        tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
+        tl.full([BLOCK_M, 1], LOWEST, tl.float32),
+        tl.zeros([BLOCK_M, 1], tl.float32),
+    )
     begin = 0
     before_window = 0
     if FLAGS.WINDOW:
@@ -141,38 +142,9 @@ def appended_kernel(
             x += tl.load(bias + (i - low)[:, None] * width + j, mask=is_query & (j < n), other=LOWEST)
         else:
             x = tl.where(_sees(position, j, window, sinks, FLAGS), x, LOWEST)
-        # A row may see no key of its first tiles: what it adds up there vanishes with its first real maximum.
-        if FLAGS.SOFTMAX:
-            m_new = tl.maximum(m_i, tl.max(x, 1)[:, None])
-            weights = exp_of(x - m_new)
-            shrink = exp_of(m_i - m_new)
-            l_i = l_i * shrink + tl.sum(weights, 1)[:, None]
-            acc = acc * shrink
-            m_i = m_new
-        else:
-            weights = silu(x, FLAGS.APPROXIMATE_TANH)
-        weights = operand(weights, v_tile.dtype, PRECISION)
-        acc = tl.dot(weights, v_tile, acc, input_precision=PRECISION)
+        sums = add_tile(sums, x, v_tile, FLAGS)
 
-    row = i.to(tl.int64)[:, None]
-    if SPLIT:
-        row += split.to(tl.int64) * tokens
-    if FLAGS.SOFTMAX:
-        if SPLIT:
-            tl.store(parts.maxima + row * heads + head, m_i, mask=is_query)
-            tl.store(parts.sums + row * heads + head, l_i, mask=is_query)
-        else:
-            acc = acc / l_i
-    else:
-        if FLAGS.BY_LENGTH:
-            attention_scale = n.to(tl.float32)
-        acc = acc / attention_scale
-    columns = tl.arange(0, BLOCK_DV)[None, :]
-    tl.store(
-        output + (row * heads + head) * SHAPE.DV + columns,
-        acc.to(output.dtype.element_ty),
-        mask=is_query & (columns < SHAPE.DV),
-    )
+    store_found(sums, output, parts, i, i < last, split, tokens, head, heads, attention_scale, n, SHAPE, SPLIT, FLAGS)
 
 
 @torch.library.custom_op("hstu::appended_attention", mutates_args=())
@@ -207,38 +179,13 @@ def appended_attention(
     mask = cut_mask(Mask(max_attn_len, num_sink_tokens=num_sink_tokens), max_len)
     shape = Shape(dqk, dv, block_of(dqk), value_block(dqk, dv), config["block_m"], config["block_n"])
     biased = position_bias is not None or time_bias is not None
-    flags = Flags(
-        POSITION=position_bias is not None,
-        TIME=time_bias is not None,
-        TARGETS=False,
-        WINDOW=max_attn_len > 0,
-        PREFIX=False,
-        FULL=False,
-        SINKS=num_sink_tokens > 0,
-        BIDIRECTIONAL=False,
-        GROUPS=False,
-        KEY_OFFSETS=True,
-        QUERY_SCALE=False,
-        GENERAL=False,
-        WHOLE=False,
-        BY_LENGTH=attention_scale is None,
-        SOFTMAX=softmax,
-        DESCRIPTOR=False,
-        PRECISION="tf32" if q.is_cuda and tf32_allowed() else "ieee",
-        APPROXIMATE_TANH=q.is_cuda and q.dtype == torch.bfloat16,
-        MMA_LAYOUT=False,
-        INLINE_ASM=q.is_cuda,
-    )
+    flags = inference_flags(q, mask, softmax, position_bias, time_bias, attention_scale)
     offsets, key_offsets = launch_offsets(offsets), launch_offsets(key_offsets)
     width = triton.cdiv(max_len, 16) * 16  # so that rows lie on 64 bytes
     at_once = min(tokens, max(1, MOST_PAIRS // width)) if biased else tokens
     seen = min(max_len, mask.max_attn_len + mask.num_sink_tokens + shape.BLOCK_M) if max_attn_len else max_len
     splits = num_splits(at_once, sequences, heads, seen, config, q.device)
-    found, parts = output, Parts(None, None)
-    if splits > 1:
-        found = torch.empty(splits, tokens, heads, dv, dtype=torch.float32, device=q.device)
-        if softmax:
-            parts = Parts(*(found.new_empty(splits, tokens, heads) for _ in range(2)))
+    found, parts = room_for_found(output, splits, softmax)
     bias = q.new_empty(at_once * width, dtype=torch.float32) if biased else None
     longest = min(max_new, at_once)
     tiles, blocks = triton.cdiv(longest, shape.BLOCK_M), triton.cdiv(max_len, _KEYS)
@@ -292,11 +239,7 @@ def appended_attention(
                 FLAGS=flags,
                 **{name: number for name, number in config.items() if name not in ("block_m", "block_n")},
             )
-        if splits > 1:
-            join_kernel[(triton.cdiv(tokens, JOIN_BLOCK) * heads,)](
-                found, parts, output, tokens=tokens, splits=splits, heads=heads, BLOCK=JOIN_BLOCK, SHAPE=shape,
-                SOFTMAX=softmax,
-            )  # fmt: skip
+        join(found, parts, output, shape, softmax)
     return output
 
 

@@ -1,24 +1,23 @@
 """Attention of a few new queries over stored keys and values, for scoring candidates; forward only.
 
 A sequence's queries all ask at one time and stand at one place, so both biases depend on the key alone: a small kernel
-makes them first, a float32 a key, for all heads and queries. Where tiles of queries are too few for the device, several
-programs share a tile's stored keys, and another small kernel joins what they found.
+makes them first, a float32 a key, for all heads and queries. Programs share the stored keys of a tile of queries
+(`shared_keys`).
 """
 # A kernel's arguments have no Python types.
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..common import configuration, tf32_allowed
+from ..common import configuration
 from ..tensor_cores import operand
 from .activations import exp_of, silu
-from .arguments import Flags, Shape, Strides, Tokens
+from .arguments import Shape, Strides, Tokens
 from .bias_tiles import exact_bucket
 from .inputs import (
     block_of,
@@ -32,15 +31,10 @@ from .inputs import (
     value_block,
 )
 from .mask import Mask, cut_mask
+from .shared_keys import LOWEST, Sums, add_tile, inference_flags, join, num_splits, room_for_found, store_found
 from .tiles import load_tile, sequence_id
 
-LOWEST = tl.constexpr(-1e30)
 _BIAS_BLOCK = 1024  # keys of a program of `key_bias_kernel`
-JOIN_BLOCK = 16  # queries of a program of `join_kernel`
-# Of programs that share keys: so many warps a multiprocessor are wanted, each program has so many tiles of keys at
-# least, and a tile of queries so many programs at most.
-_WARPS, _FEWEST_TILES, _MOST_SPLITS = 16, 4, 64
-_MULTIPROCESSORS = 132  # where there is no device: Hopper's
 
 
 class Cache(NamedTuple):
@@ -76,14 +70,6 @@ class KeyBias(NamedTuple):
 
     stored: Any
     own: Any
-
-
-class Parts(NamedTuple):
-    """Softmax's maxima and sums (splits, T, h) of what programs that share keys found; None for what a call does not
-    need."""
-
-    maxima: Any
-    sums: Any
 
 
 @triton.jit(do_not_specialize=["position_zero"])
@@ -169,6 +155,7 @@ def cached_kernel(
         else:
             weights = silu(x, FLAGS.APPROXIMATE_TANH)
         acc += operand(weights, v_tile.dtype, PRECISION).to(tl.float32) * v_tile.to(tl.float32)
+    sums = Sums(acc, m_i, l_i)
 
     begin = 0
     before_window = 0
@@ -201,71 +188,11 @@ def cached_kernel(
             x += tl.load(bias.stored + stored + j, mask=seen, other=LOWEST)[None, :]
         elif FLAGS.SOFTMAX or FLAGS.WINDOW:
             x += tl.where(seen, 0.0, LOWEST)[None, :]
-        if FLAGS.SOFTMAX:
-            m_new = tl.maximum(m_i, tl.max(x, 1)[:, None])
-            weights = exp_of(x - m_new)
-            shrink = exp_of(m_i - m_new)
-            l_i = l_i * shrink + tl.sum(weights, 1)[:, None]
-            acc = acc * shrink
-            m_i = m_new
-        else:
-            weights = silu(x, FLAGS.APPROXIMATE_TANH)
-        weights = operand(weights, v_tile.dtype, PRECISION)
-        acc = tl.dot(weights, v_tile, acc, input_precision=PRECISION)
+        sums = add_tile(sums, x, v_tile, FLAGS)
 
-    row = i.to(tl.int64)[:, None]
-    if SPLIT:
-        row += split.to(tl.int64) * tokens
-    is_query = (i < end)[:, None]
-    if FLAGS.SOFTMAX:
-        if SPLIT:
-            tl.store(parts.maxima + row * heads + head, m_i, mask=is_query)
-            tl.store(parts.sums + row * heads + head, l_i, mask=is_query)
-        else:
-            acc = acc / l_i
-    elif FLAGS.QUERY_SCALE:
-        acc = acc / tl.load(attention_scale + i, mask=i < end, other=1.0)[:, None]
-    else:
-        if FLAGS.BY_LENGTH:
-            attention_scale = (history + 1).to(tl.float32)
-        acc = acc / attention_scale
-    columns = tl.arange(0, BLOCK_DV)[None, :]
-    tl.store(
-        output + (row * heads + head) * SHAPE.DV + columns,
-        acc.to(output.dtype.element_ty),
-        mask=is_query & (columns < SHAPE.DV),
+    store_found(
+        sums, output, parts, i, i < end, split, tokens, head, heads, attention_scale, history + 1, SHAPE, SPLIT, FLAGS
     )
-
-
-@triton.jit(do_not_specialize=["tokens", "splits"])
-def join_kernel(
-    found, parts, output, tokens, splits, heads, BLOCK: tl.constexpr, SHAPE: tl.constexpr, SOFTMAX: tl.constexpr
-):
-    """Grid: blocks of queries x heads. The sum of what the programs found, (splits, T, h, dv), always in one order."""
-    BLOCK_DV: tl.constexpr = SHAPE.BLOCK_DV
-    head = tl.program_id(0) % heads
-    i = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)[:, None]
-    is_query = i < tokens
-    columns = tl.arange(0, BLOCK_DV)[None, :]
-    inside = is_query & (columns < SHAPE.DV)
-    row = i.to(tl.int64) * heads + head
-    apart = tokens.to(tl.int64) * heads
-    acc = tl.zeros([BLOCK, BLOCK_DV], tl.float32)
-    if SOFTMAX:
-        m = tl.full([BLOCK, 1], LOWEST, tl.float32)
-        total = tl.zeros([BLOCK, 1], tl.float32)
-        for split in range(0, splits):
-            m = tl.maximum(m, tl.load(parts.maxima + row + split * apart, mask=is_query, other=0.0))
-    for split in range(0, splits):
-        part = tl.load(found + (row + split * apart) * SHAPE.DV + columns, mask=inside, other=0.0)
-        if SOFTMAX:
-            shrink = exp_of(tl.load(parts.maxima + row + split * apart, mask=is_query, other=0.0) - m)
-            total += tl.load(parts.sums + row + split * apart, mask=is_query, other=1.0) * shrink
-            part = part * shrink
-        acc += part
-    if SOFTMAX:
-        acc = acc / total
-    tl.store(output + row * SHAPE.DV + columns, acc.to(output.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("hstu::cached_attention", mutates_args=())
@@ -304,36 +231,11 @@ def cached_attention(
     mask = Mask(max_attn_len, num_sink_tokens=num_sink_tokens, target_group_size=target_group_size)
     mask = cut_mask(mask, max_len + max_cached_len)
     shape = Shape(dqk, dv, block_of(dqk), value_block(dqk, dv), config["block_m"], config["block_n"])
-    flags = Flags(
-        POSITION=position_bias is not None,
-        TIME=time_bias is not None,
-        TARGETS=False,
-        WINDOW=max_attn_len > 0,
-        PREFIX=False,
-        FULL=False,
-        SINKS=num_sink_tokens > 0,
-        BIDIRECTIONAL=False,
-        GROUPS=target_group_size > 1,
-        KEY_OFFSETS=False,
-        QUERY_SCALE=query_scale is not None,
-        GENERAL=False,
-        WHOLE=False,
-        BY_LENGTH=attention_scale is None and query_scale is None,
-        SOFTMAX=softmax,
-        DESCRIPTOR=False,
-        PRECISION="tf32" if q.is_cuda and tf32_allowed() else "ieee",
-        APPROXIMATE_TANH=q.is_cuda and q.dtype == torch.bfloat16,
-        MMA_LAYOUT=False,
-        INLINE_ASM=q.is_cuda,
-    )
+    flags = inference_flags(q, mask, softmax, position_bias, time_bias, attention_scale, query_scale)
     offsets, cached_offsets = launch_offsets(offsets), launch_offsets(cached_offsets)
     seen = min(max_cached_len, mask.max_attn_len + mask.num_sink_tokens) if max_attn_len else max_cached_len
     splits = num_splits(tokens, sequences, heads, seen, config, q.device)
-    found, parts = output, Parts(None, None)
-    if splits > 1:
-        found = torch.empty(splits, tokens, heads, dv, dtype=torch.float32, device=q.device)
-        if softmax:
-            parts = Parts(*(found.new_empty(splits, tokens, heads) for _ in range(2)))
+    found, parts = room_for_found(output, splits, softmax)
     bias = KeyBias(None, None)
     tiles = triton.cdiv(max_len, shape.BLOCK_M)
     scale = float_table(query_scale) if attention_scale is None else attention_scale
@@ -382,29 +284,8 @@ def cached_attention(
             FLAGS=flags,
             **{name: number for name, number in config.items() if name not in ("block_m", "block_n")},
         )
-        if splits > 1:
-            join_kernel[(triton.cdiv(tokens, JOIN_BLOCK) * heads,)](
-                found, parts, output, tokens=tokens, splits=splits, heads=heads, BLOCK=JOIN_BLOCK, SHAPE=shape,
-                SOFTMAX=softmax,
-            )  # fmt: skip
+        join(found, parts, output, shape, softmax)
     return output
-
-
-def num_splits(
-    tokens: int, sequences: int, heads: int, keys: int, config: Mapping[str, int], device: torch.device
-) -> int:
-    """How many programs share the stored keys of a tile of queries: so many that the device is busy, from shapes alone,
-    so that results are the same each time. `keys`: that a query sees at most."""
-    programs = max(triton.cdiv(tokens, config["block_m"]), min(sequences, tokens)) * heads
-    wanted = _WARPS * _multiprocessors(device) // (programs * config["num_warps"])
-    return max(1, min(wanted, triton.cdiv(keys, config["block_n"]) // _FEWEST_TILES, _MOST_SPLITS))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @cached_attention.register_fake
