@@ -48,11 +48,13 @@ class Repeated:
 
         To capture waits for the device, all other calls do not. With `capture` False no graph is made, nor replayed.
         """
-        again = self.seen(key)
         held = self._graphs.get(key)
-        if not capture or (held is None and not again):
+        if not capture or (held is None and key not in self._seen):
             # Copies, as a graph has: kernels are compiled for addresses like theirs, which cannot be done in a capture.
-            return work(*(tensor.clone() for tensor in inputs))
+            output = work(*(tensor.clone() for tensor in inputs))
+            self.seen(key)  # not before: work that failed may have compiled nothing
+            return output
+        self.seen(key)
         if held is None:
             if len(self._graphs) >= self._most:
                 self._graphs.popitem(last=False)

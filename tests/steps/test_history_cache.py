@@ -313,6 +313,20 @@ def test_a_graph_goes_when_many_others_came_or_histories_outgrow_the_buffer(
     assert graphs.captured == 5  # the old one read the old buffer
 
 
+def test_a_call_that_failed_is_not_captured_next(graphs: type[PretendedGraph]) -> None:
+    """Its kernels may not be compiled, which cannot be done in a capture."""
+    calls, one = Repeated(torch.device("cpu")), [torch.ones(2)]
+
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        calls.run("a", fail, one)
+    for captured in (0, 1, 1):
+        assert torch.equal(calls.run("a", torch.neg, one), -one[0])
+        assert graphs.captured == captured
+
+
 @pytest.mark.parametrize("count", [0, 1, 16, 17, 112, 128, 129, 1000, 1024, 1025, 8192, 8193, 10**6])
 def test_sizes_are_rounded_up_by_a_quarter_at_most(count: int, graphs: type[PretendedGraph]) -> None:
     rounded = HistoryCache(make())._rounded(count)
