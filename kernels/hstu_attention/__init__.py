@@ -220,11 +220,12 @@ def cached_attention(
             `hstu_attention`; P >= max_cached_len + 1. `softmax` leaves attention_scale unread.
 
     Returns:
-        (T, h, dv). Not differentiable where Triton runs: this is inference.
+        (T, h, dv). Differentiable in torch alone: this is for inference.
 
     Raises:
         ValueError: a time bias without times, shapes other than these, a negative number, tokens seen beyond a window
             that is not there.
+        NotImplementedError, RuntimeError: a derivative, where Triton runs.
     """
     _check_times(time_bias, query_time, key_time, cached_time)
     mask = Mask(max_attn_len, num_sink_tokens=num_sink_tokens, target_group_size=target_group_size)
@@ -296,11 +297,12 @@ def appended_attention(
     None of these bounds is checked, nor that a sequence has at least as many keys as new tokens.
 
     Returns:
-        (T, h, dv). Not differentiable where Triton runs.
+        (T, h, dv). Differentiable in torch alone.
 
     Raises:
         ValueError: a time bias without times, shapes other than these, a negative number, tokens seen beyond a window
             that is not there.
+        NotImplementedError, RuntimeError: a derivative, where Triton runs.
     """
     _check_times(time_bias, query_time, key_time)
     mask = Mask(max_attn_len, num_sink_tokens=num_sink_tokens)
