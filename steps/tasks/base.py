@@ -58,6 +58,7 @@ class Task(Model, ABC):
     schedules: ClassVar[tuple[str, ...]] = ("windows",)  # what it can be trained on, by default the first
     optimizer: ClassVar[str] = "adamw"  # of steps.training.optimizers
     supports_rowwise_items: ClassVar[bool] = False
+    divisible: bool = False  # whether its loss is a mean over tokens that need their own window alone
     configs: ClassVar[tuple[type[Any], ...]] = (TaskConfig,)  # which entries of `model` it reads
 
     def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:

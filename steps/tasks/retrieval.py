@@ -24,6 +24,7 @@ class Retrieval(Task, Recommender):
     def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:
         super().__init__(settings, training, num_items)
         self.loss_config = read_loss(settings, training.negatives)
+        self.divisible = self.loss_config.name != "in-batch-softmax"  # whose negatives are the whole batch's
         if self.items_config and self.loss_config.name != "sampled-softmax":
             raise EntryError(f"key model.items: loss {self.loss_config.name} needs all embeddings; use sampled-softmax")
 
@@ -31,7 +32,7 @@ class Retrieval(Task, Recommender):
         """The mean loss over all tokens."""
         if isinstance(self.items, nn.Embedding):
             states, table = self.encode(batch), self.items.weight
-            return next_item_loss(self.loss_config, states, table, batch.next_item, batch.token_mask)
+            return next_item_loss(self.loss_config, states, table, batch.next_item, batch.token_mask, part=batch.part)
         return self._rowwise_loss(batch)
 
     def _rowwise_loss(self, batch: Batch) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from steps.common.cli import StepError
 from steps.common.config import TrainingConfig, task_of
 from steps.common.device import resident_peak_bytes
+from steps.common.processes import ALONE, Processes
 from steps.common.progress import progress
 from steps.common.provenance import commit, content_sha256, utc_now
 from steps.common.typed import read
@@ -26,6 +27,7 @@ from steps.data.split import split_sequences
 from steps.evaluation.names import SELECTIONS, SHOWN
 from steps.tasks import EVALUATIONS, Task, build
 from steps.training.checkpoint import StateError, StateWriter, load_state, read_state
+from steps.training.distributed import PartOfWindows, SharedExecution, require_divisible
 from steps.training.execution import Execution, Mode
 from steps.training.optimizers import make_optimizer
 from steps.training.schedule import make_schedule
@@ -44,7 +46,7 @@ class Training:
     """One run in training. `history` has a dict per finished epoch.
 
     compute_dtype: the type of the matrix products; None: the weights' own. mode: how steps run; None: eager on a CPU,
-    on CUDA as graphs, and compiled too in a long training.
+    on CUDA as graphs, and compiled too in a long training. processes: those that train it together, always eagerly.
     """
 
     def __init__(
@@ -56,17 +58,19 @@ class Training:
         compute_dtype: torch.dtype | None = None,
         mode: Mode | None = None,
         title: str = "",
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.sequences = config, sequences
         self.settings = read(TrainingConfig, config["training"], "training.")
         self.device = sequences.item.device
-        self.title = title
+        self.title, self.processes = title, processes
         self.split = split_sequences(sequences, config["protocol"])
         self.stream = RunStream(self.device)
         with self.stream.active():
             self._options = compute_dtype, mode
             self._build()
             self._resume(run / "resume" / "state.safetensors", data_sha256)
+            self.processes.require_equal(self.done, "the epoch that training goes on from")
 
     def _build(self) -> None:
         """Make the untrained model, its optimiser, its schedule and execution, and its validation."""
@@ -80,13 +84,21 @@ class Training:
         model.prepare(self.sequences, self.split.num_held_out)
         self.optimizer = make_optimizer(model)
         self.schedule = make_schedule(model.schedules, self.settings, self.sequences, self.split.num_held_out)
-        self.execution = Execution(model, self.optimizer, self.schedule, self.stream, mode or self._best_mode())
+        self.execution = self._execution(mode)
         part = self.split.eval_part
         evaluate = EVALUATIONS[task_of(self.config["protocol"])]
-        evaluation = evaluate(self.config, self.sequences, self.split.held_out[part])
+        evaluation = evaluate(self.config, self.sequences, self.split.held_out[part], self.processes)
         self._validation = Validation(model, evaluation, part)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, torch.Tensor] = {}
+
+    def _execution(self, mode: Mode | None) -> Execution:
+        """How steps run; of several processes each takes its part of the schedule."""
+        if self.processes.size == 1:
+            return Execution(self.model, self.optimizer, self.schedule, self.stream, mode or self._best_mode())
+        whole = require_divisible(self.model, self.schedule)
+        self.schedule = part = PartOfWindows(whole, self.processes)
+        return SharedExecution(self.model, self.optimizer, part, self.stream, self.processes)
 
     def _best_mode(self) -> Mode:
         """The fastest mode. Not `compiled` in deterministic mode: such code depends on the sizes it sees first."""
@@ -172,7 +184,8 @@ class Training:
                 self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
             state: dict[str, Any] = {"identity": self._identity, "history": self.history}
             state |= {"commits": self.commits, "threads": self.threads, "started": self.started}
-            self._states.save(self.model, self.optimizer, self.best, state, self.finished)
+            if self.processes.writes:
+                self._states.save(self.model, self.optimizer, self.best, state, self.finished)
         if self.best:
             self.model.load_state_dict(self.best)
         self._states.finish()
@@ -211,6 +224,7 @@ class Training:
             "threads": "+".join(map(str, self.threads)),
             "stopped_early": self.done if self.done < self.settings.epochs else None,
             "started": self.started,
+            **({"processes": self.processes.size} if self.processes.size > 1 else {}),
         }
 
 

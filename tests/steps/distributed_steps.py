@@ -1,0 +1,59 @@
+"""Trains a run for some steps in float64, by however many processes, and writes what test_distributed compares."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from steps.common.files import read_json
+from steps.common.processes import ALONE, Processes, joined
+from steps.data.sequences import load_sequences
+from steps.evaluation.ranks import Ranker, Rules
+from steps.training.loop import Training
+
+STEPS = 20
+
+
+def steps(config: dict[str, Any], data: Path, folder: Path, processes: Processes = ALONE) -> dict[str, torch.Tensor]:
+    """The losses by step, the weights after them, and the ranks and the best items of all test targets by these."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        sequences, digest = load_sequences(data, torch.device("cpu"))
+        training = Training(config, sequences, digest, folder, processes=processes)
+        losses: list[float] = []
+        epoch = 0
+        while len(losses) < STEPS:
+            epoch += 1
+            for _ in training._epoch(epoch, ""):
+                if len(losses) < STEPS:
+                    losses.append(float(training.execution.total))
+                    training.execution.total.zero_()
+        found = {f"weights/{name}": tensor.clone() for name, tensor in training.model.state_dict().items()}
+        found["losses"] = torch.tensor(losses)
+        held_out = training.split.held_out["test"]
+        rules = [Rules("rated", "history"), Rules("catalogue", "window")]
+        ranker = Ranker(sequences, held_out, rules, config["training"]["max_len"], 16, top=3, processes=processes)
+        if (folder / "weights.pt").exists():  # so that only the evaluation is compared
+            training.model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+        finite, rankings = ranker.rank(training.model)
+        assert finite
+        for number, ranking in enumerate(rankings):
+            found |= {f"best/{number}": ranking.ranks.best, f"ties/{number}": ranking.ranks.ties}
+            found[f"top/{number}"] = ranking.top
+        return {name: tensor.contiguous() for name, tensor in found.items()}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def main() -> None:
+    folder, data = Path(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    with joined(torch.device("cpu")) as processes:
+        found = steps(read_json(folder / "config.json"), data, folder, processes)
+        save_file(found, folder / f"found-{processes.rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
