@@ -46,10 +46,18 @@ class Processes:
     def sum_(self, tensor: torch.Tensor) -> None:
         """Put the sum over all processes into `tensor`, the same bytes in each. Raises StepError if one has ended."""
         if self.size > 1:
-            try:
+            with self.explaining():
                 dist.all_reduce(tensor)
-            except RuntimeError as error:
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Within it an error of waiting for another process becomes a StepError that says so."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl")):
                 raise StepError(_ENDED) from error
+            raise
 
     def require_equal(self, number: int, what: str) -> None:
         """Raise StepError unless all processes have the same number, of which the words say what it is."""

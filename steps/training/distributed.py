@@ -133,11 +133,18 @@ class SharedExecution(Execution):
 
     def _step(self, shape: Hashable, inputs: torch.Tensor) -> None:
         self._sums.zero_()
-        if inputs.shape[1]:
-            batch = self.schedule.batch(shape, inputs)
-            loss = self.task.loss(batch) * self.schedule.share(batch, inputs)
-            loss.backward()
-            self._sums[-1] = loss.detach()
+        with self.processes.explaining():
+            loss = self._loss(shape, inputs)
+            if loss.requires_grad:
+                loss.backward()
+        self._sums[-1] = loss.detach()
         self.processes.sum_(self._sums)
         self.optimizer.step()
         self.total += self._sums[-1]
+
+    def _loss(self, shape: Hashable, inputs: torch.Tensor) -> torch.Tensor:
+        """This part's share of the batch's mean loss."""
+        if not inputs.shape[1]:
+            return self.task.idle_loss()
+        batch = self.schedule.batch(shape, inputs)
+        return self.task.loss(batch) * self.schedule.share(batch, inputs)

@@ -76,10 +76,12 @@ class Training:
         """Make the untrained model, its optimiser, its schedule and execution, and its validation."""
         compute_dtype, mode = self._options
         torch.manual_seed(self.config["seed"] * SEED_STRIDE)
-        model = build(self.config, self.sequences.num_items, FieldSizes.of(self.sequences)).to(self.device)
+        model = build(self.config, self.sequences.num_items, FieldSizes.of(self.sequences))
         if not isinstance(model, Task):
             raise TypeError(f"{type(model).__name__} is fitted, not trained")
-        self.model = model
+        if self.processes.size > 1:
+            model.shard_items()
+        self.model = model.to(self.device)
         model.encoder.compute_dtype = compute_dtype if model.encoder.supports_low_precision else None
         model.prepare(self.sequences, self.split.num_held_out)
         self.optimizer = make_optimizer(model)
@@ -176,20 +178,26 @@ class Training:
             }
             if self.device.type == "cuda":  # of all runs that share the device
                 line["train/peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
-            with self._uncompiled():
-                line |= self._validation(self.stream if self.execution.capture else None)
-            self.history.append(line)
-            print(self.title + summary(line, epochs, task_of(self.config["protocol"])), flush=True)
-            if self.config["protocol"]["report"] == "best" and line == _best(self.config, self.history):
-                self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-            state: dict[str, Any] = {"identity": self._identity, "history": self.history}
-            state |= {"commits": self.commits, "threads": self.threads, "started": self.started}
-            if self.processes.writes:
-                self._states.save(self.model, self.optimizer, self.best, state, self.finished)
+            with self.model.whole_items():
+                self._end_epoch(line)
+        self.model.gather_items()
         if self.best:
             self.model.load_state_dict(self.best)
         self._states.finish()
         self.stream.wait()
+
+    def _end_epoch(self, line: dict[str, Any]) -> None:
+        """Evaluate the model after the epoch of `line`, and save the state."""
+        with self._uncompiled():
+            line |= self._validation(self.stream if self.execution.capture else None)
+        self.history.append(line)
+        print(self.title + summary(line, self.settings.epochs, task_of(self.config["protocol"])), flush=True)
+        if self.config["protocol"]["report"] == "best" and line == _best(self.config, self.history):
+            self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        state: dict[str, Any] = {"identity": self._identity, "history": self.history}
+        state |= {"commits": self.commits, "threads": self.threads, "started": self.started}
+        if self.processes.writes:
+            self._states.save(self.model, self.optimizer, self.best, state, self.finished)
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
         """Within it blocks run uncompiled, as an evaluation needs: they are compiled for training."""

@@ -1,4 +1,4 @@
-"""Trains a run for some steps in float64, by however many processes, and writes what test_distributed compares."""
+"""Trains a run for some steps, in float64 where its item vectors may be, and writes what test_distributed compares."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from kernels.rowwise_table import sharded
 from steps.common.files import read_json
 from steps.common.processes import ALONE, Processes, joined
 from steps.data.sequences import load_sequences
@@ -18,7 +19,7 @@ STEPS = 20
 
 def steps(config: dict[str, Any], data: Path, folder: Path, processes: Processes = ALONE) -> dict[str, torch.Tensor]:
     """The losses by step, the weights after them, and the ranks and the best items of all test targets by these."""
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float32 if "items" in config["model"] else torch.float64)
     try:
         sequences, digest = load_sequences(data, torch.device("cpu"))
         training = Training(config, sequences, digest, folder, processes=processes)
@@ -30,13 +31,15 @@ def steps(config: dict[str, Any], data: Path, folder: Path, processes: Processes
                 if len(losses) < STEPS:
                     losses.append(float(training.execution.total))
                     training.execution.total.zero_()
-        found = {f"weights/{name}": tensor.clone() for name, tensor in training.model.state_dict().items()}
+        with training.model.whole_items():
+            found = {f"weights/{name}": tensor.clone() for name, tensor in training.model.state_dict().items()}
         found["losses"] = torch.tensor(losses)
         held_out = training.split.held_out["test"]
         rules = [Rules("rated", "history"), Rules("catalogue", "window")]
         ranker = Ranker(sequences, held_out, rules, config["training"]["max_len"], 16, top=3, processes=processes)
         if (folder / "weights.pt").exists():  # so that only the evaluation is compared
             training.model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+        training.model.gather_items()
         finite, rankings = ranker.rank(training.model)
         assert finite
         for number, ranking in enumerate(rankings):
@@ -50,6 +53,8 @@ def steps(config: dict[str, Any], data: Path, folder: Path, processes: Processes
 def main() -> None:
     folder, data = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
+    if sys.argv[3] == "torch":
+        sharded.torchrec.fits = lambda *_: False
     with joined(torch.device("cpu")) as processes:
         found = steps(read_json(folder / "config.json"), data, folder, processes)
         save_file(found, folder / f"found-{processes.rank}.safetensors")
