@@ -31,7 +31,7 @@ from steps.common.config import building, read_config, task_of
 from steps.common.device import device_name, pick_device, pick_precision, use_threads
 from steps.common.files import sha256, write_json, write_text
 from steps.common.locks import locked
-from steps.common.processes import Processes, device_of_process, joined
+from steps.common.processes import Processes, device_of_process, joined, require_one_run
 from steps.common.provenance import commit, content_sha256, utc_now, versions
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import require_split, split_sequences
@@ -79,8 +79,7 @@ def _main(args: argparse.Namespace, device: torch.device, processes: Processes) 
     for run in runs:
         if not run.is_dir():
             raise StepError(f"{run} does not exist; run plan first, which writes its config.json")
-    if processes.size > 1 and len(runs) > 1:
-        raise StepError(f"{processes.size} processes train one run together; give one --run, or start without torchrun")
+    require_one_run(processes, len(runs))
     use_threads(args.threads, _readable(runs))
     sequences, data_sha256 = load_sequences(args.data, device)
     about = {

@@ -22,8 +22,8 @@ from steps.common.cli import StepError
 
 _LONG = timedelta(days=30)  # for a lock that another training holds
 _ENDED = (
-    "a process of this training ended before the others, so all stop; the same command goes on from the last saved "
-    "epoch, also with another number of processes"
+    "another process of this run ended, or torchrun was stopped: all stop; the same command goes on from what is "
+    "saved, also with another number of processes"
 )
 
 
@@ -118,17 +118,23 @@ def device_of_process(device: torch.device) -> torch.device:
 
     Raises StepError if there are too few, or if `device` has a number.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if here == 1 or device.type != "cuda":
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or device.type != "cuda":
         return device
-    if device.index is not None or here > torch.cuda.device_count():
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device.index is not None or number >= count:
         raise StepError(
-            f"{here} processes need a CUDA device each, and this machine has {torch.cuda.device_count()}; start as "
-            "many processes as devices, and give --device no number"
+            f"each process needs a CUDA device of its own, and this machine shows {count} of them to process {number}; "
+            "start as many processes as devices, and give --device no number"
         )
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)  # where Triton launches its kernels
     return device
+
+
+def require_one_run(processes: Processes, runs: int) -> None:
+    """Raise StepError if several processes are given several runs."""
+    if processes.size > 1 and runs > 1:
+        raise StepError(f"{processes.size} processes work on one run together; give one --run, or leave out torchrun")
 
 
 def _is_first(store: Any) -> bool:

@@ -155,9 +155,10 @@ def rank(
     max_len: int,
     batch_size: int,
     top: int = 0,
+    processes: Processes = ALONE,
 ) -> list[Ranking]:
     """Rank every held-out target once, as `Ranker.rank` does; raises StepError if a score is not finite."""
-    finite, rankings = Ranker(sequences, held_out, rules, max_len, batch_size, top).rank(model)
+    finite, rankings = Ranker(sequences, held_out, rules, max_len, batch_size, top, processes).rank(model)
     require_finite(bool(finite))
     return rankings
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from kernels.rowwise_table import sharded
 from steps.common.files import read_json
-from steps.common.processes import ALONE, Processes, joined
+from steps.common.processes import ALONE, Processes, device_of_process, joined
 from steps.data.sequences import load_sequences
 from steps.evaluation.ranks import Ranker, Rules
 from steps.training.loop import Training
@@ -17,11 +17,17 @@ from steps.training.loop import Training
 STEPS = 20
 
 
-def steps(config: dict[str, Any], data: Path, folder: Path, processes: Processes = ALONE) -> dict[str, torch.Tensor]:
+CPU = torch.device("cpu")
+
+
+def steps(
+    config: dict[str, Any], data: Path, folder: Path, device: torch.device = CPU, processes: Processes = ALONE
+) -> dict[str, torch.Tensor]:
     """The losses by step, the weights after them, and the ranks and the best items of all test targets by these."""
-    torch.set_default_dtype(torch.float32 if "items" in config["model"] else torch.float64)
+    only_float32 = "items" in config["model"] or device.type == "cuda"
+    torch.set_default_dtype(torch.float32 if only_float32 else torch.float64)
     try:
-        sequences, digest = load_sequences(data, torch.device("cpu"))
+        sequences, digest = load_sequences(data, device)
         training = Training(config, sequences, digest, folder, processes=processes)
         losses: list[float] = []
         epoch = 0
@@ -45,18 +51,19 @@ def steps(config: dict[str, Any], data: Path, folder: Path, processes: Processes
         for number, ranking in enumerate(rankings):
             found |= {f"best/{number}": ranking.ranks.best, f"ties/{number}": ranking.ranks.ties}
             found[f"top/{number}"] = ranking.top
-        return {name: tensor.contiguous() for name, tensor in found.items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def main() -> None:
     folder, data = Path(sys.argv[1]), Path(sys.argv[2])
+    device = device_of_process(torch.device(sys.argv[4]))
     torch.set_num_threads(1)
     if sys.argv[3] == "torch":
         sharded.torchrec.fits = lambda *_: False
-    with joined(torch.device("cpu")) as processes:
-        found = steps(read_json(folder / "config.json"), data, folder, processes)
+    with joined(device) as processes:
+        found = steps(read_json(folder / "config.json"), data, folder, device, processes)
         save_file(found, folder / f"found-{processes.rank}.safetensors")
 
 
