@@ -235,7 +235,7 @@ def small(study: str, data: Path) -> dict[str, Any]:
         plan["data"]["raw"]["ml-1m"]["checks"] = {"min_user_interactions": 1}
         (data / "raw/ml-1m/ml-1m").mkdir(parents=True)
         (data / "raw/ml-1m/ml-1m/ratings.dat").write_text("".join(f"{n % 3}::{n}::5::{n}\n" for n in range(1, 30)))
-        (data / "raw/ml-1m/ml-1m/movies.dat").write_text("".join(f"{n}::Film::Drama\n" for n in range(1, 30)))
+        (data / "raw/ml-1m/ml-1m/movies.dat").write_text("".join(f"{n}::Film (1990)::Drama\n" for n in range(1, 30)))
         (data / "raw/ml-1m/ml-1m/users.dat").write_text("".join(f"{n}::F::25::4::02139\n" for n in range(3)))
         write_json(data / "raw/ml-1m/manifest.json", {"files": {}})
     if study == "data-growth":
