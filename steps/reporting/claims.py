@@ -249,13 +249,9 @@ def _runs(name: str, told: dict[str, Any], claimed: dict[str, Any], band: float,
         found.append(sign)
         doubt = "" if sign else ", not decided"
         said.append(f"{words} {mean:+.4f} ± {half:.4f} beside {other:.4f}{doubt}")
-    verdict = "not run" if not found else "not decided"
-    if found and min(found) == 1 and len(found) == len(claimed["places"]):
-        verdict, told = "reproduced", told | {"explained": None}
-    elif 1 in found:
-        verdict = "partly"
-    elif -1 in found:
-        verdict = "contradicted"
+    verdict = _of_signs(found, len(claimed["places"]))
+    if verdict == "reproduced":
+        told = told | {"explained": None}
     return Verdict(name, verdict=verdict, why="; ".join(said), files=tables.files((study, "table")), **told)
 
 
@@ -292,17 +288,22 @@ def _order(name: str, told: dict[str, Any], order: dict[str, Any], tables: Table
         found.append(sign if sure else 0)
         doubt = "" if sure else ", not decided"
         said.append(f"{dataset} {protocol} {sign * row['difference']:+.4f} (p {row['p_holm']:.2g}{doubt})")
-    verdict = "not run" if not found else "not decided"
-    if found and min(found) == 1 and len(found) == len(order["tables"]):
-        verdict, told = "reproduced", told | {"explained": None}
-    elif 1 in found:
-        verdict = "partly"
-    elif -1 in found:
-        verdict = "contradicted"
+    verdict = _of_signs(found, len(order["tables"]))
+    if verdict == "reproduced":
+        told = told | {"explained": None}
     experiment = order["tables"][0][0]
     return Verdict(
         name, verdict=verdict, experiment=experiment, why="; ".join(said), files=tables.files(*there), **told
     )
+
+
+def _of_signs(found: list[int], asked: int) -> str:
+    """The verdict on what is claimed of so many places, of which those that were run say yes, no, or neither."""
+    if found and min(found) == 1 and len(found) == asked:
+        return "reproduced"
+    if 1 in found:
+        return "partly"
+    return "contradicted" if -1 in found else "not decided" if found else "not run"
 
 
 def _not_run(experiment: str) -> str:

@@ -11,6 +11,7 @@ from steps.common.files import read_json, sha256, write_json
 from steps.common.provenance import content_sha256
 from steps.data.sequences import load_sequences
 from steps.data.split import split_sequences, split_sha256
+from tests.conftest import ROOT, step
 
 STRICT = {"name": "strict", "split": "leave-last-out", "report": "best", "candidates": "rated", "exclude": "history"}
 PAPER = {"name": "paper", "split": "leave-last-out", "report": "last", "candidates": "catalogue", "exclude": "window"}
@@ -83,6 +84,19 @@ def add_tables(data: Path, users: list[str], titles: list[str]) -> Path:
     hashes = {f"{name}_sha256": sha256(data / f"{name}.parquet") for name in ("items", "users")}
     write_json(data / "manifest.json", read_json(data / "manifest.json") | hashes)
     return data
+
+
+def processed_by_its_steps(dataset: str, folder: Path) -> Path:
+    """The sequences of a generated data set, made by its own steps below `folder`."""
+    arguments = {
+        "synthesize": ["--dataset", dataset, "--output", folder / f"mirror/{dataset}.zip"],
+        "download": ["--dataset", dataset, "--output", folder / "raw"],
+        "validate": ["--dataset", dataset, "--raw", folder / "raw", "--output", folder / "valid"],
+        "preprocess": ["--dataset", dataset, "--valid", folder / "valid", "--output", folder / "processed"],
+    }
+    for name, values in arguments.items():
+        step(name, *values, cwd=ROOT, HSTU_DATA_MIRROR=str(folder / "mirror"))
+    return folder / "processed"
 
 
 def seal(run: Path) -> None:

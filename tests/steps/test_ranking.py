@@ -1,6 +1,7 @@
 """Ranking: what a prediction may see, which examples there are, and that training learns."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -368,6 +369,25 @@ def test_serving_from_kept_histories_is_the_training_path(
     assert one == pytest.approx(two, abs=1e-4)
 
 
+def in_graphs_and_eagerly(
+    settings: dict[str, Any], data: Sequences, folder: Path, compute_dtype: torch.dtype | None
+) -> Training:
+    """A run of some epochs that is captured, after one of eager steps has come to the same weights."""
+    settings["training"] |= {"epochs": 4, "schedule": "one-pass"}
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [Training(settings, data, "0" * 64, folder / mode, compute_dtype, mode) for mode in ("graph", "eager")]
+        for run in runs:
+            for _, failure in train_together([run]):
+                assert failure is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert runs[0].record()["captured"]
+    for name, values in runs[0].model.state_dict().items():
+        torch.testing.assert_close(values, runs[1].model.state_dict()[name], rtol=1e-4, atol=1e-5)
+    return runs[0]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("protocol", [PROTOCOL, OF_USERS])
 @pytest.mark.parametrize("tokens", ["interleaved", "merged", "items"])
@@ -376,25 +396,12 @@ def test_training_and_evaluation_are_graphs_that_do_what_eager_steps_do(
 ) -> None:
     data = on("cuda", sequences(300))
     settings = config(tokens) | {"protocol": protocol}
-    settings["training"] |= {"epochs": 4, "schedule": "one-pass"}
-    torch.use_deterministic_algorithms(True)
-    try:
-        runs = [
-            Training(settings, data, "0" * 64, tmp_path / mode, torch.bfloat16, mode) for mode in ("graph", "eager")
-        ]
-        for run in runs:
-            for _, failure in train_together([run]):
-                assert failure is None
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert runs[0].record()["captured"]
+    run = in_graphs_and_eagerly(settings, data, tmp_path, torch.bfloat16)
     assert "without a CUDA graph" not in capsys.readouterr().out
-    for name, values in runs[0].model.state_dict().items():
-        torch.testing.assert_close(values, runs[1].model.state_dict()[name], rtol=1e-4, atol=1e-5)
-    best = min(runs[0].history, key=lambda line: line["valid/ne"])
-    with runs[0].stream.active():
-        anew = RankingEvaluation(settings, data, runs[0].split.held_out["valid"])
-        found = anew.named(anew(runs[0].model))
+    best = min(run.history, key=lambda line: line["valid/ne"])
+    with run.stream.active():
+        anew = RankingEvaluation(settings, data, run.split.held_out["valid"])
+        found = anew.named(anew(run.model))
     assert found == pytest.approx({name: best[f"valid/{name}"] for name in found}, abs=2e-6)
 
 

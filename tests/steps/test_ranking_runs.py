@@ -22,7 +22,7 @@ from steps.common.params import Run, resolve
 from steps.reporting.records import read_records, write_records
 from steps.serving.recommender import trained_model
 from tests.conftest import ROOT, step
-from tests.steps.runs import planned
+from tests.steps.runs import planned, processed_by_its_steps
 
 #: User, item, rating, time. The latest four are tested.
 ROWS = [
@@ -121,16 +121,7 @@ def test_the_means_of_three_users_by_hand(project: Path, monkeypatch: pytest.Mon
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sequences of the demo whose taste drifts, made by its own steps."""
-    folder = tmp_path_factory.mktemp("demo")
-    arguments = {
-        "synthesize": ["--dataset", "demo-taste", "--output", folder / "mirror/demo-taste.zip"],
-        "download": ["--dataset", "demo-taste", "--output", folder / "raw"],
-        "validate": ["--dataset", "demo-taste", "--raw", folder / "raw", "--output", folder / "valid"],
-        "preprocess": ["--dataset", "demo-taste", "--valid", folder / "valid", "--output", folder / "processed"],
-    }
-    for name, values in arguments.items():
-        step(name, *values, cwd=ROOT, HSTU_DATA_MIRROR=str(folder / "mirror"))
-    return folder / "processed"
+    return processed_by_its_steps("demo-taste", tmp_path_factory.mktemp("demo"))
 
 
 @pytest.mark.slow

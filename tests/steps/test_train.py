@@ -27,7 +27,7 @@ from steps.tasks import build
 from steps.training.checkpoint import State, read_state, write_state
 from steps.training.loop import Training, doubt, reported_epoch
 from tests.conftest import ROOT, step, write_processed
-from tests.steps.runs import PAPER, config, planned, reproducible
+from tests.steps.runs import PAPER, config, planned, processed_by_its_steps, reproducible
 
 
 def command(name: str, run: Path, data: Path, *more: str) -> list[str]:
@@ -348,16 +348,7 @@ def test_weights_of_another_model_are_refused(data: Path, tmp_path: Path) -> Non
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real demo's sequences, made by its own steps."""
-    folder = tmp_path_factory.mktemp("demo")
-    arguments = {
-        "synthesize": ["--dataset", "demo", "--output", folder / "mirror/demo.zip"],
-        "download": ["--dataset", "demo", "--output", folder / "raw"],
-        "validate": ["--dataset", "demo", "--raw", folder / "raw", "--output", folder / "valid"],
-        "preprocess": ["--dataset", "demo", "--valid", folder / "valid", "--output", folder / "processed"],
-    }
-    for name, values in arguments.items():
-        step(name, *values, cwd=ROOT, HSTU_DATA_MIRROR=str(folder / "mirror"))
-    return folder / "processed"
+    return processed_by_its_steps("demo", tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="module")
