@@ -16,7 +16,15 @@ from . import grouped, naive
 from .mask import Mask, check_mask
 from .naive import TIME_BUCKETS, time_bucket
 
-__all__ = ["TIME_BUCKETS", "cached_attention", "hstu_attention", "softmax_attention", "time_bucket"]
+__all__ = [
+    "TIME_BUCKETS",
+    "appended_attention",
+    "cached_attention",
+    "hstu_attention",
+    "runs_in_triton",
+    "softmax_attention",
+    "time_bucket",
+]
 
 _WIDEST_HEAD = 256
 _WIDEST_FLOAT32 = 128  # of wider ones tiles take up to 134 KiB of shared memory, all others at most 99
@@ -106,7 +114,7 @@ def hstu_attention(
     _check_times(time_bias, query_time, key_time)
     _check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, num_targets, key_offsets)
     _check_scale(attention_scale, q.shape[0])
-    if _fits(q, k, v):
+    if runs_in_triton(q, k, v):
         from . import op
 
         common_scale, query_scale = _scales(attention_scale)
@@ -153,7 +161,7 @@ def softmax_attention(
     )  # fmt: skip
     _check_times(time_bias, query_time, key_time)
     _check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, num_targets, key_offsets)
-    if _fits(q, k, v):
+    if runs_in_triton(q, k, v):
         from . import op
 
         reverse_mode_only("softmax_attention", q, k, v, position_bias, time_bias)
@@ -199,26 +207,30 @@ def cached_attention(
 
     Args:
         q, k, v: (T, h, dqk) and (T, h, dv) of the candidates, jagged over sequences by `offsets` (B + 1,).
-        cached_k, cached_v: of the histories' tokens, jagged by `cached_offsets` (B + 1,).
+        cached_k, cached_v: (T', h, dqk) and (T', h, dv) of the histories' tokens, jagged by `cached_offsets` (B + 1,).
+        offsets, cached_offsets: start at 0. Rows from their last number on, as buffers of a fixed size have them,
+            belong to nobody: they are not read, and outputs of theirs may be anything.
         max_len, max_cached_len: upper bounds of both lengths. As in `hstu_attention`, that they are is not checked, nor
-            that the offsets start at 0 and end at the number of tokens.
+            what the offsets are.
         softmax: softmax over the keys instead of silu(.)/N.
-        cached_time: (T',) int64, the stored keys' times; `query_time` and `key_time` are the candidates'.
+        query_time, key_time: (B,) int64, seconds: all candidates of a sequence ask at one time, and stand at one as
+            keys.
+        cached_time: (T',) int64, the stored keys' times.
         alpha, attention_scale, position_bias, time_bias, max_attn_len, num_sink_tokens, target_group_size: as in
             `hstu_attention`; P >= max_cached_len + 1. `softmax` leaves attention_scale unread.
 
     Returns:
-        (T, h, dv). Not differentiable where Triton runs: this is inference.
+        (T, h, dv). Differentiable in torch alone: this is for inference.
 
     Raises:
         ValueError: a time bias without times, shapes other than these, a negative number, tokens seen beyond a window
             that is not there.
+        NotImplementedError, RuntimeError: a derivative, where Triton runs.
     """
     _check_times(time_bias, query_time, key_time, cached_time)
     mask = Mask(max_attn_len, num_sink_tokens=num_sink_tokens, target_group_size=target_group_size)
-    _check(
-        q, k, v, offsets, max_cached_len + 1, position_bias, time_bias, query_time, key_time, mask, offsets[1:], None
-    )
+    _check(q, k, v, offsets, max_cached_len + 1, position_bias, time_bias, None, None, mask, offsets[1:], None)
+    _check_lengths(offsets.shape[0] - 1, query_time=query_time, key_time=key_time)
     _check_scale(attention_scale, q.shape[0])
     if max_len < 0 or max_cached_len < 0:
         raise ValueError(f"max_len and max_cached_len must not be negative, as {max_len} and {max_cached_len}")
@@ -228,7 +240,7 @@ def cached_attention(
     if cached_offsets.shape != offsets.shape:
         raise ValueError(f"offsets and cached_offsets must be of one length, not {len(offsets)}, {len(cached_offsets)}")
     _check_lengths(cached_k.shape[0], cached_time=cached_time)
-    if _fits(q, k, v) and _fits(q, cached_k, cached_v):
+    if runs_in_triton(q, k, v) and runs_in_triton(q, cached_k, cached_v):
         from . import cached
 
         common_scale, query_scale = _scales(attention_scale)
@@ -246,6 +258,72 @@ def cached_attention(
     )  # fmt: skip
 
 
+def appended_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    max_new: int,
+    max_len: int,
+    *,
+    alpha: float = 1.0,
+    attention_scale: float | None = None,
+    softmax: bool = False,
+    position_bias: torch.Tensor | None = None,
+    time_bias: torch.Tensor | None = None,
+    query_time: torch.Tensor | None = None,
+    key_time: torch.Tensor | None = None,
+    max_attn_len: int = 0,
+    num_sink_tokens: int = 0,
+) -> torch.Tensor:
+    """Attention of new tokens over histories that they are the last tokens of: what `hstu_attention` and
+    `softmax_attention` give them with `key_offsets`, under the causal mask or semi-local, for inference alone.
+
+    Faster where a sequence's new tokens are few beside its keys: the bias of each pair is calculated once for all
+    heads, in parts of at most 64 MiB.
+
+    Args:
+        q: (T, h, dqk), of the new tokens, jagged over sequences by `offsets` (B + 1,).
+        k, v: (T', h, dqk) and (T', h, dv) of all tokens, the new ones included, jagged by `key_offsets` (B + 1,).
+        offsets, key_offsets: start at 0. Rows from their last number on belong to nobody: they are not read, and
+            outputs of theirs may be anything.
+        max_new, max_len: upper bounds of a sequence's new tokens, and of all its tokens.
+        attention_scale: a number; None stands for each sequence's own number of tokens.
+        softmax: softmax over the keys instead of silu(.)/N.
+        query_time, key_time: (T,) and (T',) int64, seconds; needed with `time_bias`.
+        alpha, position_bias, time_bias, max_attn_len, num_sink_tokens: as in `hstu_attention`; P >= max_len.
+
+    None of these bounds is checked, nor that a sequence has at least as many keys as new tokens.
+
+    Returns:
+        (T, h, dv). Differentiable in torch alone.
+
+    Raises:
+        ValueError: a time bias without times, shapes other than these, a negative number, tokens seen beyond a window
+            that is not there.
+        NotImplementedError, RuntimeError: a derivative, where Triton runs.
+    """
+    _check_times(time_bias, query_time, key_time)
+    mask = Mask(max_attn_len, num_sink_tokens=num_sink_tokens)
+    _check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, None, key_offsets)
+    if max_new < 0:
+        raise ValueError(f"max_new must not be negative, as {max_new} is")
+    if runs_in_triton(q, k, v):
+        from . import appended
+
+        reverse_mode_only("appended_attention", q, k, v, position_bias, time_bias)
+        return appended.appended_attention(
+            q, k, v, offsets, key_offsets, max_new, max_len, alpha, attention_scale, softmax, position_bias, time_bias,
+            query_time, key_time, max_attn_len, num_sink_tokens,
+        )  # fmt: skip
+    return naive.appended_attention(
+        q, k, v, offsets, key_offsets, max_new, max_len, alpha=alpha, attention_scale=attention_scale, softmax=softmax,
+        position_bias=position_bias, time_bias=time_bias, query_time=query_time, key_time=key_time,
+        max_attn_len=max_attn_len, num_sink_tokens=num_sink_tokens,
+    )  # fmt: skip
+
+
 def _in_torch(attend: Callable[..., torch.Tensor], q: torch.Tensor, *inputs: Any, **named: Any) -> torch.Tensor:
     # A program that torch.export makes has no groups: their sizes are known with the sequences' lengths alone.
     if q.is_cuda or torch.compiler.is_exporting() or not len(q):
@@ -253,7 +331,9 @@ def _in_torch(attend: Callable[..., torch.Tensor], q: torch.Tensor, *inputs: Any
     return grouped.by_length(attend, q, *inputs, **named)
 
 
-def _fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def runs_in_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether attention of (T, h, dqk) and (T, h, dv) like these goes through Triton kernels, which do not wait for the
+    device: a CUDA graph can hold them."""
     if not fits_triton(q, k, v):
         return False
     widest = max(q.shape[2], v.shape[2])

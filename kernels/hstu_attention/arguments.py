@@ -33,7 +33,7 @@ class Tables(NamedTuple):
     band: Any  # (T, 2 BAND_BLOCK): `band_kernel`
     query_time: Any  # (T,) int64
     key_time: Any  # (T,) int64
-    since: Any  # (2, T) int32: `relative_time_kernel`
+    since: Any  # (T + T') int32: `relative_time_kernel`
     tiles: Any  # (query tile slots, key tiles) int32: `tile_bucket_kernel`
 
 

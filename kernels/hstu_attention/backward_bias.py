@@ -23,7 +23,7 @@ from .bias_tiles import (
     times_since,
     unpack_tile,
 )
-from .tiles import load_tile, one_over_n, sequence_of, visible
+from .tiles import is_query, load_tile, one_over_n, sequence_of, visible
 
 #: The bit of a tile's entry that says that its int32 times were not cut.
 _NOT_CUT = tl.constexpr(1 << 17)
@@ -44,12 +44,13 @@ def add_to_buckets(
     """Adds a tile's score gradients, summed over heads, to the bucket sums: to `time_sum` (256,), a bucket a pass, or,
     where there are many buckets and not DETERMINISTIC, to `copy` in memory, element by element."""
     slot = tl.arange(0, 256)
-    start, n, tables = sequence.start, sequence.n, bias.tables
+    start, key_start, n, tables = sequence.start, sequence.key_start, sequence.n, bias.tables
+    query = is_query(i, sequence, FLAGS)
     if buckets.first == buckets.last:
         time_sum += tl.where(slot == buckets.first, tl.sum(tile_sum) * scale, 0.0)
     elif packed >= _NOT_CUT:
-        passed = tl.load(tables.since + start + i, mask=i < n, other=0)[:, None]
-        passed -= tl.load(bias.key_since + start + j, mask=j < n, other=0)[None, :]
+        passed = tl.load(tables.since + start + i, mask=query, other=0)[:, None]
+        passed -= tl.load(bias.key_since + key_start + j, mask=j < n, other=0)[None, :]
         bucket_tile = exact_bucket(passed, small_edges, FLAGS.INLINE_ASM)
         if DETERMINISTIC or buckets.last - buckets.first < 4:
             for bucket in range(buckets.first, buckets.last + 1):
@@ -58,8 +59,8 @@ def add_to_buckets(
         else:
             add_to_entries(copy, bucket_tile, tile_sum * scale, seen, FLAGS.INLINE_ASM and FLAGS.MMA_LAYOUT)
     else:
-        query_times = tl.load(tables.query_time + start + i, mask=i < n, other=0)[:, None]
-        key_times = tl.load(tables.key_time + start + j, mask=j < n, other=0)[None, :]
+        query_times = tl.load(tables.query_time + start + i, mask=query, other=0)[:, None]
+        key_times = tl.load(tables.key_time + key_start + j, mask=j < n, other=0)[None, :]
         for bucket in range(buckets.first, buckets.last + 1):
             inside = tl.abs(query_times - key_times) >= tl.load(tables.edges + bucket)
             inside &= tl.abs(query_times - key_times) < tl.load(tables.edges + bucket + 1)
@@ -138,7 +139,7 @@ def bias_gradient_kernel(
             if head == 0:
                 tile_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 tile_x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                queries = Side(i, tables.query_time, times_since(tables.since, i, sequence, FLAGS))
+                queries = Side(i, tables.query_time, times_since(tables.since, start, i, i < n, FLAGS))
                 keys = Side(j, tables.key_time, bias.key_since)
                 if FLAGS.TIME:
                     packed = tl.load(tables.tiles + (start // BLOCK_M + index + tile) * tiles_width + key_tile)
@@ -148,11 +149,22 @@ def bias_gradient_kernel(
                         tile_x = load_band(tables.band, sequence, i[:, None], j[None, :])
                 if not near:
                     tile_x = tile_bias(
-                        bias, sequence, queries, keys, buckets.w_first, BLOCK_M, BLOCK_N, FLAGS, False, False, True
+                        bias,
+                        sequence,
+                        queries,
+                        keys,
+                        buckets.w_first,
+                        BLOCK_M,
+                        BLOCK_N,
+                        FLAGS,
+                        False,
+                        True,
+                        False,
+                        True,
                     )
                     if FLAGS.TIME:
                         if buckets.last > buckets.first:
-                            tile_x = add_time_steps(tile_x, tables, sequence, queries, keys, buckets, True)
+                            tile_x = add_time_steps(tile_x, tables, sequence, queries, keys, buckets, True, FLAGS)
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=FLAGS.PRECISION) * alpha + tile_x
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=FLAGS.PRECISION)
             lse_tile = tl.zeros([BLOCK_M], tl.float32)

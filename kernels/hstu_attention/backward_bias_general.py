@@ -7,9 +7,8 @@ import triton.language as tl
 
 from .activations import weights_and_derivatives
 from .arguments import MASK_NUMBERS, Bias, Side, Tokens
-from .assembly import add_to_entries
 from .backward_bias import add_to_buckets
-from .bias_tiles import exact_bucket, tile_bias, unpack_tile
+from .bias_tiles import tile_bias, unpack_tile
 from .tiles import has_tile, is_query, key_tiles, load_keys, load_queries, one_over_n_of, sequence_of, visible
 
 
@@ -32,22 +31,6 @@ def _head_sum(Q, K, V, DO, tile_x, query, key, sequence, alpha, lse, delta, lane
         dp -= tl.load(delta + lane + i, mask=inside, other=0.0)[:, None]
     _, dact = weights_and_derivatives(x, x, lse_tile[:, None], False, FLAGS)
     return dp * dact
-
-
-@triton.jit
-def _add_of_own_keys(time_sum, copy, tile_sum, seen, sequence, bias, i, j, FLAGS, DETERMINISTIC):
-    """As `add_to_buckets`, of sequences that have keys of their own number, whose tiles are not packed."""
-    slot = tl.arange(0, 256)
-    query_times = tl.load(bias.tables.query_time + sequence.start + i, mask=is_query(i, sequence, FLAGS), other=0)
-    key_times = tl.load(bias.tables.key_time + sequence.key_start + j, mask=j < sequence.n, other=0)
-    bucket_tile = exact_bucket(query_times[:, None] - key_times[None, :], bias.tables.edges, FLAGS.INLINE_ASM)
-    if DETERMINISTIC:
-        for bucket in range(tl.min(bucket_tile), tl.max(bucket_tile) + 1):
-            in_bucket = tl.sum(tl.where(bucket_tile == bucket, tile_sum, 0.0))
-            time_sum += tl.where(slot == bucket, in_bucket, 0.0)
-    else:
-        add_to_entries(copy, bucket_tile, tile_sum, seen, FLAGS.INLINE_ASM and FLAGS.MMA_LAYOUT)
-    return time_sum
 
 
 @triton.jit(
@@ -81,7 +64,7 @@ def general_bias_gradient_kernel(
     distance = lowest + tl.program_id(0) // splits
     tile_split = tl.program_id(0) % splits // sequence_splits
     program = tl.program_id(0).to(tl.int64)
-    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME and not FLAGS.KEY_OFFSETS else None)
+    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
     position_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     time_sum = tl.zeros([256], tl.float32)
     for index in range(tl.program_id(0) % sequence_splits, num_sequences, sequence_splits):
@@ -100,7 +83,9 @@ def general_bias_gradient_kernel(
                 i = query + tl.arange(0, BLOCK_M)
                 j = key + tl.arange(0, BLOCK_N)
                 queries, keys = Side(i, tables.query_time, i), Side(j, tables.key_time, j)
-                tile_x = tile_bias(bias, sequence, queries, keys, 0.0, BLOCK_M, BLOCK_N, FLAGS, False, False, True)
+                tile_x = tile_bias(
+                    bias, sequence, queries, keys, 0.0, BLOCK_M, BLOCK_N, FLAGS, False, False, False, True
+                )
                 tile_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 for head in range(heads):
                     Q = Tokens(q, strides.q_token, strides.q_head, head)
@@ -117,17 +102,14 @@ def general_bias_gradient_kernel(
                 tile_sum = tl.where(seen, tile_sum, 0.0) * one_over_n_of(attention_scale, i[:, None], sequence, FLAGS)
                 if FLAGS.TIME:
                     copy = sums.time + program % copies * 256
-                    if FLAGS.KEY_OFFSETS:
-                        time_sum = _add_of_own_keys(
-                            time_sum, copy, tile_sum, seen, sequence, bias, i, j, FLAGS, DETERMINISTIC
-                        )
-                    else:
-                        packed = tl.load(tables.tiles + (start // BLOCK_M + index + tile) * tiles_width + key_tile)
-                        buckets = unpack_tile(packed, tables.time)
-                        time_sum = add_to_buckets(
-                            time_sum, copy, tile_sum, seen, packed, buckets, 1.0, sequence, bias, small_edges, i, j,
-                            FLAGS, DETERMINISTIC,
-                        )  # fmt: skip
+                    packed = tl.load(
+                        tables.tiles + (sequence.key_start // BLOCK_M + index + tile) * tiles_width + key_tile
+                    )
+                    buckets = unpack_tile(packed, tables.time)
+                    time_sum = add_to_buckets(
+                        time_sum, copy, tile_sum, seen, packed, buckets, 1.0, sequence, bias, small_edges, i, j, FLAGS,
+                        DETERMINISTIC,
+                    )  # fmt: skip
                 if FLAGS.POSITION:
                     if FLAGS.TARGETS:
                         tile_sum = tl.where((i < sequence.history)[:, None], tile_sum, 0.0)

@@ -78,6 +78,7 @@ def _add_queries(
     """
     BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
     PRECISION: tl.constexpr = FLAGS.PRECISION
+    STEPS: tl.constexpr = MASK == "none" or MASK == "whole"
     start, n = sequence.start, sequence.n
     q_tile = load_queries(walked.Q, first, sequence, BLOCK_M, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
     i = first + tl.arange(0, BLOCK_M)
@@ -85,13 +86,13 @@ def _add_queries(
     queries = Side(i, bias.tables.query_time, bias.tables.since)
     x = tile_bias(
         bias, sequence, kept.side, queries, buckets.w_first, SHAPE.BLOCK_N, BLOCK_M, FLAGS, MASK == "band",
-        FLAGS.MMA_LAYOUT, False,
+        STEPS, FLAGS.MMA_LAYOUT, False,
     )  # fmt: skip
     x = tl.dot(kept.k, tl.trans(q_tile), input_precision=PRECISION) * alpha + x
-    if FLAGS.TIME and MASK == "none":
+    if FLAGS.TIME and STEPS:
         if buckets.last > buckets.first:
-            x = add_time_steps(x, bias.tables, sequence, kept.side, queries, buckets, False)
-        if CUT or not FLAGS.DESCRIPTOR:  # only the last tile has queries beyond the sequence
+            x = add_time_steps(x, bias.tables, sequence, kept.side, queries, buckets, False, FLAGS)
+        if MASK == "none" and (CUT or not FLAGS.DESCRIPTOR):  # only the last tile has queries beyond the sequence
             x += tl.where(i < n, 0.0, HIDDEN)[None, :]
     seen = visible(i[None, :], j[:, None], sequence, FLAGS)
     seen = seen & (i < n)[None, :] & (j < n)[:, None]
@@ -153,7 +154,7 @@ def _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE,
     kept = Keys(
         load_keys(K, first, sequence, BLOCK_N, SHAPE.DQK, BLOCK_DQK, CUT_KEYS, FLAGS),
         load_keys(V, first, sequence, BLOCK_N, SHAPE.DV, BLOCK_DV, CUT_KEYS, FLAGS),
-        Side(j, bias.tables.key_time, times_since(bias.key_since, j, sequence, FLAGS)),
+        Side(j, bias.tables.key_time, times_since(bias.key_since, sequence.key_start, j, j < n, FLAGS)),
     )
     sums = Sums(
         tl.zeros([BLOCK_N, BLOCK_DQK], tl.float32),
@@ -170,8 +171,12 @@ def _walk(first, K, V, walked, sequence, bias, tiles_width, alpha, scale, SHAPE,
             whole_tiles = whole_query_tiles(first, first + BLOCK_N, runs, sequence, BLOCK_M, FLAGS)
             for index in range(whole_count(whole_tiles)):
                 query = whole_tile_of(index, whole_tiles, runs) * BLOCK_M
+                own = buckets
+                if FLAGS.TIME:
+                    row = (sequence.key_start // BLOCK_M + sequence_id() + query // BLOCK_M).to(tl.int64) * tiles_width
+                    own = unpack_tile(tl.load(bias.tables.tiles + row + first // BLOCK_N), bias.tables.time)
                 sums = _add_queries(
-                    sums, kept, query, walked, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "whole", False,
+                    sums, kept, query, walked, sequence, bias, own, alpha, scale, SHAPE, FLAGS, "whole", False,
                     ADD_DQ,
                 )  # fmt: skip
         else:
@@ -267,7 +272,7 @@ def bwd_dkdv_kernel(
     if first >= n:
         return
     scale = one_over_n(attention_scale, sequence, FLAGS)
-    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME and not FLAGS.KEY_OFFSETS else None)
+    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
     K = Tokens(k, strides.k_token, strides.k_head, head)
     V = Tokens(v, strides.v_token, strides.v_head, head)
     if FLAGS.SOFTMAX:

@@ -53,6 +53,7 @@ def _add_keys(sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAP
     """One tile of keys from position `key`: adds what it brings. MASK and CUT as in the forward kernel's."""
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     PRECISION: tl.constexpr = FLAGS.PRECISION
+    STEPS: tl.constexpr = MASK == "none" or MASK == "whole"
     k_tile = load_keys(K, key, sequence, BLOCK_N, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
     v_tile = load_keys(V, key, sequence, BLOCK_N, SHAPE.DV, SHAPE.BLOCK_DV, CUT, FLAGS)
     j = key + tl.arange(0, BLOCK_N)
@@ -60,12 +61,12 @@ def _add_keys(sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAP
     keys = Side(j, bias.tables.key_time, bias.key_since)
     x = tile_bias(
         bias, sequence, kept.side, keys, buckets.w_first, SHAPE.BLOCK_M, BLOCK_N, FLAGS, MASK == "band",
-        FLAGS.MMA_LAYOUT, True,
+        STEPS, FLAGS.MMA_LAYOUT, True,
     )  # fmt: skip
     x = tl.dot(kept.q, tl.trans(k_tile), input_precision=PRECISION) * alpha + x
-    if FLAGS.TIME and MASK == "none":
+    if FLAGS.TIME and STEPS:
         if buckets.last > buckets.first:
-            x = add_time_steps(x, bias.tables, sequence, kept.side, keys, buckets, True)
+            x = add_time_steps(x, bias.tables, sequence, kept.side, keys, buckets, True, FLAGS)
     dp = tl.dot(kept.do, tl.trans(v_tile), input_precision=PRECISION)
     seen = visible(i[:, None], j[None, :], sequence, FLAGS) & (j < sequence.n)[None, :]
     _, dact = weights_and_derivatives(x, seen, kept.lse[:, None], MASK == "compare", FLAGS)
@@ -106,7 +107,7 @@ def bwd_dq_kernel(
         if first + BLOCK_M <= sequence.first:
             return
     scale = one_over_n(attention_scale, sequence, FLAGS)
-    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME and not FLAGS.KEY_OFFSETS else None)
+    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
     Q = Tokens(q, strides.q_token, strides.q_head, head)
     K = Tokens(k, strides.k_token, strides.k_head, head)
     V = Tokens(v, strides.v_token, strides.v_head, head)
@@ -122,7 +123,9 @@ def bwd_dq_kernel(
         lse_of_head, delta_of_head = lse + head.to(tl.int64) * total_tokens, delta + head.to(tl.int64) * total_tokens
         lse_tile = tl.load(lse_of_head + start + i, mask=is_query(i, sequence, FLAGS), other=0.0)
         delta_tile = tl.load(delta_of_head + start + i, mask=is_query(i, sequence, FLAGS), other=0.0)
-    queries = Side(i, tables.query_time, times_since(tables.since, i, sequence, FLAGS))
+    queries = Side(
+        i, tables.query_time, times_since(tables.since, sequence.start, i, is_query(i, sequence, FLAGS), FLAGS)
+    )
     kept = Queries(q_tile, do_tile, queries, lse_tile, delta_tile)
     buckets = Buckets(0, 0, True, 0.0)
     sums = Sums(tl.zeros([BLOCK_M, BLOCK_DQK], tl.float32), tl.zeros([BLOCK_M], tl.float32))
@@ -134,9 +137,11 @@ def bwd_dq_kernel(
             whole_tiles = whole_key_tiles(first, end, runs, sequence, BLOCK_N, FLAGS)
             for index in range(whole_count(whole_tiles)):
                 key = whole_tile_of(index, whole_tiles, runs) * BLOCK_N
-                sums = _add_keys(
-                    sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAPE, FLAGS, "whole", False
-                )
+                own = buckets
+                if FLAGS.TIME:
+                    row = (sequence.key_start // BLOCK_M + sequence_id() + tile).to(tl.int64) * tiles_width
+                    own = unpack_tile(tl.load(tables.tiles + row + key // BLOCK_N), tables.time)
+                sums = _add_keys(sums, kept, key, K, V, sequence, bias, own, alpha, scale, SHAPE, FLAGS, "whole", False)
         else:
             whole_tiles = WholeTiles(0, 0, 0, 0)
         for index in range(tile_count(runs) - whole_count(whole_tiles)):

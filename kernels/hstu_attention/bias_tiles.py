@@ -25,23 +25,25 @@ LONGEST_SPAN = tl.constexpr(1 << 29)
 
 
 @triton.jit
-def times_since(since, position, sequence, FLAGS):
-    """Times since the first key of the tile that a program keeps; without times, and of rows that have keys of their
-    own number, whatever."""
+def times_since(since, start, position, there, FLAGS):
+    """Times since the first key of the tile that a program keeps: of the tokens from `start` on at positions that are
+    there; without times, whatever."""
     values = position
-    if FLAGS.TIME and not FLAGS.KEY_OFFSETS:
-        values = tl.load(since + sequence.start + position, mask=position < sequence.n, other=0)
+    if FLAGS.TIME:
+        values = tl.load(since + start + position, mask=there, other=0)
     return values
 
 
 @triton.jit
-def tile_bias(bias, sequence, rows, columns, w_first, ROWS, COLUMNS, FLAGS, NEAR, MMA_LAYOUT, ROWS_ARE_QUERIES):
+def tile_bias(
+    bias, sequence, rows, columns, w_first, ROWS, COLUMNS, FLAGS, NEAR, STEPS, MMA_LAYOUT, ROWS_ARE_QUERIES
+):  # fmt: skip
     """What a tile's scores start from, (ROWS, COLUMNS). Taken before the product, so that its loads are under
     way meanwhile.
 
-    GENERAL (other masks than the causal one): the whole bias, element by element. NEAR the diagonal, with times: the
-    whole bias and the mask, from the band. Else positions, and `w_first`: w of the tile's first bucket, to which
-    `add_time_steps` adds.
+    NEAR the diagonal, under the causal mask alone and with times: the whole bias and the mask, from the band. Else
+    positions, and the bias of times: STEPS, `w_first`, w of the tile's first bucket, to which `add_time_steps` adds; or
+    element by element.
     """
     row, column = tl.expand_dims(rows.position, 1), tl.expand_dims(columns.position, 0)
     query, key = row, column
@@ -52,33 +54,26 @@ def tile_bias(bias, sequence, rows, columns, w_first, ROWS, COLUMNS, FLAGS, NEAR
     else:
         x = tl.zeros([ROWS, COLUMNS], tl.float32)
         if FLAGS.POSITION:
-            if MMA_LAYOUT and not FLAGS.GENERAL:
+            # Targets all stand at one position.
+            if MMA_LAYOUT and (not FLAGS.GENERAL or (STEPS and not FLAGS.TARGETS)):
                 x = position_diagonals(
                     bias.tables.spread, bias.position_zero, row, column, COLUMNS, ROWS_ARE_QUERIES, FLAGS.INLINE_ASM
                 )
             else:
                 x = position_entries(bias, sequence, query, key, FLAGS)
         if FLAGS.TIME:
-            if FLAGS.GENERAL:
-                row_times, column_times = _general_times(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS)
+            if STEPS:
+                x += w_first
+            else:
+                row_times, column_times = _times(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS)
                 bucket = exact_bucket(row_times - column_times, bias.tables.edges, FLAGS.INLINE_ASM)
                 x += entries(bias.tables.time, bucket, FLAGS.INLINE_ASM)
-            else:
-                x += w_first
     return x
 
 
 @triton.jit
-def _times(rows, columns, sequence):
-    """int64 times of a tile's rows (R, 1) and columns (1, C)."""
-    row, column = tl.expand_dims(rows.position, 1), tl.expand_dims(columns.position, 0)
-    row_times = tl.load(rows.time + sequence.start + row, mask=row < sequence.n, other=0)
-    return row_times, tl.load(columns.time + sequence.start + column, mask=column < sequence.n, other=0)
-
-
-@triton.jit
-def _general_times(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS):
-    """As `_times`, of sequences that may have keys of their own number."""
+def _tokens(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS):
+    """Of a tile's rows (R, 1) and columns (1, C): their tokens, and where these are there."""
     row, column = tl.expand_dims(rows.position, 1), tl.expand_dims(columns.position, 0)
     row_start, column_start = sequence.start, sequence.start
     row_inside, column_inside = row < sequence.n, column < sequence.n
@@ -89,8 +84,15 @@ def _general_times(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS):
         else:
             row_start = sequence.key_start
             column_inside = column_inside & (column >= sequence.first)
-    row_times = tl.load(rows.time + row_start + row, mask=row_inside, other=0)
-    return row_times, tl.load(columns.time + column_start + column, mask=column_inside, other=0)
+    return row_start + row, row_inside, column_start + column, column_inside
+
+
+@triton.jit
+def _times(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS):
+    """int64 times of a tile's rows (R, 1) and columns (1, C)."""
+    row, row_inside, column, column_inside = _tokens(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS)
+    row_times = tl.load(rows.time + row, mask=row_inside, other=0)
+    return row_times, tl.load(columns.time + column, mask=column_inside, other=0)
 
 
 @triton.jit
@@ -155,7 +157,7 @@ def past_edge(row_since, column_since, edge, ROWS_ARE_QUERIES):
 
 
 @triton.jit
-def add_time_steps(x, tables, sequence, rows, columns, buckets, ROWS_ARE_QUERIES):
+def add_time_steps(x, tables, sequence, rows, columns, buckets, ROWS_ARE_QUERIES, FLAGS):
     """x + w[bucket(query_time - key_time)] - w[first] for a tile whose buckets are first to last.
 
     Buckets grow by 35 % each, so a tile far from the diagonal has one or a few. At each edge between two the bias
@@ -163,15 +165,15 @@ def add_time_steps(x, tables, sequence, rows, columns, buckets, ROWS_ARE_QUERIES
     `rows` have their times since the first key, `columns` a pointer of theirs.
     """
     if not buckets.regular:
-        row_times, column_times = _times(rows, columns, sequence)
+        row_times, column_times = _times(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS)
         for bucket in range(buckets.first + 1, buckets.last + 1):
             edge = tl.load(tables.edges + bucket)
             past = (column_times <= row_times - edge) | (column_times >= row_times + edge)
             x += tl.where(past, tl.load(tables.time + bucket) - tl.load(tables.time + bucket - 1), 0.0)
     else:
-        column = tl.expand_dims(columns.position, 0)
+        _, _, column, column_inside = _tokens(rows, columns, sequence, ROWS_ARE_QUERIES, FLAGS)
         row_since = tl.expand_dims(rows.since, 1)
-        column_since = tl.load(columns.since + sequence.start + column, mask=column < sequence.n, other=0)
+        column_since = tl.load(columns.since + column, mask=column_inside, other=0)
         for bucket in range(buckets.first + 1, buckets.last + 1):
             past = past_edge(row_since, column_since, tl.load(tables.edges + bucket).to(tl.int32), ROWS_ARE_QUERIES)
             x += tl.where(past, tl.load(tables.time + bucket) - tl.load(tables.time + bucket - 1), 0.0)

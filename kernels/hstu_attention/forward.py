@@ -49,18 +49,19 @@ def _attend(sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SH
     """
     BLOCK_N: tl.constexpr = SHAPE.BLOCK_N
     PRECISION: tl.constexpr = FLAGS.PRECISION
+    STEPS: tl.constexpr = MASK == "none" or MASK == "whole"
     k_tile = load_keys(K, key, sequence, BLOCK_N, SHAPE.DQK, SHAPE.BLOCK_DQK, CUT, FLAGS)
     j = key + tl.arange(0, BLOCK_N)
     keys = Side(j, bias.tables.key_time, bias.key_since)
     i = queries.position
     x = tile_bias(
         bias, sequence, queries, keys, buckets.w_first, SHAPE.BLOCK_M, BLOCK_N, FLAGS, MASK == "band",
-        FLAGS.MMA_LAYOUT, True,
+        STEPS, FLAGS.MMA_LAYOUT, True,
     )  # fmt: skip
     x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * alpha + x
-    if FLAGS.TIME and MASK == "none":
+    if FLAGS.TIME and STEPS:
         if buckets.last > buckets.first:
-            x = add_time_steps(x, bias.tables, sequence, queries, keys, buckets, True)
+            x = add_time_steps(x, bias.tables, sequence, queries, keys, buckets, True, FLAGS)
     acc, m_i, l_i = sums.acc, sums.m_i, sums.l_i
     if FLAGS.SOFTMAX:
         if MASK == "compare":
@@ -106,7 +107,7 @@ def forward_kernel(
     Q = Tokens(q, strides.q_token, strides.q_head, head)
     K = Tokens(k, strides.k_token, strides.k_head, head)
     V = Tokens(v, strides.v_token, strides.v_head, head)
-    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME and not FLAGS.KEY_OFFSETS else None)
+    bias = Bias(tables, position_zero, tables.since + total_tokens if FLAGS.TIME else None)
     i = first + tl.arange(0, BLOCK_M)
     q_tile = load_queries(Q, first, sequence, BLOCK_M, SHAPE.DQK, SHAPE.BLOCK_DQK, False, FLAGS)
     sums = Sums(
@@ -114,7 +115,9 @@ def forward_kernel(
         tl.full([BLOCK_M], _LOWEST, tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
     )
-    queries = Side(i, tables.query_time, times_since(tables.since, i, sequence, FLAGS))
+    queries = Side(
+        i, tables.query_time, times_since(tables.since, sequence.start, i, is_query(i, sequence, FLAGS), FLAGS)
+    )
     buckets = Buckets(0, 0, True, 0.0)
     end = tl.minimum(first + BLOCK_M, sequence.n)
     if FLAGS.GENERAL:
@@ -123,8 +126,12 @@ def forward_kernel(
             whole_tiles = whole_key_tiles(first, end, runs, sequence, BLOCK_N, FLAGS)
             for index in range(whole_count(whole_tiles)):
                 key = whole_tile_of(index, whole_tiles, runs) * BLOCK_N
+                own = buckets
+                if FLAGS.TIME:
+                    row = (sequence.key_start // BLOCK_M + sequence_id() + tile).to(tl.int64) * tiles_width
+                    own = unpack_tile(tl.load(tables.tiles + row + key // BLOCK_N), tables.time)
                 sums = _attend(
-                    sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SHAPE, FLAGS, "whole", False
+                    sums, q_tile, queries, key, K, V, sequence, bias, own, alpha, SHAPE, FLAGS, "whole", False
                 )
         else:
             whole_tiles = WholeTiles(0, 0, 0, 0)

@@ -134,13 +134,14 @@ def _zeros(inputs: Inputs, blocks: int) -> tuple[torch.Tensor, torch.Tensor, tor
 
 def _timed(inputs: Inputs, bias: BiasTables, sums: torch.Tensor, cut: torch.Tensor) -> _Timed:
     q, tokens, side = inputs.q, len(inputs.q), SIDE.value
-    # Rows that begin on 16 bytes, whatever the number of tokens, for one compiled kernel.
-    since = bias.handed.since.new_empty(2, triton.cdiv(tokens, 4) * 4)
+    # Both parts begin on 16 bytes, whatever the number of tokens, for one compiled kernel.
+    first_key = triton.cdiv(tokens, 4) * 4
+    since = bias.handed.since.new_empty(2 * first_key)
     tiles = since.new_empty(tokens // side + inputs.num_sequences + 1, triton.cdiv(inputs.max_len, side))
     query_since = since.new_empty(len(tiles), side)
-    bias.fill_tiles(side, side, since, tiles, query_since, cut)
+    bias.fill_tiles(side, side, since, first_key, tiles, query_since, cut)
     tables = TimeTables(
-        tiles, inputs.query_time, inputs.key_time, since[1], bucket_edges(q.device), sums, inputs.time_bias,
+        tiles, inputs.query_time, inputs.key_time, since[first_key:], bucket_edges(q.device), sums, inputs.time_bias,
         small_edges(q.device), cut,
     )  # fmt: skip
     return _Timed(tables, query_since, q.new_empty(tokens, q.shape[1], NEAR.value))

@@ -86,11 +86,6 @@ class Inputs:
         return is_general(self.mask, self.num_targets, self.key_offsets, self.query_scale)
 
     @property
-    def packed(self) -> bool:
-        """Whether tiles' time buckets are packed."""
-        return self.timed and self.key_offsets is None
-
-    @property
     def history_sees_targets(self) -> bool:
         return not self.causal and self.num_targets is not None
 

@@ -121,28 +121,31 @@ def cached_attention(
     num_sink_tokens: int = 0,
     target_group_size: int = 1,
 ) -> torch.Tensor:
-    """The new tokens as targets behind their sequence's T' stored ones, cached_k (T', h, dqk), cached_v (T', h, dv)."""
+    """The new tokens as targets behind their sequence's T' stored ones, cached_k (T', h, dqk), cached_v (T', h, dv).
+    query_time and key_time are (B,): a sequence's new tokens have the same."""
+    rows, total = len(q), int(cached_offsets[-1])
+    q, k, v = (tensor[: int(offsets[-1])] for tensor in (q, k, v))  # those behind belong to nobody
     lengths, cached_lengths = offsets.diff(), cached_offsets.diff()  # (B,)
     joined_offsets = jagged.offsets_from_lengths(lengths + cached_lengths)
-    total = len(q) + len(cached_k)
-    sequence_id, position = jagged.naive.sequence_and_position(joined_offsets, total)  # (T + T',)
+    sequence_id, position = jagged.naive.sequence_and_position(joined_offsets, len(q) + total)  # (T + T',)
     is_new = position >= cached_lengths[sequence_id]
 
     def join(cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Each sequence's cached tokens, then its new ones: (T + T', ...)."""
-        tokens = new.new_empty(total, *new.shape[1:])
-        tokens[~is_new], tokens[is_new] = cached, new
+        tokens = new.new_empty(len(is_new), *new.shape[1:])
+        tokens[~is_new], tokens[is_new] = cached[:total], new
         return tokens
 
     times: dict[str, Any] = {}
     if time_bias is not None:
         if query_time is None or key_time is None or cached_time is None:
             raise ValueError("time_bias needs query_time, key_time and cached_time")
-        times = {"query_time": join(cached_time, query_time), "key_time": join(cached_time, key_time)}
+        owner = sequence_id[is_new]  # (T,)
+        times = {"query_time": join(cached_time, query_time[owner]), "key_time": join(cached_time, key_time[owner])}
     if isinstance(attention_scale, torch.Tensor):
-        attention_scale = join(attention_scale.new_ones(len(cached_k)), attention_scale)
+        attention_scale = join(attention_scale.new_ones(total), attention_scale[: len(q)])
     attend = softmax_attention if softmax else functools.partial(hstu_attention, attention_scale=attention_scale)
-    joined_q = join(q.new_zeros(len(cached_k), *q.shape[1:]), q)
+    joined_q = join(q.new_zeros(total, *q.shape[1:]), q)
     output = attend(
         joined_q,
         join(cached_k, k),
@@ -158,7 +161,47 @@ def cached_attention(
         num_sink_tokens=num_sink_tokens,
         target_group_size=target_group_size,
     )
-    return output[is_new]  # (T, h, dv)
+    return F.pad(output[is_new], (0, 0, 0, 0, 0, rows - len(q)))  # (T, h, dv)
+
+
+def appended_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    max_new: int,
+    max_len: int,
+    *,
+    alpha: float = 1.0,
+    attention_scale: float | None = None,
+    softmax: bool = False,
+    position_bias: torch.Tensor | None = None,
+    time_bias: torch.Tensor | None = None,
+    query_time: torch.Tensor | None = None,
+    key_time: torch.Tensor | None = None,
+    max_attn_len: int = 0,
+    num_sink_tokens: int = 0,
+) -> torch.Tensor:
+    """The new tokens q (T, h, dqk) as the last ones of their sequences, whose keys are k (T', h, dqk)."""
+    rows, tokens, keys = len(q), int(offsets[-1]), int(key_offsets[-1])  # what is behind belongs to nobody
+    attend = softmax_attention if softmax else functools.partial(hstu_attention, attention_scale=attention_scale)
+    output = attend(
+        q[:tokens],
+        k[:keys],
+        v[:keys],
+        offsets,
+        max(max_new, max_len),
+        alpha=alpha,
+        position_bias=position_bias,
+        time_bias=time_bias,
+        query_time=None if query_time is None else query_time[:tokens],
+        key_time=None if key_time is None else key_time[:keys],
+        max_attn_len=max_attn_len,
+        num_sink_tokens=num_sink_tokens,
+        key_offsets=key_offsets,
+    )
+    return F.pad(output, (0, 0, 0, 0, 0, rows - tokens))  # (T, h, dv)
 
 
 def time_bucket(seconds: torch.Tensor) -> torch.Tensor:

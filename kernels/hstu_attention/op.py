@@ -85,13 +85,14 @@ def _(
         max_attn_len, contextual_seq_len, min_full_attn_seq_len, num_sink_tokens, causal, target_group_size
     )  # fmt: skip
     general = is_general(mask, num_targets, key_offsets, query_scale)
-    packed = time_bias is not None and key_offsets is None
     zero = None if position_bias is None else (position_bias.shape[0] - 1) // 2
     blocks = 0, 0
     if time_bias is not None:
         config = configuration("hstu_attention.forward", shape_class(q, v, max_len, True), q.device)
         blocks = config["block_m"], config["block_n"]
-    handed = Handed.empty(q, offsets, max_len, Needs(zero, packed, not general, *blocks))
+    handed = Handed.empty(
+        q, k, offsets, max_len, Needs(zero, time_bias is not None, not general, num_targets is not None, *blocks)
+    )
     return v.new_empty(*q.shape[:2], v.shape[2]), lse, *handed
 
 

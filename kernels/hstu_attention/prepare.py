@@ -126,34 +126,50 @@ def band_gradient_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def relative_time_kernel(
-    query_time, key_time, offsets, since, query_ranges, key_ranges, in_tiles, cut, tokens,
+    query_time, key_time, offsets, key_offsets, since, query_ranges, key_ranges, in_tiles, cut, tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Times since the sequence's first key, (2, T) int32, queries' and keys', cut at LONGEST_SPAN; and their least and
-    greatest in tiles of BLOCK_M queries and of BLOCK_N keys, (slots, 2) int32.
+    """Times since the sequence's first key, int32, cut at LONGEST_SPAN: the queries', and from `tokens` on the keys';
+    and their least and greatest in tiles of BLOCK_M queries and of BLOCK_N keys, (slots, 2) int32.
 
-    The tiles of sequence b start at slot offsets[b] // BLOCK_M + b, which leaves each sequence room enough. `in_tiles`
-    (slots, BLOCK_M) int32, if given, are the queries' times once more, in their slots; and `cut` (sequences,) int32,
-    zero before, is set where a sequence has times that were cut.
+    The tiles of sequence b start at slot s // BLOCK_M + b, where s is its first key, which leaves each sequence room
+    enough: both sides count by the keys' positions (`Sequence`). `in_tiles` (slots, BLOCK_M) int32, if given, are the
+    queries' times once more, in their slots; and `cut` (sequences,) int32, zero before, is set where a sequence has
+    times that were cut.
     Grid: tiles of BLOCK of `launch_grid`.
     """
     index, tile = sequence_id(), tl.program_id(0)
-    start = tl.load(offsets + index)
-    n = tl.load(offsets + index + 1) - start
+    start, key_start, first, n = _sides(offsets, key_offsets, index)
     i = tile * BLOCK + tl.arange(0, BLOCK)
     if tile * BLOCK < n:
-        origin = tl.load(key_time + start)
-        query_since = _cut(tl.load(query_time + start + i, mask=i < n, other=0) - origin)
-        key_since = _cut(tl.load(key_time + start + i, mask=i < n, other=0) - origin)
-        tl.store(since + start + i, query_since, mask=i < n)
-        tl.store(since + tokens + start + i, key_since, mask=i < n)
+        origin = tl.load(key_time + key_start)
+        query = (i >= first) & (i < n)
+        query_since = _cut(tl.load(query_time + start + i, mask=query, other=0) - origin)
+        key_since = _cut(tl.load(key_time + key_start + i, mask=i < n, other=0) - origin)
+        tl.store(since + start + i, query_since, mask=query)
+        tl.store(since + tokens + key_start + i, key_since, mask=i < n)
         if in_tiles is not None:
             tl.store(in_tiles + (start // BLOCK_M + index) * BLOCK_M + i, query_since, mask=i < n)
             far = tl.maximum(tl.abs(query_since), tl.abs(key_since)) >= LONGEST_SPAN
             if tl.max((far & (i < n)).to(tl.int32)) > 0:
                 tl.store(cut + index, 1)
-        _store_ranges(query_ranges, query_since, n, start // BLOCK_M + index, tile, BLOCK_M, BLOCK)
-        _store_ranges(key_ranges, key_since, n, start // BLOCK_N + index, tile, BLOCK_N, BLOCK)
+        _store_ranges(query_ranges, query_since, query, n, key_start // BLOCK_M + index, tile, BLOCK_M, BLOCK)
+        _store_ranges(key_ranges, key_since, i < n, n, key_start // BLOCK_N + index, tile, BLOCK_N, BLOCK)
+
+
+@triton.jit
+def _sides(offsets, key_offsets, index):
+    """Of a sequence: the tokens of a query and of a key at position 0, the first query's position, and the length."""
+    start = tl.load(offsets + index)
+    n = tl.load(offsets + index + 1) - start
+    key_start, first = start, n * 0
+    if key_offsets is not None:
+        queries = n
+        key_start = tl.load(key_offsets + index)
+        n = tl.load(key_offsets + index + 1) - key_start
+        first = tl.maximum(n - queries, 0)
+        start = start + queries - n
+    return start, key_start, first, n
 
 
 @triton.jit
@@ -162,21 +178,20 @@ def _cut(seconds):
 
 
 @triton.jit
-def _store_ranges(ranges, since, n, slot, tile, SIZE, BLOCK):
-    """Least and greatest of every SIZE of the BLOCK values; the sequence's first go to `slot`."""
-    i = tile * BLOCK + tl.arange(0, BLOCK)
+def _store_ranges(ranges, since, there, n, slot, tile, SIZE, BLOCK):
+    """Least and greatest of every SIZE of the BLOCK values that are there; the sequence's first go to `slot`."""
     parts = tl.arange(0, BLOCK // SIZE)
     slots = slot + tile * (BLOCK // SIZE) + parts
     inside = tile * BLOCK + parts * SIZE < n
-    low = tl.min(tl.reshape(tl.where(i < n, since, LONGEST_SPAN), [BLOCK // SIZE, SIZE]), 1)
-    high = tl.max(tl.reshape(tl.where(i < n, since, -LONGEST_SPAN), [BLOCK // SIZE, SIZE]), 1)
+    low = tl.min(tl.reshape(tl.where(there, since, LONGEST_SPAN), [BLOCK // SIZE, SIZE]), 1)
+    high = tl.max(tl.reshape(tl.where(there, since, -LONGEST_SPAN), [BLOCK // SIZE, SIZE]), 1)
     tl.store(ranges + 2 * slots, low, mask=inside)
     tl.store(ranges + 2 * slots + 1, high, mask=inside)
 
 
 @triton.jit(do_not_specialize=["width"])
 def tile_bucket_kernel(
-    offsets, query_ranges, key_ranges, tiles, width,
+    offsets, key_offsets, query_ranges, key_ranges, tiles, width,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, INLINE_ASM: tl.constexpr,
 ):  # fmt: skip
     """Which buckets a tile of BLOCK_M queries and BLOCK_N keys has: (query tile slots, width) int32.
@@ -187,9 +202,8 @@ def tile_bucket_kernel(
     """
     chunks = tl.cdiv(width, BLOCK)
     index, tile, chunk = sequence_id(), tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    start = tl.load(offsets + index)
-    n = tl.load(offsets + index + 1) - start
-    if tile * BLOCK_M < n:
+    _, start, first_query, n = _sides(offsets, key_offsets, index)
+    if (tile * BLOCK_M < n) & ((tile + 1) * BLOCK_M > first_query):
         slot = start // BLOCK_M + index + tile
         query_low, query_high = tl.load(query_ranges + 2 * slot), tl.load(query_ranges + 2 * slot + 1)
         key_tile = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -210,7 +224,7 @@ def tile_bucket_kernel(
 class TileBuckets(NamedTuple):
     """What kernels with tiles of so many queries and keys read of the times; empty where there are none."""
 
-    since: torch.Tensor  # (2, T) int32
+    since: torch.Tensor  # (T + T') int32
     tiles: torch.Tensor  # (query tile slots, key tiles) int32
 
 
@@ -218,8 +232,9 @@ class Needs(NamedTuple):
     """What decides the shapes of `Handed`."""
 
     position_zero: int | None  # None without a position bias
-    timed: bool  # there is a time bias, and tiles' buckets are packed
+    timed: bool  # there is a time bias
     causal: bool  # under the causal mask alone
+    targets: bool
     block_m: int  # of the forward kernel
     block_n: int
 
@@ -238,18 +253,18 @@ class Handed(NamedTuple):
     tiles: torch.Tensor  # for the forward kernel's tiles; the backward kernels mostly have the same
 
     @classmethod
-    def empty(cls, q: torch.Tensor, offsets: torch.Tensor, max_len: int, needs: "Needs") -> "Handed":
+    def empty(cls, q: torch.Tensor, k: torch.Tensor, offsets: torch.Tensor, max_len: int, needs: "Needs") -> "Handed":
         """Room for what a call needs. Symbolic sizes remain so."""
         tokens = q.shape[0]
         band = q.new_empty(tokens if needs.timed and needs.causal else 0, 2 * BAND_BLOCK.value)
         near_buckets = torch.empty_like(band, dtype=torch.uint8)
         spread = q.new_empty(0, 0, dtype=torch.float32)
-        if needs.position_zero is not None and needs.causal:
+        if needs.position_zero is not None and not needs.targets:
             spread = q.new_empty(4, spread_width(needs.position_zero), dtype=torch.float32)
-        since, tiles = (q.new_empty(0, 0, dtype=torch.int32) for _ in range(2))
+        since, tiles = q.new_empty(0, dtype=torch.int32), q.new_empty(0, 0, dtype=torch.int32)
         if needs.timed:
-            since = q.new_empty(2, tokens, dtype=torch.int32)
-            slots = tokens // needs.block_m + offsets.shape[0]
+            since = q.new_empty(tokens + k.shape[0], dtype=torch.int32)
+            slots = k.shape[0] // needs.block_m + offsets.shape[0]
             tiles = q.new_empty(slots, (max_len + needs.block_n - 1) // needs.block_n, dtype=torch.int32)
         return cls(band, near_buckets, spread, since, tiles)
 
@@ -290,24 +305,24 @@ class BiasTables:
             bucket_edges(inputs.q.device) if inputs.timed else None, _present(handed.band), inputs.query_time,
             inputs.key_time, _present(since), _present(tiles),
         )  # fmt: skip
-        return pointers, tiles.shape[1] if inputs.packed else 0
+        return pointers, tiles.shape[1] if inputs.timed else 0
 
     def tile_buckets(self, block_m: int, block_n: int) -> TileBuckets:
         if (block_m, block_n) not in self._tile_buckets:
             since, tiles = self.handed.since, self.handed.tiles
-            if self.inputs.packed:
-                slots = len(since[0]) // block_m + self.inputs.num_sequences + 1
+            if self.inputs.timed:
+                slots = len(self.inputs.k) // block_m + self.inputs.num_sequences + 1
                 tiles = tiles.new_empty(slots, triton.cdiv(self.inputs.max_len, block_n))
                 since = torch.empty_like(since)
-                self.fill_tiles(block_m, block_n, since, tiles)
+                self.fill_tiles(block_m, block_n, since, len(self.inputs.q), tiles)
             self._tile_buckets[block_m, block_n] = TileBuckets(since, tiles)
         return self._tile_buckets[block_m, block_n]
 
     def _make(self, block_m: int, block_n: int) -> Handed:
         inputs = self.inputs
         zero = None if inputs.position_bias is None else inputs.position_zero
-        needs = Needs(zero, inputs.packed, not inputs.general, block_m, block_n)
-        handed = Handed.empty(inputs.q, inputs.offsets[: inputs.num_sequences + 1], inputs.max_len, needs)
+        needs = Needs(zero, inputs.timed, not inputs.general, inputs.num_targets is not None, block_m, block_n)
+        handed = Handed.empty(inputs.q, inputs.k, inputs.offsets[: inputs.num_sequences + 1], inputs.max_len, needs)
         if not len(inputs.q) or not inputs.max_len:
             return handed
         if inputs.position_bias is not None and handed.spread.numel():
@@ -318,8 +333,8 @@ class BiasTables:
                 bucket_edges(inputs.q.device), inputs.query_time, inputs.key_time, inputs.position_zero,
                 POSITION=inputs.position_bias is not None, BLOCK=BAND_TILE, INLINE_ASM=inputs.q.is_cuda,
             )  # fmt: skip
-        if inputs.packed:
-            self.fill_tiles(block_m, block_n, handed.since, handed.tiles)
+        if inputs.timed:
+            self.fill_tiles(block_m, block_n, handed.since, len(inputs.q), handed.tiles)
         return handed
 
     def fill_tiles(
@@ -327,22 +342,24 @@ class BiasTables:
         block_m: int,
         block_n: int,
         since: torch.Tensor,
+        first_key: int,
         tiles: torch.Tensor,
         in_tiles: torch.Tensor | None = None,
         cut: torch.Tensor | None = None,
     ) -> None:
-        """Writes `TileBuckets`' tensors; and, for Hopper, what `relative_time_kernel` says of the other two."""
-        inputs, tokens = self.inputs, since.shape[1]
+        """Writes `TileBuckets`' tensors, keys' times from `first_key` on; and, for Hopper, what `relative_time_kernel`
+        says of the other two."""
+        inputs = self.inputs
         query_ranges = since.new_empty(len(tiles), 2)
-        key_ranges = since.new_empty(tokens // block_n + inputs.num_sequences + 1, 2)
+        key_ranges = since.new_empty(len(inputs.k) // block_n + inputs.num_sequences + 1, 2)
         block, width = max(block_m, block_n), tiles.shape[1]
         relative_time_kernel[launch_grid(triton.cdiv(inputs.max_len, block), inputs.num_sequences)](
-            inputs.query_time, inputs.key_time, inputs.offsets, since, query_ranges, key_ranges, in_tiles,
-            cut, tokens, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=block,
+            inputs.query_time, inputs.key_time, inputs.offsets, inputs.key_offsets, since, query_ranges, key_ranges,
+            in_tiles, cut, first_key, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=block,
         )  # fmt: skip
         programs = triton.cdiv(inputs.max_len, block_m) * triton.cdiv(width, 32)
         tile_bucket_kernel[launch_grid(programs, inputs.num_sequences)](
-            inputs.offsets, query_ranges, key_ranges, tiles, width,
+            inputs.offsets, inputs.key_offsets, query_ranges, key_ranges, tiles, width,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=32, INLINE_ASM=inputs.q.is_cuda,
         )  # fmt: skip
 

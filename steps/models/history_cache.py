@@ -7,24 +7,27 @@ states are the same up to rounding.
 
 import hashlib
 import json
-from bisect import bisect_left, bisect_right
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from kernels.hstu_attention import cached_attention
+from kernels.hstu_attention import appended_attention, cached_attention, runs_in_triton
 from kernels.jagged.naive import sequence_and_position
 from steps.common.cli import StepError
 from steps.common.files import atomic_path
 from steps.models.hstu import HSTU, HSTULayer
+from steps.models.repeated import Repeated
 
 
 @dataclass
@@ -47,28 +50,19 @@ class _User:
 
 @dataclass(frozen=True)
 class _History:
-    """Keys (layers, T', h, dqk), values (layers, T', h, dv) and times (T',), jagged over the users of a call by
-    `offsets` (B + 1,)."""
+    """Keys (layers, T', h, dqk), values (layers, T', h, dv) and times (T',) of users, side by side."""
 
     keys: torch.Tensor
     values: torch.Tensor
     time: torch.Tensor
-    lengths: list[int]
-    offsets: torch.Tensor
-
-    def of(self, first: int, last: int) -> "_History":
-        """That of the users from `first` to before `last`, as views."""
-        start = sum(self.lengths[:first])
-        part = slice(start, start + sum(self.lengths[first:last]))
-        offsets = self.offsets[first : last + 1] - self.offsets[first]
-        return _History(self.keys[:, part], self.values[:, part], self.time[part], self.lengths[first:last], offsets)
 
 
 class HistoryCache:
     """Keys and values of users' histories under one HSTU encoder in eval mode, on the encoder's device.
 
     A user is a whole number. A cache is of the weights that the encoder has when the cache is made: after more
-    training, or after other weights were loaded, make a new one.
+    training, or after other weights were loaded, make a new one. Calls in and out of `torch.inference_mode` mix; what
+    they return has no gradient, and is no inference tensor.
     """
 
     def __init__(self, encoder: HSTU, page: int = 64) -> None:
@@ -82,7 +76,7 @@ class HistoryCache:
         if page < 1:
             raise ValueError(f"page must be at least 1 token, not {page}")
         self.page = page
-        self._encoder = encoder
+        self._encoder, self._weights = encoder, _identity(encoder)
         table = encoder.position.weight
         self._dtype = encoder.compute_dtype or table.dtype
         self._layers = [_in_type(cast(HSTULayer, block), self._dtype) for block in encoder.blocks]
@@ -92,6 +86,12 @@ class HistoryCache:
         self._keys = torch.zeros(len(self._layers), 0, layer.heads, layer.dqk, **made)  # (layers, slots, h, dqk)
         self._values = torch.zeros(len(self._layers), 0, layer.heads, layer.dv, **made)  # (layers, slots, h, dv)
         self._times = torch.zeros(0, dtype=torch.int64, device=table.device)  # (slots,)
+        # Where kernels do the work, sizes are rounded up, so that requests have few shapes, and those of a shape that
+        # comes again are CUDA graphs. These read the histories in `_buffer`, which stays where it is.
+        self._in_kernels = runs_in_triton(self._keys[0], self._keys[0], self._values[0])
+        self._repeated = Repeated(table.device)
+        self._buffer = self._empty_history(0)
+        self._held: list[_User] = []  # whose histories an append has just left in the buffer
 
     def __contains__(self, user: int) -> bool:
         return user in self._users
@@ -113,6 +113,7 @@ class HistoryCache:
         """Bytes of all pages, free ones included."""
         return len(self._times) // self.page * self._page_bytes
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def append(
         self, users: Sequence[int], embeddings: torch.Tensor, timestamps: torch.Tensor | None, offsets: torch.Tensor
@@ -156,21 +157,21 @@ class HistoryCache:
             [self._num_pages(n + new) - self._num_pages(n) for n, new in zip(lengths, more, strict=True)]
         )
         tables = [user.pages + own for user, own in zip(found, pages, strict=True)]
+        grown = [
+            _User(*waiting, table, length + count)
+            for table, length, count, waiting in zip(tables, lengths, more, kept, strict=True)
+        ]
         if some := [index for index, count in enumerate(more) if count]:
-            history, slots, new = self._extended(
-                [tables[index] for index in some],
-                [lengths[index] for index in some],
-                [more[index] for index in some],
-                torch.cat(rows),
-                torch.cat(query_times),
-                torch.cat(times),
-            )
-            self._keys[:, slots[new]], self._values[:, slots[new]] = history.keys[:, new], history.values[:, new]
-            self._times[slots[new]] = history.time[new]
-        for name, table, length, count, (waiting, waiting_time) in zip(names, tables, lengths, more, kept, strict=True):
-            self._users[name] = _User(waiting, waiting_time, table, length + count)
+            new = (torch.cat(rows), torch.cat(query_times), torch.cat(times))
+            calculate = self._continued if any(lengths[index] for index in some) else self._begun
+            slots, keys, values = calculate([grown[index] for index in some], [more[index] for index in some], *new)
+            self._keys.index_copy_(1, slots, keys)
+            self._values.index_copy_(1, slots, values)
+            self._times.index_copy_(0, slots, new[2])
+        self._users.update(zip(names, grown, strict=True))
         del self._free[len(self._free) - sum(map(len, pages)) :]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def encode(
         self,
@@ -182,8 +183,9 @@ class HistoryCache:
     ) -> torch.Tensor:
         """Hidden states (T, d) of candidates, each as the next token of its user's history; nothing is kept of them.
 
-        The histories are copied out of their pages once. The host waits for the device only to read `offsets`, if they
-        are there.
+        The histories are copied out of their pages once. On CUDA a request whose shape, rounded up, comes a second time
+        is captured as CUDA graphs, which are replayed from then on; the results are the same to the bit. The host waits
+        for the device only to capture, and to read `offsets`, if they are there.
 
         Args:
             candidates: (T, d), item embeddings, jagged over `users` (B) by `offsets` (B + 1,) int64, on any device.
@@ -210,20 +212,37 @@ class HistoryCache:
                 )
         if not len(candidates):
             return torch.zeros_like(candidates)
-        history, bounds, hidden = self._histories(found, asked), [0, *accumulate(counts)], []
-        offsets = self._on_device(bounds)
+        longest = min(self._rounded(max(user.total for user in found)), most - 1)
+        request = ("histories", len(names), longest)
+        again = self._repeated.seen(request)
+        if self._held and len(self._held) == len(found) and all(map(operator.is_, self._held, found)):
+            history = self._buffer
+        else:
+            history = self._collected(found, again)
+        self._held = []
+        run = self._run(history)
+        # A user's stored tokens, then the one that waits, if one does: as sequences of their own.
+        parts = self._parts(found)
+        waiting: list[torch.Tensor] = []
+        if any(len(user.waiting) for user in found):
+            none, never = torch.zeros_like(candidates[:1]), self._times.new_zeros(1)
+            waiting.append(torch.cat([user.waiting if len(user.waiting) else none for user in found]))
+            waiting.append(torch.cat([user.waiting_time if len(user.waiting) else never for user in found]))
+        hidden, most_of_one = torch.empty_like(candidates), self._rounded(max(counts))
+        bounds = self._on_device([0, *accumulate(counts)])
         for start in range(0, len(candidates), micro_batch):
             end = min(start + micro_batch, len(candidates))
-            first, last = bisect_right(bounds, start) - 1, bisect_left(bounds, end)  # the users of these candidates
-            longest = max(min(bounds[b + 1], end) - max(bounds[b], start) for b in range(first, last))
-            own = offsets[first : last + 1].clamp(start, end) - start
-            part = history.of(first, last)
-            owner, _ = sequence_and_position(own, end - start)
-            x, at = self._encoder.embed(candidates[start:end], part.offsets.diff()[owner]), asked[first:last][owner]
-            for index in range(len(self._layers)):
-                x = self._scored(index, x, at, own, longest, part)
-            hidden.append(x)
-        return torch.cat(hidden)
+            size = min(self._rounded(end - start), micro_batch)
+            max_len = min(most_of_one, size)
+            own = F.pad(candidates[start:end], (0, 0, 0, size - (end - start)))
+            states = run(
+                ("candidates", request, size, max_len, len(waiting)),
+                partial(self._scored, history, longest, max_len),
+                [own, bounds.clamp(start, end) - start, parts, asked, *waiting],
+            )
+            hidden[start:end] = states[: end - start]
+            waiting = []  # the first micro-batch has calculated them
+        return hidden
 
     def evict(self, users: Sequence[int]) -> None:
         """Forget these users; others use their pages. Raises ValueError, and forgets nobody, if one is unknown."""
@@ -234,7 +253,11 @@ class HistoryCache:
 
     @torch.no_grad()
     def save(self, path: Path) -> None:
-        """Write the histories to `path` (safetensors), atomically: of all tokens, and of no page what is not used."""
+        """Write the histories to `path` (safetensors), atomically: of all tokens, and of no page what is not used.
+
+        Raises ValueError if the encoder has other weights than the cache is of.
+        """
+        self._check_encoder()
         users = list(self._users.values())
         lengths = [user.length for user in users]
         slots = self._slots([user.pages for user in users], lengths)
@@ -256,6 +279,7 @@ class HistoryCache:
             save_file(host, temporary, {"history_cache": json.dumps(about)})
 
     @classmethod
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load(cls, path: Path, encoder: HSTU) -> "HistoryCache":
         """What `save` wrote. Raises StepError if the file is missing, damaged, or of another encoder."""
@@ -300,6 +324,7 @@ class HistoryCache:
         """The users' names, and how many of the `embeddings` each has. ValueError if they do not fit together."""
         if self._encoder.training:
             raise ValueError("the encoder is in training mode, where dropout is random: call encoder.eval() first")
+        self._check_encoder()
         names, table = [int(user) for user in users], self._encoder.position.weight
         if embeddings.ndim != 2 or embeddings.shape[1] != table.shape[1] or embeddings.dtype != table.dtype:
             given = f"{tuple(embeddings.shape)} {embeddings.dtype}"
@@ -312,6 +337,14 @@ class HistoryCache:
         if bounds[0] or bounds[-1] != len(embeddings) or min(counts, default=0) < 0:
             raise ValueError(f"offsets must rise from 0 to the {len(embeddings)} {what}, not be {bounds}")
         return names, counts
+
+    def _check_encoder(self) -> None:
+        """ValueError for what shows, without a look at the device, that the encoder is not as it was."""
+        if _identity(self._encoder) != self._weights:
+            raise ValueError(
+                "the encoder's weights were changed, converted or moved since the cache was made: append the histories "
+                "to a new cache"
+            )
 
     def _checked_time(self, what: str, time: torch.Tensor | None, length: int, one: str) -> torch.Tensor:
         """`time` (length,), or zeros where the encoder reads none."""
@@ -346,13 +379,15 @@ class HistoryCache:
         need, pages = sum(counts), len(self._times) // self.page
         if need > len(self._free):
             more = max(need - len(self._free), pages)  # twice as many at least: then growing costs little on average
-            self._free += range(pages, pages + more)
             slots = more * self.page
-            self._keys, self._values = (
+            keys, values = (
                 torch.cat([pool, pool.new_zeros(len(pool), slots, *pool.shape[2:])], dim=1)
                 for pool in (self._keys, self._values)
             )
-            self._times = torch.cat([self._times, self._times.new_zeros(slots)])
+            times = torch.cat([self._times, self._times.new_zeros(slots)])
+            # All or nothing: memory may have been short.
+            self._keys, self._values, self._times = keys, values, times
+            self._free += range(pages, pages + more)
         picked = iter(self._free[len(self._free) - need :])
         return [list(islice(picked, count)) for count in counts]
 
@@ -372,76 +407,196 @@ class HistoryCache:
         held = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
         return held.to(device, non_blocking=True)
 
-    def _extended(
+    def _begun(
         self,
-        tables: list[list[int]],
-        lengths: list[int],
+        users: list[_User],
         more: list[int],
         embeddings: torch.Tensor,
         query_time: torch.Tensor,
         time: torch.Tensor,
-    ) -> tuple[_History, torch.Tensor, torch.Tensor]:
-        """Histories of `lengths` stored tokens with new ones (T', d) behind them, `more` of each user, calculated.
-
-        Returns them, the slots in the pool of all their tokens, and where among these the new ones are (T',). The pages
-        in `tables` must have a slot for every token.
-        """
-        totals = [length + new for length, new in zip(lengths, more, strict=True)]
-        offsets, key_offsets = self._offsets(more), self._offsets(totals)
-        slots = self._slots(tables, totals)
-        keys, values = _copied(self._keys, slots), _copied(self._values, slots)
-        history = _History(keys, values, self._times[slots], totals, key_offsets)
-        if not len(embeddings):
-            return history, slots, slots[:0]
-        owner, position = sequence_and_position(offsets, len(embeddings))
-        position += self._on_device(lengths)[owner]
-        new = key_offsets[owner] + position
-        history.time[new] = time
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slots (T',) in the pool, keys (layers, T', h, dqk) and values (layers, T', h, dv) of the first tokens of
+        histories, (T', d) jagged by their numbers, `more`."""
+        offsets, history = self._offsets(more), self._empty_history(len(embeddings))
+        _, position = sequence_and_position(offsets, len(embeddings))
         x = self._encoder.embed(embeddings, position)
-        # Histories that begin have as many queries as keys: the plain mask, which kernels are fastest with.
-        of_keys = key_offsets if any(lengths) else None
-        for layer, k, v in zip(self._layers, keys, values, strict=True):
-            u, q, k[new], v[new] = layer.project(x, self._dtype)
-            if layer is self._layers[-1]:  # nobody asks for its output: candidates read keys and values alone
-                break
-            attention_output = layer.attend(q, k, v, offsets, max(totals), query_time, history.time, of_keys)
-            x = layer.finish(x, u, attention_output, self._dtype)
-        return history, slots, new
+        for layer, keys, values in zip(self._layers, history.keys, history.values, strict=True):
+            u, q, k, v = layer.project(x, self._dtype)
+            keys.copy_(k)
+            values.copy_(v)
+            if layer is not self._layers[-1]:  # nobody asks for its output: candidates read keys and values alone
+                x = layer.finish(x, u, layer.attend(q, k, v, offsets, max(more), query_time, time), self._dtype)
+        return self._slots([user.pages for user in users], more), history.keys, history.values
 
-    def _histories(self, users: list[_User], asked: torch.Tensor) -> _History:
-        """The whole histories. Tokens that wait are calculated for the time (B,) that is asked for."""
-        some = [index for index, user in enumerate(users) if len(user.waiting)]
-        if some and not len(self._times):
+    def _continued(
+        self,
+        users: list[_User],
+        more: list[int],
+        embeddings: torch.Tensor,
+        query_time: torch.Tensor,
+        time: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `_begun`, of tokens behind others. `users` as they are with them."""
+        tokens = len(embeddings)
+        longest = min(self._rounded(max(user.length for user in users)), self._encoder.num_positions)
+        size, max_new = self._rounded(tokens), self._rounded(max(more))
+        key = ("append", len(users), longest, size, max_new)
+        history, slots = self._collected_with_slots(users, self._repeated.seen(("more", *key)))
+        offsets, parts = self._offsets(more), self._parts(users)
+        owner, position = sequence_and_position(offsets, tokens)
+        position += self._on_device([user.length - count for user, count in zip(users, more, strict=True)])[owner]
+        place = parts[0::2][owner] + position
+        rest = size - tokens  # rows that belong to nobody go to the history's last row
+        inputs = [
+            F.pad(embeddings, (0, 0, 0, rest)),
+            *(F.pad(numbers, (0, rest)) for numbers in (query_time, time, position)),
+            F.pad(place, (0, rest), value=len(history.time) - 1),
+            _twice(offsets)[1:],  # no query for what waits
+            parts,
+        ]
+        self._run(history)(key, partial(self._calculate_appended, history, longest, max_new), inputs)
+        if history is self._buffer:
+            self._held = users
+        return slots[place], history.keys.index_select(1, place), history.values.index_select(1, place)
+
+    def _calculate_appended(
+        self,
+        history: _History,
+        longest: int,
+        max_new: int,
+        embeddings: torch.Tensor,
+        query_time: torch.Tensor,
+        time: torch.Tensor,
+        position: torch.Tensor,
+        place: torch.Tensor,
+        offsets: torch.Tensor,
+        parts: torch.Tensor,
+    ) -> None:
+        """Put keys, values and times of new tokens (T, d) into their places in the history."""
+        history.time.index_copy_(0, place, time)
+        x = self._encoder.embed(embeddings, position)
+        for layer, keys, values in zip(self._layers, history.keys, history.values, strict=True):
+            u, q, k, v = layer.project(x, self._dtype)
+            keys.index_copy_(0, place, k)
+            values.index_copy_(0, place, v)
+            if layer is self._layers[-1]:
+                break
+            attention_output = appended_attention(
+                q, keys, values, offsets, parts, max_new, longest, alpha=layer.alpha, softmax=layer.softmax,
+                attention_scale=layer.attention_scale, position_bias=layer.position_bias, time_bias=layer.time_bias,
+                query_time=query_time, key_time=history.time, **layer.window,
+            )  # fmt: skip
+            x = layer.finish(x, u, attention_output, self._dtype)
+
+    def _parts(self, users: list[_User]) -> torch.Tensor:
+        """Offsets (2 B + 1,) of users' histories: of each the stored tokens, then the one that waits, if one does."""
+        return self._offsets([count for user in users for count in (user.length, len(user.waiting))])
+
+    def _collected(self, users: list[_User], keep: bool) -> _History:
+        """Copies of the whole histories, with room for the tokens that wait, and a row more; in the buffer, if they
+        fit. keep: make it larger, if they do not."""
+        return self._collected_with_slots(users, keep)[0]
+
+    def _collected_with_slots(self, users: list[_User], keep: bool) -> tuple[_History, torch.Tensor]:
+        """As `_collected`; and the slots in the pool that the rows were copied from."""
+        totals = [user.total for user in users]
+        if any(totals) and not len(self._times):
             self._reserved([1])  # a page 0, see below
-        nothing = self._encoder.position.weight[:0]
-        return self._extended(
-            [[*user.pages, 0] for user in users],  # a token that waits has no slot: its place is copied from any
-            [user.length for user in users],
-            [len(user.waiting) for user in users],
-            torch.cat([nothing, *(users[index].waiting for index in some)]),
-            asked[self._on_device(some)],
-            torch.cat([self._times[:0], *(users[index].waiting_time for index in some)]),
-        )[0]
+        # A token that waits has no slot: its place is copied from any.
+        slots, rows, history = self._slots([[*user.pages, 0] for user in users], totals), sum(totals), self._buffer
+        if rows >= len(history.time):
+            history = self._empty_history(self._rounded(rows + 1))
+            if keep and self._in_kernels:
+                self._repeated.forget()
+                self._buffer = history
+        if history is self._buffer:
+            self._held = []
+        _copied(self._keys, slots, history.keys)
+        _copied(self._values, slots, history.values)
+        torch.index_select(self._times, 0, slots, out=history.time[:rows])
+        return history, slots
+
+    def _empty_history(self, rows: int) -> _History:
+        keys, values = (pool.new_empty(len(pool), rows, *pool.shape[2:]) for pool in (self._keys, self._values))
+        return _History(keys, values, self._times.new_empty(rows))
+
+    def _rounded(self, count: int) -> int:
+        """A size that is at least the count: at most a quarter more, or 15, so that few sizes occur."""
+        if not self._in_kernels:
+            return count
+        step = max(16, 2 ** ((count - 1).bit_length() - 3))
+        return -(-count // step) * step
+
+    def _run(self, history: _History) -> Callable[[Hashable, Callable[..., Any], list[torch.Tensor]], Any]:
+        """How to call work on a history: graphs can read none but the buffer."""
+        return partial(self._repeated.run, capture=self._in_kernels and history is self._buffer)
 
     def _scored(
         self,
-        index: int,
-        x: torch.Tensor,
-        time: torch.Tensor,
-        offsets: torch.Tensor,
-        max_len: int,
         history: _History,
+        longest: int,
+        max_len: int,
+        candidates: torch.Tensor,
+        offsets: torch.Tensor,
+        parts: torch.Tensor,
+        asked: torch.Tensor,
+        waiting: torch.Tensor | None = None,
+        waiting_time: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A layer's output of candidates (T, d), at most `max_len` of a user: they see the history and themselves."""
-        layer = self._layers[index]
-        u, q, k, v = layer.project(x, self._dtype)
-        attention_output = cached_attention(
-            q, k, v, offsets, history.keys[index], history.values[index], history.offsets, max_len,
-            max(history.lengths), alpha=layer.alpha, attention_scale=layer.attention_scale, softmax=layer.softmax,
-            position_bias=layer.position_bias, time_bias=layer.time_bias, query_time=time, key_time=time,
-            cached_time=history.time, **layer.window,
-        )  # fmt: skip
-        return layer.finish(x, u, attention_output, self._dtype)
+        """Hidden states of candidates (T, d), at most `max_len` of a user: they see the history and themselves. Those
+        of rows behind the last offset mean nothing.
+
+        On the way keys, values and times of the tokens that wait (B, d) are put into their places behind the stored
+        ones, for the times `asked` (B,). A user without such a token has any row, which goes to the history's last.
+        """
+        size, ends, lengths = len(candidates), parts[0::2].contiguous(), parts.diff()
+        row = torch.arange(size, device=offsets.device)
+        owner = (torch.searchsorted(offsets, row, right=True) - 1).clamp(max=len(asked) - 1)
+        x, position = candidates, ends.diff()[owner]
+        if waiting is not None and waiting_time is not None:
+            place = parts[1::2].masked_fill(lengths[1::2] == 0, len(history.time) - 1)
+            history.time.index_copy_(0, place, waiting_time)
+            x, position = torch.cat([x, waiting]), torch.cat([position, lengths[0::2]])
+            each = torch.arange(1, len(parts) + 1, device=parts.device) // 2  # a query for the stored tokens of each
+            times = {"query_time": _twice(asked), "key_time": _twice(waiting_time)}
+        x = self._encoder.embed(x, position)
+        for layer, keys, values in zip(self._layers, history.keys, history.values, strict=True):
+            attend = partial(_attended, layer, keys, values, history.time, longest)
+            u, q, k, v = layer.project(x, self._dtype)
+            attended = []
+            if waiting is not None:
+                keys.index_copy_(0, place, k[size:])
+                values.index_copy_(0, place, v[size:])
+                if layer is self._layers[-1]:  # nobody asks for their output: candidates read keys and values alone
+                    x, u = x[:size], u[:size]
+                else:
+                    attended.append(attend(q[size:], k[size:], v[size:], each, parts, 1, **times))
+            own = (q[:size], k[:size], v[:size])
+            attended.insert(0, attend(*own, offsets, ends, max_len, query_time=asked, key_time=asked))
+            x = layer.finish(x, u, torch.cat(attended) if len(attended) > 1 else attended[0], self._dtype)
+        return x
+
+
+def _attended(
+    layer: HSTULayer,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    time: torch.Tensor,
+    longest: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    history_offsets: torch.Tensor,
+    max_len: int,
+    **times: Any,
+) -> torch.Tensor:
+    """A layer's attention (T, h, dv) of tokens that see a history and themselves."""
+    return cached_attention(
+        q, k, v, offsets, keys, values, history_offsets, max_len, longest, alpha=layer.alpha,
+        attention_scale=layer.attention_scale, softmax=layer.softmax, position_bias=layer.position_bias,
+        time_bias=layer.time_bias, cached_time=time, **(times | layer.window),
+    )  # fmt: skip
 
 
 def _in_type(layer: HSTULayer, dtype: torch.dtype) -> HSTULayer:
@@ -455,11 +610,18 @@ def _in_type(layer: HSTULayer, dtype: torch.dtype) -> HSTULayer:
     return layer
 
 
-def _copied(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """pool[:, slots], of (layers, slots, h, d): in words of 8 bytes where vectors are made of them, as torch's kernel
-    moves an element at a time."""
-    wide = pool.shape[3] * pool.itemsize % 8 == 0
-    return (pool.view(torch.int64) if wide else pool).index_select(1, slots).view(pool.dtype)
+def _twice(numbers: torch.Tensor) -> torch.Tensor:
+    """a, a, b, b, ... of a, b, ..."""
+    return torch.stack([numbers, numbers], 1).flatten()
+
+
+def _copied(pool: torch.Tensor, slots: torch.Tensor, to: torch.Tensor) -> None:
+    """pool[:, slots], of (layers, slots, h, d), into the first rows of `to`: in words of 8 bytes where vectors are made
+    of them, as torch's kernel moves an element at a time."""
+    to = to[:, : len(slots)]
+    if pool.shape[3] * pool.itemsize % 8 == 0:
+        pool, to = pool.view(torch.int64), to.view(torch.int64)
+    torch.index_select(pool, 1, slots, out=to)
 
 
 def _kind(encoder: HSTU) -> dict[str, Any]:
@@ -480,6 +642,14 @@ def _kind(encoder: HSTU) -> dict[str, Any]:
         **layer.window,
         "type": str(encoder.compute_dtype or table.dtype),
     }
+
+
+def _identity(encoder: HSTU) -> tuple[Any, ...]:
+    """What changes with the weights, or where they are: training and loading count a tensor's versions, conversions
+    and moves give it another address. One table stands for all, as every request asks."""
+    table = encoder.position.weight
+    version = None if table.is_inference() else table._version
+    return table.data_ptr(), table.dtype, version, encoder.compute_dtype
 
 
 def _digest(encoder: HSTU) -> str:

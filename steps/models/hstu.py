@@ -111,19 +111,17 @@ class HSTULayer(nn.Module):
         max_len: int,
         query_time: torch.Tensor,
         key_time: torch.Tensor,
-        key_offsets: torch.Tensor | None = None,
         num_targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The causal attention (T, h, dv) of this layer's kind, with its biases, over sequences of `offsets`.
 
-        key_offsets (keys of their own number) and num_targets (candidates at the end): as in `hstu_attention`.
+        num_targets (candidates at the end): as in `hstu_attention`.
         """
         bias: dict[str, Any] = {
             "position_bias": self.position_bias,
             "time_bias": self.time_bias,
             "query_time": query_time,
             "key_time": key_time,
-            "key_offsets": key_offsets,
             "num_targets": num_targets,
             **self.window,
         }

@@ -22,8 +22,9 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"# {study['title']}",
         "Cached: the keys and values of histories are kept; a request appends the new tokens, and scores its "
         "candidates in micro-batches. Recomputed: one forward pass of the histories with the candidates behind them. "
+        "On a GPU both are replayed as CUDA graphs, which requests of the same shape before were captured as. "
         "Latency is the host's, of a whole request, until the device is done. GPU: milliseconds of a request in which "
-        "its kernels run, and those of attention among them; what is left of the latency are launches. Peak: memory "
+        "its kernels run, and those of attention among them; the rest of the latency is the host's work. Peak: memory "
         "of a request beyond what was there before; kept: memory of the cache. Weights and inputs are random; times "
         f"are kept only where both ways have the same hidden states. Commits {commits}.",
         models_table(lines),

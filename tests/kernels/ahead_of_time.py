@@ -28,7 +28,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kernels import common
-from kernels.hstu_attention import cached, mma_layout
+from kernels.hstu_attention import appended, cached, mma_layout
 from kernels.hstu_attention import launch as attention_launch
 from kernels.hstu_attention import op as hstu_attention
 from kernels.layer_norm import triton_op as layer_norm
@@ -159,6 +159,7 @@ class Case:
 # tokens and longer ones have tables of their own.
 _SHORT = ((160, 160), (1,), (7, 0, 211))
 _LONG = ((320, 320), (301,), (7, 0, 515))
+_LONGER = ((2048, 2048), (1501,), (7, 0, 3000))
 
 
 class Masks(NamedTuple):
@@ -205,21 +206,42 @@ def _attention(
 
 def _cached_attention(
     dtype: torch.dtype, heads: int, dim: int, lengths: tuple[tuple[int, ...], ...], softmax: bool = False,
-    masks: bool = False,
+    window: bool = True, masks: bool = False,
 ) -> Case:  # fmt: skip
-    """masks: also groups, first tokens, and an N for each query."""
+    """window: without one, programs share the keys of longer rows. masks: also groups, first tokens, and an N for each
+    query."""
 
     def call(lengths: torch.Tensor) -> None:
         stored, new = (attention_inputs(n, heads, dim, dim, dtype, "both") for n in (lengths, lengths // 8 + 1))
         names = ("q", "k", "v", "offsets", "max_len", "alpha", "attention_scale", "time_bias")
-        inputs = {name: new[name] for name in names} | {"softmax": softmax, "max_attn_len": 64}
+        inputs = {name: new[name] for name in names} | {"softmax": softmax, "max_attn_len": 64 * window}
         inputs |= {f"cached_{name}": stored[name] for name in ("k", "v", "offsets")}
         inputs |= {"position_bias": stored["position_bias"], "max_cached_len": stored["max_len"]}
         if masks:
             inputs |= {"num_sink_tokens": 5, "target_group_size": 3, "attention_scale": None}
             inputs["query_scale"] = torch.ones(len(inputs["q"]))
-        times = [time.as_subclass(OnGPU) for time in (new["query_time"], new["key_time"], stored["key_time"])]
+        asked = new["query_time"][: len(lengths)]
+        times = [time.as_subclass(OnGPU) for time in (asked, asked, stored["key_time"])]
         cached.cached_attention(**_on_gpu(inputs), times=times)
+
+    return Case(call, lengths)
+
+
+def _appended_attention(
+    dtype: torch.dtype, heads: int, dim: int, lengths: tuple[tuple[int, ...], ...], softmax: bool = False,
+    window: bool = False, bias: str = "both",
+) -> Case:  # fmt: skip
+    def call(lengths: torch.Tensor) -> None:
+        stored = attention_inputs(lengths, heads, dim, dim, dtype, bias)
+        names = ("k", "v", "max_len", "alpha", "attention_scale", "position_bias", "time_bias", "key_time")
+        inputs = {name: stored[name] for name in names}
+        more = (lengths // 8).clamp(min=1)
+        tokens = int(more.sum())
+        inputs |= {"q": stored["q"][:tokens], "key_offsets": stored["offsets"], "max_new": int(more.max())}
+        inputs |= {"offsets": torch.nn.functional.pad(more.cumsum(0), (1, 0)), "softmax": softmax}
+        inputs |= {"query_time": None if stored["query_time"] is None else stored["query_time"][:tokens].clone()}
+        inputs |= {"max_attn_len": 64 * window, "num_sink_tokens": 5 * window}
+        appended.appended_attention(**_on_gpu(inputs))
 
     return Case(call, lengths)
 
@@ -314,9 +336,17 @@ CASES = {
     "attention d 256, fp32, deterministic": _attention(_FP32, 2, 256, _LONG, softmax=True, deterministic=True),
     "attention d 256, deterministic": _attention(_BF16, 2, 256, _LONG, deterministic=True),
     "cached attention d 64": _cached_attention(_BF16, 4, 64, _LONG),
+    "cached attention d 64, shared keys": _cached_attention(_BF16, 4, 64, _LONGER, window=False),
+    "cached attention d 64, shared keys, softmax": _cached_attention(_BF16, 4, 64, _LONGER, softmax=True, window=False),
+    "cached attention d 128, shared keys": _cached_attention(_BF16, 4, 128, _LONGER, window=False),
     "cached attention d 64, groups": _cached_attention(_BF16, 4, 64, _LONG, masks=True),
     "cached attention d 25, short, softmax": _cached_attention(_BF16, 2, 25, _SHORT, softmax=True),
     "cached attention d 256": _cached_attention(_BF16, 2, 256, _LONG),
+    "appended attention d 64": _appended_attention(_BF16, 4, 64, _LONGER),
+    "appended attention d 64, semi-local, softmax": _appended_attention(_BF16, 4, 64, _LONG, softmax=True, window=True),
+    "appended attention d 128": _appended_attention(_BF16, 4, 128, _LONGER),
+    "appended attention d 128, fp32": _appended_attention(_FP32, 2, 128, _LONG),
+    "appended attention d 128, no bias": _appended_attention(_BF16, 4, 128, _LONGER, bias="none"),
     "layout of tensor cores": _mma_layout(_BF16, 64, 64, 4, True),
     "layout of tensor cores, keys": _mma_layout(_FP16, 64, 32, 4, False),
     "layout of tensor cores, fp32": _mma_layout(_FP32, 32, 32, 2, True),

@@ -15,6 +15,7 @@ from kernels.hstu_attention import naive
 
 op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 cached = pytest.importorskip("kernels.hstu_attention.cached", exc_type=ImportError)
+appended = pytest.importorskip("kernels.hstu_attention.appended", exc_type=ImportError)
 launch = pytest.importorskip("kernels.hstu_attention.launch", exc_type=ImportError)
 inputs_module = pytest.importorskip("kernels.hstu_attention.inputs", exc_type=ImportError)
 value_block = pytest.importorskip("kernels.hstu_attention.inputs", exc_type=ImportError).value_block
@@ -599,20 +600,20 @@ def test_cached_attention_equals_targets_behind_the_history(
         lengths=(70, 3, 34), targets=(6, 3, 33), bias=bias, softmax=softmax, attention_scale=None, **options
     )  # fmt: skip
     inputs = case.inputs(dtype)
-    output = run("triton", case, inputs, dtype)[0]
     sequence_id, position = naive.jagged.naive.sequence_and_position(inputs["offsets"], len(inputs["q"]))
     new = position >= (inputs["offsets"].diff() - inputs["num_targets"])[sequence_id]
+    # All candidates of a sequence ask at one time, and stand at one.
+    asked, stands = (inputs[name][inputs["offsets"][1:] - 1] for name in ("query_time", "key_time"))
+    inputs["query_time"] = torch.where(new, asked[sequence_id], inputs["query_time"])
+    inputs["key_time"] = torch.where(new, stands[sequence_id], inputs["key_time"])
+    output = run("triton", case, inputs, dtype)[0]
 
     def part(name: str, which: torch.Tensor) -> torch.Tensor:
         return inputs[name].to(dtype)[which]
 
     cached_lengths = inputs["offsets"].diff() - inputs["num_targets"]
     tables = {name: None if inputs[name] is None else inputs[name].to(dtype) for name in ("position_bias", "time_bias")}
-    times = {
-        "query_time": inputs["query_time"][new],
-        "key_time": inputs["key_time"][new],
-        "cached_time": inputs["key_time"][~new],
-    }
+    times = {"query_time": asked, "key_time": stands, "cached_time": inputs["key_time"][~new]}
     scale = inputs["query_scale"]
     by_query = None if scale is None else scale[new]
     in_kernel = {"times": list(times.values()), "attention_scale": None, "query_scale": by_query}
@@ -640,6 +641,86 @@ def test_cached_attention_equals_targets_behind_the_history(
         torch.testing.assert_close(version(**arguments), output[new], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"target_group_size": 3}, {"max_attn_len": 90}, {"max_attn_len": 70, "num_sink_tokens": 40}],
+    ids=["none", "groups", "window", "window, sinks"],
+)
+def test_keys_shared_by_programs_give_the_same_output(
+    options: dict[str, int], softmax: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any number of them, also more than there are tiles of keys; with rows behind the last offset, which are not
+    read."""
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 5, 7, 7], device=DEVICE)
+    cached_offsets = torch.tensor([0, 300, 300, 331], device=DEVICE)
+    q, k, v, cached_k, cached_v = (torch.randn(n, 2, 16, device=DEVICE) for n in (9, 9, 9, 340, 340))
+    for tensor, used in ((q, 7), (k, 7), (v, 7), (cached_k, 331), (cached_v, 331)):
+        tensor[used:] = torch.nan
+    p, w = torch.randn(2 * 320 - 1, device=DEVICE), torch.randn(naive.TIME_BUCKETS, device=DEVICE)
+    times = [torch.randint(2**31, (n,), device=DEVICE) for n in (3, 3, 340)]
+    shape = (offsets, cached_k, cached_v, cached_offsets, 5, 310)
+    expected = naive.cached_attention(
+        q, k, v, *shape, alpha=0.3, attention_scale=7.0, softmax=softmax, position_bias=p, time_bias=w,
+        query_time=times[0], key_time=times[1], cached_time=times[2], **options,
+    )  # fmt: skip
+    for splits in (1, 2, 3, 16):
+        monkeypatch.setattr(cached, "num_splits", lambda *_, splits=splits: splits)
+        found = [
+            cached.cached_attention(q, k, v, *shape, 0.3, 7.0, softmax, p, w, times, **{"max_attn_len": 0} | options)
+            for _ in range(2)
+        ]
+        assert torch.equal(found[0][:7], found[1][:7])
+        tolerance = 3e-3 if ON_GPU else 1e-5
+        torch.testing.assert_close(found[0][:7], expected[:7], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("window", [(0, 0), (70, 0), (40, 30)], ids=["causal", "window", "window, sinks"])
+@pytest.mark.parametrize("bias", ["both", "position", "time", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if ON_GPU else [])], ids=str)
+def test_appended_tokens_attend_as_their_sequences_last(
+    dtype: torch.dtype, bias: str, window: tuple[int, int], softmax: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keys shared by programs and not, the bias in one part and in several; rows behind the last offset are not
+    read."""
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 70, 71, 71, 74], device=DEVICE)
+    key_offsets = torch.tensor([0, 250, 251, 260, 300], device=DEVICE)
+    q, k, v = (torch.randn(n, 2, 16, device=DEVICE).to(dtype) for n in (80, 310, 310))
+    for tensor, used in ((q, 74), (k, 300), (v, 300)):
+        tensor[used:] = torch.nan
+    p = torch.randn(2 * 260 - 1, device=DEVICE) if bias in ("both", "position") else None
+    w = torch.randn(naive.TIME_BUCKETS, device=DEVICE) if bias in ("both", "time") else None
+    times = [torch.randint(2**31, (n,), device=DEVICE) for n in (80, 310)]
+    expected = naive.appended_attention(
+        q, k, v, offsets, key_offsets, 72, 256, alpha=0.3, attention_scale=None, softmax=softmax, position_bias=p,
+        time_bias=w, query_time=times[0], key_time=times[1], max_attn_len=window[0], num_sink_tokens=window[1],
+    )  # fmt: skip
+    for splits, pairs in ((1, 2**24), (3, 2**24), (9, 2**24), (2, 256 * 33)):
+        monkeypatch.setattr(appended, "num_splits", lambda *_, splits=splits: splits)
+        monkeypatch.setattr(appended, "MOST_PAIRS", pairs)
+        found = appended.appended_attention(
+            q, k, v, offsets, key_offsets, 72, 256, 0.3, None, softmax, p, w, *times, *window
+        )
+        tolerance = (3e-3 if ON_GPU else 1e-5) if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(found[:74], expected[:74], rtol=tolerance, atol=tolerance)
+
+
+def test_programs_share_keys_where_there_would_be_few() -> None:
+    config, device = {"block_m": 64, "block_n": 64, "num_warps": 4}, torch.device("cpu")
+
+    def splits(tokens: int, sequences: int, keys: int) -> int:
+        return cached.num_splits(tokens, sequences, 8, keys, config, device)
+
+    assert splits(64, 1, 8192) == 32  # each has four tiles of keys
+    assert splits(2048, 1, 8192) == 2  # 16 warps a multiprocessor
+    assert splits(64, 1, 256) == 1
+    assert splits(100, 100, 8192) == 1  # each sequence has a tile
+    assert splits(1, 1, 10**6) == 64
+
+
 def strided(tensor: torch.Tensor) -> torch.Tensor:
     """The same values with others between them."""
     return torch.stack([tensor, torch.full_like(tensor, 10**6)], -1)[..., 0]
@@ -660,7 +741,7 @@ def test_a_cache_may_be_strided() -> None:
     lengths = torch.tensor([3, 1], device=DEVICE)
     offsets, cached_offsets = (naive.jagged.offsets_from_lengths(part) for part in (lengths, 5 * lengths))
     q, k, v, cached_k, cached_v = (torch.randn(n, 2, 16, device=DEVICE) for n in (4, 4, 4, 20, 20))
-    times = [torch.arange(n, device=DEVICE) ** 3 for n in (4, 4, 20)]
+    times = [torch.arange(n, device=DEVICE) ** 3 for n in (2, 2, 20)]
     tables = [torch.randn(n, device=DEVICE) for n in (31, naive.TIME_BUCKETS)]
 
     def attend(form: Any) -> torch.Tensor:

@@ -35,6 +35,7 @@ REPRESENTATIVE = [
     "attention d 25, short",
     "attention d 73 and 8",
     "cached attention d 64",
+    "appended attention d 64",
     "norm gate D 256",
     "projection d 50, fp32",
     "projection d 256",

@@ -33,9 +33,12 @@ def _attend(name: str, which: int) -> Callable[[torch.Tensor], torch.Tensor]:
         if name == "cached_attention":
             stored = [numbers(TOKENS, 1, DIM)] * 2
             tables |= {"position_bias": None, "time_bias": None} if which < 3 else {"position_bias": None}
+            tables |= {"query_time": TIMES[:2], "key_time": TIMES[:2]}
             return attention.cached_attention(
                 *tensors[:3], OFFSETS, *stored, OFFSETS, 4, 4, cached_time=TIMES, **tables
             )
+        if name == "appended_attention":
+            return attention.appended_attention(*tensors[:3], OFFSETS, OFFSETS, 4, 4, **tables)
         return getattr(attention, name)(*tensors[:3], OFFSETS, 4, **tables)
 
     return call
@@ -58,8 +61,10 @@ OPERATIONS = {
     "softmax_attention, w": _attend("softmax_attention", 4),
     "cached_attention, q": _attend("cached_attention", 0),
     "cached_attention, w": _attend("cached_attention", 4),
+    "appended_attention, k": _attend("appended_attention", 1),
+    "appended_attention, p": _attend("appended_attention", 3),
 }
-TRAINED = {name: call for name, call in OPERATIONS.items() if "cached" not in name}
+TRAINED = {name: call for name, call in OPERATIONS.items() if "cached" not in name and "appended" not in name}
 
 
 @pytest.fixture(autouse=True)

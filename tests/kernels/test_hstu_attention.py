@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from kernels.hstu_attention import (
     TIME_BUCKETS,
+    appended_attention,
     cached_attention,
     grouped,
     hstu_attention,
@@ -199,13 +200,13 @@ def test_what_fits_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cached_inputs() -> dict[str, object]:
-    q, k, v, offsets, position, time, query_time, key_time = inputs([2, 0, 3])
+    q, k, v, offsets, position, time, query_time, _ = inputs([2, 0, 3])
     _, cached_k, cached_v, cached_offsets, *_, cached_time = inputs([6, 4, 1])
     return {
         "q": q, "k": k, "v": v, "offsets": offsets, "cached_k": cached_k, "cached_v": cached_v,
         "cached_offsets": cached_offsets, "max_len": 3, "max_cached_len": 6, "alpha": 0.5, "attention_scale": 9.0,
-        "softmax": False, "position_bias": position, "time_bias": time, "query_time": query_time,
-        "key_time": key_time, "cached_time": cached_time, "max_attn_len": 4, "num_sink_tokens": 1,
+        "softmax": False, "position_bias": position, "time_bias": time, "query_time": query_time[2:],
+        "key_time": query_time[:3], "cached_time": cached_time, "max_attn_len": 4, "num_sink_tokens": 1,
         "target_group_size": 2,
     }  # fmt: skip
 
@@ -229,6 +230,40 @@ def test_cached_attention_on_a_cpu_is_the_torch_version(softmax: bool) -> None:
     # And each of its arguments counts.
     for name in ("alpha", "max_attn_len", "target_group_size", *(() if softmax else ("attention_scale",))):
         assert not torch.equal(cached_attention(**given | {name: 1}), expected), name
+
+
+def appended_inputs() -> dict[str, object]:
+    q, _, _, offsets, position, time, query_time, _ = inputs([2, 0, 3])
+    _, k, v, key_offsets, *_, key_time = inputs([6, 4, 3])
+    return {
+        "q": q, "k": k, "v": v, "offsets": offsets, "key_offsets": key_offsets, "max_new": 3, "max_len": 6,
+        "alpha": 0.5, "attention_scale": 9.0, "softmax": False, "position_bias": position, "time_bias": time,
+        "query_time": query_time, "key_time": key_time, "max_attn_len": 2, "num_sink_tokens": 1,
+    }  # fmt: skip
+
+
+def test_what_fits_goes_to_triton_with_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    appended = pytest.importorskip("kernels.hstu_attention.appended", exc_type=ImportError)
+    given = appended_inputs()
+    names = list(inspect.signature(appended.appended_attention._init_fn).parameters)
+    monkeypatch.setattr("kernels.hstu_attention.fits_triton", lambda *_: True)
+    monkeypatch.setattr(appended, "appended_attention", lambda *found: dict(zip(names, found, strict=True)))
+    assert appended_attention(**given) == given
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_appended_attention_on_a_cpu_is_attention_with_keys_of_their_own_number(softmax: bool) -> None:
+    given = appended_inputs() | {"softmax": softmax}
+    found = appended_attention(**given)
+    others = {name: value for name, value in given.items() if name not in ("max_new", "softmax")}
+    if softmax:
+        del others["attention_scale"]
+    assert torch.equal(found, (softmax_attention if softmax else hstu_attention)(**others))
+    for name in ("alpha", "max_attn_len", "num_sink_tokens", *(() if softmax else ("attention_scale",))):
+        assert not torch.equal(appended_attention(**given | {name: 3}), found), name
+    for change in ({"q": given["q"][:, :1]}, {"max_new": -1}, {"key_time": None}, {"max_attn_len": 0}):
+        with pytest.raises(ValueError, match=r"q, k and v|must not be negative|needs query_time|lifts the window"):
+            appended_attention(**given | change)
 
 
 WRONG = {

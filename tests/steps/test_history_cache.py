@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from kernels.jagged.naive import offsets_from_lengths, sequence_and_position
 from steps.common.cli import StepError
 from steps.data.sequences import Batch, Sequences
+from steps.models import history_cache
 from steps.models.history_cache import HistoryCache
 from steps.models.hstu import HSTU, BiasConfig, HSTUConfig
+from steps.models.repeated import Repeated
 from tests.conftest import ROOT
 from tests.kernels.tolerance import assert_no_worse
 
@@ -174,6 +176,162 @@ def test_candidates_have_the_ranks_of_forward_passes(time: str, attention: str, 
     towards = torch.randn(DIM, dtype=torch.float64)
     found = encode(filled(encoder, case), case, [11], micro_batch=128) @ towards
     assert torch.equal(found.argsort(descending=True), (plain(encoder, case, [11]) @ towards).argsort(descending=True))
+
+
+class PretendedGraph:
+    """What a CUDA graph does: each replay reads the same inputs, and writes the same output."""
+
+    captured = 0
+
+    def __init__(self, work: Callable[..., Any], inputs: list[torch.Tensor]) -> None:
+        PretendedGraph.captured += 1
+        self.work, self.inputs, self.output = work, inputs, work(*inputs)
+        if self.output is not None:
+            self.output.fill_(torch.nan)
+
+    def replay(self) -> None:
+        found = self.work(*self.inputs)
+        if found is not None:
+            self.output.copy_(found)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[PretendedGraph]:
+    """Requests of a shape that comes again are captured, as on CUDA, and their sizes rounded up."""
+
+    def captured(_: Repeated, work: Callable[..., Any], inputs: list[torch.Tensor]) -> tuple[Any, Any, Any]:
+        graph = PretendedGraph(work, inputs)
+        return graph, inputs, graph.output
+
+    monkeypatch.setattr(history_cache, "runs_in_triton", lambda *_: True)
+    monkeypatch.setattr(Repeated, "_captured", captured)
+    monkeypatch.setattr(PretendedGraph, "captured", 0)
+    return PretendedGraph
+
+
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+def test_requests_that_come_again_have_the_same_hidden_states(
+    time: str, attention: str, position: bool, case: Case, graphs: type[PretendedGraph]
+) -> None:
+    """Through graphs, whatever else was asked for in between, at other times, and of other users of like lengths."""
+    encoder = make(time, attention, position)
+    cache = filled(encoder, case)
+    everybody = list(LENGTHS)
+    first = encode(cache, case, everybody, 7)
+    close(first, plain(encoder, case, everybody))
+    assert graphs.captured == 0
+    assert torch.equal(encode(cache, case, everybody, 7), first)
+    made = 2 if time == "next" else 1  # a graph for all micro-batches, but the first has the tokens that wait
+    assert graphs.captured == made
+    for users in ([23, 11], [11, 23], [7], [40], [7]):
+        close(encode(cache, case, users), plain(encoder, case, users))
+    case.asked = {user: at + 10**7 for user, at in case.asked.items()}
+    case.candidates = {user: tokens.flip(0) for user, tokens in case.candidates.items()}
+    captured = graphs.captured
+    for users in (everybody, everybody[::-1]):
+        close(encode(cache, case, users, 7), plain(encoder, case, users))
+    assert graphs.captured == captured
+
+
+@pytest.mark.parametrize(("time", "attention", "position"), KINDS)
+def test_histories_that_go_on_in_graphs_are_the_same(
+    time: str, attention: str, position: bool, case: Case, graphs: type[PretendedGraph]
+) -> None:
+    """Token by token, of two users, with a request after each; and semi-local."""
+    for changes in ({}, {"max_attn_len": 3, "num_sink_tokens": 2}):
+        encoder = make(time, attention, position, **changes)
+        cache, users = HistoryCache(encoder, PAGE), [5, 23]
+        for end in range(1, 9):
+            append(cache, case, users, end - 1, end)
+            part = Case(
+                {user: case.history[user][:end] for user in users},
+                {user: case.times[user][:end] for user in users},
+                {5: case.candidates[11], 23: case.candidates[23]},
+                case.asked,
+            )
+            close(encode(cache, part, users), plain(encoder, part, users))
+        assert graphs.captured >= 2
+        graphs.captured = 0
+
+
+def test_a_request_reads_what_its_append_has_just_laid_out(
+    case: Case, graphs: type[PretendedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not after another append, another request, or an eviction, which may have changed it."""
+    encoder = make("next")
+    cache, users, copied = HistoryCache(encoder, PAGE), [11, 23], []
+    original = cache._collected
+    monkeypatch.setattr(cache, "_collected", lambda *given: copied.append(len(given[0])) or original(*given))
+
+    def from_the_start(end: int) -> None:
+        if 11 in cache:
+            cache.evict(users)
+        append(cache, case, users, 0, 4)
+        append(cache, case, users, 4, end)
+
+    def states(asked_for: list[int]) -> None:
+        part = Case(case.history | {23: case.history[23][:6]}, case.times | {23: case.times[23][:6]},
+                    case.candidates, case.asked)  # fmt: skip
+        close(encode(cache, part, asked_for), plain(encoder, part, asked_for))
+
+    for _ in range(2):
+        from_the_start(6)
+        states(users)
+    copied.clear()
+    from_the_start(6)
+    states(users)
+    assert copied == []
+    states(users)
+    from_the_start(6)
+    states(users[::-1])
+    states(users)
+    from_the_start(6)
+    append(cache, case, [7])
+    append(cache, case, [40])
+    cache.evict([23])
+    append(cache, case, [23], 0, 6)
+    states(users)
+    assert copied == [2] * 4
+
+
+def test_a_graph_goes_when_many_others_came_or_histories_outgrow_the_buffer(
+    case: Case, graphs: type[PretendedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make("self")
+    cache = filled(encoder, case)
+    expected = {users: plain(encoder, case, list(users)) for users in ((11,), (11, 23), (5, 23, 11))}
+    monkeypatch.setattr(cache._repeated, "_most", 1)
+    for users, count in (((11,), 0), ((11,), 1), ((11,), 1), ((11, 23), 1), ((11, 23), 2), ((11,), 3), ((11,), 3)):
+        close(encode(cache, case, list(users)), expected[users])
+        assert graphs.captured == count, users
+    rows = len(cache._buffer.time)
+    for _ in range(2):
+        close(encode(cache, case, [5, 23, 11]), expected[5, 23, 11])
+    assert len(cache._buffer.time) > rows
+    assert graphs.captured == 4
+    close(encode(cache, case, [11]), expected[(11,)])
+    assert graphs.captured == 5  # the old one read the old buffer
+
+
+def test_a_call_that_failed_is_not_captured_next(graphs: type[PretendedGraph]) -> None:
+    """Its kernels may not be compiled, which cannot be done in a capture."""
+    calls, one = Repeated(torch.device("cpu")), [torch.ones(2)]
+
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        calls.run("a", fail, one)
+    for captured in (0, 1, 1):
+        assert torch.equal(calls.run("a", torch.neg, one), -one[0])
+        assert graphs.captured == captured
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 112, 128, 129, 1000, 1024, 1025, 8192, 8193, 10**6])
+def test_sizes_are_rounded_up_by_a_quarter_at_most(count: int, graphs: type[PretendedGraph]) -> None:
+    rounded = HistoryCache(make())._rounded(count)
+    assert count <= rounded <= max(1.25 * count, count + 15)
+    assert HistoryCache(make())._rounded(rounded) == rounded
 
 
 def token_by_token(cache: HistoryCache, case: Case) -> None:
@@ -371,7 +529,11 @@ def test_a_gpu_finds_what_the_cpu_finds_in_float64(
     cache.evict(users[:1])
     for start, end in ((0, 5), (5, 70), (70, None)):
         append(cache, case, [users[0], *users[2:]], start, end)
-    as_exact(encode(cache, case, users))
+    first = encode(cache, case, users)
+    as_exact(first)
+    for _ in range(2):  # captured, and replayed
+        assert torch.equal(encode(cache, case, users), first)
+    as_exact(encode(cache, case, users, micro_batch=7))
     as_exact(encode(cache, case, users, micro_batch=7))
     cache.save(tmp_path / "cache")
     loaded = HistoryCache.load(tmp_path / "cache", encoder)
@@ -395,10 +557,15 @@ def test_a_request_does_not_wait_for_the_gpu(time: str, case: Case) -> None:
     asked = torch.tensor([case.asked[user] for user in LENGTHS]).cuda()
     new = offsets_from_lengths(torch.tensor([len(case.history[user][4:]) for user in LENGTHS]))
     own = offsets_from_lengths(torch.tensor([len(case.candidates[user]) for user in LENGTHS]))
-    encode(cache, case, list(LENGTHS))  # now all kernels are compiled
+    for _ in range(2):
+        encode(cache, case, list(LENGTHS))  # now all kernels are compiled
     torch.cuda.set_sync_debug_mode("error")
     try:
         cache.append(list(LENGTHS), history, seconds, new)
+        cache.encode(list(LENGTHS), candidates, own, asked, micro_batch=5)
+        torch.cuda.set_sync_debug_mode("default")
+        cache.encode(list(LENGTHS), candidates, own, asked, micro_batch=5)  # captured
+        torch.cuda.set_sync_debug_mode("error")
         cache.encode(list(LENGTHS), candidates, own, asked, micro_batch=5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -516,6 +683,67 @@ def test_an_append_that_fails_midway_changes_nothing(case: Case, monkeypatch: py
             append(cache, case, [11, 23, 40, 5], 6)
     append(cache, case, list(LENGTHS), 6)
     close(encode(cache, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
+
+
+def test_a_pool_that_does_not_grow_has_no_more_pages(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make()
+    cache = HistoryCache(encoder, PAGE)
+    append(cache, case, [11])
+    joined = torch.cat
+
+    def fail(tensors: Any, dim: int = 0) -> torch.Tensor:
+        if dim == 1:
+            raise RuntimeError("out of memory")
+        return joined(tensors, dim)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", fail)
+        with pytest.raises(RuntimeError, match=r"^out of memory$"):
+            append(cache, case, [23])
+    append(cache, case, [23, 5])
+    close(encode(cache, case, [11, 23, 5]), plain(encoder, case, [11, 23, 5]))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["in it first", "out of it first"])
+def test_calls_in_and_out_of_inference_mode_mix(first: bool, case: Case, graphs: type[PretendedGraph]) -> None:
+    """What a call keeps, and what graphs read, the next may write to, whatever the mode."""
+    encoder, users = make("next"), [23, 5]
+    part = Case(case.history, case.times, {5: case.candidates[11], 23: case.candidates[23]}, case.asked)
+    part.history[5], part.times[5] = part.history[5][:8], part.times[5][:8]
+    with torch.inference_mode(first):
+        cache = HistoryCache(encoder, PAGE)
+    for end in range(1, 9):
+        with torch.inference_mode(first == bool(end % 2)):
+            append(cache, part, users, end - 1, end)
+    for number in range(4):
+        with torch.inference_mode(first == bool(number % 2)):
+            found = encode(cache, part, users)
+        close(found, plain(encoder, part, users))
+    assert graphs.captured >= 2
+    assert not found.is_inference()
+
+
+CHANGES: dict[str, Callable[[HSTU], Any]] = {
+    "converted": lambda encoder: encoder.float(),
+    "other weights": lambda encoder: encoder.load_state_dict(make("self").double().state_dict(), strict=False),
+    "computes otherwise": lambda encoder: setattr(encoder, "compute_dtype", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_encoder_that_changed_is_refused(change: Callable[[HSTU], Any], case: Case, tmp_path: Path) -> None:
+    encoder = make()
+    cache = filled(encoder, case)
+    change(encoder)
+    message = r"^the encoder's weights were changed, converted or moved .*: append the histories to a new cache$"
+    for call in (
+        lambda: append(cache, case, [23], 0, 0),
+        lambda: encode(cache, case, [23]),
+        lambda: cache.save(tmp_path / "cache"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_nobody_is_evicted_with_somebody_unknown(case: Case) -> None:
