@@ -50,9 +50,10 @@ track: $(INSTALLED)  ## bring an experiment's committed records into the MLflow 
 	python -m steps.track --experiment $(EXPERIMENT) --runs reports/$(EXPERIMENT)/records \
 		--reports reports/$(EXPERIMENT) --output reports/$(EXPERIMENT)/mlflow.json
 
+OF_TORCHREC := lightning-utilities|pyre-extensions|pyvers|tensordict|torchmetrics|torchrec
 environment.yml: constraints.txt  ## write conda's pins again from constraints.txt
 	@sed -i '/^      - /d' $@
-	@grep -vE '^(#|pip==|fbgemm-gpu==|nvidia-ml-py==|snakemake-executor-plugin-slurm)' $< | sed 's/^/      - /' >> $@
+	@grep -vE '^(#|pip==|fbgemm-gpu==|nvidia-ml-py==|snakemake-executor-plugin-slurm|$(OF_TORCHREC))' $< | sed 's/^/      - /' >> $@
 
 dvc: $(INSTALLED)  ## let DVC go through the runs of the experiment or study (EXPERIMENT=ml-1m), as params/ has them
 	python -m workflow.generate $(EXPERIMENT)

@@ -1,5 +1,7 @@
 """Check that this machine's torch, triton, fbgemm_gpu and CUDA fit together, and try every fbgemm operation in use.
 
+Of TorchRec, which only trainings on several devices use, it says whether it fits where it is installed.
+
 Prints one line per finding; exits with 1 if anything does not fit, naming what to install.
 """
 
@@ -56,14 +58,26 @@ def check_pair() -> list[str]:
     tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if tried.returncode == 0:
         return []
-    said = [line.strip() for line in tried.stderr.splitlines() if line.strip()]
-    why = f"ended by signal {-tried.returncode}" if tried.returncode < 0 else said[-1] if said else "no word why"
     pairs = ", ".join(f"{fbgemm} goes with torch {torch}" for fbgemm, torch in PAIRS.items())
     remedy = f"install torch=={pinned('torch')} and {_build()}=={pinned(_build())}"
     return [
-        f"{' and '.join(installed)} does not load with torch {_version('torch')} ({why}): "
+        f"{' and '.join(installed)} does not load with torch {_version('torch')} ({_why(tried)}): "
         f"{pairs}, none with 2.15; {remedy}"
     ]
+
+
+def check_torchrec() -> list[str]:
+    """Whether TorchRec, if it is installed, is the one pinned, and loads; tried in another process, which may crash."""
+    version = _version("torchrec")
+    if version is None:
+        return []
+    wanted = pinned("torchrec")
+    remedy = f"install torchrec=={wanted} as docs/distributed.md says"
+    if version != wanted:
+        return [f"torchrec {version} does not fit {_build()} {pinned(_build())}; {remedy}"]
+    code = "import torchrec.distributed.embedding"
+    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return [] if tried.returncode == 0 else [f"torchrec {version} does not load ({_why(tried)}); {remedy}"]
 
 
 def check_operations() -> list[str]:
@@ -101,6 +115,12 @@ def check_operations() -> list[str]:
     return problems
 
 
+def _why(tried: subprocess.CompletedProcess[str]) -> str:
+    """Why a process failed: its signal, or its last word."""
+    said = [line.strip() for line in tried.stderr.splitlines() if line.strip()]
+    return f"ended by signal {-tried.returncode}" if tried.returncode < 0 else said[-1] if said else "no word why"
+
+
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -134,11 +154,12 @@ def main(args: argparse.Namespace) -> None:
             f"torch {_version('torch')} does not load ({error}); install torch=={pinned('torch')}"
         ) from error
     problems = check_versions() + (check_pair() or (check_operations() if _version(_build()) else []))
+    problems += check_torchrec()
     if problems:
         raise StepError("; ".join(problems))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    fbgemm = f"{_build()} {_version(_build())}"
-    print(f"doctor: torch {torch.__version__}, triton {_version('triton')}, {fbgemm}, {device}: all fit")
+    of_fbgemm = [f"{name} {_version(name)}" for name in (_build(), "torchrec") if _version(name)]
+    print(f"doctor: torch {torch.__version__}, triton {_version('triton')}, {', '.join(of_fbgemm)}, {device}: all fit")
 
 
 if __name__ == "__main__":

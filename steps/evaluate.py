@@ -6,7 +6,8 @@ candidates of equal score, `<name>_users`), and the metrics are those under the 
 of candidates and excluded items (`variants`), and beyond accuracy (`beyond`). Of ranking the outcomes are the
 predictions for every held-out interaction (`<name>` the logit, `<name>_labels`, `<name>_users`), with what each test
 user's add up to (`test_sums`), and beside the metrics stands how often what is predicted comes true (`reliability`).
-Needs torch, numpy and safetensors alone.
+Needs torch, numpy and safetensors alone. Started by torchrun, several processes evaluate one run, with the same ranks
+as one process.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from steps.common.config import building, read_config, task_of
 from steps.common.device import device_name, pick_device, pick_precision, use_threads
 from steps.common.files import atomic_path, read_json, read_jsonl, sha256, write_json
 from steps.common.locks import locked
+from steps.common.processes import ALONE, Processes, device_of_process, joined, require_one_run
 from steps.common.provenance import commit, require_trained
 from steps.data.fields import FieldSizes
 from steps.data.sequences import Sequences, load_sequences
@@ -51,24 +53,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True  # as after every epoch of the training
-    sequences, data_sha256 = load_sequences(args.data, pick_device(args.device))
+    device = device_of_process(pick_device(args.device))
+    with joined(device) as processes:
+        _main(args, device, processes)
+
+
+def _main(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
+    sequences, data_sha256 = load_sequences(args.data, device)
     runs = list({run.resolve(): run for run in args.run}.values())
+    require_one_run(processes, len(runs))
     failures: dict[str, Exception] = {}
     for run in runs:
         try:
             if not run.is_dir():
                 raise StepError(f"{run} does not exist; run plan and train first")
-            with locked(run.resolve()):
+            with processes.first_alone(locked(run.resolve())):
                 use_threads(None, [read_config(run)])
-                evaluate(run, sequences, data_sha256, args.precision)
+                evaluate(run, sequences, data_sha256, args.precision, processes)
         except Exception as error:  # of one run; the others continue
             failures[str(run)] = error
     raise_failures(failures, len(runs))
 
 
-def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str | None = None) -> None:
+def evaluate(
+    run: Path,
+    sequences: Sequences,
+    data_sha256: str,
+    precision: str | None = None,
+    processes: Processes = ALONE,
+) -> None:
     """Evaluate the model of one run's folder on the device of the sequences; precision None: as it was trained.
 
+    Each of `processes` takes a part of the targets, and one writes.
     Raises StepError if the run is not trained, was trained on other data, or holds a file that is not its training's.
     """
     source = run / "training.json"
@@ -90,9 +106,11 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
         computed, model.encoder.compute_dtype = pick_precision(precision or as_trained, device)
 
     if task_of(protocol) == "ranking":
-        found, kept = _predict(model, config, sequences, split)
+        found, kept = _predict(model, config, sequences, split, processes)
     else:
-        found, kept = _rank(model, config, sequences, split)
+        found, kept = _rank(model, config, sequences, split, processes)
+    if not processes.writes:
+        return
     if protocol["report"] == "last":  # optimistic: the epoch is chosen by the test set
         best = SELECTIONS[task_of(protocol)].best(read_jsonl(run / "history.jsonl"), "test")
         found["test_best"] = {name: best[f"test/{name}"] for name in found["test"]} | {"epoch": best["epoch"]}
@@ -104,7 +122,7 @@ def evaluate(run: Path, sequences: Sequences, data_sha256: str, precision: str |
 
 
 def _rank(
-    model: torch.nn.Module, config: dict[str, Any], sequences: Sequences, split: Split
+    model: torch.nn.Module, config: dict[str, Any], sequences: Sequences, split: Split, processes: Processes
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What metrics.json says of a retrieval model, and its ranks."""
     if not isinstance(model, Recommender):
@@ -115,7 +133,8 @@ def _rank(
     kept: dict[str, torch.Tensor] = {}
     for name, held_out in split.held_out.items():
         rules = [own, *(variants if name == "test" else [])]
-        first, *others = rank(model, sequences, held_out, rules, training["max_len"], training["batch"], TOP)
+        sizes = training["max_len"], training["batch"], TOP
+        first, *others = rank(model, sequences, held_out, rules, *sizes, processes)
         found[name] = metrics(first.ranks)
         kept |= {name: first.ranks.best.int(), f"{name}_ties": first.ranks.ties.int()}
         kept[f"{name}_users"] = held_out.users.clone()
@@ -130,13 +149,13 @@ def _rank(
 
 @torch.inference_mode()
 def _predict(
-    model: Any, config: dict[str, Any], sequences: Sequences, split: Split
+    model: Any, config: dict[str, Any], sequences: Sequences, split: Split, processes: Processes
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What metrics.json says of a ranking model, and its predictions."""
     found: dict[str, Any] = {}
     kept: dict[str, torch.Tensor] = {}
     for name, held_out in split.held_out.items():
-        predictions = RankingEvaluation(config, sequences, held_out).predictions(model)
+        predictions = RankingEvaluation(config, sequences, held_out, processes).predictions(model)
         require_finite(bool(predictions.logit.isfinite().all()))
         found[name] = named(click_values(predictions, sequences.num_users).tolist())
         kept |= {name: predictions.logit, f"{name}_labels": predictions.label.to(torch.uint8)}

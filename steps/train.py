@@ -6,6 +6,7 @@ A training that was killed resumes from its last saved epoch when the same comma
 weights of an uninterrupted one. Several runs are trained at once on a GPU, on a CPU one after the other; each ends as
 it would alone. All runs are checked before the first begins. A run that fails later does not stop the others. Earlier
 results of a run stay until the new ones are written. If two processes train or evaluate the same run, the second waits.
+Started by torchrun, several processes train one run, each with a part of every batch, as one process would.
 
 With --deterministic, equal runs on one device end with equal bytes. On a CPU they need equal --threads too, as the
 order of the sums in layer norm's gradients depends on the number of threads, which `training.json` names.
@@ -18,7 +19,8 @@ import json
 import os
 import shutil
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from steps.common.config import building, read_config, task_of
 from steps.common.device import device_name, pick_device, pick_precision, use_threads
 from steps.common.files import sha256, write_json, write_text
 from steps.common.locks import locked
+from steps.common.processes import Processes, device_of_process, joined, require_one_run
 from steps.common.provenance import commit, content_sha256, utc_now, versions
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import require_split, split_sequences
@@ -65,12 +68,18 @@ def main(args: argparse.Namespace) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cuda.matmul.allow_tf32 = True  # the parity contract
-    device = pick_device(args.device)
+    device = device_of_process(pick_device(args.device))
+    with joined(device) as processes:
+        _main(args, device, processes)
+
+
+def _main(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     precision, compute_dtype = pick_precision(args.precision, device)
     runs = list({run.resolve(): run for run in args.run}.values())
     for run in runs:
         if not run.is_dir():
             raise StepError(f"{run} does not exist; run plan first, which writes its config.json")
+    require_one_run(processes, len(runs))
     use_threads(args.threads, _readable(runs))
     sequences, data_sha256 = load_sequences(args.data, device)
     about = {
@@ -81,11 +90,18 @@ def main(args: argparse.Namespace) -> None:
         "threads": str(torch.get_num_threads()),
         "versions": versions(),
     }
+    with processes.first_alone(_locked(runs)):
+        jobs = _prepare(runs, sequences, data_sha256, compute_dtype, processes)
+        raise_failures(_train(jobs, about, compute_dtype, processes), len(runs))
+
+
+@contextmanager
+def _locked(runs: list[Path]) -> Iterator[None]:
+    """Hold the locks of all runs."""
     with ExitStack() as held:
         for run in sorted(runs, key=Path.resolve):  # in one order, so that two processes never wait for each other
             held.enter_context(locked(run.resolve()))
-        jobs = _prepare(runs, sequences, data_sha256, compute_dtype)
-        raise_failures(_train(jobs, about, compute_dtype), len(runs))
+        yield
 
 
 def _readable(runs: list[Path]) -> list[dict[str, Any]]:
@@ -120,7 +136,11 @@ class Fitting:
 
 
 def _prepare(
-    runs: list[Path], sequences: Sequences, data_sha256: str, compute_dtype: torch.dtype | None
+    runs: list[Path],
+    sequences: Sequences,
+    data_sha256: str,
+    compute_dtype: torch.dtype | None,
+    processes: Processes,
 ) -> dict[Path, Fitting | Training]:
     """Check every run's config, split and model. Raises StepError that lists the error of every run."""
     jobs: dict[Path, Fitting | Training] = {}
@@ -133,7 +153,9 @@ def _prepare(
                 if is_count_based(config):
                     jobs[run] = Fitting(config, sequences)
                 else:
-                    jobs[run] = Training(config, sequences, data_sha256, run, compute_dtype, title=name)
+                    jobs[run] = Training(
+                        config, sequences, data_sha256, run, compute_dtype, title=name, processes=processes
+                    )
             require_split(sequences, jobs[run].split, config, run)
             tested = jobs[run].split.held_out["test"].users
             if len(tested) < min(_FEW_USERS, _FEW_SHARE * sequences.num_users):
@@ -150,9 +172,12 @@ def _prepare(
 
 
 def _train(
-    jobs: dict[Path, Fitting | Training], about: dict[str, Any], compute_dtype: torch.dtype | None
+    jobs: dict[Path, Fitting | Training],
+    about: dict[str, Any],
+    compute_dtype: torch.dtype | None,
+    processes: Processes,
 ) -> dict[str, Exception]:
-    """Train every run and write its results; returns the errors of those that failed."""
+    """Train every run; of `processes` one writes its results. Returns the errors of those that failed."""
     failures: dict[str, Exception] = {}
     for run, job in jobs.items():
         config = job.config
@@ -161,7 +186,9 @@ def _train(
         if isinstance(job, Fitting):
             try:
                 started = utc_now()
-                _write(run, job, [job.fit()], about | {"started": started})
+                history = [job.fit()]
+                if processes.writes:
+                    _write(run, job, history, about | {"started": started})
             except Exception as error:
                 failures[str(run)] = error
     trainings = {run: job for run, job in jobs.items() if isinstance(job, Training)}
@@ -178,6 +205,8 @@ def _train(
                 how = training.record() | {"runs_at_once": len(runs)}
                 if training.model.encoder.compute_dtype is not compute_dtype:
                     how["precision"] = "tf32"
+                if not processes.writes:
+                    continue
                 _write(run, training, training.history, about | how)
                 written.append(run)
                 if said := doubt(training.config, training.history):

@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # with one of them at the end.
 LONGEST = (
     "test_pipeline.py",
+    "test_distributed.py",
     "test_orchestrators.py",
     "test_train.py",
     "test_attention_triton.py",

@@ -116,6 +116,7 @@ def test_kernels_import_each_other_by_relative_names() -> None:
         ("cpu", "fbgemm-gpu-cpu", ["1.7.0", "1.8.0", "1.9.0"], ["1.8.0"]),
         ("cuda", "torch", ["2.12.1", "2.13.0", "2.14.1", "2.15.0"], ["2.13.0"]),
         ("cuda", "fbgemm-gpu", ["1.7.0", "1.8.0", "1.9.0"], ["1.8.0"]),
+        ("distributed", "torchrec", ["1.6.1", "1.8.0", "1.9.2"], ["1.8.0"]),
         ("reproduce", "numpy", ["1.26.4", "2.4.6", "3.0.0"], ["2.4.6"]),
     ],
 )

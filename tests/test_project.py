@@ -24,9 +24,15 @@ EXPERIMENTS, STUDIES = params.experiments(ROOT / "params"), params.studies(ROOT 
 NOT_CONDA = {
     "pip",
     "fbgemm-gpu",
+    "lightning-utilities",
     "nvidia-ml-py",
+    "pyre-extensions",
+    "pyvers",
     "snakemake-executor-plugin-slurm",
     "snakemake-executor-plugin-slurm-jobstep",
+    "tensordict",
+    "torchmetrics",
+    "torchrec",
 }
 
 

@@ -1,5 +1,6 @@
 """A progress bar where tqdm is installed, nothing where it is not (as on a GPU machine with torch alone)."""
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +12,8 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
         from tqdm import tqdm
     except ImportError:
         return _Silent(iterable)
-    return tqdm(iterable, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True, **options)
+    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"  # of several processes by the first
+    return tqdm(iterable, disable=not shown, leave=False, dynamic_ncols=True, **options)
 
 
 class _Silent:

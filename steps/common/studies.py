@@ -29,6 +29,7 @@ PLUMBING = {
     "datasets",
     "typed",
     "gpu_record",
+    "processes",
 }
 
 

@@ -17,6 +17,19 @@ from steps.data.stochastic_length import Rule, chosen_positions
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which of a batch's tokens these are, where several processes have a part each.
+
+    num_tokens: of the whole batch, with its padding. place: (T,) int64, where each token stands in the whole batch; 0
+    for padding. draws: a generator that is in the same state in all processes.
+    """
+
+    num_tokens: int
+    place: torch.Tensor
+    draws: torch.Generator
+
+
+@dataclass(frozen=True)
 class Batch:
     """Windows of several users, jagged: T tokens in S sequences. Each token predicts the next one of its user.
 
@@ -31,6 +44,8 @@ class Batch:
     sequences, index: (T,) int64, where the tokens' interactions are in `sequences`. Of them ratings and features are
     looked up whenever they are asked for, so that they cost nothing where they are not. next_index: (T,) int64, where
     what they predict is; None: behind each. Whoever predicts may read `sequences` up to a token's `index` alone.
+
+    part: of a batch that several processes share; None: this is the whole.
     """
 
     item: torch.Tensor
@@ -46,6 +61,7 @@ class Batch:
     index: torch.Tensor
     token_mask: torch.Tensor | None = None
     next_index: torch.Tensor | None = None
+    part: Part | None = None
 
     @property
     def last(self) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from kernels.jagged import offsets_from_lengths
 from steps.common.cli import StepError
+from steps.common.processes import ALONE, Processes
 from steps.data.sequences import Batch, Sequences, Size
 from steps.data.split import HeldOut
 from steps.evaluation.clicks import Predictions, click_values, named
@@ -36,10 +37,15 @@ class RankingEvaluation:
     interaction before them: each is predicted in a window of its own, which has none of the others.
     """
 
-    def __init__(self, config: dict[str, Any], sequences: Sequences, held_out: HeldOut) -> None:
-        """Raises StepError if the labels leave nothing to rank, or if there are no ratings."""
+    def __init__(
+        self, config: dict[str, Any], sequences: Sequences, held_out: HeldOut, processes: Processes = ALONE
+    ) -> None:
+        """Raises StepError if the labels leave nothing to rank, or if there are no ratings.
+
+        processes: they take the batches in turn, and each gets all predictions.
+        """
         max_len = config["training"]["max_len"]
-        self.sequences, self.held_out, self.max_len = sequences, held_out, max_len
+        self.sequences, self.held_out, self.max_len, self.processes = sequences, held_out, max_len, processes
         targets = sequences.offsets[held_out.users + 1] - 1 - held_out.num_after
         if sequences.rating is None:
             raise StepError("ranking predicts ratings, and the data set has none: take another data set")
@@ -67,7 +73,8 @@ class RankingEvaluation:
     def predictions(self, model: Predictor) -> Predictions:
         """A logit for every target, in the order of `held_out`."""
         model.eval()
-        found = torch.cat([model.predict(batch) for batch in self._windows()])
+        found = torch.cat(list(self._logits(model)))
+        self.processes.sum_(found)
         return Predictions(self.held_out.users, found[self._index].float(), self._label)
 
     @torch.inference_mode()
@@ -77,10 +84,14 @@ class RankingEvaluation:
         finite = predictions.logit.isfinite().all()
         return torch.cat([finite.double()[None], click_values(predictions, self.sequences.num_users)])
 
-    def _windows(self) -> Iterator[Batch]:
+    def _logits(self, model: Predictor) -> Iterator[torch.Tensor]:
+        """The logits (T,) of every batch; zeros of those that another process takes."""
         for number, (users, num_after, size) in enumerate(self._batches):
+            if number % self.processes.size != self.processes.rank:
+                yield torch.zeros(size.num_tokens, device=users.device)
+                continue
             batch = self.sequences.batch(users, num_after, self.max_len, size)
-            yield batch if self._asked is None else batch.asked(self._asked[number])
+            yield model.predict(batch if self._asked is None else batch.asked(self._asked[number]))
 
     def _require_both_labels(self) -> None:
         users, label = self.held_out.users, self._label

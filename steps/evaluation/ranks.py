@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from steps.common.cli import StepError
+from steps.common.processes import ALONE, Processes
 from steps.common.top import top_items
 from steps.data.sequences import Batch, Sequences, Size
 from steps.data.split import HeldOut
@@ -63,6 +64,7 @@ class Ranker:
     """Ranks the held-out targets of a data set with a model, as often as it is called.
 
     What the host has to know of the data is computed beforehand, so that `rank` does not wait for the device.
+    Several processes take the batches in turn, the same ones as one process, and each gets the ranks of all.
     """
 
     def __init__(
@@ -73,14 +75,18 @@ class Ranker:
         max_len: int,
         batch_size: int,
         top: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes, self.num_targets = processes, len(held_out.users)
         self.sequences, self.rules, self.max_len, self.top = sequences, rules, max_len, top
         if sequences.item.device.type == "cuda":
             batch_size = max(batch_size, min(_USERS_AT_ONCE, _SCORES_AT_ONCE // (sequences.num_items + 1)))
         self._candidates = {rule: candidates(sequences, rule) for rule in {rule.candidates for rule in rules}}
         users, num_after = held_out.users.split(batch_size), held_out.num_after.split(batch_size)
         sizes = _sizes(sequences, held_out, max_len, batch_size)
-        self._batches = list(zip(users, num_after, sizes, strict=True))
+        self._batches = list(zip(users, num_after, sizes, strict=True))[processes.rank :: processes.size]
+        targets = torch.arange(self.num_targets, device=sequences.item.device).split(batch_size)
+        self._own = torch.cat([*targets[processes.rank :: processes.size], targets[0][:0]])
 
     @torch.inference_mode()
     def rank(self, model: Scorer) -> tuple[torch.Tensor, list[Ranking]]:
@@ -112,8 +118,23 @@ class Ranker:
                 best = (1 + (ranked > target_score).sum(1)) * is_ranked
                 ties = ((ranked == target_score).sum(1) - 1) * is_ranked  # the target ties with itself
                 part.append((best, ties, best_items(ranked, self.top)))
+        if self.processes.size > 1:
+            return self._of_all(finite, parts)
         rankings = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
         return finite, [Ranking(Ranks(best, ties), top) for best, ties, top in rankings]
+
+    def _of_all(
+        self, finite: torch.Tensor, parts: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
+    ) -> tuple[torch.Tensor, list[Ranking]]:
+        """What `rank` returns, of the targets of all processes, from this one's batches."""
+        whole = self._own.new_zeros(len(parts), self.num_targets, 2 + self.top)
+        for rows, part in zip(whole, parts, strict=True):
+            own = [torch.cat([best[:, None], ties[:, None], top], dim=1) for best, ties, top in part]
+            rows[self._own] = torch.cat([*own, rows[:0]])
+        wrong = (~finite).long()
+        for tensor in (whole, wrong):
+            self.processes.sum_(tensor)
+        return wrong == 0, [Ranking(Ranks(rows[:, 0], rows[:, 1]), rows[:, 2:]) for rows in whole]
 
 
 def best_items(ranked: torch.Tensor, count: int) -> torch.Tensor:
@@ -134,9 +155,10 @@ def rank(
     max_len: int,
     batch_size: int,
     top: int = 0,
+    processes: Processes = ALONE,
 ) -> list[Ranking]:
     """Rank every held-out target once, as `Ranker.rank` does; raises StepError if a score is not finite."""
-    finite, rankings = Ranker(sequences, held_out, rules, max_len, batch_size, top).rank(model)
+    finite, rankings = Ranker(sequences, held_out, rules, max_len, batch_size, top, processes).rank(model)
     require_finite(bool(finite))
     return rankings
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from steps.common.processes import ALONE, Processes
 from steps.data.sequences import Sequences
 from steps.data.split import HeldOut
 from steps.evaluation.metrics import metric_values, named
@@ -11,11 +12,16 @@ from steps.evaluation.ranks import Ranker, Rules, Scorer, require_finite
 
 
 class RetrievalEvaluation:
-    """Evaluates models on the same held-out targets, as often as it is called, without waiting for the device."""
+    """Evaluates models on the same held-out targets, as often as it is called, without waiting for the device.
 
-    def __init__(self, config: dict[str, Any], sequences: Sequences, held_out: HeldOut) -> None:
-        training = config["training"]
-        self._ranker = Ranker(sequences, held_out, [Rules.of(config)], training["max_len"], training["batch"])
+    Several processes rank a part of the targets each, and all have the metrics.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], sequences: Sequences, held_out: HeldOut, processes: Processes = ALONE
+    ) -> None:
+        training, rules = config["training"], [Rules.of(config)]
+        self._ranker = Ranker(sequences, held_out, rules, training["max_len"], training["batch"], processes=processes)
 
     @torch.inference_mode()
     def __call__(self, model: Scorer) -> torch.Tensor:

@@ -8,11 +8,16 @@ import torch
 from torch import nn
 
 from kernels.rowwise_table import RowwiseTable
+from kernels.rowwise_table.sharded import ShardedRowwiseTable
 from steps.common.typed import Count, EntryError
 from steps.data.sequences import Batch, Sequences
 
 # torch 2.11 prefers cuDNN's attention on Hopper, some of whose kernels round the dropout probability to sixteenths.
 torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+#: What embeddings of items are kept in.
+ItemTable = nn.Embedding | RowwiseTable | ShardedRowwiseTable
 
 
 class Model(nn.Module, ABC):
@@ -101,8 +106,10 @@ class PositionalEncoder(Encoder):
         return self.input_dropout(embeddings * self.dim**0.5 + embedding_lookup(self.position, position))
 
 
-def embedding_lookup(table: nn.Embedding | RowwiseTable, index: torch.Tensor) -> torch.Tensor:
+def embedding_lookup(table: ItemTable, index: torch.Tensor) -> torch.Tensor:
     """Rows (T, d) of an embedding table; of a `RowwiseTable` without gradients."""
+    if isinstance(table, ShardedRowwiseTable):
+        raise TypeError("this process has but a part of the table: take the rows by a call, or the whole table first")
     if isinstance(table, RowwiseTable):
         return table.weight.index_select(0, index).float()
     if table.weight.is_cuda:  # where the gradient of `table(index)` sorts: 0.13 of 2.1 ms of SASRec's step on an H200

@@ -6,10 +6,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from kernels.rowwise_table import RowwiseTable
 from steps.data.fields import FieldSizes
 from steps.data.sequences import Batch
-from steps.models.base import embedding_lookup
+from steps.models.base import ItemTable, embedding_lookup
 
 
 class FeatureEmbeddings(nn.Module):
@@ -43,7 +42,7 @@ class FieldEmbeddings(nn.Module):
         self.user_features = FeatureEmbeddings(sizes.user_features, dim)
         self.item_features = FeatureEmbeddings(sizes.item_features, dim)
 
-    def forward(self, batch: Batch, items: nn.Embedding | RowwiseTable) -> torch.Tensor:
+    def forward(self, batch: Batch, items: ItemTable) -> torch.Tensor:
         """(T, F, d); items: the items' table."""
         place = user_place(batch)
         of_users = [embedding_lookup(self.users, batch.user), *self.user_features(batch.user_features)]

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from kernels.rowwise_table import RowwiseTable
+from kernels.rowwise_table.sharded import ShardedRowwiseTable
 from steps.common.config import TrainingConfig
 from steps.common.typed import Count, EntryError, NotNegative, PairBelow1, Positive, read
 from steps.data.sequences import Batch, Sequences
 from steps.models import Encoder, build_encoder
-from steps.models.base import Model, embedding_lookup
+from steps.models.base import ItemTable, Model, embedding_lookup
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Task(Model, ABC):
     schedules: ClassVar[tuple[str, ...]] = ("windows",)  # what it can be trained on, by default the first
     optimizer: ClassVar[str] = "adamw"  # of steps.training.optimizers
     supports_rowwise_items: ClassVar[bool] = False
+    divisible: bool = False  # whether its loss is a mean over tokens that need their own window alone
     configs: ClassVar[tuple[type[Any], ...]] = (TaskConfig,)  # which entries of `model` it reads
 
     def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:
@@ -65,7 +67,7 @@ class Task(Model, ABC):
         config = read(TaskConfig, settings, "model.", others=True)
         self.num_items, self.dim = num_items, config.dim
         self.optimizer_config, self.items_config = config.optimizer, config.items
-        self.items: nn.Embedding | RowwiseTable
+        self.items: ItemTable
         if config.items and not self.supports_rowwise_items:
             raise EntryError(f"key model.items: model {settings['model']} does not train such embeddings")
         if config.items:
@@ -114,7 +116,7 @@ class Task(Model, ABC):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Within it a backward pass changes no weight and no state, not even a `RowwiseTable`'s."""
-        if isinstance(self.items, nn.Embedding):
+        if not isinstance(self.items, RowwiseTable):
             yield
             return
         self.items.frozen = True
@@ -123,9 +125,38 @@ class Task(Model, ABC):
         finally:
             self.items.frozen = False
 
+    def shard_items(self) -> None:
+        """Leave this process its rows of a `RowwiseTable`, and the others theirs."""
+        if isinstance(self.items, RowwiseTable):
+            self.items = ShardedRowwiseTable(self.items)
+
+    def gather_items(self) -> None:
+        """Give this process the whole table back."""
+        if isinstance(self.items, ShardedRowwiseTable):
+            self.items = self.items.whole()
+
+    def idle_loss(self) -> torch.Tensor:
+        """The loss, 0, of a process without windows in a step, which takes part in the others' lookups."""
+        if isinstance(self.items, ShardedRowwiseTable):
+            none = torch.zeros(0, dtype=torch.int64, device=self.items.weight.device)
+            return self.items(none).sum()
+        return torch.zeros(())
+
+    @contextmanager
+    def whole_items(self) -> Iterator[None]:
+        """Within it this process has the whole table, so that it can score and be saved, but not learn."""
+        if not isinstance(self.items, ShardedRowwiseTable):
+            yield
+            return
+        sharded, self.items = self.items, self.items.whole()
+        try:
+            yield
+        finally:
+            self.items = sharded
+
     def item_bytes(self, optimizer: torch.optim.Optimizer) -> float:
         """Bytes per float of the item table that its weights and their optimiser state take."""
-        if isinstance(self.items, RowwiseTable):
+        if isinstance(self.items, RowwiseTable | ShardedRowwiseTable):
             tensors = [self.items.weight, self.items.sums]
         else:
             tensors = [self.items.weight, *optimizer.state[self.items.weight].values()]

@@ -15,6 +15,7 @@ from kernels.sampled_softmax import sampled_softmax
 from kernels.sampled_softmax.naive import NORM_EPS
 from steps.common.cli import StepError
 from steps.common.typed import Count, EntryError, Positive, Share, read
+from steps.data.sequences import Part
 
 _PADDING = 0
 
@@ -68,14 +69,16 @@ def next_item_loss(
     targets: torch.Tensor,
     token_mask: torch.Tensor | None = None,
     negative_pool: torch.Tensor | None = None,
+    part: Part | None = None,
 ) -> torch.Tensor:
     """The configured loss: `sampled-softmax`, `in-batch-softmax`, `softmax`, `bce` or `gbce`.
 
     negative_pool: (P,), the rows of the table that sampled softmax draws its negatives from; None: all.
+    part: which tokens of a batch that several processes share these are.
     """
     match config.name:
         case "sampled-softmax":
-            negatives = _sample_negatives(len(targets), config.negatives, table, negative_pool)
+            negatives = _sample_negatives(len(targets), config.negatives, table, negative_pool, part)
             return masked_mean(sampled_softmax(states, table, targets, negatives, config.temperature), token_mask)
         case "in-batch-softmax":
             return in_batch_softmax(states, table, targets, config.negatives, config.temperature, token_mask)
@@ -84,10 +87,10 @@ def next_item_loss(
             logits[:, _PADDING] = -torch.inf
             return F.cross_entropy(logits, targets, ignore_index=_PADDING)
         case "bce":
-            negatives = _sample_negatives(len(targets), config.negatives, table)
+            negatives = _sample_negatives(len(targets), config.negatives, table, None, part)
             return binary_cross_entropy(*_logits(config, states, table, targets, negatives), token_mask=token_mask)
         case "gbce":
-            negatives = _sample_negatives(len(targets), config.negatives, table)
+            negatives = _sample_negatives(len(targets), config.negatives, table, None, part)
             power = gbce_power(config.negatives, len(table) - 1, config.calibration)
             return binary_cross_entropy(*_logits(config, states, table, targets, negatives), power, token_mask)
         case name:
@@ -155,12 +158,23 @@ def gbce_power(negatives: int, items: int, calibration: float) -> float:
 
 
 def _sample_negatives(
-    tokens: int, count: int, table: torch.Tensor, negative_pool: torch.Tensor | None = None
+    tokens: int,
+    count: int,
+    table: torch.Tensor,
+    negative_pool: torch.Tensor | None = None,
+    part: Part | None = None,
 ) -> torch.Tensor:
-    """Negatives (tokens, count), drawn uniformly with replacement from `negative_pool`, or from all items."""
-    if negative_pool is not None:
-        return negative_pool[torch.randint(0, len(negative_pool), (tokens, count), device=table.device)]
-    return torch.randint(1, len(table), (tokens, count), device=table.device)
+    """Negatives (tokens, count), drawn uniformly with replacement from `negative_pool`, or from all items.
+
+    Of a part of a batch: drawn for the whole batch, so that a token has the negatives that one process gives it.
+    """
+    low, high = (1, len(table)) if negative_pool is None else (0, len(negative_pool))
+    if part is None:
+        drawn = torch.randint(low, high, (tokens, count), device=table.device)
+    else:
+        whole = torch.randint(low, high, (part.num_tokens, count), device=table.device, generator=part.draws)
+        drawn = whole[part.place]
+    return drawn if negative_pool is None else negative_pool[drawn]
 
 
 def _sample_indices(targets: torch.Tensor, count: int, token_mask: torch.Tensor | None) -> torch.Tensor:

@@ -56,6 +56,7 @@ class RankingTask(Task):
     """Says of each token how likely the next interaction's rating is to reach each level."""
 
     schedules = ("windows", "one-pass")
+    divisible = True
 
     def __init__(
         self, settings: dict[str, Any], training: TrainingConfig, num_items: int, protocol: dict[str, Any]

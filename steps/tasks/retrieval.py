@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.rowwise_table import unique
+from kernels.rowwise_table import RowwiseTable, unique
 from steps.common.config import TrainingConfig
 from steps.common.typed import EntryError
 from steps.data.sequences import Batch
@@ -24,6 +24,7 @@ class Retrieval(Task, Recommender):
     def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:
         super().__init__(settings, training, num_items)
         self.loss_config = read_loss(settings, training.negatives)
+        self.divisible = self.loss_config.name != "in-batch-softmax"  # whose negatives are the whole batch's
         if self.items_config and self.loss_config.name != "sampled-softmax":
             raise EntryError(f"key model.items: loss {self.loss_config.name} needs all embeddings; use sampled-softmax")
 
@@ -31,18 +32,23 @@ class Retrieval(Task, Recommender):
         """The mean loss over all tokens."""
         if isinstance(self.items, nn.Embedding):
             states, table = self.encode(batch), self.items.weight
-            return next_item_loss(self.loss_config, states, table, batch.next_item, batch.token_mask)
+            return next_item_loss(self.loss_config, states, table, batch.next_item, batch.token_mask, part=batch.part)
         return self._rowwise_loss(batch)
 
     def _rowwise_loss(self, batch: Batch) -> torch.Tensor:
         """The same of a `RowwiseTable`, of which a step reads each row once."""
         pool_size = self.items_config.negative_pool if self.items_config else 0
-        pool = torch.randint(1, self.num_items + 1, (pool_size,), device=batch.item.device)
-        unique_items, inverse = unique(torch.cat([batch.item, batch.next_item, pool]))
+        draws = batch.part.draws if batch.part else None
+        pool = torch.randint(1, self.num_items + 1, (pool_size,), device=batch.item.device, generator=draws)
+        index = torch.cat([batch.item, batch.next_item, pool])
+        if isinstance(self.items, RowwiseTable):
+            unique_items, inverse = unique(index)
+        else:  # no zeros behind them, which would all be sent to one process
+            unique_items, inverse = torch.unique(index, return_inverse=True)
         table = self.items(unique_items)
         item, next_item, pool = inverse.split([len(batch.item), len(batch.next_item), len(pool)])
         states = self.encoder(table.index_select(0, item), batch)
-        return next_item_loss(self.loss_config, states, table, next_item, batch.token_mask, pool)
+        return next_item_loss(self.loss_config, states, table, next_item, batch.token_mask, pool, batch.part)
 
     def score(self, batch: Batch) -> torch.Tensor:
         """Similarity of the last hidden state and every item embedding."""

@@ -17,6 +17,7 @@ import torch
 from steps.common.cli import StepError
 from steps.common.config import TrainingConfig, task_of
 from steps.common.device import resident_peak_bytes
+from steps.common.processes import ALONE, Processes
 from steps.common.progress import progress
 from steps.common.provenance import commit, content_sha256, utc_now
 from steps.common.typed import read
@@ -26,6 +27,7 @@ from steps.data.split import split_sequences
 from steps.evaluation.names import SELECTIONS, SHOWN
 from steps.tasks import EVALUATIONS, Task, build
 from steps.training.checkpoint import StateError, StateWriter, load_state, read_state
+from steps.training.distributed import PartOfWindows, SharedExecution, require_divisible
 from steps.training.execution import Execution, Mode
 from steps.training.optimizers import make_optimizer
 from steps.training.schedule import make_schedule
@@ -44,7 +46,7 @@ class Training:
     """One run in training. `history` has a dict per finished epoch.
 
     compute_dtype: the type of the matrix products; None: the weights' own. mode: how steps run; None: eager on a CPU,
-    on CUDA as graphs, and compiled too in a long training.
+    on CUDA as graphs, and compiled too in a long training. processes: those that train it together, always eagerly.
     """
 
     def __init__(
@@ -56,37 +58,49 @@ class Training:
         compute_dtype: torch.dtype | None = None,
         mode: Mode | None = None,
         title: str = "",
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.sequences = config, sequences
         self.settings = read(TrainingConfig, config["training"], "training.")
         self.device = sequences.item.device
-        self.title = title
+        self.title, self.processes = title, processes
         self.split = split_sequences(sequences, config["protocol"])
         self.stream = RunStream(self.device)
         with self.stream.active():
             self._options = compute_dtype, mode
             self._build()
             self._resume(run / "resume" / "state.safetensors", data_sha256)
+            self.processes.require_equal(self.done, "the epoch that training goes on from")
 
     def _build(self) -> None:
         """Make the untrained model, its optimiser, its schedule and execution, and its validation."""
         compute_dtype, mode = self._options
         torch.manual_seed(self.config["seed"] * SEED_STRIDE)
-        model = build(self.config, self.sequences.num_items, FieldSizes.of(self.sequences)).to(self.device)
+        model = build(self.config, self.sequences.num_items, FieldSizes.of(self.sequences))
         if not isinstance(model, Task):
             raise TypeError(f"{type(model).__name__} is fitted, not trained")
-        self.model = model
+        if self.processes.size > 1:
+            model.shard_items()
+        self.model = model.to(self.device)
         model.encoder.compute_dtype = compute_dtype if model.encoder.supports_low_precision else None
         model.prepare(self.sequences, self.split.num_held_out)
         self.optimizer = make_optimizer(model)
         self.schedule = make_schedule(model.schedules, self.settings, self.sequences, self.split.num_held_out)
-        self.execution = Execution(model, self.optimizer, self.schedule, self.stream, mode or self._best_mode())
+        self.execution = self._execution(mode)
         part = self.split.eval_part
         evaluate = EVALUATIONS[task_of(self.config["protocol"])]
-        evaluation = evaluate(self.config, self.sequences, self.split.held_out[part])
+        evaluation = evaluate(self.config, self.sequences, self.split.held_out[part], self.processes)
         self._validation = Validation(model, evaluation, part)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, torch.Tensor] = {}
+
+    def _execution(self, mode: Mode | None) -> Execution:
+        """How steps run; of several processes each takes its part of the schedule."""
+        if self.processes.size == 1:
+            return Execution(self.model, self.optimizer, self.schedule, self.stream, mode or self._best_mode())
+        whole = require_divisible(self.model, self.schedule)
+        self.schedule = part = PartOfWindows(whole, self.processes)
+        return SharedExecution(self.model, self.optimizer, part, self.stream, self.processes)
 
     def _best_mode(self) -> Mode:
         """The fastest mode. Not `compiled` in deterministic mode: such code depends on the sizes it sees first."""
@@ -164,19 +178,26 @@ class Training:
             }
             if self.device.type == "cuda":  # of all runs that share the device
                 line["train/peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
-            with self._uncompiled():
-                line |= self._validation(self.stream if self.execution.capture else None)
-            self.history.append(line)
-            print(self.title + summary(line, epochs, task_of(self.config["protocol"])), flush=True)
-            if self.config["protocol"]["report"] == "best" and line == _best(self.config, self.history):
-                self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-            state: dict[str, Any] = {"identity": self._identity, "history": self.history}
-            state |= {"commits": self.commits, "threads": self.threads, "started": self.started}
-            self._states.save(self.model, self.optimizer, self.best, state, self.finished)
+            with self.model.whole_items():
+                self._end_epoch(line)
+        self.model.gather_items()
         if self.best:
             self.model.load_state_dict(self.best)
         self._states.finish()
         self.stream.wait()
+
+    def _end_epoch(self, line: dict[str, Any]) -> None:
+        """Evaluate the model after the epoch of `line`, and save the state."""
+        with self._uncompiled():
+            line |= self._validation(self.stream if self.execution.capture else None)
+        self.history.append(line)
+        print(self.title + summary(line, self.settings.epochs, task_of(self.config["protocol"])), flush=True)
+        if self.config["protocol"]["report"] == "best" and line == _best(self.config, self.history):
+            self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        state: dict[str, Any] = {"identity": self._identity, "history": self.history}
+        state |= {"commits": self.commits, "threads": self.threads, "started": self.started}
+        if self.processes.writes:
+            self._states.save(self.model, self.optimizer, self.best, state, self.finished)
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
         """Within it blocks run uncompiled, as an evaluation needs: they are compiled for training."""
@@ -211,6 +232,7 @@ class Training:
             "threads": "+".join(map(str, self.threads)),
             "stopped_early": self.done if self.done < self.settings.epochs else None,
             "started": self.started,
+            **({"processes": self.processes.size} if self.processes.size > 1 else {}),
         }
 
 

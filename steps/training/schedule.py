@@ -96,7 +96,6 @@ class Windows(Schedule):
         return -(-len(self.lengths) // self.config.batch)
 
     def steps(self, order: torch.Tensor) -> list[Step]:
-        num_padding = -(-self.bucket // self.config.max_len)
         found = []
         windows, read = self.windows[:, order.to(self.windows.device)], self.lengths[order]
         sampled = self.config.stochastic_length
@@ -105,9 +104,7 @@ class Windows(Schedule):
             windows = torch.cat([windows, read.to(windows.device)[None]])
         batches = windows.split(self.config.batch, dim=1), read.split(self.config.batch)
         for inputs, lengths in zip(*batches, strict=True):
-            tokens = -(-int(lengths.sum()) // self.bucket) * self.bucket
-            shape = StaticShape(len(lengths), tokens, len(lengths) + num_padding, self.config.max_len)
-            found.append(Step(shape, inputs))
+            found.append(Step(static_shape(lengths, self.bucket, self.config.max_len), inputs))
         return found
 
     def batch(self, shape: StaticShape, inputs: torch.Tensor) -> Any:
@@ -195,6 +192,12 @@ def make_schedule(
     if config.stochastic_length and name == "sessions":
         raise EntryError("key training.stochastic_length: does not fit: event by event, windows are read whole")
     return _SCHEDULES[name](sequences, num_held_out, config)
+
+
+def static_shape(lengths: torch.Tensor, bucket: int, max_len: int) -> StaticShape:
+    """The shape of a batch of windows of `lengths` (B,), padded to a multiple of `bucket` tokens."""
+    tokens = -(-int(lengths.sum()) // bucket) * bucket
+    return StaticShape(len(lengths), tokens, len(lengths) + -(-bucket // max_len), max_len)
 
 
 def bucket_size(batch_size: int, max_len: int, lengths: torch.Tensor) -> int:

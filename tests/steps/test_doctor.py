@@ -43,6 +43,21 @@ def test_a_wrong_version_is_named_with_its_remedy(
     assert [problem for problem in doctor.check_versions() if problem.startswith(said)]
 
 
+def test_torchrec_is_the_one_pinned_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torchrec": "1.6.1"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    (problem,) = doctor.check_torchrec()
+    assert problem.startswith("torchrec 1.6.1 does not fit fbgemm-gpu")
+    assert "; install torchrec==1.8.0 as docs/distributed.md says" in problem
+    versions["torchrec"] = "1.8.0"
+    (tmp_path / "torchrec.py").write_text("raise ImportError('cannot import name x')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (problem,) = doctor.check_torchrec()
+    assert problem.startswith("torchrec 1.8.0 does not load (ImportError: cannot import name x); install")
+    versions.clear()
+    assert doctor.check_torchrec() == []
+
+
 def test_an_operation_that_computes_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fbgemm, "to_jagged", lambda padded, offsets: padded[0] * 0)
     problems = doctor.check_operations()

@@ -1,0 +1,64 @@
+"""A sharded table of one process, against a table that is not sharded. Of several: tests/steps/test_distributed.py."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kernels.rowwise_table import RowwiseTable, torchrec
+from kernels.rowwise_table.sharded import ShardedRowwiseTable
+
+ROWS, DIM, LR = 40, 8, 0.05
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def whole(dtype: torch.dtype) -> RowwiseTable:
+    table = RowwiseTable(ROWS, DIM, LR, dtype)
+    torch.manual_seed(0)
+    table.weight.copy_(0.1 * torch.randn(ROWS, DIM))
+    table.sums.copy_(torch.rand(ROWS))
+    return table
+
+
+@pytest.mark.parametrize("by", ["torch", "torchrec"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-4)])
+def test_it_learns_as_the_whole_table(
+    by: str, dtype: torch.dtype, tolerance: float, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by == "torch":
+        monkeypatch.setattr(torchrec, "fits", lambda weight, rows: False)
+    elif not torchrec.available():
+        pytest.skip("TorchRec is not installed")
+    one = whole(dtype)
+    sharded = ShardedRowwiseTable(one)
+    for rows in ([3, 7, 39, 0, 0], [], [7, 1, 0, 38, 39]):
+        gradient = torch.randn(len(rows), DIM)
+        found = [table(torch.tensor(rows, dtype=torch.int64)) for table in (one, sharded)]
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=tolerance)
+        assert found[1].dtype == torch.float32
+        for vectors in found:
+            vectors.backward(gradient)
+    gathered = sharded.whole()
+    assert gathered.weight.dtype == dtype
+    torch.testing.assert_close(gathered.weight, one.weight, rtol=0, atol=tolerance)
+    torch.testing.assert_close(gathered.sums, one.sums, rtol=1e-6, atol=1e-9)
+
+
+def test_it_takes_its_rows_of_a_whole_state(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = whole(torch.float32)
+    other.weight += 1
+    for rank, rows in ((0, slice(0, 14)), (2, slice(28, 40))):  # 40 rows on three processes: 14, 14 and 12
+        monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        sharded = ShardedRowwiseTable(whole(torch.float32))
+        assert torch.equal(sharded.weight, whole(torch.float32).weight[rows])
+        sharded.load_state_dict(other.state_dict())
+        assert torch.equal(sharded.weight, other.weight[rows])
+        assert torch.equal(sharded.sums, other.sums[rows])
