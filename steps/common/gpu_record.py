@@ -14,7 +14,13 @@ from steps.common.files import read_json
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = "reports/tests/gpu.json"
 #: What is tested on a GPU.
-TESTED = ("tests/kernels", "tests/steps/test_training.py", "tests/steps/test_history_cache.py")
+TESTED = (
+    "tests/kernels",
+    "tests/steps/test_training.py",
+    "tests/steps/test_history_cache.py",
+    "tests/steps/test_ranking.py",
+    "tests/steps/test_rankers.py",
+)
 #: Folders whose content a report names. It is older than the kernels where the first has another content since.
 HASHED = ("kernels", "steps/models", "steps/tasks", "steps/training", "tests/kernels")
 COMMAND = f"pytest -o addopts= --gpu-report {REPORT} {' '.join(TESTED)}"
