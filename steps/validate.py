@@ -18,11 +18,11 @@ from steps.common.files import atomic_path, read_json, reading, sha256, write_js
 from steps.common.params import entry
 from steps.common.provenance import require_files
 from steps.data import filters
-from steps.data.blocks import feature_columns, named_columns, wanted_columns
+from steps.data.blocks import feature_columns, named_columns, paths, wanted_columns
 from steps.data.log import Store, repeats
 from steps.data.readers import read_blocks, read_table
 from steps.data.schemas import EXAMPLES, Report, features_schema, interactions_schema, shown, ticks_of
-from steps.data.values import TICKS, typed
+from steps.data.values import TICKS, rating_of, typed
 
 _ENTITIES = {"users": "user", "items": "item"}  # the tables beside the interactions, and the column of their ids
 _LOG = ("row", "user", "item", "rating", "timestamp")
@@ -33,14 +33,16 @@ _YEAR_S = 366 * 86400
 def write_valid(raw: Path, dataset: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Write `interactions.parquet`, `items.parquet`, and `users.parquet` if there is a users file, into `folder`.
 
-    Interactions are in the file's order: row, user, item, timestamp (Int64, in ticks; 0 where the file has none), and
-    rating (Float32) if the file has them. Without an items file the catalogue is the items that have interactions,
-    and titles are empty. dataset: an entry of params/datasets.yaml.
+    Interactions are in the order of the file, or files: row (of a later file counted on from the one before), user,
+    item, timestamp (Int64, in ticks; 0 where the file has none), and rating (Float32) if the file has them, or levels.
+    Without an items file the catalogue is the items that have interactions, and titles are empty. dataset: an entry of
+    params/datasets.yaml.
 
     Returns what validation.json tells of them. Raises StepError that lists every failed check.
     """
     files, checks = dataset["files"], dataset["checks"]
     table, rules = files["interactions"], dataset.get("filters", [])
+    logs = ", ".join(str(raw / path) for path in paths(table))
     report = Report()
     problems: list[str] = []
     tables = {
@@ -55,16 +57,16 @@ def write_valid(raw: Path, dataset: Mapping[str, Any], folder: Path) -> dict[str
     counted = {"raw_rows": filters.size(counts)["rows"]}
     # Else what is wrong with counts is reported too.
     if (rules or not counted["raw_rows"]) and (problems or report.problems()):
-        raise _refused(problems, report, raw / table["path"])
+        raise _refused(problems, report, logs)
     log, counts, items, dropped = filters.apply(log, [_in_ticks(rule, table) for rule in rules], counts, store)
     items = tables.get("items", items)
     counted |= filters.size(counts) | {"catalogue": len(items)}
     if not counted["rows"]:
-        raise StepError(f"{raw / table['path']}: filters leave none of {counted['raw_rows']} rows. Nothing was written")
+        raise StepError(f"{logs}: filters leave none of {counted['raw_rows']} rows. Nothing was written")
     counted["repeats"] = _check_counts(log, counts, checks, report)
     problems += _unexpected(checks.get("expected", {}), counted)
     if problems or report.problems():
-        raise _refused(problems, report, raw / table["path"])
+        raise _refused(problems, report, logs)
     store.path.rename(folder / "interactions.parquet")
     _write_entities(items, tables.get("users"), declared_features(files), folder)
     return {
@@ -74,7 +76,7 @@ def write_valid(raw: Path, dataset: Mapping[str, Any], folder: Path) -> dict[str
         "filters": [{**kept, "rule": rule} for kept, rule in zip(dropped, rules, strict=True)],
         "ticks_per_second": TICKS[table.get("time", "s")],
         "has_times": "timestamp" in named_columns(table),
-        "checks": [check.as_json for check in report.checks.values()],
+        "checks": report.as_json,
         "features": declared_features(files),
     }
 
@@ -94,15 +96,15 @@ def check_raw(raw: Path, files: Mapping[str, Any]) -> dict[str, str]:
         hashes: dict[str, str] = {**read_json(manifest, remedy="run download")["files"]}
     remedy = "delete the folder to fetch it again, or give edited data an entry of its own in params/datasets.yaml"
     require_files(raw, hashes, manifest, remedy)
-    paths = [table["path"] for table in files.values()]
-    for path in paths:
+    read = [path for table in files.values() for path in paths(table)]
+    for path in read:
         if path not in hashes:
             known = ", ".join(sorted(hashes)[:EXAMPLES])
             raise StepError(
                 f"{raw / path} is no file of the download ({manifest} has {known}); params/datasets.yaml names it; "
                 "correct that"
             )
-    return {path: hashes[path] for path in paths}
+    return {path: hashes[path] for path in read}
 
 
 def _entities(raw: Path, table: Mapping[str, Any], key: str, report: Report, problems: list[str]) -> pl.DataFrame:
@@ -128,27 +130,36 @@ def _entities(raw: Path, table: Mapping[str, Any], key: str, report: Report, pro
 def _log(
     raw: Path, table: Mapping[str, Any], checks: Mapping[str, Any], report: Report, problems: list[str], store: Store
 ) -> pl.LazyFrame:
-    """All interactions of the file, typed and checked row by row, on disk."""
-    writer, malformed = store.writer(), []
-    columns = wanted_columns(table)
+    """All interactions of the files, typed and checked row by row, on disk."""
+    writer = store.writer()
+    columns, levels = wanted_columns(table), table.get("levels", [])
     schema = interactions_schema(checks, table, columns)
     earliest, latest = sys.maxsize, -sys.maxsize
-    for block, frame in read_blocks(raw, table, lambda block: (block, typed(block.frame, table))):
-        malformed += block.malformed
-        report.validate(frame, schema, block.frame)
-        if "rating" in columns and checks.get("missing_ratings"):
-            _check_missing_are_empty(frame, block.frame, report.check("rating", "a number, or empty"))
-        if "timestamp" in columns:
-            earliest = min(earliest, frame["timestamp"].min() or 0)  # type: ignore[assignment]
-            latest = max(latest, frame["timestamp"].max() or 0)  # type: ignore[assignment]
-        else:
-            frame = frame.with_columns(timestamp=pl.lit(0, pl.Int64))
-        if "rating" in columns:
-            frame = frame.with_columns(pl.col("rating").cast(pl.Float32))
-        writer.write(
-            frame.select(name for name in ("row", "user", "item", "rating", "timestamp") if name in frame.columns)
-        )
-    _add_malformed(malformed, raw, table, problems)
+    last_row = 0
+    for file in [{**table, "path": path} for path in paths(table)]:
+        malformed, rows_before = [], last_row
+        where = "" if len(paths(table)) == 1 else str(raw / file["path"])
+        for block, frame in read_blocks(raw, file, lambda block: (block, typed(block.frame, table))):
+            malformed += block.malformed
+            report.validate(frame, schema, block.frame, where)
+            if "rating" in columns and checks.get("missing_ratings"):
+                _check_missing_are_empty(frame, block.frame, report.check("rating", "a number, or empty", where))
+            if "timestamp" in columns:
+                earliest = min(earliest, frame["timestamp"].min() or 0)  # type: ignore[assignment]
+                latest = max(latest, frame["timestamp"].max() or 0)  # type: ignore[assignment]
+            else:
+                frame = frame.with_columns(timestamp=pl.lit(0, pl.Int64))
+            if levels:
+                frame = frame.with_columns(rating_of(levels))
+            if "rating" in frame.columns:
+                frame = frame.with_columns(pl.col("rating").cast(pl.Float32))
+            if rows_before:
+                frame = frame.with_columns(pl.col("row") + rows_before)
+            last_row = max(last_row, frame["row"].max() or 0)  # type: ignore[assignment]
+            writer.write(
+                frame.select(name for name in ("row", "user", "item", "rating", "timestamp") if name in frame.columns)
+            )
+        _add_malformed(malformed, raw, file, problems)
     if "timestamp" in columns and "time" not in checks and not report.problems():
         _doubt_times(earliest, latest, table)
     return store.opened(writer)
@@ -159,7 +170,7 @@ def _doubt_times(earliest: int, latest: int, table: Mapping[str, Any]) -> None:
     ticks = TICKS[table.get("time", "s")]
     if 0 <= earliest <= latest < _YEAR_S * ticks and ticks > 1:
         print(
-            f"validate: {table['path']}: all times are in 1970, as `time: {table['time']}` reads them; "
+            f"validate: {', '.join(paths(table))}: all times are in 1970, as `time: {table['time']}` reads them; "
             "set `time: s` if they are seconds",
             file=sys.stderr,
         )
@@ -231,12 +242,12 @@ def _unexpected(expected: Mapping[str, int], counted: Mapping[str, int]) -> list
     return [f"the data are not the published ones: {', '.join(wrong)}"] if wrong else []
 
 
-def _refused(problems: list[str], report: Report, log: Path) -> StepError:
-    """All that is wrong, in one line. log: the file of what is wrong with no other."""
+def _refused(problems: list[str], report: Report, log: str) -> StepError:
+    """All that is wrong, in one line. log: the file, or files, of what is wrong with no other."""
     groups: dict[str, list[str]] = {}
     for check in report.checks.values():
         if check.failures:
-            groups.setdefault(check.path or str(log), []).append(str(check))
+            groups.setdefault(check.path or log, []).append(str(check))
     found = [*problems, *(f"{path}: {'; '.join(sentences)}" for path, sentences in groups.items())]
     return StepError(f"{'; '.join(found)}. Nothing was written; correct the file, or its entry in params/")
 

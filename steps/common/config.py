@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from steps.common.cli import StepError
 from steps.common.files import read_json
-from steps.common.typed import Below1, BelowHalf, Count, EntryError, Positive, Seed, Sha256, Text, To2, read
+from steps.common.typed import Below1, BelowHalf, Count, EntryError, Positive, Rising, Seed, Sha256, Text, To2, read
 
 _REMEDY = "run plan again"
 #: Models that count instead of learning, by task: equal whatever the seed.
@@ -58,7 +58,7 @@ class _TemporalProtocol(_Protocol):
     valid_share: BelowHalf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _RankingProtocol:
     name: Text
     task: Literal["ranking"]
@@ -67,9 +67,10 @@ class _RankingProtocol:
     test_share: BelowHalf  # of all rows, or of the users
     valid_share: BelowHalf
     positive: Positive  # the least rating that counts as engagement
+    levels: Rising | None = None  # of ratings, in place of the row's own
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _ProtocolOfUsers(_RankingProtocol):
     targets: Count  # of each held-out user the last so many interactions
 

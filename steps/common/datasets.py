@@ -14,6 +14,7 @@ STATED = ("licence", "citation", "url", "version", "published")
 TOLD = ("title", "source", *STATED)
 _PACKED = (".gz", ".zst")
 _MEANT = ("user", "item", "rating", "timestamp")
+_OWN = ("row", *_MEANT, "title")  # which no level is called
 #: Keys of `checks` and `filters`, and the columns that they are about.
 _ABOUT = {
     "rating": "rating",
@@ -60,10 +61,12 @@ def _check_pattern(where: str, pattern: str) -> None:
 def _check_about(where: str, entry: Mapping[str, Any]) -> None:
     """The interactions have the columns that checks and filters are about, and times or the file's order."""
     table = entry["files"]["interactions"]
+    _check_levels(where, table)
     rules = [(f"checks.{key}", _ABOUT[key]) for key in entry["checks"] if key in _ABOUT]
+    made = ["rating"] if "levels" in table else []
     for place, rule in enumerate(entry.get("filters", [])):
         about = [*rule.get("first_of", []), *(_ABOUT[key] for key in rule if key in _ABOUT)]
-        rules += [(f"filters.{place}", column) for column in about]
+        rules += [(f"filters.{place}", column) for column in about if column not in made]
     for rule, column in rules:
         if column not in table["columns"]:
             raise StepError(f"{where}.columns: lacks {column!r}, which {rule} is about")
@@ -76,6 +79,15 @@ def _check_about(where: str, entry: Mapping[str, Any]) -> None:
         )
     if not timed and entry["ties"] != "file-order":
         raise StepError(f"{where}.time: is none, so that there is no other order than `ties: file-order`")
+
+
+def _check_levels(where: str, table: Mapping[str, Any]) -> None:
+    """Levels are columns, and all that ratings are made of."""
+    for name in table.get("levels", []):
+        if name not in table["columns"] or name in _OWN:
+            raise StepError(f"{where}.levels: {name!r} is none of `columns` that has no other meaning; name such a one")
+    if "levels" in table and "rating" in table["columns"]:
+        raise StepError(f"{where}.levels: are what ratings are made of, where `columns` has rating; take one of both")
 
 
 def _check_bounds(where: str, low: float | str, high: float | str) -> None:
@@ -93,9 +105,10 @@ def _number(bound: float | str) -> float:
 
 
 def _check_table(where: str, table: Mapping[str, Any]) -> None:
-    if str(table["path"]).endswith(_PACKED):
-        unpacked = str(table["path"]).rpartition(".")[0]
-        raise StepError(f"{where}.path: download unpacks the file; name what it holds, {unpacked}")
+    for path in [table["path"]] if isinstance(table["path"], str) else table["path"]:
+        if path.endswith(_PACKED):
+            unpacked = path.rpartition(".")[0]
+            raise StepError(f"{where}.path: download unpacks the file; name what it holds, {unpacked}")
     columns, text = table["columns"], table.get("format", "text") == "text"
     for ours, there in columns.items() if isinstance(columns, Mapping) else []:
         if isinstance(there, int) and not text:

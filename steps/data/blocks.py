@@ -32,10 +32,16 @@ def named_columns(table: Mapping[str, Any]) -> dict[str, str | int | None]:
     return dict(columns) if isinstance(columns, dict) else dict.fromkeys(columns)
 
 
+def paths(table: Mapping[str, Any]) -> list[str]:
+    """The files of a table, in the order of their rows."""
+    return [table["path"]] if isinstance(table["path"], str) else [*table["path"]]
+
+
 def wanted_columns(table: Mapping[str, Any]) -> list[str]:
-    """The columns of a table that are read: those with a meaning of their own, and what its features are made of."""
+    """The columns of a table that are read: those with a meaning of their own, and what its ratings and features are
+    made of."""
     sources = feature_columns(table.get("features", {})).values()
-    return [name for name in named_columns(table) if name in (*COLUMNS, *sources)]
+    return [name for name in named_columns(table) if name in (*COLUMNS, *table.get("levels", []), *sources)]
 
 
 def feature_columns(features: Mapping[str, Any]) -> dict[str, str]:

@@ -36,10 +36,6 @@ class Check:
         self.failures += failures
         self.examples = [*self.examples, *examples][:EXAMPLES]
 
-    @property
-    def as_json(self) -> dict[str, Any]:
-        return {"column": self.column, "check": self.check, "failures": self.failures}
-
     def __str__(self) -> str:
         examples = ", ".join(f"row {row}: {text}" for row, text in self.examples)
         more = ", ..." if self.failures > len(self.examples) else ""
@@ -75,6 +71,15 @@ class Report:
         if failures is not None and known < len(failures):
             raise StepError(f"unexpected schema failure: {failures.to_dicts()[0]}")
 
+    @property
+    def as_json(self) -> list[dict[str, Any]]:
+        """Every check once, whichever files it was made of."""
+        failures: dict[tuple[str, str], int] = {}
+        for check in self.checks.values():
+            key = (check.column, check.check)
+            failures[key] = failures.get(key, 0) + check.failures
+        return [{"column": column, "check": check, "failures": number} for (column, check), number in failures.items()]
+
     def problems(self) -> list[str]:
         """A sentence for each check that failed."""
         return [str(check) for check in self.checks.values() if check.failures]
@@ -100,6 +105,9 @@ def interactions_schema(checks: Mapping[str, Any], table: Mapping[str, Any], col
             rating.append(_multiple_of(checks["rating_step"]))
         missing = checks.get("missing_ratings", False)
         schema["rating"] = pa.Column(pl.Float64, nullable=missing, checks=rating, description="a number")
+    for name in table.get("levels", []):
+        either = pa.Check.isin([0.0, 1.0], error="0 or 1")
+        schema[name] = pa.Column(pl.Float64, nullable=False, checks=either, description="0 or 1")
     return pa.DataFrameSchema(schema)
 
 

@@ -8,6 +8,7 @@ import lzma
 import os
 import shutil
 import stat
+import tarfile
 import zipfile
 import zlib
 from collections import Counter
@@ -70,8 +71,8 @@ def fetch(source: dict[str, Any], partial: Path) -> tuple[Path, str]:
 
 
 def unpack(packed: Path, name: str, folder: Path) -> None:
-    """Put what the file `packed`, called `name`, holds into `folder`: a zip's members, what a .gz or .zst file holds
-    under its name without that ending, or the file itself.
+    """Put what the file `packed`, called `name`, holds into `folder`: the members of a .zip or .tar.gz, what another
+    .gz or a .zst file holds under its name without that ending, or the file itself.
 
     Raises StepError if it is damaged, or would grow beyond what data do: a hundredfold, and 1 GiB.
     """
@@ -79,6 +80,9 @@ def unpack(packed: Path, name: str, folder: Path) -> None:
     limit = max(_SMALL, _LARGEST_RATIO * packed.stat().st_size)
     if name.endswith(".zip"):
         _extract(packed, name, folder, limit)
+        return
+    if name.endswith(".tar.gz"):
+        _extract_tar(packed, name, folder, limit)
         return
     target = folder / name.removesuffix(".gz").removesuffix(".zst")
     if target.exists():
@@ -144,10 +148,43 @@ def _extract(archive: Path, called: str, folder: Path, limit: int) -> None:
         raise StepError(f"{called} is damaged or not a zip archive: {error}. Fetch it again") from error
 
 
-def _check_member(called: str, member: zipfile.ZipInfo, names: Counter[str]) -> None:
-    name = PurePosixPath(member.filename.replace("\\", "/"))
+def _extract_tar(archive: Path, called: str, folder: Path, limit: int) -> None:
+    """Unpack a tar file that gzip packed, in one pass: it may be large. Each member is checked before it is written."""
+    num_files = 0
+    try:
+        with archive.open("rb") as packed, gzip.GzipFile(fileobj=packed) as content:
+            with tarfile.open(fileobj=content, mode="r|") as file:
+                for member in file:
+                    if member.isdir():
+                        continue
+                    _check_name(called, member.name)
+                    if not member.isreg():
+                        raise StepError(f"{called}: member {member.name!r} is a link or no file; not unpacked")
+                    target = folder / member.name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with target.open("xb") as output:
+                        limit -= _copy_within(file.extractfile(member), output, limit, called)
+                    num_files += 1
+            while content.read(_CHUNK):  # to the end, where the checksum of all stands
+                pass
+    except FileExistsError as error:
+        raise StepError(f"{called}: {error.filename} is there twice; not unpacked") from error
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk
+            raise
+        raise StepError(f"{called} is damaged or not a tar archive in gzip: {error}. Fetch it again") from error
+    if not num_files:
+        raise StepError(f"{called} holds no files. Fetch it again")
+
+
+def _check_name(called: str, member: str) -> None:
+    name = PurePosixPath(member.replace("\\", "/"))
     if not name.parts or name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
-        raise StepError(f"{called}: member {member.filename!r} would be written outside its folder; not unpacked")
+        raise StepError(f"{called}: member {member!r} would be written outside its folder; not unpacked")
+
+
+def _check_member(called: str, member: zipfile.ZipInfo, names: Counter[str]) -> None:
+    _check_name(called, member.filename)
     if stat.S_ISLNK(member.external_attr >> 16):
         raise StepError(f"{called}: member {member.filename!r} is a link; not unpacked")
     if member.flag_bits & _ENCRYPTED:

@@ -64,6 +64,12 @@ def as_ratings(values: pl.Series) -> pl.Series:
     return numbers.to_frame().select(pl.when(pl.first().cast(pl.Float32).is_finite()).then(pl.first())).to_series()
 
 
+def rating_of(levels: list[str]) -> pl.Expr:
+    """Ratings (Float64) of columns of 0 and 1, such as a click and a long view: 0, or the place, from 1, of the last
+    column that is 1."""
+    return pl.max_horizontal(pl.col(name) * place for place, name in enumerate(levels, 1)).alias("rating")
+
+
 def as_ticks(values: pl.Series, time: str, zone: str | None = None) -> pl.Series:
     """Times since 1970 as Int64, in ticks: `TICKS[time]` to a second. time: a key of TICKS. zone: of ISO 8601 times
     that name none, such as Europe/Berlin; where a clock shows an hour twice, the first is meant."""
@@ -132,14 +138,15 @@ def _of_iso(texts: pl.Series, zone: str | None) -> pl.Series:
 
 
 def typed(frame: pl.DataFrame, table: Mapping[str, Any]) -> pl.DataFrame:
-    """A block's columns as the entry of its table says: ids, rating (Float64), timestamp (Int64, ticks), texts of
-    title and features; `row` as it is."""
+    """A block's columns as the entry of its table says: ids, rating and levels (Float64), timestamp (Int64, ticks),
+    texts of title and features; `row` as it is."""
     parse = {
         "user": as_ids,
         "item": as_ids,
         "rating": as_ratings,
         "timestamp": lambda values: as_ticks(values, table.get("time", "s"), table.get("zone")),
         "row": lambda values: values,
+        **dict.fromkeys(table.get("levels", []), as_ratings),
     }
     return pl.DataFrame(
         [parse.get(values.name, lambda texts: texts.cast(pl.String))(values) for values in frame.get_columns()]

@@ -27,7 +27,8 @@ from steps.tasks.losses import masked_mean
 @dataclass(frozen=True)
 class LevelsConfig:
     """levels: ratings, rising, beside the one that counts as engagement; for each a model says whether it will be
-    reached. others_weight: of the losses of the levels beside engagement.
+    reached. A protocol for ratings of another scale has its own, which take their place. others_weight: of the losses
+    of the levels beside engagement.
     """
 
     levels: Rising
@@ -35,7 +36,7 @@ class LevelsConfig:
 
     def all_levels(self, protocol: dict[str, Any]) -> list[float]:
         """The levels, rising, with the one that counts as engagement."""
-        return sorted({*self.levels, protocol["positive"]})
+        return sorted({*protocol.get("levels", self.levels), protocol["positive"]})
 
 
 @dataclass(frozen=True)

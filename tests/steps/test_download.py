@@ -1,9 +1,11 @@
 """Downloads: right bytes or one clear line and nothing written; broken ones go on where they stopped."""
 
+import gzip
 import hashlib
 import http.server
 import io
 import stat
+import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ import pytest
 from steps.common import yaml_files
 from steps.common.cli import StepError
 from steps.common.files import read_json
-from steps.data.sources import MIRROR_VARIABLE, fetch
+from steps.data import sources
+from steps.data.sources import MIRROR_VARIABLE, fetch, unpack
 from tests.conftest import step
 
 
@@ -126,6 +129,67 @@ def test_a_link_is_refused(project: Path) -> None:
         member.external_attr = (stat.S_IFLNK | 0o777) << 16
         file.writestr(member, "/etc/passwd")
     assert "is a link" in failure(project, publish(project, buffer.getvalue()))
+
+
+def tarred(*members: tuple[str, bytes, bytes]) -> bytes:
+    """A tar of members (name, type, content), in gzip."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
+        for name, kind, content in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.size = kind, len(content)
+            member.linkname = "/etc/passwd" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
+            file.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def unpacked(content: bytes, folder: Path) -> dict[str, bytes]:
+    (folder / "packed").write_bytes(content)
+    unpack(folder / "packed", "a.tar.gz", folder / "raw")
+    return {
+        path.relative_to(folder / "raw").as_posix(): path.read_bytes()
+        for path in (folder / "raw").rglob("*")
+        if path.is_file()
+    }
+
+
+FOLDER = ("a", tarfile.DIRTYPE, b"")
+LOG = ("a/data/log.csv", tarfile.REGTYPE, b"u,i\n1,2\n" * 9000)
+README = ("./a/README", tarfile.REGTYPE, b"")
+
+
+def test_a_tar_is_unpacked_as_published(tmp_path: Path) -> None:
+    assert unpacked(tarred(FOLDER, LOG, README), tmp_path) == {"a/data/log.csv": LOG[2], "a/README": b""}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (tarred(FOLDER), "a.tar.gz holds no files"),
+        (tarred(LOG, LOG), "log.csv is there twice"),
+        (tarred(LOG, ("a/../../evil", tarfile.REGTYPE, b"x")), "'a/../../evil' would be written outside its folder"),
+        (tarred(LOG, ("/evil", tarfile.REGTYPE, b"x")), "'/evil' would be written outside its folder"),
+        (tarred(LOG, ("a/l", tarfile.SYMTYPE, b"")), "'a/l' is a link or no file"),
+        (tarred(LOG, ("a/l", tarfile.LNKTYPE, b"")), "'a/l' is a link or no file"),
+        (tarred(LOG, ("a/l", tarfile.FIFOTYPE, b"")), "'a/l' is a link or no file"),
+        (tarred(LOG)[:-200], "a.tar.gz is damaged"),
+        (tarred(LOG)[:-8] + bytes(8), "a.tar.gz is damaged"),    # the checksum at the end of gzip
+        (gzip.compress(b"no tar" * 999), "a.tar.gz is damaged or not a tar archive in gzip"),
+        (gzip.compress(gzip.decompress(tarred(LOG))[:5000]), "a.tar.gz is damaged"),    # whole gzip of half a tar
+        (b"no gzip", "a.tar.gz is damaged"),
+    ],
+)  # fmt: skip
+def test_a_tar_in_bad_shape_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    with pytest.raises(StepError, match=said):
+        unpacked(content, tmp_path)
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_tar_that_grows_beyond_what_data_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_SMALL", 1000)
+    monkeypatch.setattr(sources, "_LARGEST_RATIO", 2)
+    with pytest.raises(StepError, match=r"a\.tar\.gz grows beyond 1000 bytes"):
+        unpacked(tarred(LOG), tmp_path)
 
 
 def test_no_source_says_what_to_set(project: Path) -> None:

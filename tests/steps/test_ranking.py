@@ -119,6 +119,21 @@ def test_the_loss_is_cross_entropy_of_the_levels() -> None:
     torch.testing.assert_close(task.loss(batch), torch.stack(found).mean())
 
 
+def test_a_protocol_of_another_scale_has_levels_of_its_own() -> None:
+    """0 shown, 1 clicked, 2 viewed long: two outputs, and an action for each of the three ratings."""
+    settings = config() | {"protocol": PROTOCOL | {"positive": 2.0, "levels": [1.0]}}
+    task = build(settings, ITEMS)
+    assert isinstance(task, Ranking)
+    assert task.levels.tolist() == [1, 2]
+    assert task.positive == 1
+    assert task.actions is not None
+    with torch.no_grad():
+        task.actions.weight.copy_(torch.arange(3.0)[:, None].expand(3, task.dim))
+    rating = torch.tensor([0.0, 1.0, 2.0])
+    before = task.before(torch.tensor([3, 3, 3]), rating, torch.zeros(3, dtype=torch.bool))
+    assert before[:, 0].tolist() == [0, 1, 2]
+
+
 def test_padding_changes_no_loss() -> None:
     data, task = sequences(), make("interleaved")
     users = torch.tensor([3, 5, 8])
