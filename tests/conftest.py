@@ -161,14 +161,16 @@ def copy_project(folder: Path) -> Path:
     return copy
 
 
-def write_processed(folder: Path, lengths: list[int], num_items: int, seed: int = 0) -> Path:
-    """Random processed sequences, without repeated items in one user's sequence."""
+def write_processed(folder: Path, lengths: list[int], num_items: int, seed: int = 0, ratings: bool = False) -> Path:
+    """Random processed sequences, without repeated items in one user's sequence. ratings: from 1 to 5."""
     random = np.random.default_rng(seed)
     tensors = {
         "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         "item": np.concatenate([random.permutation(num_items)[:n] + 1 for n in lengths]).astype(np.int32),
         "timestamp": np.concatenate([np.sort(random.integers(0, 10**7, n)) for n in lengths]).astype(np.int64),
     }
+    if ratings:
+        tensors["rating"] = random.integers(1, 6, sum(lengths)).astype(np.float32)
     folder.mkdir(parents=True)
     (folder / "sequences.safetensors").write_bytes(save(tensors))
     digest = sha256(folder / "sequences.safetensors")

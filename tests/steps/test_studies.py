@@ -222,6 +222,16 @@ def small(study: str, data: Path) -> dict[str, Any]:
                 config["model"] |= {"dim": 8, "blocks": 1, "dqk": 8, "dv": 8}
         settings |= {"longer_than": 12, "timed": 1, "stochastic_length": {"alphas": [1.4], "rules": ["random"]}}
         settings["semi_local"] = {"windows": [2], "first": [0, 3], "alone": [5]}
+    if study == "convergence":
+        write_processed(data / "processed/ml-1m", [30] * 40, 60, ratings=True)
+        plan["runs"] = plan["runs"][:2]
+        plan["runs"][0] |= {"target": 0.1, "every": 200, "evaluations": 3}
+        plan["runs"][1] |= {"target": 1.0, "every": 100, "evaluations": 2}  # which no seed reaches
+        for runs in plan["runs"]:
+            runs["configs"] = runs["configs"][:2]
+            for config in runs["configs"]:
+                config["training"] |= {"max_len": 8, "batch": 8, "negatives": 4}
+                config["model"] |= {"dim": 8, "blocks": 1, "dqk": 8, "dv": 8}
     if study == "null-models":
         write_processed(data / "processed/ml-1m", [30] * 40, 300)
         settings |= {"seeds": 2, "generated": settings["generated"] | {"users": 60}}
@@ -255,7 +265,7 @@ for name in ("yaml", "jsonschema", "polars", "pandera", "pyarrow", "matplotlib",
     sys.modules[name] = None  # an import of it fails
 import steps.study, steps.studies.encoder_efficiency, steps.studies.kernels, steps.studies.long_sequences
 import steps.studies.m_falcon, steps.studies.null_models
-import steps.studies.training_speed
+import steps.studies.convergence, steps.studies.training_speed
 """
     run("python", "-c", code, cwd=ROOT)
 
