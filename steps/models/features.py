@@ -17,6 +17,7 @@ class FeatureEmbeddings(nn.Module):
     def __init__(self, sizes: Mapping[str, int], dim: int) -> None:
         """sizes: by feature, how many values it has."""
         super().__init__()
+        self.sizes = dict(sizes)
         self.names = sorted(sizes)
         self.tables = nn.ModuleList(embeddings(sizes[name] + 1, dim) for name in self.names)
 

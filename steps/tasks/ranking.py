@@ -6,6 +6,7 @@ An item's state sees all that was before it and itself, but not its own action, 
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -131,14 +132,12 @@ class Ranking(RankingTask):
             self.item_features = FeatureEmbeddings(sizes.item_features, self.dim)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        before = self.before(batch.item, batch.rating, batch.position == 0)
-        item = embedding_lookup(self.items, batch.next_item)
-        if self.user_features is not None and self.item_features is not None:
-            place = user_place(batch)
-            of_users = [values.index_select(0, place) for values in self.user_features(batch.user_features)]
-            first = torch.stack([*of_users, *self.item_features(batch.item_features), torch.zeros_like(item)]).sum(0)
-            before = before + torch.where((batch.position == 0)[:, None], first, 0)
-            item = torch.stack([*self.item_features(batch.next_item_features), item]).sum(0)
+        features, next_features, users = None, None, None
+        if self.config.features:
+            features, next_features = batch.item_features, batch.next_item_features
+            users = self.embed_users(batch.user_features, len(batch.user)).index_select(0, user_place(batch))
+        before = self.before(batch.item, batch.rating, batch.position == 0, features, users)
+        item = self.embed_items(batch.next_item, next_features)
         if self._per_item == 1:
             embeddings, sequence = item + before, _merged(batch)
         else:
@@ -148,13 +147,38 @@ class Ranking(RankingTask):
         logits: torch.Tensor = self.head(states.view(len(batch.item), self._per_item, -1)[:, -1])
         return logits
 
-    def before(self, item: torch.Tensor, rating: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
-        """What stands before the next item (T, d), without features: the action on each item, and the first item of a
-        window itself.
+    def embed_items(self, item: torch.Tensor, features: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+        """What items (T,) int64 are in a sequence (T, d). features: theirs by name, as in `Sequences`; None of a model
+        that reads none."""
+        found = embedding_lookup(self.items, item)
+        if self.item_features is None or features is None:
+            return found
+        return sum(self.item_features(features), found)
 
-        item: (T,) int64; rating: (T,); is_first: (T,) bool.
+    def embed_users(self, features: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
+        """What the features of `count` users, by name as in `Sequences`, add to their first tokens: (count, d).
+
+        Raises ValueError if the model reads no features.
         """
-        found = torch.where(is_first[:, None], embedding_lookup(self.items, item), 0)
+        if self.user_features is None:
+            raise ValueError("this model reads no features of users")
+        return sum(self.user_features(features), self.items.weight.new_zeros(count, self.dim))
+
+    def before(
+        self,
+        item: torch.Tensor,
+        rating: torch.Tensor,
+        is_first: torch.Tensor,
+        features: Mapping[str, torch.Tensor] | None,
+        users: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What stands before the next item (T, d): the action on each item, and the first item of a window itself.
+
+        item: (T,) int64; rating: (T,); is_first: (T,) bool; features: of the items, as `embed_items` takes them; users:
+        (T, d), what `embed_users` says of each token's user, added to the first item.
+        """
+        first = self.embed_items(item, features)
+        found = torch.where(is_first[:, None], first if users is None else first + users, 0)
         if self.actions is None:
             return found
         return found + embedding_lookup(self.actions, torch.bucketize(rating, self.levels, right=True))
