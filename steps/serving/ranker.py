@@ -6,13 +6,16 @@ Logits are those of the training path, in which a window holds history and candi
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 from kernels.jagged import offsets_from_lengths
+from steps.common.cli import StepError
 from steps.models.features import FeatureEmbeddings
 from steps.models.history_cache import HistoryCache
 from steps.models.hstu import HSTU
+from steps.serving.trained import TrainedRun, open_run
 from steps.tasks.ranking import Ranking
 
 
@@ -34,6 +37,28 @@ class CandidateRanker:
         self._before: dict[int, torch.Tensor] = {}  # (1, d), what stands before a user's next item
         self._latest: dict[int, int] = {}  # the time of a user's last interaction
         self._interleaved = task.config.tokens == "interleaved"
+
+    @classmethod
+    def from_run(cls, run: Path, data: Path, device: str = "cpu") -> "CandidateRanker":
+        """What a run of a row of HSTU with `task: ranking` was trained to, in the precision of its training.
+
+        run: runs/<experiment>/<dataset>/<model>/<protocol>/seed-N; data: its data/processed/<dataset>. Raises StepError
+        that names the file if the run is not trained, the data are others, the weights are not there, or its row is not
+        one that histories are kept of; and if the device is not there.
+        """
+        return cls.of(open_run(run, data, device))
+
+    @classmethod
+    def of(cls, trained: TrainedRun) -> "CandidateRanker":
+        """The same, of a run that is open. Raises StepError as `from_run`."""
+        task, file = trained.model(), trained.folder / "config.json"
+        if not isinstance(task, Ranking):
+            said = "no row of HSTU with `task: ranking`, and histories are kept of these alone"
+            raise StepError(f"{file}: {trained.config['row']} is {said}; take the run of another row")
+        try:
+            return cls(task, item_features=trained.sequences.item_features)
+        except ValueError as error:
+            raise StepError(f"{file}, row {trained.config['row']}: {error}") from error
 
     @torch.no_grad()
     def append(
