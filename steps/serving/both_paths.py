@@ -11,7 +11,7 @@ from kernels.jagged.naive import sequence_and_position
 from steps.common.cli import StepError
 from steps.data.sequences import Sequences
 from steps.data.split import HeldOut, require_split, split_sequences
-from steps.evaluation.clicks import Predictions
+from steps.evaluation.engagements import Predictions
 from steps.evaluation.ranking import RankingEvaluation
 from steps.serving.ranker import CandidateRanker
 from steps.serving.trained import open_run

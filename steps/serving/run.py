@@ -12,7 +12,7 @@ from steps.common.cli import StepError
 from steps.common.files import read_json, reading
 from steps.common.provenance import require_files
 from steps.data.sequences import Sequences
-from steps.evaluation.ranks import Rules, candidates
+from steps.evaluation.exact_ranks import Rules, candidates
 from steps.serving.recommender import History, Recommender, trained_model
 from steps.serving.titles import Catalogue
 from steps.serving.trained import open_run

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from steps.common.cli import StepError
 from steps.common.files import read_json, sha256, write_json
 from steps.data.sequences import Sequences
-from steps.evaluation.clicks import auc
+from steps.evaluation.engagements import auc
 from steps.serving.both_paths import both_paths
 from steps.serving.ranker import CandidateRanker
 from tests.conftest import ROOT, step

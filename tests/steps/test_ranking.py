@@ -11,7 +11,7 @@ from steps.common.cli import StepError
 from steps.common.typed import EntryError
 from steps.data.sequences import Batch, Sequences
 from steps.data.split import HeldOut, split_sequences
-from steps.evaluation.clicks import auc
+from steps.evaluation.engagements import auc
 from steps.evaluation.ranking import RankingEvaluation
 from steps.serving.ranker import CandidateRanker
 from steps.tasks import build

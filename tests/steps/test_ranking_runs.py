@@ -20,7 +20,7 @@ from steps.common.cli import StepError
 from steps.common.config import read_config
 from steps.common.files import read_json, read_jsonl, sha256, write_json
 from steps.common.params import Run, resolve
-from steps.evaluation.clicks import auc
+from steps.evaluation.engagements import auc
 from steps.reporting.records import read_records, write_records
 from steps.serving.recommender import trained_model
 from tests.conftest import ROOT, step
