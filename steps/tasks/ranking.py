@@ -64,10 +64,15 @@ class RankingTask(Task):
     ) -> None:
         self.config = read(LevelsConfig, settings, "model.", others=True)
         levels = self.config.all_levels(protocol)
-        super().__init__(settings, training, num_items)
+        self.num_levels = len(levels)
+        super().__init__(self._sized(settings), training, num_items)
         self.positive = levels.index(protocol["positive"])
         self.levels: torch.Tensor
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
+
+    def _sized(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings, with a `dim` that may depend on the number of levels."""
+        return settings
 
     @abstractmethod
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -83,8 +88,8 @@ class RankingTask(Task):
         reached = (batch.next_rating[:, None] >= self.levels).to(logits.dtype)
         terms = F.binary_cross_entropy_with_logits(logits, reached, reduction="none")
         engaged, others = terms[:, self.positive], terms.sum(1) - terms[:, self.positive]
-        if len(self.levels) > 1:
-            engaged = engaged + self.config.others_weight * others / (len(self.levels) - 1)
+        if self.num_levels > 1:
+            engaged = engaged + self.config.others_weight * others / (self.num_levels - 1)
         return masked_mean(engaged, batch.token_mask)
 
     def predict(self, batch: Batch) -> torch.Tensor:
@@ -114,15 +119,15 @@ class Ranking(RankingTask):
         config = read(RankingConfig, settings, "model.", others=True)
         self._per_item = 2 if config.tokens == "interleaved" else 1
         super().__init__(settings, replace(training, max_len=self._per_item * training.max_len), num_items, protocol)
-        self.config, levels = config, config.all_levels(protocol)
-        self.actions = nn.Embedding(len(levels) + 1, self.dim) if config.tokens != "items" else None
+        self.config = config
+        self.actions = nn.Embedding(self.num_levels + 1, self.dim) if config.tokens != "items" else None
         if self.actions is not None:
             nn.init.trunc_normal_(self.actions.weight, std=0.02, a=-0.04, b=0.04)
         self.head = nn.Sequential(
             nn.LayerNorm(self.dim),
             nn.Linear(self.dim, config.head),
             nn.SiLU(),
-            nn.Linear(config.head, len(levels)),
+            nn.Linear(config.head, self.num_levels),
         )
         self.user_features = self.item_features = None
         if config.features:

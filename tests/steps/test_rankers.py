@@ -318,7 +318,7 @@ def test_rankers_equal_their_equations(model: str) -> None:
             case "logistic-regression":
                 found.append(sum(fields) + ranker.dense.weight @ dense + ranker.dense.bias)
             case "deepfm":
-                own = task.weights(batch, task.item_weights)[token].sum(0)
+                own = task.weights(batch, task.item_weights).stacked[token].sum(0)
                 both = [*fields, *(number * vector for number, vector in zip(dense, ranker.vectors, strict=True))]
                 pairs = sum(both[i] @ both[j] for i in range(len(both)) for j in range(i))
                 first = own + ranker.dense.weight @ dense + ranker.dense.bias
