@@ -60,5 +60,5 @@ def open_run(run: Path, data: Path, device: str = "cpu") -> TrainedRun:
     require_trained(run, config, trained, source)
     sequences, digest = load_sequences(data, pick_device(device))
     if trained.get("data_sha256") != digest:
-        raise StepError(f"{run} was trained on other sequences than {data} has; name its own with --data")
+        raise StepError(f"{run} was trained on other sequences than {data} has; name its own")
     return TrainedRun(run, config, sequences, trained.get("precision"))
