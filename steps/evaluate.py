@@ -28,11 +28,11 @@ from steps.data.fields import FieldSizes
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import Split, require_split, split_sequences
 from steps.evaluation.beyond import beyond_accuracy
-from steps.evaluation.clicks import click_values, named, reliability, user_sums
+from steps.evaluation.engagements import engagement_values, named, reliability, user_sums
+from steps.evaluation.exact_ranks import Rules, exclusions, rank, require_finite
 from steps.evaluation.metrics import metrics
 from steps.evaluation.names import SELECTIONS
 from steps.evaluation.ranking import RankingEvaluation
-from steps.evaluation.ranks import Rules, exclusions, rank, require_finite
 from steps.models import Recommender
 from steps.models.weights import load_weights
 from steps.tasks import Task, build
@@ -157,7 +157,7 @@ def _predict(
     for name, held_out in split.held_out.items():
         predictions = RankingEvaluation(config, sequences, held_out, processes).predictions(model)
         require_finite(bool(predictions.logit.isfinite().all()))
-        found[name] = named(click_values(predictions, sequences.num_users).tolist())
+        found[name] = named(engagement_values(predictions, sequences.num_users).tolist())
         kept |= {name: predictions.logit, f"{name}_labels": predictions.label.to(torch.uint8)}
         kept[f"{name}_users"] = held_out.users.clone()
         if name == "test":

@@ -50,6 +50,7 @@ LONGEST = (
     "test_recommend.py",
     "test_ranking_runs.py",
     "test_ranking.py",
+    "test_both_paths.py",
 )
 
 

@@ -31,7 +31,7 @@ def test_a_step_is_what_has_a_command_line(project: dict[str, set[str]]) -> None
     assert {name for name in project if is_step(name)} == {name for name in with_one if name.startswith("steps/")}
 
 
-RANKS, LOOP, OP = "steps/evaluation/ranks.py", "steps/training/loop.py", "kernels/a/op.py"
+RANKS, LOOP, OP = "steps/evaluation/exact_ranks.py", "steps/training/loop.py", "kernels/a/op.py"
 FILES, SPLIT = "steps/common/files.py", "steps/data/split.py"
 MODELS, HSTU = "steps/models/__init__.py", "steps/models/hstu.py"
 #: A file, what is planted in it, and what that imports.
@@ -47,7 +47,7 @@ WRONG = {
     "one of several": (SPLIT, "from steps import (\n    common,\n    models,\n)", MODELS),
     "relative, of a module": (HSTU, "from ..training.loop import run", LOOP),
     "relative, of a name": (HSTU, "from ..training import loop", LOOP),
-    "relative, in a package": (MODELS, "from ..evaluation import ranks", RANKS),
+    "relative, in a package": (MODELS, "from ..evaluation import exact_ranks", RANKS),
     "in a function": (RANKS, "def f():\n    import steps.training.loop", LOOP),
     "in a branch": (RANKS, "if 0:\n    import steps.training.loop", LOOP),
     "a name in quotes": (OP, "importlib.import_module('steps.models')", MODELS),
@@ -66,7 +66,7 @@ WRONG = {
 }
 RIGHT = {
     "steps/train.py": "from steps.training.loop import run\nfrom steps.common import files",
-    "steps/training/loop.py": "from steps.models import build\nfrom steps.evaluation import ranks",
+    "steps/training/loop.py": "from steps.models import build\nfrom steps.evaluation import exact_ranks",
     "steps/models/__init__.py": "from steps.models.hstu import HSTU",
     "steps/models/hstu.py": "from kernels.a import op\nfrom steps.data import split",
     "steps/studies/preprocessing.py": "from steps import preprocess, validate\nfrom steps.common.files import read",

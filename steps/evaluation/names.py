@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 HR_CUTOFFS = (1, 10, 50, 100, 200)
 NDCG_CUTOFFS = (10, 50, 200)
 NAMES = (*(f"hr@{k}" for k in HR_CUTOFFS), *(f"ndcg@{k}" for k in NDCG_CUTOFFS), "mrr")
-CLICK_NAMES = ("ne", "auc", "gauc", "log_loss", "calibration")
+ENGAGEMENT_NAMES = ("ne", "auc", "gauc", "log_loss", "calibration")
 #: The metrics of each task.
-OF_TASK = {"retrieval": NAMES, "ranking": CLICK_NAMES}
+OF_TASK = {"retrieval": NAMES, "ranking": ENGAGEMENT_NAMES}
 #: Those of which more is not better.
 NOT_MORE_IS_BETTER = ("ne", "log_loss", "calibration")
 

@@ -10,8 +10,8 @@ from steps.common.cli import StepError
 from steps.common.processes import ALONE, Processes
 from steps.data.sequences import Batch, Sequences, Size
 from steps.data.split import HeldOut
-from steps.evaluation.clicks import Predictions, click_values, named
-from steps.evaluation.ranks import require_finite
+from steps.evaluation.engagements import Predictions, engagement_values, named
+from steps.evaluation.exact_ranks import require_finite
 
 #: The largest batch on a GPU, in windows.
 _WINDOWS_AT_ONCE = 512
@@ -82,7 +82,7 @@ class RankingEvaluation:
         """Whether every logit was finite, and the metrics: float64 on the device."""
         predictions = self.predictions(model)
         finite = predictions.logit.isfinite().all()
-        return torch.cat([finite.double()[None], click_values(predictions, self.sequences.num_users)])
+        return torch.cat([finite.double()[None], engagement_values(predictions, self.sequences.num_users)])
 
     def _logits(self, model: Predictor) -> Iterator[torch.Tensor]:
         """The logits (T,) of every batch; zeros of those that another process takes."""

@@ -7,8 +7,8 @@ import torch
 from steps.common.processes import ALONE, Processes
 from steps.data.sequences import Sequences
 from steps.data.split import HeldOut
+from steps.evaluation.exact_ranks import Ranker, Rules, Scorer, require_finite
 from steps.evaluation.metrics import metric_values, named
-from steps.evaluation.ranks import Ranker, Rules, Scorer, require_finite
 
 
 class RetrievalEvaluation:

@@ -1,7 +1,7 @@
 """Embeddings of what is known of an interaction beforehand: its user, its item, and the features of both."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ class FeatureEmbeddings(nn.Module):
     def __init__(self, sizes: Mapping[str, int], dim: int) -> None:
         """sizes: by feature, how many values it has."""
         super().__init__()
+        self.sizes = dict(sizes)
         self.names = sorted(sizes)
         self.tables = nn.ModuleList(embeddings(sizes[name] + 1, dim) for name in self.names)
 
@@ -33,8 +34,22 @@ class FeatureEmbeddings(nn.Module):
         return found
 
 
+class Fields(NamedTuple):
+    """Vectors (T, d) of what is known of each token's next interaction: user, item, and each feature of both."""
+
+    user: torch.Tensor
+    item: torch.Tensor
+    of_user: list[torch.Tensor]
+    of_item: list[torch.Tensor]
+
+    @property
+    def stacked(self) -> torch.Tensor:
+        """All of them, in this order: (T, F, d)."""
+        return torch.stack([self.user, self.item, *self.of_user, *self.of_item], dim=1)
+
+
 class FieldEmbeddings(nn.Module):
-    """Vectors of the fields of each token's next interaction: user, item, the user's features, the item's."""
+    """The tables of the fields, without that of items."""
 
     def __init__(self, sizes: FieldSizes, dim: int) -> None:
         super().__init__()
@@ -42,13 +57,14 @@ class FieldEmbeddings(nn.Module):
         self.user_features = FeatureEmbeddings(sizes.user_features, dim)
         self.item_features = FeatureEmbeddings(sizes.item_features, dim)
 
-    def forward(self, batch: Batch, items: ItemTable) -> torch.Tensor:
-        """(T, F, d); items: the items' table."""
+    def forward(self, batch: Batch, items: ItemTable) -> Fields:
+        """items: the items' table."""
         place = user_place(batch)
         of_users = [embedding_lookup(self.users, batch.user), *self.user_features(batch.user_features)]
         user, *others = [values.index_select(0, place) for values in of_users]
-        of_items = self.item_features(batch.next_item_features)
-        return torch.stack([user, embedding_lookup(items, batch.next_item), *others, *of_items], dim=1)
+        return Fields(
+            user, embedding_lookup(items, batch.next_item), others, self.item_features(batch.next_item_features)
+        )
 
 
 def user_place(batch: Batch) -> torch.Tensor:

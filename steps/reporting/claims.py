@@ -270,8 +270,9 @@ def _published(where: str, keys: list[str | int], tables: Tables) -> float:
 
 
 def _order(name: str, told: dict[str, Any], order: dict[str, Any], tables: Tables) -> Verdict:
-    """Whether one row is above another, in every table, some or none."""
+    """Whether one row is above another, in every table, some or none; or no lower than it by more than is said."""
     found, said, there = [], [], []
+    margin = order.get("no_lower")
     for experiment, dataset, protocol in order["tables"]:
         of_table = {"dataset": dataset, "protocol": protocol}
         rows = tables.read(experiment, "comparisons")
@@ -284,10 +285,16 @@ def _order(name: str, told: dict[str, Any], order: dict[str, Any], tables: Table
         if not ahead:
             better, worse = worse, better
         row = tables.row(experiment, "comparisons", **of_table, better=better, worse=worse) or {}
-        sure, sign = decided(row), 1 if ahead else -1
-        found.append(sign if sure else 0)
-        doubt = "" if sure else ", not decided"
-        said.append(f"{dataset} {protocol} {sign * row['difference']:+.4f} (p {row['p_holm']:.2g}{doubt})")
+        sign = 1 if ahead else -1
+        if margin is None:
+            found.append(sign if decided(row) else 0)
+            test = f"p {row['p_holm']:.2g}"
+        else:
+            low, high = sorted((sign * row["low"], sign * row["high"]))
+            found.append(1 if low > -margin else -1 if high < -margin else 0)
+            test = f"{low:+.4f} to {high:+.4f}, and a loss of {margin} is none"
+        doubt = "" if found[-1] else ", not decided"
+        said.append(f"{dataset} {protocol} {sign * row['difference']:+.4f} ({test}{doubt})")
     verdict = _of_signs(found, len(order["tables"]))
     if verdict == "reproduced":
         told = told | {"explained": None}

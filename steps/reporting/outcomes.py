@@ -47,8 +47,8 @@ class TestRanks:
 
 @dataclass(frozen=True)
 class TestPredictions:
-    """What the predictions for each user's test targets add up to, as in `evaluation.clicks.UserSums`: of `users` (U,)
-    int64, ascending; all others (U,) float64.
+    """What the predictions for each user's test targets add up to, as in `evaluation.engagements.UserSums`: of `users`
+    (U,) int64, ascending; all others (U,) float64.
 
     They are rounded to what is recorded, so that tables made of runs are those made of their records: each user's means
     a target, to steps of 2**-18, of which compression leaves two or three bytes. No user's error reaches another, as

@@ -4,31 +4,61 @@ Logits are those of the training path, in which a window holds history and candi
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 from kernels.jagged import offsets_from_lengths
-from steps.models.base import embedding_lookup
+from steps.common.cli import StepError
+from steps.models.features import FeatureEmbeddings
 from steps.models.history_cache import HistoryCache
 from steps.models.hstu import HSTU
+from steps.serving.trained import TrainedRun, open_run
 from steps.tasks.ranking import Ranking
 
 
 class CandidateRanker:
     """Scores candidates of users, whose interactions were given before. A user is a whole number."""
 
-    def __init__(self, task: Ranking, page: int = 64) -> None:
-        """task: in eval mode, with the weights that it keeps. Raises ValueError if its encoder cannot be cached."""
+    def __init__(self, task: Ranking, page: int = 64, item_features: Mapping[str, torch.Tensor] | None = None) -> None:
+        """task: in eval mode, with the weights that it keeps. item_features: by name as in `Sequences`, a row for each
+        item behind one of padding, of a model that reads features.
+
+        Raises ValueError if its encoder cannot be cached, or if features are missing.
+        """
         if not isinstance(task.encoder, HSTU):
             raise ValueError(f"histories are kept of HSTU alone, and this is a {type(task.encoder).__name__}")
-        if task.user_features is not None:
-            raise ValueError("histories are kept without features, and this model reads them: take a row without")
+        self._item_features = dict(item_features or {})
+        if task.item_features is not None:
+            _require_features(task.item_features, self._item_features, "item_features", task.num_items + 1)
         self.task, self.cache = task, HistoryCache(task.encoder, page)
         self._before: dict[int, torch.Tensor] = {}  # (1, d), what stands before a user's next item
         self._latest: dict[int, int] = {}  # the time of a user's last interaction
         self._interleaved = task.config.tokens == "interleaved"
+
+    @classmethod
+    def from_run(cls, run: Path, data: Path, device: str = "cpu") -> "CandidateRanker":
+        """What a run of a row of HSTU with `task: ranking` was trained to, in the precision of its training.
+
+        run: runs/<experiment>/<dataset>/<model>/<protocol>/seed-N; data: its data/processed/<dataset>. Raises StepError
+        that names the file if the run is not trained, the data are others, the weights are not there, or its row is not
+        one that histories are kept of; and if the device is not there.
+        """
+        return cls.of(open_run(run, data, device))
+
+    @classmethod
+    def of(cls, trained: TrainedRun) -> "CandidateRanker":
+        """The same, of a run that is open. Raises StepError as `from_run`."""
+        task, file = trained.model(), trained.folder / "config.json"
+        if not isinstance(task, Ranking):
+            said = "no row of HSTU with `task: ranking`, and histories are kept of these alone"
+            raise StepError(f"{file}: {trained.config['row']} is {said}; take the run of another row")
+        try:
+            return cls(task, item_features=trained.sequences.item_features)
+        except ValueError as error:
+            raise StepError(f"{file}, row {trained.config['row']}: {error}") from error
 
     @torch.no_grad()
     def append(
@@ -38,13 +68,17 @@ class CandidateRanker:
         ratings: torch.Tensor,
         timestamps: torch.Tensor,
         offsets: torch.Tensor,
+        user_features: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Let the histories of `users` (B), who are different, go on.
 
         items, timestamps: (T,) int64, and ratings: (T,), jagged over the users by `offsets` (B + 1,) int64, each user's
-        in the order of time. Raises ValueError, and keeps what was there, if a history gets longer than the model
-        reads, for an item that the catalogue lacks, a rating that is no number, and an earlier time than the user's
-        interaction before.
+        in the order of time. user_features: by name as in `Sequences`, of B rows, of a model that reads them; they are
+        read at a user's first interaction, and not wanted where all users have one.
+
+        Raises ValueError, and keeps what was there, if a history gets longer than the model reads, for an item that the
+        catalogue lacks, a rating that is no number, an earlier time than the user's interaction before, and a new
+        user's feature that is missing or has a value that the model does not know.
         """
         if not users:
             return
@@ -66,8 +100,9 @@ class CandidateRanker:
         is_first = torch.zeros_like(items, dtype=torch.bool)
         for user, (start, end) in zip(users, bounds, strict=True):
             is_first[start:end][:1] = user not in self._before
-        embeddings = embedding_lookup(self.task.items, items)
-        before = self.task.before(items, ratings, is_first)
+        features = self._features_of(items)
+        embeddings = self.task.embed_items(items, features)
+        before = self.task.before(items, ratings, is_first, features, self._users_of(users, offsets, user_features))
         rows, times, last = [], [], dict(self._before)
         for user, (start, end) in zip(users, bounds, strict=True):
             own, time = embeddings[start:end], timestamps[start:end]
@@ -112,7 +147,7 @@ class CandidateRanker:
                     "ask for that time or later, as histories are kept up to their last interaction alone"
                 )
         self._require_items(users, candidates, offsets)
-        embeddings = embedding_lookup(self.task.items, candidates)
+        embeddings = self.task.embed_items(candidates, self._features_of(candidates))
         if not self._interleaved:
             before = torch.cat([self._before[user] for user in users])
             embeddings = embeddings + before.repeat_interleave(offsets.diff().to(before.device), dim=0)
@@ -126,6 +161,32 @@ class CandidateRanker:
         for user in users:
             self._before.pop(user, None)
             self._latest.pop(user, None)
+
+    def _features_of(self, items: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: values[items] for name, values in self._item_features.items()}
+
+    def _users_of(
+        self, users: Sequence[int], offsets: torch.Tensor, features: Mapping[str, torch.Tensor] | None
+    ) -> torch.Tensor | None:
+        """What each interaction's user adds to a first one (T, d); None where none is first, or nothing is added."""
+        counts = offsets.diff()
+        begins = torch.tensor([user not in self._before for user in users]) & (counts.cpu() > 0)
+        if self.task.user_features is None or not bool(begins.any()):
+            return None
+        _require_features(self.task.user_features, features or {}, "user_features", len(users))
+        new, given = torch.nonzero(begins)[:, 0], {}
+        for name, values in (features or {}).items():
+            given[name] = values[new.to(values.device)]
+            most = self.task.user_features.sizes.get(name, 0)
+            if values.dim() == 1 and most:
+                for place in torch.nonzero((given[name] < 1) | (given[name] > most))[:1, 0].tolist():
+                    raise ValueError(
+                        f"user {users[int(new[place])]}: {name} is {int(given[name][place])}, of which the model knows "
+                        f"1 to {most} alone"
+                    )
+        found = self.task.embed_users(given, len(new))
+        place = torch.zeros(len(users), dtype=torch.int64).index_copy(0, new, torch.arange(len(new)))
+        return found[place.repeat_interleave(counts.cpu()).to(found.device)]  # of known users any, which is not read
 
     def _require_items(self, users: Sequence[int], items: torch.Tensor, offsets: torch.Tensor) -> None:
         most = self.task.num_items
@@ -154,6 +215,17 @@ class CandidateRanker:
             ),
         )
         return latest
+
+
+def _require_features(known: FeatureEmbeddings, given: Mapping[str, torch.Tensor], what: str, count: int) -> None:
+    """Raise ValueError unless `given` has `count` rows of every feature that is known."""
+    for name in known.names:
+        values = known.sizes[name]
+        if name not in given:
+            raise ValueError(f"{what}: {name} is missing; this model reads {', '.join(known.names)}")
+        shape = tuple(given[name].shape)
+        if shape not in ((count,), (count, values)):
+            raise ValueError(f"{what}: {name} has the shape {shape}, which should be ({count},) or ({count}, {values})")
 
 
 def _require(users: Sequence[int], offsets: torch.Tensor, right: torch.Tensor, say: Callable[[int], str]) -> None:

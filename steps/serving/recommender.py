@@ -18,7 +18,7 @@ from steps.common.config import building, read_config
 from steps.common.device import use_threads
 from steps.common.files import read_json, write_json
 from steps.data.sequences import Sequences
-from steps.evaluation.ranks import Rules, best_items, require_finite
+from steps.evaluation.exact_ranks import Rules, best_items, require_finite
 from steps.models import Recommender as RetrievalModel
 from steps.models.weights import load_weights, save_weights
 from steps.serving.titles import Catalogue

@@ -9,13 +9,13 @@ import torch
 
 from kernels.jagged.naive import sequence_and_position
 from steps.common.cli import StepError
-from steps.common.config import read_config
 from steps.common.files import read_json, reading
-from steps.common.provenance import require_files, require_trained
-from steps.data.sequences import Sequences, load_sequences
-from steps.evaluation.ranks import Rules, candidates
+from steps.common.provenance import require_files
+from steps.data.sequences import Sequences
+from steps.evaluation.exact_ranks import Rules, candidates
 from steps.serving.recommender import History, Recommender, trained_model
 from steps.serving.titles import Catalogue
+from steps.serving.trained import open_run
 
 _REMEDY = "run preprocess again"
 
@@ -41,16 +41,8 @@ def load_run(run: Path, data: Path) -> tuple[Recommender, Users]:
     Raises StepError that names the file if the run is not trained, the data are not those it was trained on, or one of
     their files is not as its manifest says.
     """
-    source = run / "training.json"
-    if not run.is_dir():
-        raise StepError(f"{run} does not exist; it is a folder runs/<experiment>/<dataset>/<model>/<protocol>/seed-N")
-    if not source.is_file():
-        raise StepError(f"{run} is not trained; run train first")
-    config, trained = read_config(run), read_json(source, remedy="train again")
-    require_trained(run, config, trained, source)
-    sequences, digest = load_sequences(data, torch.device("cpu"))
-    if trained.get("data_sha256") != digest:
-        raise StepError(f"{run} was trained on other sequences than {data} has; name its own with --data")
+    trained = open_run(run, data)
+    config, sequences = trained.config, trained.sequences
     model = trained_model(run, config, sequences.num_items)
     users = _read(data, "users")
     number = dict(zip(users["raw_id"].cast(pl.String), users["id"], strict=True))

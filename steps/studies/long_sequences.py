@@ -18,8 +18,8 @@ import torch
 from steps.common.device import pick_precision
 from steps.data.sequences import Sequences, StaticShape, load_sequences
 from steps.data.stochastic_length import expected_lengths, most_kept
+from steps.evaluation.exact_ranks import Rules, Scorer, rank
 from steps.evaluation.metrics import user_values
-from steps.evaluation.ranks import Rules, Scorer, rank
 from steps.studies.rows import Row, row
 from steps.training.loop import Training, reported_epoch, train_together
 

@@ -15,8 +15,8 @@ import torch
 
 from steps.data.sequences import Batch, Sequences, load_sequences
 from steps.data.split import split_sequences
+from steps.evaluation.exact_ranks import Rules, rank
 from steps.evaluation.metrics import user_values
-from steps.evaluation.ranks import Rules, rank
 from steps.models import Recommender
 from steps.studies.rows import Row, row
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from steps.common.config import TrainingConfig
-from steps.common.typed import read
 from steps.data.before import before_of
 from steps.data.fields import FieldSizes
 from steps.data.sequences import Batch, Sequences
@@ -38,27 +37,27 @@ class FeatureRanking(RankingTask):
     ) -> None:
         if sizes is None:
             raise ValueError("a model that reads features needs to know how many values they have")
-        kind = RANKERS[settings["model"]][0]
-        num_levels = len(read(LevelsConfig, settings, "model.", others=True).all_levels(protocol))
-        if kind.weighs_fields:
-            settings = settings | {"dim": num_levels}
-        num_fields = 2 + len(sizes.user_features) + len(sizes.item_features)
-        self._shape = RankerShape(num_fields, int(settings["dim"]), _NUM_DENSE, num_levels, training.max_len)
+        self._kind, self._sizes = RANKERS[settings["model"]][0], sizes
         self._protocol = protocol
         super().__init__(settings, training, num_items, protocol)
         self.fields = FieldEmbeddings(sizes, self.dim)
-        if kind.reads_history:
-            self.actions = embeddings(num_levels + 1, self.dim)
-        if kind.reads_first_order:
-            self.weights = FieldEmbeddings(sizes, num_levels)
-            self.item_weights = embeddings(num_items + 1, num_levels)
+        if self._kind.reads_history:
+            self.actions = embeddings(self.num_levels + 1, self.dim)
+        if self._kind.reads_first_order:
+            self.weights = FieldEmbeddings(sizes, self.num_levels)
+            self.item_weights = embeddings(num_items + 1, self.num_levels)
         self.dense_mean: torch.Tensor
         self.dense_std: torch.Tensor
         self.register_buffer("dense_mean", torch.zeros(_NUM_DENSE))
         self.register_buffer("dense_std", torch.ones(_NUM_DENSE))
 
+    def _sized(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return settings | {"dim": self.num_levels} if self._kind.weighs_fields else settings
+
     def _build_encoder(self, settings: dict[str, Any], training: TrainingConfig) -> Ranker:
-        return build_ranker(settings, training, self._shape)
+        num_fields = 2 + len(self._sizes.user_features) + len(self._sizes.item_features)
+        shape = RankerShape(num_fields, self.dim, _NUM_DENSE, self.num_levels, training.max_len)
+        return build_ranker(settings, training, shape)
 
     def prepare(self, sequences: Sequences, num_held_out: torch.Tensor) -> None:
         """Take mean and standard deviation of the counts over what is trained on. Raises as `RankingTask.prepare`."""
@@ -79,13 +78,13 @@ class FeatureRanking(RankingTask):
         fields = self.fields(batch, self.items)
         if self.encoder.reads_history:
             action = embedding_lookup(self.actions, torch.bucketize(batch.rating, self.levels, right=True))
-            before = self.fields.item_features(batch.item_features)
-            history = sum(before, embedding_lookup(self.items, batch.item) + action)
-            item = fields[:, 1] + fields[:, fields.shape[1] - len(before) :].sum(1)
+            features = self.fields.item_features(batch.item_features)
+            history = sum(features, embedding_lookup(self.items, batch.item) + action)
+            item = sum(fields.of_item, fields.item)
         if self.encoder.reads_first_order:
-            first_order = self.weights(batch, self.item_weights).sum(1)
+            first_order = self.weights(batch, self.item_weights).stacked.sum(1)
         inputs = Inputs(
-            fields=fields,
+            fields=fields.stacked,
             dense=(dense.to(self.dense_mean.dtype) - self.dense_mean) / self.dense_std,
             first_order=first_order,
             item=item,

@@ -6,6 +6,7 @@ An item's state sees all that was before it and itself, but not its own action, 
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -64,10 +65,15 @@ class RankingTask(Task):
     ) -> None:
         self.config = read(LevelsConfig, settings, "model.", others=True)
         levels = self.config.all_levels(protocol)
-        super().__init__(settings, training, num_items)
+        self.num_levels = len(levels)
+        super().__init__(self._sized(settings), training, num_items)
         self.positive = levels.index(protocol["positive"])
         self.levels: torch.Tensor
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
+
+    def _sized(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings, with a `dim` that may depend on the number of levels."""
+        return settings
 
     @abstractmethod
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -83,8 +89,8 @@ class RankingTask(Task):
         reached = (batch.next_rating[:, None] >= self.levels).to(logits.dtype)
         terms = F.binary_cross_entropy_with_logits(logits, reached, reduction="none")
         engaged, others = terms[:, self.positive], terms.sum(1) - terms[:, self.positive]
-        if len(self.levels) > 1:
-            engaged = engaged + self.config.others_weight * others / (len(self.levels) - 1)
+        if self.num_levels > 1:
+            engaged = engaged + self.config.others_weight * others / (self.num_levels - 1)
         return masked_mean(engaged, batch.token_mask)
 
     def predict(self, batch: Batch) -> torch.Tensor:
@@ -114,15 +120,15 @@ class Ranking(RankingTask):
         config = read(RankingConfig, settings, "model.", others=True)
         self._per_item = 2 if config.tokens == "interleaved" else 1
         super().__init__(settings, replace(training, max_len=self._per_item * training.max_len), num_items, protocol)
-        self.config, levels = config, config.all_levels(protocol)
-        self.actions = nn.Embedding(len(levels) + 1, self.dim) if config.tokens != "items" else None
+        self.config = config
+        self.actions = nn.Embedding(self.num_levels + 1, self.dim) if config.tokens != "items" else None
         if self.actions is not None:
             nn.init.trunc_normal_(self.actions.weight, std=0.02, a=-0.04, b=0.04)
         self.head = nn.Sequential(
             nn.LayerNorm(self.dim),
             nn.Linear(self.dim, config.head),
             nn.SiLU(),
-            nn.Linear(config.head, len(levels)),
+            nn.Linear(config.head, self.num_levels),
         )
         self.user_features = self.item_features = None
         if config.features:
@@ -132,14 +138,12 @@ class Ranking(RankingTask):
             self.item_features = FeatureEmbeddings(sizes.item_features, self.dim)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        before = self.before(batch.item, batch.rating, batch.position == 0)
-        item = embedding_lookup(self.items, batch.next_item)
-        if self.user_features is not None and self.item_features is not None:
-            place = user_place(batch)
-            of_users = [values.index_select(0, place) for values in self.user_features(batch.user_features)]
-            first = torch.stack([*of_users, *self.item_features(batch.item_features), torch.zeros_like(item)]).sum(0)
-            before = before + torch.where((batch.position == 0)[:, None], first, 0)
-            item = torch.stack([*self.item_features(batch.next_item_features), item]).sum(0)
+        features, next_features, users = None, None, None
+        if self.config.features:
+            features, next_features = batch.item_features, batch.next_item_features
+            users = self.embed_users(batch.user_features, len(batch.user)).index_select(0, user_place(batch))
+        before = self.before(batch.item, batch.rating, batch.position == 0, features, users)
+        item = self.embed_items(batch.next_item, next_features)
         if self._per_item == 1:
             embeddings, sequence = item + before, _merged(batch)
         else:
@@ -149,13 +153,38 @@ class Ranking(RankingTask):
         logits: torch.Tensor = self.head(states.view(len(batch.item), self._per_item, -1)[:, -1])
         return logits
 
-    def before(self, item: torch.Tensor, rating: torch.Tensor, is_first: torch.Tensor) -> torch.Tensor:
-        """What stands before the next item (T, d), without features: the action on each item, and the first item of a
-        window itself.
+    def embed_items(self, item: torch.Tensor, features: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+        """What items (T,) int64 are in a sequence (T, d). features: theirs by name, as in `Sequences`; None of a model
+        that reads none."""
+        found = embedding_lookup(self.items, item)
+        if self.item_features is None or features is None:
+            return found
+        return sum(self.item_features(features), found)
 
-        item: (T,) int64; rating: (T,); is_first: (T,) bool.
+    def embed_users(self, features: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
+        """What the features of `count` users, by name as in `Sequences`, add to their first tokens: (count, d).
+
+        Raises ValueError if the model reads no features.
         """
-        found = torch.where(is_first[:, None], embedding_lookup(self.items, item), 0)
+        if self.user_features is None:
+            raise ValueError("this model reads no features of users")
+        return sum(self.user_features(features), self.items.weight.new_zeros(count, self.dim))
+
+    def before(
+        self,
+        item: torch.Tensor,
+        rating: torch.Tensor,
+        is_first: torch.Tensor,
+        features: Mapping[str, torch.Tensor] | None,
+        users: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What stands before the next item (T, d): the action on each item, and the first item of a window itself.
+
+        item: (T,) int64; rating: (T,); is_first: (T,) bool; features: of the items, as `embed_items` takes them; users:
+        (T, d), what `embed_users` says of each token's user, added to the first item.
+        """
+        first = self.embed_items(item, features)
+        found = torch.where(is_first[:, None], first if users is None else first + users, 0)
         if self.actions is None:
             return found
         return found + embedding_lookup(self.actions, torch.bucketize(rating, self.levels, right=True))

@@ -11,7 +11,7 @@ from kernels.rowwise_table import sharded
 from steps.common.files import read_json
 from steps.common.processes import ALONE, Processes, device_of_process, joined
 from steps.data.sequences import load_sequences
-from steps.evaluation.ranks import Ranker, Rules
+from steps.evaluation.exact_ranks import Ranker, Rules
 from steps.training.loop import Training
 
 STEPS = 20

@@ -112,6 +112,28 @@ def test_an_order_holds_in_all_tables_in_some_or_in_none(project: Path, rows: li
     assert f"ml-1m strict {sign}0.0200" in found.why
 
 
+@pytest.mark.parametrize(
+    ("better", "worse", "p", "margin", "expected"),  # the interval is 0.01 to 0.03, or -0.01 to 0.03
+    [
+        ("hstu", "sasrec", 1e-9, 0.001, "reproduced"),  # above, and so no lower
+        ("hstu", "sasrec", 0.6, 0.02, "reproduced"),
+        ("hstu", "sasrec", 0.6, 0.005, "not decided"),
+        ("sasrec", "hstu", 1e-9, 0.04, "reproduced"),  # -0.03 to -0.01
+        ("sasrec", "hstu", 1e-9, 0.02, "not decided"),
+        ("sasrec", "hstu", 1e-9, 0.005, "contradicted"),
+        ("sasrec", "hstu", 0.6, 0.04, "reproduced"),  # -0.03 to 0.01
+        ("sasrec", "hstu", 0.6, 0.001, "not decided"),
+    ],
+)
+def test_no_lower_is_judged_by_the_interval(
+    project: Path, better: str, worse: str, p: float, margin: float, expected: str
+) -> None:
+    pairs(project, ("paper", better, worse, p))
+    found = verdict(project, order={"rows": ["hstu", "sasrec"], "tables": [TABLE], "no_lower": margin})
+    assert found.verdict == expected
+    assert f"a loss of {margin} is none" in found.why
+
+
 SPEEDS = [
     {"part": "speed", "n": 1024, "captured": True, "over": 4.0, "device": "H200"},
     {"part": "speed", "n": 8192, "captured": True, "over": 6.0, "device": "H200"},
@@ -327,3 +349,34 @@ def test_the_project_s_claims_name_experiments_and_pages_that_are_there() -> Non
         page, _, heading = claim.get("explained", ["", "README.md#hstu-reproduced"])[1].partition("#")
         headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.M)
         assert heading in {re.sub(r"[^a-z0-9 -]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+def test_the_project_s_orders_are_of_rows_that_their_experiments_run_and_none_is_there_twice() -> None:
+    claims = params.load("claims", ROOT / "params")["claims"]
+    orders = {name: claim["order"] for name, claim in claims.items() if "order" in claim}
+    for name, order in orders.items():
+        for experiment, dataset, protocol in order["tables"]:
+            ran = {(run.dataset, run.model, run.protocol) for run in params.runs(experiment, ROOT / "params")}
+            for row in order["rows"]:
+                assert (dataset, row, protocol) in ran, name
+    assert len({(*order["rows"], "no_lower" in order) for order in orders.values()}) == len(orders)
+
+
+@pytest.mark.parametrize(
+    ("rows", "margin"),
+    [
+        (["hstu-ranking-merged", "hstu-ranking"], 0.001),
+        (["hstu-ranking", "hstu-ranking-merged"], None),
+        (["hstu-ranking", "hstu-ranking-no-actions"], None),
+        (["hstu-ranking", "dlrm"], None),
+        (["hstu-ranking-features", "dlrm"], None),
+    ],
+)
+def test_generative_ranking_is_claimed_under_both_protocols(rows: list[str], margin: float | None) -> None:
+    claims = params.load("claims", ROOT / "params")["claims"].values()
+    (order,) = (
+        claim["order"]
+        for claim in claims
+        if claim.get("order", {}).get("rows") == rows and claim["order"].get("no_lower") == margin
+    )
+    assert {protocol for _, _, protocol in order["tables"]} == {"temporal-ranking", "upstream-ranking"}

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from steps.common.params import Run
-from steps.evaluation import clicks
+from steps.evaluation import engagements
 from steps.reporting.outcomes import TestPredictions, TestRanks
 from steps.reporting.parity import orderings
 from steps.reporting.records import Record
@@ -179,7 +179,7 @@ def test_the_table_is_readable(tmp_path: Path) -> None:
     assert "hstu > sasrec (published 0.1720 > 0.1603): holds" in (tmp_path / "parity.md").read_text()
 
 
-def predictions(users: int = 150, seed: int = 0) -> clicks.Predictions:
+def predictions(users: int = 150, seed: int = 0) -> engagements.Predictions:
     """Predictions as evaluate writes them; users differ in their number, their share and the model's skill."""
     random = torch.Generator().manual_seed(seed)
     user = torch.repeat_interleave(torch.arange(users), torch.randint(1, 30, (users,), generator=random))
@@ -187,16 +187,16 @@ def predictions(users: int = 150, seed: int = 0) -> clicks.Predictions:
     known = torch.randn(len(user), generator=random)
     label = torch.rand(len(user), generator=random) < torch.sigmoid(taste[user] + known)
     logit = ((0.5 * taste + 0.3)[user] + skill[user] * known).round(decimals=1)  # with ties
-    return clicks.Predictions(user, logit, label.long())
+    return engagements.Predictions(user, logit, label.long())
 
 
-def kept(drawn: clicks.Predictions) -> TestPredictions:
-    sums = torch.stack(clicks.user_sums(drawn), dim=1)
+def kept(drawn: engagements.Predictions) -> TestPredictions:
+    sums = torch.stack(engagements.user_sums(drawn), dim=1)
     return TestPredictions.of_run({"test_users": drawn.user.numpy(), "test_sums": sums.numpy()})
 
 
-def metrics_of(drawn: clicks.Predictions) -> dict[str, float]:
-    return clicks.named(clicks.click_values(drawn, int(drawn.user.max()) + 1).tolist())
+def metrics_of(drawn: engagements.Predictions) -> dict[str, float]:
+    return engagements.named(engagements.engagement_values(drawn, int(drawn.user.max()) + 1).tolist())
 
 
 def test_ranking_metrics_are_means_of_users_values_with_the_spread_of_the_metric() -> None:
@@ -214,7 +214,7 @@ def test_ranking_metrics_are_means_of_users_values_with_the_spread_of_the_metric
         picked = random.integers(0, count, count)
         index = torch.cat([rows[user] for user in picked])
         number = torch.repeat_interleave(torch.arange(count), torch.tensor([len(rows[user]) for user in picked]))
-        resampled_anew.append(metrics_of(clicks.Predictions(number, drawn.logit[index], drawn.label[index])))
+        resampled_anew.append(metrics_of(engagements.Predictions(number, drawn.logit[index], drawn.label[index])))
     for place, name in enumerate(names):
         anew = np.std([one[name] for one in resampled_anew])
         assert values[:, place].std() / count**0.5 == pytest.approx(anew, rel=0.15), name
@@ -240,7 +240,7 @@ def test_what_recording_rounds_changes_no_comparison_of_similar_models(counts: s
     exact, rounded = [], []
     for _ in range(2):
         logit = known + 0.03 * torch.randn(len(user), generator=random)
-        sums = clicks.user_sums(clicks.Predictions(user, logit, label))
+        sums = engagements.user_sums(engagements.Predictions(user, logit, label))
         unrounded = TestPredictions(np.arange(1209), *(values.numpy() for values in sums))
         exact.append(values_of_users(unrounded))
         rounded.append(values_of_users(TestPredictions.of_record(unrounded.light())))

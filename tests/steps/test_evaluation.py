@@ -11,9 +11,9 @@ from steps.common.top import top_items
 from steps.data.sequences import Batch, Sequences
 from steps.data.split import HeldOut, split_sequences
 from steps.evaluation.beyond import beyond_accuracy
+from steps.evaluation.exact_ranks import Rules, rank
 from steps.evaluation.metrics import Ranks, metrics
 from steps.evaluation.names import NAMES
-from steps.evaluation.ranks import Rules, rank
 from steps.models import Model
 from tests.steps.runs import PAPER, STRICT, config
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from steps.common import studies
+from steps.evaluation.exact_ranks import Ranker, Ranking
 from steps.evaluation.metrics import Ranks
-from steps.evaluation.ranks import Ranker, Ranking
 from steps.studies import null_models
 from tests.conftest import ROOT
 from tests.steps.runs import STRICT

@@ -18,9 +18,9 @@ from steps.models.rankers.din import ActivationUnit
 from steps.models.rankers.dlrm import dots
 from steps.serving.ranker import CandidateRanker
 from steps.tasks import build
-from steps.tasks.ranking import RankingTask
+from steps.tasks.ranking import Ranking, RankingTask
 from steps.training.loop import Training, train_together
-from tests.steps.test_ranking import OF_USERS, PROTOCOL, in_graphs_and_eagerly
+from tests.steps.test_ranking import OF_USERS, PROTOCOL, in_graphs_and_eagerly, served
 
 ITEMS, MAX_LEN = 24, 12
 OWN: dict[str, dict[str, Any]] = {
@@ -318,7 +318,7 @@ def test_rankers_equal_their_equations(model: str) -> None:
             case "logistic-regression":
                 found.append(sum(fields) + ranker.dense.weight @ dense + ranker.dense.bias)
             case "deepfm":
-                own = task.weights(batch, task.item_weights)[token].sum(0)
+                own = task.weights(batch, task.item_weights).stacked[token].sum(0)
                 both = [*fields, *(number * vector for number, vector in zip(dense, ranker.vectors, strict=True))]
                 pairs = sum(both[i] @ both[j] for i in range(len(both)) for j in range(i))
                 first = own + ranker.dense.weight @ dense + ranker.dense.bias
@@ -477,6 +477,75 @@ def test_what_does_not_fit_is_refused() -> None:
         build(config("dlrm"), ITEMS)
 
 
-def test_histories_are_kept_of_models_without_features() -> None:
-    with pytest.raises(ValueError, match="this model reads them: take a row without"):
-        CandidateRanker(make("hstu", sequences(8)))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("tokens", ["interleaved", "merged", "items"])
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_serving_with_features_is_the_training_path(tokens: str, pieces: int, device: str) -> None:
+    """A user's features are of the first interaction, whichever piece it comes in; of later ones they are not read."""
+    data = on(device, sequences(300))
+    settings = config("hstu", tokens=tokens) | {"protocol": OF_USERS}
+    settings["training"] |= {"max_len": 24}
+    torch.manual_seed(1)
+    task = build(settings, ITEMS, FieldSizes.of(data)).eval().to(device)
+    assert isinstance(task, Ranking)
+    held_out = split_sequences(data, OF_USERS).held_out["test"]
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.mul_(4)
+        windows = RankingEvaluation(settings, data, held_out).predictions(task)
+    found = served(CandidateRanker(task, page=4, item_features=data.item_features), data, held_out, pieces)
+    torch.testing.assert_close(found, windows.logit, rtol=1e-5, atol=1e-5)
+    # And features count.
+    other = Sequences(
+        data.offsets, data.item, data.timestamp, ITEMS, rating=data.rating,
+        user_features={"group": 3 - data.user_features["group"]}, item_features=data.item_features,
+    )  # fmt: skip
+    assert not torch.allclose(
+        served(CandidateRanker(task, page=4, item_features=data.item_features), other, held_out, pieces), found
+    )
+
+
+def test_features_that_do_not_fit_are_refused_and_change_nothing() -> None:
+    data = sequences(8)
+    task = make("hstu", data).float()
+    assert isinstance(task, Ranking)
+    items = data.item_features
+    for features, said in (
+        (None, "item_features: genres is missing; this model reads genres, kind"),
+        ({"genres": items["genres"]}, "item_features: kind is missing"),
+        (items | {"kind": items["kind"][1:]}, r"kind has the shape \(24,\), which should be \(25,\) or \(25, 2\)"),
+        (items | {"genres": items["genres"][:, :2]}, r"genres has the shape \(25, 2\), .* or \(25, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            CandidateRanker(task, item_features=features)
+    ranker = CandidateRanker(task, item_features=items)
+
+    def append(users: list[int], features: dict[str, torch.Tensor] | None) -> None:
+        item, rating, time = torch.tensor([3, 4]), torch.tensor([5.0, 1.0]), torch.tensor([10, 20])
+        ranker.append(users, item, rating, time, torch.tensor([0, 1, 2]), features)
+
+    for features, said in (
+        (None, "user_features: group is missing; this model reads group"),
+        ({"group": torch.tensor([1])}, r"group has the shape \(1,\), which should be \(2,\)"),
+        ({"group": torch.tensor([1, 3])}, "user 9: group is 3, of which the model knows 1 to 2 alone"),
+        ({"group": torch.tensor([1, 0])}, "user 9: group is 0, of which the model knows 1 to 2 alone"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            append([7, 9], features)
+    assert not ranker.cache.lengths
+
+    def score() -> torch.Tensor:
+        return ranker.score([7, 9], torch.tensor([5, 6]), torch.tensor([0, 1, 2]), torch.tensor([30, 30]))
+
+    append([7, 9], {"group": torch.tensor([1, 2])})
+    expected = score()
+    ranker.evict([9])
+    append([9, 8], {"group": torch.tensor([2, 1])})  # where 9 had other items and 8 is new
+    ranker.evict([7, 9])
+    with pytest.raises(ValueError, match="group is missing"):
+        append([7, 9], None)
+    append([7, 9], {"group": torch.tensor([1, 2])})
+    torch.testing.assert_close(score(), expected)
+    ranker.append([7], torch.tensor([8]), torch.tensor([3.0]), torch.tensor([21]), torch.tensor([0, 1]))
+    given = {"group": torch.tensor([99])}  # which is not read
+    ranker.append([9], torch.tensor([8]), torch.tensor([3.0]), torch.tensor([21]), torch.tensor([0, 1]), given)

@@ -11,7 +11,7 @@ from steps.common.cli import StepError
 from steps.common.typed import EntryError
 from steps.data.sequences import Batch, Sequences
 from steps.data.split import HeldOut, split_sequences
-from steps.evaluation.clicks import auc
+from steps.evaluation.engagements import auc
 from steps.evaluation.ranking import RankingEvaluation
 from steps.serving.ranker import CandidateRanker
 from steps.tasks import build
@@ -343,7 +343,8 @@ def served(ranker: CandidateRanker, data: Sequences, held_out: HeldOut, pieces: 
             parts.append(range(*(start[user] + length * place // pieces for place in (piece, piece + 1))))
         index = torch.tensor([row for part in parts for row in part], dtype=torch.int64, device=device)
         offsets = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
-        ranker.append(users, data.item[index], data.rating[index], data.timestamp[index], offsets)
+        features = {name: values[users] for name, values in data.user_features.items()}
+        ranker.append(users, data.item[index], data.rating[index], data.timestamp[index], offsets, features)
     targets = data.offsets[held_out.users + 1] - 1 - held_out.num_after
     offsets = torch.tensor([0, *(int((held_out.users == user).sum()) for user in users)]).cumsum(0)
     time = torch.stack([data.timestamp[first[user] - 1] for user in users])
@@ -473,7 +474,8 @@ def test_what_cannot_be_ranked_is_refused_and_changes_nothing(tokens: str) -> No
 
 
 def test_the_page_s_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/ranking.md").read_text("utf-8"), re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/ranking.md").read_text("utf-8"), re.M | re.S)
+    (block,) = (one for one in blocks if "ranker.append" in one)
     exec(block, {})  # noqa: S102
     promised = re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE)
     assert promised

@@ -84,24 +84,31 @@ def test_shorter_gaps_change_the_times_alone() -> None:
 
 
 def test_taste_drifts_in_the_ratings_alone() -> None:
-    """What a user likes is half of the genres, and another half after six gaps of days or months."""
+    """Old movies or new ones, in turns of gaps of months; and ratings before the next say nothing without its movie."""
     data = tables(synthesize(**SMALL | {"users": 300}, taste_drifts=True))
     without = tables(synthesize(**SMALL | {"users": 300}))
+    assert data["movies"] == without["movies"]
     assert [(user, movie, time) for user, movie, _, time in data["ratings"]] == [
         (user, movie, time) for user, movie, _, time in without["ratings"]
     ]
-    genre = {row[0]: int(row[2].removeprefix("Genre")) for row in data["movies"]}
+    is_old = {row[0]: int(row[1][-5:-1]) < 1975 for row in data["movies"]}
+    assert 0.4 < sum(is_old.values()) / len(is_old) < 0.6
     users = defaultdict(list)
     for user, movie, rating, time in data["ratings"]:
-        users[user].append((int(time), genre[movie], int(rating)))
-    liked = Counter()
+        users[user].append((int(time), is_old[movie], int(rating)))
+    by_taste, liked, as_before = [], {False: [], True: []}, []
     for user, ratings in users.items():
         ratings.sort(key=lambda rating: rating[0])
-        taste, before = int(user), ratings[0][0]
-        for time, of, rating in ratings:
-            taste += time - before > 86400
+        likes_old, before = int(user) % 2 == 0, ratings[0][0]
+        for time, old, rating in ratings:
+            if time - before > 30 * 86400:
+                likes_old = not likes_old
             before = time
-            likes = (of - taste) % 6 < 3
-            assert rating in ((3, 4, 5) if likes else (1, 2, 3))
-            liked[likes] += 1
-    assert 0.4 < liked[True] / liked.total() < 0.6
+            assert rating in ((3, 5) if old else (2, 4))
+            by_taste.append((rating >= 4) == (old == likes_old))
+            liked[old].append(rating >= 4)
+        engaged = [rating >= 4 for *_, rating in ratings]
+        as_before += [one == other for one, other in itertools.pairwise(engaged)]
+    assert sum(by_taste) / len(by_taste) == pytest.approx(5 / 6, abs=0.02)
+    for values in (*liked.values(), as_before):
+        assert sum(values) / len(values) == pytest.approx(1 / 2, abs=0.03)

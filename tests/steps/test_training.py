@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from steps.common.files import read_json, write_json
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import HeldOut
+from steps.evaluation.exact_ranks import Ranker, Rules, rank
 from steps.evaluation.metrics import Ranks, metric_values
-from steps.evaluation.ranks import Ranker, Rules, rank
 from steps.evaluation.retrieval import RetrievalEvaluation
 from steps.tasks import Task, losses
 from steps.tasks.sessions import Sessions

@@ -11,9 +11,11 @@ Within a genre a user walks along the genre's series of movies, a step or two at
 in five is any movie of the catalogue, popular ones more often. About half the ratings of a session
 share the timestamp of the rating before, as in MovieLens.
 
-Ratings say whether a genre is the user's home. With `taste_drifts` they say what the user likes at the moment: half of
-the genres, those that follow in the cycle on a place which moves on after every gap of days or months. Which movies are
-rated, and when, is the same.
+Ratings say whether a genre is the user's home. With `taste_drifts` they say what the user likes at the moment, old
+movies or new ones, which changes after every gap of months; one rating in six is by the other taste. A liked movie has
+4 or 5, another 2 or 3, an old one the higher: so ratings tell which movies are old, and none is liked more often than
+others. Neither a mean nor the ratings before foretell the next, without its movie. Which movies are rated, and when, is
+the same.
 
 Who comes back to a genre goes on where they were, however long ago that was: in a long history the
 next movie may follow from a token hundreds of places before.
@@ -30,6 +32,8 @@ _START = 978_300_000  # seconds since 1970; where MovieLens-1M begins
 _SHARE_NOISE = 0.2
 _SHARE_SAME_TIMESTAMP = 0.5
 _SHARE_NEVER_RATED = 0.05
+_SHARE_OTHER_TASTE = 1 / 6
+_OLD = 1975  # movies of earlier years
 _AGES = (1, 18, 25, 35, 45, 50, 56)
 
 
@@ -111,7 +115,7 @@ def synthesize(
         age = _AGES[draw.between(0, len(_AGES) - 1)]
         user_lines.append(f"{user}::{gender}::{age}::{draw.between(0, 20)}::{draw.between(10000, 99999)}")
         rating_lines += _ratings_of_user(draw, user, series, rated, genre_of, mean_ratings, gap_divisor, taste_drifts)
-    movie_lines = [f"{movie}::Movie {movie} ({1950 + movie % 50})::Genre{genre_of[movie]}" for movie in sorted(ids)]
+    movie_lines = [f"{movie}::Movie {movie} ({_year(movie)})::Genre{genre_of[movie]}" for movie in sorted(ids)]
     return _archive({"users.dat": user_lines, "movies.dat": movie_lines, "ratings.dat": rating_lines})
 
 
@@ -149,17 +153,17 @@ def _ratings_of_user(
                 if movie in seen:  # the whole series is seen
                     movie = draw.one_of([other for other in rated if other not in seen])
             seen.add(movie)
-            noise = draw.between(-1, 1)
-            if taste_drifts:
-                rating = 2 + 2 * ((genre_of[movie] - taste) % len(series) < len(series) // 2) + noise
+            if taste_drifts:  # one draw, as without
+                old = _year(movie) < _OLD
+                likes = (old == (taste % 2 == 0)) != draw.chance(_SHARE_OTHER_TASTE)
+                rating = 2 + 2 * likes + old
             else:
-                rating = min(5, max(1, 3 + (genre_of[movie] == home) + noise))
+                rating = min(5, max(1, 3 + (genre_of[movie] == home) + draw.between(-1, 1)))
             session.append(f"{user}::{movie}::{rating}::{time}")
             if not draw.chance(_SHARE_SAME_TIMESTAMP):
                 time += draw.between(5, 50)
         sessions.append(session)
         gap = draw.between(0, 2)
-        taste += gap > 0
         if gap == 0:
             time += draw.between(5 * _MINUTE, 2 * _HOUR)
         elif gap == 1:
@@ -168,7 +172,12 @@ def _ratings_of_user(
         else:
             time += draw.between(60 * _DAY, 200 * _DAY) // gap_divisor
             genre = home
+            taste += 1
     return [line for session in reversed(sessions) for line in session]
+
+
+def _year(movie: int) -> int:
+    return 1950 + movie % 50
 
 
 def _archive(files: dict[str, list[str]]) -> bytes:

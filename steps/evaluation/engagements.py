@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from steps.evaluation.names import CLICK_NAMES
+from steps.evaluation.names import ENGAGEMENT_NAMES
 
 #: Groups of equal size, by predicted probability, that a reliability figure has.
 RELIABILITY_GROUPS = 20
@@ -124,8 +124,8 @@ def _share_below(logit: torch.Tensor, ordered: torch.Tensor) -> torch.Tensor:
     return (lower + upto).double() / (2 * len(ordered))
 
 
-def click_values(predictions: Predictions, num_users: int) -> torch.Tensor:
-    """The metrics in `CLICK_NAMES`, float64, on the device, without waiting for it."""
+def engagement_values(predictions: Predictions, num_users: int) -> torch.Tensor:
+    """The metrics in `ENGAGEMENT_NAMES`, float64, on the device, without waiting for it."""
     user, logit, label = predictions
     return torch.stack(
         [
@@ -139,8 +139,8 @@ def click_values(predictions: Predictions, num_users: int) -> torch.Tensor:
 
 
 def named(values: list[float]) -> dict[str, float]:
-    """`click_values`, copied to the host, by name."""
-    return {name: round(value, 6) for name, value in zip(CLICK_NAMES, values, strict=True)}
+    """`engagement_values`, copied to the host, by name."""
+    return {name: round(value, 6) for name, value in zip(ENGAGEMENT_NAMES, values, strict=True)}
 
 
 def reliability(logit: torch.Tensor, label: torch.Tensor, groups: int = RELIABILITY_GROUPS) -> list[dict[str, float]]:
