@@ -6,7 +6,8 @@ Holm's correction over the pairs of the table. Of ranking it is each user's infl
 standard deviation over seeds stands beside them. Writes `comparisons.csv`, `comparisons.md` and `.html`, the figure
 `intervals`, `intervals.csv` (every metric of the paper, and each model's gain over the baseline, with intervals), and
 `parity.md`, which says where a published ordering holds, and how near protocol `paper` comes to the published figures
-and to the authors' code. Reads runs or their records.
+and to the authors' code. Reads runs or their records. Trials of a search, an experiment with `points`, are not
+compared: its files have no rows.
 """
 
 import argparse
@@ -71,7 +72,8 @@ def main(args: argparse.Namespace) -> None:
     note = _NOTE.format(metric=printed(metric), per=per, test=_TESTS[task.name])
     made: list[Section] = []
     orders, intervals, table = ["# Published orderings"], [], []
-    for (dataset, protocol), models in values_of_models(records).items():
+    search = "points" in experiment
+    for (dataset, protocol), models in ({} if search else values_of_models(records)).items():
         means = resample(models)
         compared = {name: values[:, 0] for name, values in models.items()}
         pairs = compare_pairs(compared, {name: values[:, 0] for name, values in means.items()}, TESTS[task.name])
@@ -119,8 +121,9 @@ def main(args: argparse.Namespace) -> None:
         with atomic_path(args.output / f"{name}.csv") as temporary:
             _rounded(pl.DataFrame(rows, schema=schema)).write_csv(temporary)
     title = f"{experiment['title']}: comparisons"
-    write_text(args.output / "comparisons.md", page_markdown(title, made, []))
-    write_text(args.output / "comparisons.html", page_html(title, made, []))
+    footer = [_SEARCH] if search else []
+    write_text(args.output / "comparisons.md", page_markdown(title, made, footer))
+    write_text(args.output / "comparisons.html", page_html(title, made, footer))
     write_text(args.output / "parity.md", "\n\n".join(orders + parity(records, paper)) + "\n")
 
 
@@ -128,6 +131,7 @@ _NOTE = (
     f"Test {{metric}}{{per}}, averaged over seeds. Intervals: {CONFIDENCE:.0%} bootstrap over users "
     f"({RESAMPLES} resamples). p: {{test}}, paired over users, Holm-corrected over the table's pairs."
 )
+_SEARCH = "Trials of a search are chosen among by validation, and not compared."
 _TESTS = {
     "retrieval": "Wilcoxon signed-rank",
     "ranking": "the difference over its standard error, by users' influence on it (DeLong's test for clusters)",

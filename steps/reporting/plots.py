@@ -1,5 +1,6 @@
 """What the figures of an experiment show: learning curves, intervals, groups of users, speed against quality."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,8 @@ def draw_intervals(shown: Shown, intervals: dict[tuple[str, str, str], tuple[flo
     intervals: mean, low and high by (dataset, protocol, model).
     """
     metric = shown.task.compared
-    models = list(dict.fromkeys(model for names in shown.groups.values() for model in names))
+    drawn = {model for _, _, model in intervals}
+    models = [model for model in dict.fromkeys(itertools.chain(*shown.groups.values())) if model in drawn]
     figure, axes = _panels(len(shown.tables), 3, height=0.9 + 0.24 * max(len(models), 3), share=True)
     for axis, (dataset, protocol) in zip(axes, shown.tables, strict=True):
         published = shown.others("public_datasets", dataset, protocol)
@@ -142,7 +144,7 @@ def draw_intervals(shown: Shown, intervals: dict[tuple[str, str, str], tuple[flo
             if model in published:
                 axis.plot(published[model][metric], height, "D", color=OTHERS, **_DIAMOND)
         axis.set_yticks(range(len(models)), [shown.label(model) for model in models])
-        axis.set_ylim(len(models) - 0.5, -0.5)
+        axis.set_ylim(max(len(models), 1) - 0.5, -0.5)
         axis.set(title=shown.title(dataset, protocol), xlabel=f"test {printed(metric)}, 95 % interval over users")
         axis.grid(visible=False, axis="y")
         axis.set_xlim(left=min(shown.task.floor, axis.dataLim.x0))

@@ -97,6 +97,10 @@ def test_a_search_tunes_an_experiment(project: Path, monkeypatch: pytest.MonkeyP
         write_records("search", read_records("search", Path("runs/search"))[0], Path("reports/search/records"))
         step("choose", "--experiment", "search", cwd=project)
         assert (root / "local/tuned/search.yaml").read_bytes() == written
+        for source in ("runs/search", "reports/search/records"):  # trials have nothing to be compared by
+            step("compare", "--experiment", "search", "--runs", source, "--output", "reports/search", cwd=project)
+            assert "Trials of a search" in Path("reports/search/comparisons.md").read_text()
+            assert len(Path("reports/search/intervals.csv").read_text().splitlines()) == 1
         shutil.rmtree("runs/search", ignore_errors=True)
         shutil.copytree("reports/search/records", "runs/search")
     records, _ = read_records("search", Path("reports/search/records"))
