@@ -1,7 +1,8 @@
 """Choose for every row of a search the point of its grid that was best on validation, and write it into params/tuned/.
 
 An experiment that says `tuned: <search>` takes the settings from there. Every row has had the same points, so none was
-tuned longer than another; a search whose runs are not all finished is refused.
+tuned longer than another; a search whose runs are not all finished is refused. Says where the best of a row lies at an
+edge of the grid.
 """
 
 import argparse
@@ -53,6 +54,26 @@ def choose(records: Iterable[Record]) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
+def at_edges(chosen: dict[str, dict[str, dict[str, Any]]], grid: dict[str, list[Any]]) -> list[str]:
+    """A line for each setting that is the least or greatest of three numbers or more: a wider grid might be better.
+
+    chosen: by data set and row, as `choose` returns it. A bound that cannot be passed, 0, is none.
+    """
+    numbers = {key: sorted(values) for key, values in grid.items() if len(values) > 2 and _are_numbers(values)}
+    found = []
+    for dataset, rows in chosen.items():
+        for key, values in numbers.items():
+            for end, word in ((values[0], "least"), (values[-1], "greatest")):
+                at = [row for row, of in rows.items() if of["settings"].get(key) == end]
+                if at and end != 0:
+                    found.append(f"{dataset}: {key} {end} is the {word} of the grid, and the best of {', '.join(at)}")
+    return found
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", required=True, help="the search: an experiment with a grid")
     parser.add_argument("--runs", type=Path, help="its runs, or records (default: reports/<experiment>/records)")
@@ -61,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     search = args.experiment
-    if "grid" not in params.load(f"experiments/{search}"):
+    experiment = params.load(f"experiments/{search}")
+    if "grid" not in experiment:
         raise StepError(f"{params.experiment_path(search)} has no `grid`, so that there is nothing to choose among")
     folder = args.runs or Path("reports", search, "records")
     records, missing = read_records(search, folder)
@@ -71,8 +93,9 @@ def main(args: argparse.Namespace) -> None:
             "finish them first"
         )
     output = args.output or params.tuned_path(search, search)
-    write_text(output, _HEADER.format(search=search) + yaml_files.dump(choose(records)))
-    print(f"wrote {output}")
+    chosen = choose(records)
+    write_text(output, _HEADER.format(search=search) + yaml_files.dump(chosen))
+    print("\n".join([f"wrote {output}", *at_edges(chosen, experiment["grid"])]))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,21 @@ def test_the_least_mean_over_seeds_is_chosen() -> None:
         step_choose.choose([*records, record("dlrm+a.b=1", 0, "upstream-ranking", valid={"ne": 0.5})])
 
 
+def test_the_best_at_an_edge_of_the_grid_is_pointed_at() -> None:
+    grid = {"lr": [0.01, 0.001, 0.1], "decay": [0.0, 0.1, 0.2], "batch": [16, 64], "kind": ["a", "b", "c"]}
+    chosen = {
+        "demo": {
+            "din": {"settings": {"lr": 0.001, "decay": 0.0, "batch": 16, "kind": "a"}},
+            "dlrm": {"settings": {"lr": 0.001, "decay": 0.2, "batch": 64, "kind": "c"}},
+            "dcn-v2": {"settings": {"lr": 0.01, "decay": 0.1, "batch": 64, "kind": "b"}},
+        }
+    }
+    assert step_choose.at_edges(chosen, grid) == [
+        "demo: lr 0.001 is the least of the grid, and the best of din, dlrm",
+        "demo: decay 0.2 is the greatest of the grid, and the best of dlrm",
+    ]
+
+
 def test_a_search_tunes_an_experiment(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = project / "params"
     write(project, "search", SEARCH | {"models": ["logistic-regression"], "points": 2})
