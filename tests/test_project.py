@@ -117,6 +117,18 @@ def test_links_of_pages_lead_somewhere() -> None:
             assert not anchor or anchor in anchors(path), f"{page.name} links to {target}#{anchor}"
 
 
+def test_figures_of_pages_are_committed() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    pages = [ROOT / name for name in listed.split("\0") if name.endswith(".md")]
+    found = [
+        (page, (page.parent / name).resolve().relative_to(ROOT).as_posix())
+        for page in pages
+        for name in re.findall(r"""(?:\]\(|srcset="|src=")([^")#:]*\.svg)""", page.read_text())
+    ]
+    assert {figure for _, figure in found} >= {"reports/ml-1m/curves-dark.svg", "reports/studies/kernels/figure.svg"}
+    assert [(page.name, figure) for page, figure in found if figure not in listed.split("\0")] == []
+
+
 def anchors(page: Path) -> set[str]:
     """The names by which GitHub links to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)

@@ -8,9 +8,10 @@ import numpy as np
 import polars as pl
 
 LARGEST_RANK = 500  # no cut of HR or NDCG is larger
-#: Of a mean to 1, in what records keep of predictions: two nearly equal models differ by thousandths of a user's mean,
-#: and the mean over users of what rounding takes has to be small beside that difference's standard error.
-_STEPS = 2**18
+#: To 1, in what records keep of predictions. The mean over users of what rounding takes has to be small beside the
+#: standard error of a difference of two nearly equal models. A user of n targets moves that difference by about the
+#: root of n, so what is rounded is the user's sum over this root: users of many targets get finer steps a target.
+_STEPS = 2**12
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,17 @@ class TestPredictions:
     """What the predictions for each user's test targets add up to, as in `evaluation.engagements.UserSums`: of `users`
     (U,) int64, ascending; all others (U,) float64.
 
-    They are rounded to what is recorded, so that tables made of runs are those made of their records: each user's means
-    a target, to steps of 2**-18, of which compression leaves two or three bytes. No user's error reaches another, as
-    intervals and tests read users' values. A mean loss of more than 16,383 nats is kept as 16,384.
+    They are rounded to what is recorded, so that tables made of runs are those made of their records: each user's sum
+    of n targets, over the root of n, to steps of 2**-12. No user's error reaches another, as intervals and tests read
+    users' values. A loss over this root of more than 1,048,575 nats is kept as 1,048,576. The user's own AUC is exact:
+    `twice_ordered` is twice the pairs of a positive and a negative of the user in which the positive scores higher,
+    equal ones as half.
     """
 
     __test__ = False
     FILE: ClassVar[str] = "predictions.parquet"
     SCHEMA: ClassVar[dict[str, Any]] = {"user": pl.UInt32, "examples": pl.UInt32, "positives": pl.UInt32}
-    SCHEMA |= dict.fromkeys(("loss", "own_auc", "above", "below"), pl.UInt32)
+    SCHEMA |= {"loss": pl.UInt32, "twice_ordered": pl.UInt64, "above": pl.UInt32, "below": pl.UInt32}
 
     users: np.ndarray
     examples: np.ndarray
@@ -77,10 +80,11 @@ class TestPredictions:
     def of_record(cls, part: pl.DataFrame) -> Self:
         """From the rows of a run, which `light` made."""
         users, *others = (part[name].to_numpy() for name in cls.SCHEMA)
-        examples, positives, loss, own_auc, above, below = (values.astype(np.float64) for values in others)
+        examples, positives, loss, twice_ordered, above, below = (values.astype(np.float64) for values in others)
         negatives = examples - positives
-        own_auc = np.where((positives > 0) & (negatives > 0), own_auc / _STEPS, np.nan)
-        sums = loss / _STEPS * examples, own_auc, above / _STEPS * positives, below / _STEPS * negatives
+        pairs = positives * negatives
+        own_auc = np.where(pairs > 0, twice_ordered / (2 * np.maximum(pairs, 1)), np.nan)
+        sums = _sums(loss, examples), own_auc, _sums(above, positives), _sums(below, negatives)
         return cls(users.astype(np.int64), examples, positives, *sums)
 
     def light(self) -> pl.DataFrame:
@@ -89,7 +93,7 @@ class TestPredictions:
         columns = (
             *(values.astype(np.int64) for values in (self.users, self.examples, self.positives)),
             _steps(self.loss, self.examples),
-            _steps(np.nan_to_num(self.own_auc), np.ones(len(self.users))),
+            np.rint(2 * np.nan_to_num(self.own_auc) * self.positives * negatives).astype(np.int64),
             _steps(self.above, self.positives),
             _steps(self.below, negatives),
         )
@@ -97,9 +101,13 @@ class TestPredictions:
 
 
 def _steps(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The means (U,) of sums (U,) of so many (U,), in whole steps of 1 / `_STEPS`; 0 of none."""
-    means = sums / np.maximum(counts, 1)
-    return np.rint(_STEPS * means).clip(0, 2**32 - 1).astype(np.int64)
+    """Sums (U,) of so many (U,), over the root of their number, in whole steps of 1 / `_STEPS`; 0 of none."""
+    return np.rint(_STEPS * sums / np.sqrt(np.maximum(counts, 1))).clip(0, 2**32 - 1).astype(np.int64)
+
+
+def _sums(steps: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The sums (U,) that `_steps` has kept."""
+    return steps / _STEPS * np.sqrt(np.maximum(counts, 1))
 
 
 Outcomes = TestRanks | TestPredictions

@@ -237,6 +237,16 @@ def test_records_that_do_not_belong_together_are_named(project: Path, ml_1m: lis
         read_records("mine", folder)[0][0].outcomes()
 
 
+def test_records_have_the_rows_of_a_user_together(project: Path, ml_1m: list[params.Run]) -> None:
+    for run in ml_1m:
+        fake_run(project, run)
+    ranks = pl.read_parquet(record_all(project) / TestRanks.FILE)
+    of_a_table = sum((run.dataset, run.protocol) == (ml_1m[0].dataset, ml_1m[0].protocol) for run in ml_1m)
+    assert of_a_table > 1
+    for start in range(0, len(ranks), of_a_table):
+        assert ranks["user"][start : start + of_a_table].n_unique() == 1
+
+
 def test_ranks_of_many_users_stay_in_runs(
     project: Path, ml_1m: list[params.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
