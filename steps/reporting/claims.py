@@ -276,11 +276,11 @@ def _order(name: str, told: dict[str, Any], order: dict[str, Any], tables: Table
     for experiment, dataset, protocol in order["tables"]:
         of_table = {"dataset": dataset, "protocol": protocol}
         rows = tables.read(experiment, "comparisons")
-        if rows is None:
+        better, worse = order["rows"]
+        if rows is None or _without(rows.filter(**of_table), experiment, better, worse):
             said.append(f"{dataset} {protocol}: {_not_run(experiment)}")
             continue
         there.append((experiment, "comparisons"))
-        better, worse = order["rows"]
         ahead = len(rows.filter(**of_table, better=better, worse=worse)) == 1
         if not ahead:
             better, worse = worse, better
@@ -302,6 +302,12 @@ def _order(name: str, told: dict[str, Any], order: dict[str, Any], tables: Table
     return Verdict(
         name, verdict=verdict, experiment=experiment, why="; ".join(said), files=tables.files(*there), **told
     )
+
+
+def _without(pairs: pl.DataFrame, experiment: str, *rows: str) -> bool:
+    """Whether one of the experiment's rows is in no pair of a table, as its runs are not there yet."""
+    there = {*pairs["better"], *pairs["worse"]}
+    return any(row not in there for row in rows) and {*rows} <= {run.model for run in params.runs(experiment)}
 
 
 def _of_signs(found: list[int], asked: int) -> str:
