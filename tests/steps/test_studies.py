@@ -25,7 +25,7 @@ FIGURE = (".svg", ".png", "-dark.svg", "-dark.png")
 STUDIES = params.studies(ROOT / "params")
 #: Those whose rows are committed. docs/studies.md names the others as not measured yet.
 MEASURED = [name for name in STUDIES if (ROOT / f"reports/studies/{name}/rows.json").is_file()]
-WITHOUT_DATA = ("encoder-efficiency", "kernels", "m-falcon")
+WITHOUT_DATA = ("cost", "encoder-efficiency", "kernels", "m-falcon")
 MACHINE = {"device": "H200", "commit": "a" * 40}
 
 
@@ -180,6 +180,8 @@ def small(study: str, data: Path) -> dict[str, Any]:
             "sampled_softmax": [sizes | {"items": 20, "negatives": 4}],
             "hstu_attention": [attention | kind for kind in kinds],
         }
+    if study == "cost":
+        settings["gpus"]["value"] = [2]
     if study == "encoder-efficiency":
         settings["encoder"] = {"dim": 16, "dqk": 8, "dtype": "float32"}
         settings["speed"] |= {"lengths": [8, 16], "tokens": 64, "alphas": [1.6], "draws": 4, "compiled": []}
