@@ -48,7 +48,8 @@ def require(cases: list[dict[str, Any]], plan: dict[str, Any]) -> None:
     most, found = max(case["processes"] for case in cases), torch.cuda.device_count()
     if plan["device"] == "cuda" and most > found:
         raise StepError(
-            f"{most} processes need a CUDA device each, and there are {found}: add --only processes={found}"
+            f"{most} processes need a CUDA device each, and this machine shows {found}; measure cases of fewer, as by "
+            "--only processes=1"
         )
 
 
