@@ -79,17 +79,15 @@ def _short(number: float) -> str:
 
 
 def _draw(lines: list[Row], floors: list[str]) -> Figure:
-    """A mark for each floor, a line for each case."""
-    figure = Figure(figsize=(6.5, 1.0 + 0.4 * len(lines)), layout="constrained")
+    """Of each floor its time, a colour for each case."""
+    figure = Figure(figsize=(6.5, 1 + 0.3 * len(floors)), layout="constrained")
     axis = figure.subplots()
-    for number, name in enumerate(floors):
-        axis.plot(
-            [line[name] for line in lines], range(len(lines)), "osD^vx"[number % 6], color=f"C{number}", label=name
-        )
-    names = [f"{line['shape']}, {line['gpus']} GPUs, alpha {line['alpha']}" for line in lines]
-    axis.set(xscale="log", xlabel="least time, ms")
+    for number, line in enumerate(lines):
+        label = f"{line['shape']}, {line['gpus']} GPUs, alpha {line['alpha']}"
+        marker = "|x_+"[number % 4]
+        axis.plot([line[name] for name in floors], floors, marker, color=f"C{number}", markersize=8, label=label)
+    axis.set(xscale="log", xlabel="least time of a step, ms")
     axis.minorticks_off()
-    axis.set_yticks(range(len(lines)), names)
     axis.invert_yaxis()
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure
