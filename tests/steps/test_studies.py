@@ -25,7 +25,7 @@ FIGURE = (".svg", ".png", "-dark.svg", "-dark.png")
 STUDIES = params.studies(ROOT / "params")
 #: Those whose rows are committed. docs/studies.md names the others as not measured yet.
 MEASURED = [name for name in STUDIES if (ROOT / f"reports/studies/{name}/rows.json").is_file()]
-WITHOUT_DATA = ("encoder-efficiency", "kernels", "m-falcon")
+WITHOUT_DATA = ("cost", "encoder-efficiency", "kernels", "m-falcon")
 MACHINE = {"device": "H200", "commit": "a" * 40}
 
 
@@ -180,6 +180,8 @@ def small(study: str, data: Path) -> dict[str, Any]:
             "sampled_softmax": [sizes | {"items": 20, "negatives": 4}],
             "hstu_attention": [attention | kind for kind in kinds],
         }
+    if study == "cost":
+        settings["gpus"]["value"] = [2]
     if study == "encoder-efficiency":
         settings["encoder"] = {"dim": 16, "dqk": 8, "dtype": "float32"}
         settings["speed"] |= {"lengths": [8, 16], "tokens": 64, "alphas": [1.6], "draws": 4, "compiled": []}
@@ -240,6 +242,10 @@ def small(study: str, data: Path) -> dict[str, Any]:
             write_processed(data / "processed" / name, [9] * 12, 30)
         settings |= {"draws": 2, "nearest": settings["nearest"] | {"step": 512, "sequences": 1000}}
         settings["balance"] |= {"ranks": [2], "batch": 4, "steps": 2}
+    if study == "table-load":
+        write_processed(data / "processed/ml-1m", [9] * 12, 30)
+        settings |= {"dim": 8, "length": 20, "users": 2, "processes": [1, 2], "steps": 2}
+        settings["expansions"] = [{"rows": 2, "columns": 5}]
     if study == "preprocessing":
         settings["repetitions"] = 2
         plan["data"]["raw"]["ml-1m"]["checks"] = {"min_user_interactions": 1}
@@ -264,7 +270,7 @@ import sys
 for name in ("yaml", "jsonschema", "polars", "pandera", "pyarrow", "matplotlib", "tabulate"):
     sys.modules[name] = None  # an import of it fails
 import steps.study, steps.studies.encoder_efficiency, steps.studies.kernels, steps.studies.long_sequences
-import steps.studies.m_falcon, steps.studies.null_models
+import steps.studies.m_falcon, steps.studies.null_models, steps.studies.table_load
 import steps.studies.convergence, steps.studies.training_speed
 """
     run("python", "-c", code, cwd=ROOT)
