@@ -10,7 +10,7 @@ from jinja2 import Environment
 from tabulate import tabulate
 
 Row = Sequence[Any]
-_SCREEN = 160  # columns of text
+_SCREEN, _ROWS = 160, 100  # columns of text; lines of two screens
 #: What GitHub's Markdown takes for markup inside a cell: emphasis, code, html, mathematics, links, a column's end.
 _MARKUP = re.compile(r"([\\|`*<$~]|\](?=\()|\b_|_\b|&(?=#?\w+;))")
 
@@ -76,10 +76,11 @@ def page_latex(sections: Sequence[Section], footer: Sequence[str]) -> str:
 
 
 def markdown(headers: Row, rows: Sequence[Row]) -> str:
-    """A GitHub table. One that is wider than a screen has no blanks to align its source: they would be half of it."""
+    """A GitHub table. One wider than a screen, or longer than two, has no blanks to align its source: they would be
+    half of it."""
     cells = [[escaped(cell) for cell in row] for row in rows]
     table = _table([escaped(header) for header in headers], cells, "github")
-    if len(table.partition("\n")[0]) <= _SCREEN:
+    if len(table.partition("\n")[0]) <= _SCREEN and len(rows) <= _ROWS:
         return table
     return re.sub(r"-{4,}", "---", re.sub(r"(?<=\|) {2,}| {2,}(?=\|)", " ", table))
 
