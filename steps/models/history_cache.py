@@ -204,22 +204,25 @@ class HistoryCache:
             What `encoder.forward` gives the last token of history + candidate: not normalised.
 
         Raises:
-            ValueError: an unknown user, a history that has no position left; shapes, types or devices
-                other than these.
+            ValueError: an unknown user, a history that has no position left for its candidates; shapes, types or
+                devices other than these.
         """
         names, counts = self._checked(users, "candidates", candidates, offsets)
         asked = self._checked_time("time", time, len(names), "user")
         micro_batch = count_of("micro_batch", micro_batch, "candidates")
         found = self._known(names)
         most = self._encoder.num_positions
-        for name, user in zip(names, found, strict=True):
-            if user.total >= most:
+        for name, user, count in zip(names, found, counts, strict=True):
+            if count and user.total >= most:
                 raise ValueError(
                     f"user {name} has {user.total} tokens, and a candidate would be beyond the encoder's {most} "
                     "positions: evict the user and append the latest tokens alone"
                 )
         if not len(candidates):
             return torch.zeros_like(candidates)
+        # A full history has no candidate here, so nobody reads it; it would be longer than kernels are told.
+        nobody = _User(candidates[:0], self._times[:0])
+        found = [nobody if user.total >= most else user for user in found]
         longest = min(self._rounded(max(user.total for user in found)), most - 1)
         request = ("histories", len(names), longest)
         again = self._repeated.seen(request)

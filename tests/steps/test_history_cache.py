@@ -665,6 +665,20 @@ def test_what_cannot_be_appended_is_said_and_changes_nothing(changes: dict[str, 
     close(encode(cache, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
 
 
+@pytest.mark.parametrize("time", ["next", "self", "none"])
+def test_a_full_history_without_candidates_is_no_hindrance(time: str, case: Case, graphs: type[PretendedGraph]) -> None:
+    """Alone, and beside others; with graphs too, which read a history for each user."""
+    encoder = make(time)
+    cache = filled(encoder, case)
+    cache.append(**of_one(users=[5]))
+    assert cache.lengths[5] == encoder.num_positions
+    assert cache.encode([5], torch.zeros(0, DIM).double(), torch.tensor([0, 0]), torch.tensor([9])).shape == (0, DIM)
+    for _ in range(3):
+        close(encode(cache, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
+    assert graphs.captured
+    assert cache.lengths[5] == encoder.num_positions
+
+
 def test_users_are_the_widest_whole_numbers_of_any_kind(case: Case, tmp_path: Path) -> None:
     cache = HistoryCache(make(), PAGE)
     for user in (-(2**63), 2**63 - 1, torch.tensor(7)):
