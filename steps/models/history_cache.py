@@ -30,6 +30,11 @@ from steps.models.arguments import count_of, jagged_counts, require_tensor, user
 from steps.models.hstu import HSTU, HSTULayer
 from steps.models.repeated import Repeated
 
+_CHANGED = (
+    "the encoder's weights were changed, converted or moved since the cache was made: append the histories to a new "
+    "cache"
+)
+
 
 @dataclass
 class _User:
@@ -62,14 +67,15 @@ class HistoryCache:
     """Keys and values of users' histories under one HSTU encoder in eval mode, on the encoder's device.
 
     A user is a whole number that fits 64 bits. A cache is of the weights that the encoder has when the cache is made:
-    after more training, or after other weights were loaded, make a new one. Calls in and out of
+    after more training, or after other weights were loaded, make a new one. `append` and `encode` look at the position
+    embeddings' table alone, and refuse if it changed; `save` compares all weights. Calls in and out of
     `torch.inference_mode` mix; what they return has no gradient, and is no inference tensor.
 
     Tensors are on the encoder's device, `offsets` on any. A call that is refused changes nothing.
     """
 
     def __init__(self, encoder: HSTU, page: int = 64) -> None:
-        """page: tokens of a page.
+        """page: tokens of a page. Reads all weights once.
 
         Raises ValueError if no cache of this encoder is exact, or it is no HSTU.
         """
@@ -81,7 +87,7 @@ class HistoryCache:
                 "so nothing can be kept: use an encoder with attention_scale max_len"
             )
         self.page = count_of("page", page, "tokens")
-        self._encoder, self._weights = encoder, _identity(encoder)
+        self._encoder, self._weights, self._sha256 = encoder, _identity(encoder), _digest(encoder)
         table = encoder.position.weight
         self._dtype = encoder.compute_dtype or table.dtype
         self._layers = [_in_type(cast(HSTULayer, block), self._dtype) for block in encoder.blocks]
@@ -269,6 +275,8 @@ class HistoryCache:
         Raises ValueError if the encoder has other weights than the cache is of.
         """
         self._check_encoder()
+        if _digest(self._encoder) != self._sha256:
+            raise ValueError(_CHANGED)
         users = list(self._users.values())
         lengths = [user.length for user in users]
         slots = self._slots([user.pages for user in users], lengths)
@@ -284,7 +292,7 @@ class HistoryCache:
             "waiting_times": torch.cat([self._times[:0], *(user.waiting_time for user in users)]),
         }
         # One entry: safetensors writes several in an order that differs from run to run.
-        about = {"page": self.page, "encoder": _kind(self._encoder), "weights": _digest(self._encoder)}
+        about = {"page": self.page, "encoder": _kind(self._encoder), "weights": self._sha256}
         with atomic_path(Path(path)) as temporary:
             host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(host, temporary, {"history_cache": json.dumps(about)})
@@ -303,9 +311,9 @@ class HistoryCache:
             for key, ours in _kind(encoder).items():
                 if (theirs := about["encoder"][key]) != ours:
                     raise StepError(f"{path} is of an encoder with {key} {theirs}, this one has {ours}: {remedy}")
-            if about["weights"] != _digest(encoder):
-                raise StepError(f"{path} is of an encoder with other weights than this one's: {remedy}")
             cache = cls(encoder, about["page"])
+            if about["weights"] != cache._sha256:
+                raise StepError(f"{path} is of an encoder with other weights than this one's: {remedy}")
             cache._restore(tensors)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise StepError(f"{path} does not hold a cache of histories ({error}): {remedy}") from error
@@ -344,10 +352,7 @@ class HistoryCache:
     def _check_encoder(self) -> None:
         """ValueError for what shows, without a look at the device, that the encoder is not as it was."""
         if _identity(self._encoder) != self._weights:
-            raise ValueError(
-                "the encoder's weights were changed, converted or moved since the cache was made: append the histories "
-                "to a new cache"
-            )
+            raise ValueError(_CHANGED)
 
     def _checked_time(self, what: str, time: torch.Tensor | None, length: int, one: str) -> torch.Tensor:
         """`time` (length,), or zeros where the encoder reads none."""

@@ -821,6 +821,22 @@ def test_an_encoder_that_changed_is_refused(change: Callable[[HSTU], Any], case:
     assert not (tmp_path / "cache").exists()
 
 
+def test_weights_that_no_request_looks_at_are_compared_when_the_cache_is_saved(case: Case, tmp_path: Path) -> None:
+    encoder = make()
+    encoder.position.requires_grad_(False)
+    cache = filled(encoder, case)
+    cache.save(tmp_path / "cache")
+    before = (tmp_path / "cache").read_bytes()
+    optimizer = torch.optim.SGD([weight for weight in encoder.parameters() if weight.requires_grad], lr=0.1)
+    sum(weight.square().sum() for weight in encoder.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    with pytest.raises(
+        ValueError, match=r"^the encoder's weights were changed, .*: append the histories to a new cache$"
+    ):
+        cache.save(tmp_path / "cache")
+    assert (tmp_path / "cache").read_bytes() == before
+
+
 def test_nobody_is_evicted_with_somebody_unknown(case: Case) -> None:
     cache = filled(make(), case)
     with pytest.raises(ValueError, match=r"^user 99 is not in the cache"):
