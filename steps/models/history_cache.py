@@ -321,6 +321,7 @@ class HistoryCache:
 
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Fill an empty cache with what `save` wrote."""
+        self._require(tensors, dict.fromkeys(("users", "lengths", "num_waiting"), (len(tensors["users"]),)))
         names, lengths, counts = (tensors[name].tolist() for name in ("users", "lengths", "num_waiting"))
         most, waiting = self._encoder.num_positions, {0, int(self._layers[0].time == "next")}
         totals = [length + count for length, count in zip(lengths, counts, strict=True)]
@@ -328,6 +329,12 @@ class HistoryCache:
             raise ValueError(f"a user twice, or with fewer tokens than none or more than {most}")
         if not set(counts) <= waiting:
             raise ValueError(f"users with {sorted(set(counts))} tokens that wait, where there are {sorted(waiting)}")
+        stored, waits = sum(lengths), sum(counts)
+        self._require(tensors, {"times": (stored,), "waiting_times": (waits,)})
+        self._require(tensors, {"waiting": (waits, self._encoder.dim)}, self._encoder.position.weight.dtype)
+        layers, _, *of_keys = self._keys.shape
+        shapes = {"keys": (layers, stored, *of_keys), "values": (layers, stored, *self._values.shape[2:])}
+        self._require(tensors, shapes, self._dtype)
         tables = self._reserved([self._num_pages(length) for length in lengths])
         slots = self._slots(tables, lengths)
         self._keys.index_copy_(1, slots, tensors["keys"])
@@ -337,6 +344,13 @@ class HistoryCache:
         for name, (own, at), pages, length in zip(names, tokens, tables, lengths, strict=True):
             self._users[name] = _User(own.clone(), at.clone(), pages, length)
         self._free.clear()
+
+    @staticmethod
+    def _require(
+        tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.int64
+    ) -> None:
+        for name, shape in shapes.items():
+            require_tensor(name, tensors[name], shape, dtype, "as `save` writes it")
 
     def _checked(
         self, users: Sequence[int], what: str, embeddings: torch.Tensor, offsets: torch.Tensor

@@ -937,6 +937,26 @@ def two_that_wait(path: Path) -> None:
     changed(path, num_waiting=lambda counts: 2 * counts, waiting=twice, waiting_times=twice)
 
 
+def of_users_in_float(path: Path) -> None:
+    changed(path, users=torch.Tensor.double)
+
+
+def of_counts_in_float(path: Path) -> None:
+    changed(path, lengths=torch.Tensor.double, num_waiting=torch.Tensor.double)
+
+
+def of_waiting_times_in_float(path: Path) -> None:
+    changed(path, waiting_times=torch.Tensor.double)
+
+
+def of_waiting_in_another_type(path: Path) -> None:
+    changed(path, waiting=torch.Tensor.float)
+
+
+def of_waiting_of_another_width(path: Path) -> None:
+    changed(path, waiting=lambda waiting: waiting[:, 1:].contiguous())
+
+
 def of_no_page(path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["history_cache"])
@@ -944,7 +964,11 @@ def of_no_page(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [Path.unlink, cut, without_metadata, fewer_times, user_twice, two_that_wait, of_no_page]
+    "damage",
+    [
+        *(Path.unlink, cut, without_metadata, fewer_times, user_twice, two_that_wait, of_no_page, of_users_in_float),
+        *(of_counts_in_float, of_waiting_times_in_float, of_waiting_in_another_type, of_waiting_of_another_width),
+    ],
 )
 def test_a_damaged_file_is_refused(damage: Callable[[Path], None], case: Case, tmp_path: Path) -> None:
     path = tmp_path / "cache"
