@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +26,14 @@ from kernels.hstu_attention import appended_attention, cached_attention, runs_in
 from kernels.jagged.naive import sequence_and_position
 from steps.common.cli import StepError
 from steps.common.files import atomic_path
+from steps.models.arguments import count_of, jagged_counts, require_tensor, user_names
 from steps.models.hstu import HSTU, HSTULayer
 from steps.models.repeated import Repeated
+
+_CHANGED = (
+    "the encoder's weights were changed, converted or moved since the cache was made: append the histories to a new "
+    "cache"
+)
 
 
 @dataclass
@@ -60,23 +66,28 @@ class _History:
 class HistoryCache:
     """Keys and values of users' histories under one HSTU encoder in eval mode, on the encoder's device.
 
-    A user is a whole number. A cache is of the weights that the encoder has when the cache is made: after more
-    training, or after other weights were loaded, make a new one. Calls in and out of `torch.inference_mode` mix; what
-    they return has no gradient, and is no inference tensor.
+    A user is a whole number that fits 64 bits. A cache is of the weights that the encoder has when the cache is made:
+    after more training, or after other weights were loaded, make a new one. `append` and `encode` look at the position
+    embeddings' table alone, and refuse if it changed; `save` compares all weights. Calls in and out of
+    `torch.inference_mode` mix; what they return has no gradient, and is no inference tensor.
+
+    Tensors are on the encoder's device, `offsets` on any. A call that is refused changes nothing.
     """
 
     def __init__(self, encoder: HSTU, page: int = 64) -> None:
-        """page: tokens of a page. Raises ValueError if no cache of this encoder is exact."""
+        """page: tokens of a page. Reads all weights once.
+
+        Raises ValueError if no cache of this encoder is exact, or it is no HSTU.
+        """
+        _require_hstu(encoder)
         layer = cast(HSTULayer, encoder.blocks[0])
         if layer.attention_scale is None and not layer.softmax:
             raise ValueError(
                 "attention_scale true_len divides every token by a length that grows with the history, "
                 "so nothing can be kept: use an encoder with attention_scale max_len"
             )
-        if page < 1:
-            raise ValueError(f"page must be at least 1 token, not {page}")
-        self.page = page
-        self._encoder, self._weights = encoder, _identity(encoder)
+        self.page = count_of("page", page, "tokens")
+        self._encoder, self._weights, self._sha256 = encoder, _identity(encoder), _digest(encoder)
         table = encoder.position.weight
         self._dtype = encoder.compute_dtype or table.dtype
         self._layers = [_in_type(cast(HSTULayer, block), self._dtype) for block in encoder.blocks]
@@ -120,13 +131,15 @@ class HistoryCache:
     ) -> None:
         """Let the histories of `users` (B) go on; users that are not known are made, with no token too.
 
+        Times may go back, as in a forward pass: they are not compared, which would wait for the device.
+
         Args:
             embeddings: (T', d), of the new tokens' items, jagged over the users by `offsets` (B + 1,) int64.
             timestamps: (T',) int64 seconds; None where the encoder has no time bias.
 
         Raises:
-            ValueError: a user twice, or with more tokens than the encoder has positions; shapes other than these. The
-                cache is then as it was.
+            ValueError: a user twice, or with more tokens than the encoder has positions; shapes, types or devices other
+                than these. The cache is then as it was.
         """
         names, counts = self._checked(users, "embeddings", embeddings, offsets)
         time = self._checked_time("timestamps", timestamps, len(embeddings), "token")
@@ -189,29 +202,33 @@ class HistoryCache:
 
         Args:
             candidates: (T, d), item embeddings, jagged over `users` (B) by `offsets` (B + 1,) int64, on any device.
-            time: (B,) int64 seconds, of each user's request; None where the encoder has no time bias.
+            time: (B,) int64 seconds, of each user's request, which may be before the last token's; None where the
+                encoder has no time bias.
             micro_batch: so many candidates at once. Fewer take less memory, and read the histories more often.
 
         Returns:
             What `encoder.forward` gives the last token of history + candidate: not normalised.
 
         Raises:
-            ValueError: an unknown user, a history that has no position left, shapes other than these.
+            ValueError: an unknown user, a history that has no position left for its candidates; shapes, types or
+                devices other than these.
         """
         names, counts = self._checked(users, "candidates", candidates, offsets)
         asked = self._checked_time("time", time, len(names), "user")
-        if micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1 candidate, not {micro_batch}")
+        micro_batch = count_of("micro_batch", micro_batch, "candidates")
         found = self._known(names)
         most = self._encoder.num_positions
-        for name, user in zip(names, found, strict=True):
-            if user.total >= most:
+        for name, user, count in zip(names, found, counts, strict=True):
+            if count and user.total >= most:
                 raise ValueError(
                     f"user {name} has {user.total} tokens, and a candidate would be beyond the encoder's {most} "
                     "positions: evict the user and append the latest tokens alone"
                 )
         if not len(candidates):
             return torch.zeros_like(candidates)
+        # A full history has no candidate here, so nobody reads it; it would be longer than kernels are told.
+        nobody = _User(candidates[:0], self._times[:0])
+        found = [nobody if user.total >= most else user for user in found]
         longest = min(self._rounded(max(user.total for user in found)), most - 1)
         request = ("histories", len(names), longest)
         again = self._repeated.seen(request)
@@ -246,18 +263,20 @@ class HistoryCache:
 
     def evict(self, users: Sequence[int]) -> None:
         """Forget these users; others use their pages. Raises ValueError, and forgets nobody, if one is unknown."""
-        names = dict.fromkeys(int(user) for user in users)
+        names = dict.fromkeys(user_names(users))
         self._known(list(names))
         for name in names:
             self._free += self._users.pop(name).pages
 
     @torch.no_grad()
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the histories to `path` (safetensors), atomically: of all tokens, and of no page what is not used.
 
         Raises ValueError if the encoder has other weights than the cache is of.
         """
         self._check_encoder()
+        if _digest(self._encoder) != self._sha256:
+            raise ValueError(_CHANGED)
         users = list(self._users.values())
         lengths = [user.length for user in users]
         slots = self._slots([user.pages for user in users], lengths)
@@ -273,16 +292,17 @@ class HistoryCache:
             "waiting_times": torch.cat([self._times[:0], *(user.waiting_time for user in users)]),
         }
         # One entry: safetensors writes several in an order that differs from run to run.
-        about = {"page": self.page, "encoder": _kind(self._encoder), "weights": _digest(self._encoder)}
-        with atomic_path(path) as temporary:
+        about = {"page": self.page, "encoder": _kind(self._encoder), "weights": self._sha256}
+        with atomic_path(Path(path)) as temporary:
             host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(host, temporary, {"history_cache": json.dumps(about)})
 
     @classmethod
     @torch.inference_mode(False)
     @torch.no_grad()
-    def load(cls, path: Path, encoder: HSTU) -> "HistoryCache":
+    def load(cls, path: Path | str, encoder: HSTU) -> "HistoryCache":
         """What `save` wrote. Raises StepError if the file is missing, damaged, or of another encoder."""
+        _require_hstu(encoder)
         remedy = "append the histories to a new cache"
         try:
             with safe_open(path, framework="pt", device=str(encoder.position.weight.device)) as file:
@@ -291,9 +311,9 @@ class HistoryCache:
             for key, ours in _kind(encoder).items():
                 if (theirs := about["encoder"][key]) != ours:
                     raise StepError(f"{path} is of an encoder with {key} {theirs}, this one has {ours}: {remedy}")
-            if about["weights"] != _digest(encoder):
-                raise StepError(f"{path} is of an encoder with other weights than this one's: {remedy}")
             cache = cls(encoder, about["page"])
+            if about["weights"] != cache._sha256:
+                raise StepError(f"{path} is of an encoder with other weights than this one's: {remedy}")
             cache._restore(tensors)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise StepError(f"{path} does not hold a cache of histories ({error}): {remedy}") from error
@@ -301,6 +321,7 @@ class HistoryCache:
 
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Fill an empty cache with what `save` wrote."""
+        self._require(tensors, dict.fromkeys(("users", "lengths", "num_waiting"), (len(tensors["users"]),)))
         names, lengths, counts = (tensors[name].tolist() for name in ("users", "lengths", "num_waiting"))
         most, waiting = self._encoder.num_positions, {0, int(self._layers[0].time == "next")}
         totals = [length + count for length, count in zip(lengths, counts, strict=True)]
@@ -308,6 +329,12 @@ class HistoryCache:
             raise ValueError(f"a user twice, or with fewer tokens than none or more than {most}")
         if not set(counts) <= waiting:
             raise ValueError(f"users with {sorted(set(counts))} tokens that wait, where there are {sorted(waiting)}")
+        stored, waits = sum(lengths), sum(counts)
+        self._require(tensors, {"times": (stored,), "waiting_times": (waits,)})
+        self._require(tensors, {"waiting": (waits, self._encoder.dim)}, self._encoder.position.weight.dtype)
+        layers, _, *of_keys = self._keys.shape
+        shapes = {"keys": (layers, stored, *of_keys), "values": (layers, stored, *self._values.shape[2:])}
+        self._require(tensors, shapes, self._dtype)
         tables = self._reserved([self._num_pages(length) for length in lengths])
         slots = self._slots(tables, lengths)
         self._keys.index_copy_(1, slots, tensors["keys"])
@@ -318,6 +345,13 @@ class HistoryCache:
             self._users[name] = _User(own.clone(), at.clone(), pages, length)
         self._free.clear()
 
+    @staticmethod
+    def _require(
+        tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.int64
+    ) -> None:
+        for name, shape in shapes.items():
+            require_tensor(name, tensors[name], shape, dtype, "as `save` writes it")
+
     def _checked(
         self, users: Sequence[int], what: str, embeddings: torch.Tensor, offsets: torch.Tensor
     ) -> tuple[list[int], list[int]]:
@@ -325,26 +359,14 @@ class HistoryCache:
         if self._encoder.training:
             raise ValueError("the encoder is in training mode, where dropout is random: call encoder.eval() first")
         self._check_encoder()
-        names, table = [int(user) for user in users], self._encoder.position.weight
-        if embeddings.ndim != 2 or embeddings.shape[1] != table.shape[1] or embeddings.dtype != table.dtype:
-            given = f"{tuple(embeddings.shape)} {embeddings.dtype}"
-            raise ValueError(f"{what} must be (T, {table.shape[1]}) {table.dtype}, as the encoder's are, not {given}")
-        if offsets.shape != (len(names) + 1,) or offsets.dtype != torch.int64:
-            given = f"{tuple(offsets.shape)} {offsets.dtype}"
-            raise ValueError(f"offsets must be ({len(names) + 1},) int64, one more than the users, not {given}")
-        bounds = offsets.tolist()
-        counts = [end - start for start, end in pairwise(bounds)]
-        if bounds[0] or bounds[-1] != len(embeddings) or min(counts, default=0) < 0:
-            raise ValueError(f"offsets must rise from 0 to the {len(embeddings)} {what}, not be {bounds}")
-        return names, counts
+        names, table = user_names(users), self._encoder.position.weight
+        require_tensor(what, embeddings, ("T", table.shape[1]), table.dtype, "as the encoder's are", table.device)
+        return names, jagged_counts(offsets, len(names), len(embeddings), what)
 
     def _check_encoder(self) -> None:
         """ValueError for what shows, without a look at the device, that the encoder is not as it was."""
         if _identity(self._encoder) != self._weights:
-            raise ValueError(
-                "the encoder's weights were changed, converted or moved since the cache was made: append the histories "
-                "to a new cache"
-            )
+            raise ValueError(_CHANGED)
 
     def _checked_time(self, what: str, time: torch.Tensor | None, length: int, one: str) -> torch.Tensor:
         """`time` (length,), or zeros where the encoder reads none."""
@@ -352,9 +374,7 @@ class HistoryCache:
             if self._layers[0].time != "none":
                 raise ValueError(f"{what} is missing: the encoder has a time bias, so give seconds for every {one}")
             return self._times.new_zeros(length)
-        if time.shape != (length,) or time.dtype != torch.int64:
-            given = f"{tuple(time.shape)} {time.dtype}"
-            raise ValueError(f"{what} must be ({length},) int64, seconds for every {one}, not {given}")
+        require_tensor(what, time, (length,), torch.int64, f"seconds for every {one}", self._times.device)
         return time
 
     def _known(self, names: list[int]) -> list[_User]:
@@ -622,6 +642,13 @@ def _copied(pool: torch.Tensor, slots: torch.Tensor, to: torch.Tensor) -> None:
     if pool.shape[3] * pool.itemsize % 8 == 0:
         pool, to = pool.view(torch.int64), to.view(torch.int64)
     torch.index_select(pool, 1, slots, out=to)
+
+
+def _require_hstu(encoder: HSTU) -> None:
+    if not isinstance(encoder, HSTU):
+        raise ValueError(
+            f"encoder must be an HSTU, as histories are kept of HSTU alone, not a {type(encoder).__name__}"
+        )
 
 
 def _kind(encoder: HSTU) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from kernels.jagged import offsets_from_lengths
 from steps.common.cli import StepError
+from steps.models.arguments import jagged_counts, require_tensor, user_names
 from steps.models.features import FeatureEmbeddings
 from steps.models.history_cache import HistoryCache
 from steps.models.hstu import HSTU
@@ -20,7 +21,10 @@ from steps.tasks.ranking import Ranking
 
 
 class CandidateRanker:
-    """Scores candidates of users, whose interactions were given before. A user is a whole number."""
+    """Scores candidates of users, whose interactions were given before. A user is a whole number that fits 64 bits.
+
+    Tensors are on the model's device, `offsets` on any. A call that is refused changes nothing.
+    """
 
     def __init__(self, task: Ranking, page: int = 64, item_features: Mapping[str, torch.Tensor] | None = None) -> None:
         """task: in eval mode, with the weights that it keeps. item_features: by name as in `Sequences`, a row for each
@@ -78,16 +82,20 @@ class CandidateRanker:
 
         Raises ValueError, and keeps what was there, if a history gets longer than the model reads, for an item that the
         catalogue lacks, a rating that is no number, an earlier time than the user's interaction before, and a new
-        user's feature that is missing or has a value that the model does not know.
+        user's feature that is missing or has a value that the model does not know; for other shapes, types or devices.
         """
+        users = user_names(users)
         if not users:
             return
+        self._require_tensors("interaction", items=items, ratings=ratings, timestamps=timestamps)
+        require_tensor("offsets", offsets, (len(users) + 1,), torch.int64, "one more than the users")
         counts = [len(items), len(ratings), len(timestamps), int(offsets[-1])]
         if len(set(counts)) > 1:
             raise ValueError(
                 f"there are {counts[0]} items, {counts[1]} ratings, {counts[2]} timestamps, and offsets end at "
                 f"{counts[3]}: give one of each for every interaction"
             )
+        jagged_counts(offsets, len(users), len(items), "interactions")
         bounds = list(pairwise(offsets.tolist()))
         self._require_items(users, items, offsets)
         _require(
@@ -137,6 +145,10 @@ class CandidateRanker:
         time: (B,) int64 seconds, of each user's request. Raises ValueError for a user without any interaction, a
         request before the user's last interaction, a candidate that the catalogue lacks, and as `HistoryCache.encode`.
         """
+        users = user_names(users)
+        self._require_tensors("candidate", candidates=candidates)
+        self._require_tensors("user", time=time)
+        jagged_counts(offsets, len(users), len(candidates), "candidates")
         for user in users:
             if user not in self._before:
                 raise ValueError(f"user {user} has no history: append at least one interaction first")
@@ -157,10 +169,17 @@ class CandidateRanker:
 
     def evict(self, users: Sequence[int]) -> None:
         """Forget these users' histories. Raises ValueError, and forgets nobody, if one was never appended."""
+        users = user_names(users)
         self.cache.evict(users)
         for user in users:
             self._before.pop(user, None)
             self._latest.pop(user, None)
+
+    def _require_tensors(self, one: str, **tensors: torch.Tensor) -> None:
+        """Raise ValueError unless these are (T,) int64, ratings of any type, on the model's device."""
+        for name, given in tensors.items():
+            dtype = None if name == "ratings" else torch.int64
+            require_tensor(name, given, ("T",), dtype, f"one for every {one}", self.task.items.weight.device)
 
     def _features_of(self, items: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: values[items] for name, values in self._item_features.items()}

@@ -597,15 +597,15 @@ APPENDED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "width": (
         {"embeddings": torch.zeros(1, 5).double()},
-        "embeddings must be (T, 6) torch.float64, as the encoder's are, not (1, 5) torch.float64",
+        "embeddings must be a tensor (T, 6) float64, as the encoder's are, not (1, 5) float64",
     ),
     "type": (
         {"embeddings": torch.zeros(1, DIM)},
-        "embeddings must be (T, 6) torch.float64, as the encoder's are, not (1, 6) torch.float32",
+        "embeddings must be a tensor (T, 6) float64, as the encoder's are, not (1, 6) float32",
     ),
     "offsets' shape": (
         {"offsets": torch.tensor([0, 1, 1])},
-        "offsets must be (2,) int64, one more than the users, not (3,) torch.int64",
+        "offsets must be a tensor (2,) int64, one more than the users, not (3,) int64",
     ),
     "offsets' end": ({"offsets": torch.tensor([0, 2])}, "offsets must rise from 0 to the 1 embeddings, not be [0, 2]"),
     "falling offsets": (
@@ -618,12 +618,39 @@ APPENDED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "times' shape": (
         {"timestamps": torch.tensor([5, 6])},
-        "timestamps must be (1,) int64, seconds for every token, not (2,) torch.int64",
+        "timestamps must be a tensor (1,) int64, seconds for every token, not (2,) int64",
     ),
     "times' type": (
         {"timestamps": torch.tensor([5.0])},
-        "timestamps must be (1,) int64, seconds for every token, not (1,) torch.float32",
+        "timestamps must be a tensor (1,) int64, seconds for every token, not (1,) float32",
     ),
+    "a list": ({"embeddings": [[0.0]]}, "embeddings must be a tensor (T, 6) float64, as the encoder's are, not a list"),
+    "a list of times": (
+        {"timestamps": [5]}, "timestamps must be a tensor (1,) int64, seconds for every token, not a list"
+    ),
+    "a list of offsets": (
+        {"offsets": [0, 1]}, "offsets must be a tensor (2,) int64, one more than the users, not a list"
+    ),
+    "no offsets": ({"offsets": None}, "offsets must be a tensor (2,) int64, one more than the users, not None"),
+    "elsewhere": (
+        {"users": [99], "embeddings": torch.zeros(1, DIM).double().to("meta")},
+        "embeddings must be on cpu, as the encoder is, not on meta",
+    ),
+    "nothing elsewhere": (
+        {"users": [99], "embeddings": torch.zeros(0, DIM).double().to("meta"),
+         "timestamps": torch.zeros(0).long().to("meta"), "offsets": torch.tensor([0, 0])},
+        "embeddings must be on cpu, as the encoder is, not on meta",
+    ),
+    "times elsewhere": (
+        {"users": [99], "timestamps": torch.tensor([5]).to("meta")},
+        "timestamps must be on cpu, as the encoder is, not on meta",
+    ),
+    **{
+        f"user {name!r}": ({"users": [name]}, f"users must be whole numbers of 64 bits, not {name!r}")
+        for name in (7.9, "7", True, None, 2**63, -(2**63) - 1, torch.tensor(True))
+    },
+    "users that are one": ({"users": 7}, "users must be a sequence of whole numbers, not 7"),
+    "users in a text": ({"users": "7"}, "users must be whole numbers of 64 bits, not '7'"),
 }  # fmt: skip
 
 
@@ -638,6 +665,38 @@ def test_what_cannot_be_appended_is_said_and_changes_nothing(changes: dict[str, 
     close(encode(cache, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
 
 
+@pytest.mark.parametrize("time", ["next", "self", "none"])
+def test_a_full_history_without_candidates_is_no_hindrance(time: str, case: Case, graphs: type[PretendedGraph]) -> None:
+    """Alone, and beside others; with graphs too, which read a history for each user."""
+    encoder = make(time)
+    cache = filled(encoder, case)
+    cache.append(**of_one(users=[5]))
+    assert cache.lengths[5] == encoder.num_positions
+    assert cache.encode([5], torch.zeros(0, DIM).double(), torch.tensor([0, 0]), torch.tensor([9])).shape == (0, DIM)
+    for _ in range(3):
+        close(encode(cache, case, list(LENGTHS)), plain(encoder, case, list(LENGTHS)))
+    assert graphs.captured
+    assert cache.lengths[5] == encoder.num_positions
+
+
+def test_users_are_the_widest_whole_numbers_of_any_kind(case: Case, tmp_path: Path) -> None:
+    cache = HistoryCache(make(), PAGE)
+    for user in (-(2**63), 2**63 - 1, torch.tensor(7)):
+        cache.append(**of_one(users=[user]))
+    cache.save(tmp_path / "cache")
+    assert HistoryCache.load(tmp_path / "cache", make()).lengths == {-(2**63): 1, 2**63 - 1: 1, 7: 1}
+
+
+@pytest.mark.gpu
+def test_tensors_of_the_cpu_are_refused_on_a_gpu() -> None:
+    cache = HistoryCache(make(dtype=torch.float32).cuda(), PAGE)
+    one = torch.zeros(1, DIM)
+    for embeddings, what in ((one, "embeddings"), (one.cuda(), "timestamps")):
+        with pytest.raises(ValueError, match=rf"^{what} must be on cuda:\d, as the encoder is, not on cpu$"):
+            cache.append(**of_one(embeddings=embeddings))
+    assert not cache.lengths
+
+
 ENCODED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": (
         {"users": [99]},
@@ -650,12 +709,28 @@ ENCODED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "width": (
         {"candidates": torch.zeros(1, 5).double()},
-        "candidates must be (T, 6) torch.float64, as the encoder's are, not (1, 5) torch.float64",
+        "candidates must be a tensor (T, 6) float64, as the encoder's are, not (1, 5) float64",
     ),
     "offsets": ({"offsets": torch.tensor([1, 1])}, "offsets must rise from 0 to the 1 candidates, not be [1, 1]"),
     "no time": ({"time": None}, "time is missing: the encoder has a time bias, so give seconds for every user"),
-    "time": ({"time": torch.tensor(5)}, "time must be (1,) int64, seconds for every user, not () torch.int64"),
-    "micro-batch": ({"micro_batch": 0}, "micro_batch must be at least 1 candidate, not 0"),
+    "time": ({"time": torch.tensor(5)}, "time must be a tensor (1,) int64, seconds for every user, not () int64"),
+    "micro-batch": ({"micro_batch": 0}, "micro_batch must be a whole number of candidates, at least 1, not 0"),
+    "micro-batch of a half": (
+        {"micro_batch": 1.5},
+        "micro_batch must be a whole number of candidates, at least 1, not 1.5",
+    ),
+    "no micro-batch": ({"micro_batch": None}, "micro_batch must be a whole number of candidates, at least 1, not None"),
+    "time elsewhere": ({"time": torch.tensor([5]).to("meta")}, "time must be on cpu, as the encoder is, not on meta"),
+    "candidates elsewhere": (
+        {"users": [40], "candidates": torch.zeros(0, DIM).double().to("meta"), "offsets": torch.tensor([0, 0])},
+        "candidates must be on cpu, as the encoder is, not on meta",
+    ),
+    "a list of times": ({"time": [5]}, "time must be a tensor (1,) int64, seconds for every user, not a list"),
+    "no candidates": (
+        {"candidates": None},
+        "candidates must be a tensor (T, 6) float64, as the encoder's are, not None",
+    ),
+    "user": ({"users": [23.5]}, "users must be whole numbers of 64 bits, not 23.5"),
 }
 
 
@@ -746,10 +821,30 @@ def test_an_encoder_that_changed_is_refused(change: Callable[[HSTU], Any], case:
     assert not (tmp_path / "cache").exists()
 
 
+def test_weights_that_no_request_looks_at_are_compared_when_the_cache_is_saved(case: Case, tmp_path: Path) -> None:
+    encoder = make()
+    encoder.position.requires_grad_(False)
+    cache = filled(encoder, case)
+    cache.save(tmp_path / "cache")
+    before = (tmp_path / "cache").read_bytes()
+    optimizer = torch.optim.SGD([weight for weight in encoder.parameters() if weight.requires_grad], lr=0.1)
+    sum(weight.square().sum() for weight in encoder.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    with pytest.raises(
+        ValueError, match=r"^the encoder's weights were changed, .*: append the histories to a new cache$"
+    ):
+        cache.save(tmp_path / "cache")
+    assert (tmp_path / "cache").read_bytes() == before
+
+
 def test_nobody_is_evicted_with_somebody_unknown(case: Case) -> None:
     cache = filled(make(), case)
     with pytest.raises(ValueError, match=r"^user 99 is not in the cache"):
         cache.evict([11, 99])
+    assert cache.lengths == LENGTHS
+    for users, wrong in (([7, 11.5], "11.5"), ("79", "'7'"), ([7, True], "True")):
+        with pytest.raises(ValueError, match=f"^users must be whole numbers of 64 bits, not {wrong}$"):
+            cache.evict(users)  # type: ignore[arg-type]
     assert cache.lengths == LENGTHS
     cache.evict([11, 11])
     assert 11 not in cache
@@ -767,8 +862,22 @@ def test_a_length_that_grows_in_the_attention_is_refused(case: Case) -> None:
         HistoryCache(make(attention_scale="true_len"))
     softmax = make(attention="softmax", attention_scale="true_len")  # which divides by nothing
     close(encode(filled(softmax, case), case, list(LENGTHS)), plain(softmax, case, list(LENGTHS)))
-    with pytest.raises(ValueError, match=r"^page must be at least 1 token, not 0$"):
-        HistoryCache(make(), page=0)
+    for page in (0, 4.0, True, None):
+        with pytest.raises(ValueError, match=f"^page must be a whole number of tokens, at least 1, not {page}$"):
+            HistoryCache(make(), page=page)  # type: ignore[arg-type]
+
+
+def test_histories_are_kept_of_hstu_alone(case: Case, tmp_path: Path) -> None:
+    filled(make(), case).save(tmp_path / "cache")
+    linear: Any = torch.nn.Linear(2, 2)
+    for call in (lambda: HistoryCache(linear), lambda: HistoryCache.load(tmp_path / "cache", linear)):
+        with pytest.raises(ValueError, match=r"^encoder must be an HSTU, .* not a Linear$"):
+            call()
+
+
+def test_a_path_may_be_a_text(case: Case, tmp_path: Path) -> None:
+    filled(make(), case).save(str(tmp_path / "cache"))
+    assert HistoryCache.load(str(tmp_path / "cache"), make()).lengths == LENGTHS
 
 
 OTHERS: dict[str, tuple[Callable[[], HSTU], str]] = {
@@ -828,6 +937,26 @@ def two_that_wait(path: Path) -> None:
     changed(path, num_waiting=lambda counts: 2 * counts, waiting=twice, waiting_times=twice)
 
 
+def of_users_in_float(path: Path) -> None:
+    changed(path, users=torch.Tensor.double)
+
+
+def of_counts_in_float(path: Path) -> None:
+    changed(path, lengths=torch.Tensor.double, num_waiting=torch.Tensor.double)
+
+
+def of_waiting_times_in_float(path: Path) -> None:
+    changed(path, waiting_times=torch.Tensor.double)
+
+
+def of_waiting_in_another_type(path: Path) -> None:
+    changed(path, waiting=torch.Tensor.float)
+
+
+def of_waiting_of_another_width(path: Path) -> None:
+    changed(path, waiting=lambda waiting: waiting[:, 1:].contiguous())
+
+
 def of_no_page(path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["history_cache"])
@@ -835,7 +964,11 @@ def of_no_page(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [Path.unlink, cut, without_metadata, fewer_times, user_twice, two_that_wait, of_no_page]
+    "damage",
+    [
+        *(Path.unlink, cut, without_metadata, fewer_times, user_twice, two_that_wait, of_no_page, of_users_in_float),
+        *(of_counts_in_float, of_waiting_times_in_float, of_waiting_in_another_type, of_waiting_of_another_width),
+    ],
 )
 def test_a_damaged_file_is_refused(damage: Callable[[Path], None], case: Case, tmp_path: Path) -> None:
     path = tmp_path / "cache"

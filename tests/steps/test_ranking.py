@@ -473,6 +473,62 @@ def test_what_cannot_be_ranked_is_refused_and_changes_nothing(tokens: str) -> No
     torch.testing.assert_close(score([5, 6, 7], [10, 40]), expected)
 
 
+@pytest.mark.parametrize("tokens", ["interleaved", "merged"])
+def test_arguments_of_another_kind_are_named_and_change_nothing(tokens: str) -> None:
+    ranker = CandidateRanker(make(tokens))
+    one, two = torch.tensor([0, 1]), torch.tensor([0, 2])
+    given: dict[str, Any] = {
+        "users": [7], "items": torch.tensor([3, 1]), "ratings": torch.tensor([4, 2]),
+        "timestamps": torch.tensor([10, 20]), "offsets": two,
+    }  # fmt: skip
+    ranker.append(**given)
+    asked: dict[str, Any] = {
+        "users": [7], "candidates": torch.tensor([5]), "offsets": one, "time": torch.tensor([20])
+    }  # fmt: skip
+    expected = ranker.score(**asked)
+    names: list[tuple[Any, str]] = [
+        ([7.9], "users must be whole numbers of 64 bits, not 7.9"),
+        ("7", "users must be whole numbers of 64 bits, not '7'"),
+        ([True], "users must be whole numbers of 64 bits, not True"),
+        (7, "users must be a sequence of whole numbers, not 7"),
+    ]
+    for users, message in names:
+        for call in (
+            lambda users=users: ranker.append(**given | {"users": users}),
+            lambda users=users: ranker.score(**asked | {"users": users}),
+            lambda users=users: ranker.evict(users),
+        ):
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                call()
+    for changes, message in (
+        ({"items": [3, 1]}, "items must be a tensor (T,) int64, one for every interaction, not a list"),
+        ({"ratings": None}, "ratings must be a tensor (T,), one for every interaction, not None"),
+        ({"ratings": torch.ones(2).to("meta")}, "ratings must be on cpu, as the encoder is, not on meta"),
+        ({"timestamps": torch.ones(2)}, "timestamps must be a tensor (T,) int64, one for every interaction, not (2,) "
+                                        "float32"),
+        ({"offsets": [0, 2]}, "offsets must be a tensor (2,) int64, one more than the users, not a list"),
+        ({"offsets": torch.tensor([1, 2])}, "offsets must rise from 0 to the 2 interactions, not be [1, 2]"),
+        ({"users": [7, 8, 9], "offsets": torch.tensor([0, 2, 1, 2])},
+         "offsets must rise from 0 to the 2 interactions, not be [0, 2, 1, 2]"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            ranker.append(**given | changes)
+    for changes, message in (
+        ({"candidates": [5]}, "candidates must be a tensor (T,) int64, one for every candidate, not a list"),
+        ({"time": [20]}, "time must be a tensor (T,) int64, one for every user, not a list"),
+        ({"time": torch.tensor([20]).to("meta")}, "time must be on cpu, as the encoder is, not on meta"),
+        ({"offsets": None}, "offsets must be a tensor (2,) int64, one more than the users, not None"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            ranker.score(**asked | changes)
+    assert list(ranker.cache.lengths) == [7]
+    assert torch.equal(ranker.score(**asked), expected)
+    ranker.append(**given | {"timestamps": torch.tensor([20, 30])})
+    ranker.evict([7])
+    ranker.append(**given)  # whose latest time is forgotten too
+    torch.testing.assert_close(ranker.score(**asked), expected)
+
+
 def test_the_page_s_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/ranking.md").read_text("utf-8"), re.M | re.S)
     (block,) = (one for one in blocks if "ranker.append" in one)
