@@ -130,7 +130,7 @@ def test_a_protocol_of_another_scale_has_levels_of_its_own() -> None:
     with torch.no_grad():
         task.actions.weight.copy_(torch.arange(3.0)[:, None].expand(3, task.dim))
     rating = torch.tensor([0.0, 1.0, 2.0])
-    before = task.before(torch.tensor([3, 3, 3]), rating, torch.zeros(3, dtype=torch.bool))
+    before = task.before(torch.tensor([3, 3, 3]), rating, torch.zeros(3, dtype=torch.bool), None, None)
     assert before[:, 0].tolist() == [0, 1, 2]
 
 
