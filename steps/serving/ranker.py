@@ -160,7 +160,7 @@ class CandidateRanker:
                 )
         self._require_items(users, candidates, offsets)
         embeddings = self.task.embed_items(candidates, self._features_of(candidates))
-        if not self._interleaved:
+        if users and not self._interleaved:
             before = torch.cat([self._before[user] for user in users])
             embeddings = embeddings + before.repeat_interleave(offsets.diff().to(before.device), dim=0)
         states = self.cache.encode(users, embeddings, offsets, time, micro_batch)

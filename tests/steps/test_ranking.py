@@ -134,6 +134,12 @@ def test_a_protocol_of_another_scale_has_levels_of_its_own() -> None:
     assert before[:, 0].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("tokens", ["interleaved", "merged", "items"])
+def test_a_request_of_no_user_has_no_logits(tokens: str) -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    assert CandidateRanker(make(tokens).eval()).score([], none, torch.tensor([0]), none).shape == (0,)
+
+
 def test_padding_changes_no_loss() -> None:
     data, task = sequences(), make("interleaved")
     users = torch.tensor([3, 5, 8])
