@@ -299,7 +299,7 @@ def test_an_order_of_rows_that_are_not_run_yet_waits_for_them(project: Path) -> 
     pairs(project, ("paper", "sasrec", "most-popular", 1e-9))
     found = verdict(project, order={"rows": ["hstu", "sasrec"], "tables": [TABLE]})
     assert (found.verdict, found.files) == ("not run", {})
-    with pytest.raises(StepError, match="comparisons.csv has 0 rows of .*gru4rec.*; correct the claim"):  # no such row
+    with pytest.raises(StepError, match=r"comparisons.csv has 0 rows of .*gru4rec.*; correct the claim"):  # no such row
         verdict(project, order={"rows": ["gru4rec", "sasrec"], "tables": [TABLE]})
 
 
