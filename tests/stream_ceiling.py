@@ -2,7 +2,8 @@
 
 `python tests/stream_ceiling.py` prints HR@k of the last item of the records that are tested, for one that knows each
 record's prior, concentration and categories, and every item's category; and for one that, beside these, is told the
-category of the item that comes. `--dataset stream-small` is of the small one. Not collected by pytest.
+category of the item that comes. Then the same of a stream in which no item comes twice in a record, which this one is
+not. `--dataset stream-small` is of the small one. Not collected by pytest.
 """
 
 import argparse
@@ -22,7 +23,7 @@ CUTS = (10, 50, 200)
 
 def ceilings(stream: Stream, first: int, last: int) -> dict[str, list[float]]:
     """The expected HR at `CUTS` of the last items of records `first` to `last` - 1: `known` of the first predictor,
-    `told` of the second."""
+    `told` of the second; `known, no repeats` and `told, no repeats`."""
     record = np.arange(first, last)
     items = stream.part(first, last)
     chosen, cuts = stream.chosen(record), stream.cuts(record)
@@ -32,14 +33,16 @@ def ceilings(stream: Stream, first: int, last: int) -> dict[str, list[float]]:
     chance = (a * prior + before) / (a + stream.length - 1)
     is_of = stream.category[:, None] == np.arange(stream.categories)
     num_open = np.cumsum(is_of, axis=0)[stream.open_items(record)[:, None] - 1, chosen.T].T
-    each = chance / num_open  # of an item of the category
-    order = np.argsort(-each, axis=0)
-    each, size = np.take_along_axis(each, order, axis=0), np.take_along_axis(num_open, order, axis=0)
-    found: dict[str, list[float]] = {"known": [], "told": []}
-    for k in CUTS:
-        left = np.maximum(k - (np.cumsum(size, axis=0) - size), 0)  # the best k: those of the first categories first
-        found["known"].append(float((np.minimum(left, size) * each).sum(axis=0).mean()))
-        found["told"].append(float((chance * np.minimum(1, k / num_open)).sum(axis=0).mean()))
+    found: dict[str, list[float]] = {}
+    for end, size in (("", num_open), (", no repeats", np.maximum(num_open - before, 1))):
+        order = np.argsort(-chance / size, axis=0)  # the categories whose items are likeliest first
+        each, sizes = np.take_along_axis(chance / size, order, axis=0), np.take_along_axis(size, order, axis=0)
+        ahead = np.cumsum(sizes, axis=0) - sizes
+        for k in CUTS:
+            hits = (np.clip(k - ahead, 0, sizes) * each).sum(axis=0)
+            found.setdefault(f"known{end}", []).append(float(hits.mean()))
+            hits = (chance * np.minimum(1, k / size)).sum(axis=0)
+            found.setdefault(f"told{end}", []).append(float(hits.mean()))
     return found
 
 
@@ -52,7 +55,7 @@ def main() -> None:
     size, parts = 1000, []
     for first in range(stream.records - stream.records // 10, stream.records, size):
         parts.append(ceilings(stream, first, min(first + size, stream.records)))
-    for name in ("known", "told"):
+    for name in parts[0]:
         means = np.mean([part[name] for part in parts], axis=0)
         print(name, "  ".join(f"HR@{k} {mean:.4f}" for k, mean in zip(CUTS, means, strict=True)))
 
