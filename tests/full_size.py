@@ -1,7 +1,7 @@
 """Make the large generated archives, and compare their SHA-256 with those of params/datasets.yaml.
 
-`python tests/full_size.py` makes one after the other in a temporary folder (1 GB, a minute in all; `--folder` keeps
-them), and prints seconds and the peak memory so far. Not collected by pytest, as it takes a minute.
+`python tests/full_size.py` makes one after the other in a temporary folder (4 GB, two minutes in all; `--folder` keeps
+them), and prints seconds and the peak memory so far. Not collected by pytest, as it takes minutes.
 """
 
 import argparse

@@ -58,6 +58,12 @@ class _TemporalProtocol(_Protocol):
     valid_share: BelowHalf
 
 
+@dataclass(frozen=True)
+class _UnvalidatedTemporalProtocol(_Protocol):
+    test_share: BelowHalf
+    valid_share: BelowHalf | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class _RankingProtocol:
     name: Text
@@ -129,7 +135,9 @@ def _kind_of(protocol: dict[str, Any]) -> type[_Protocol | _RankingProtocol]:
         raise EntryError(f"key protocol.task: {protocol['task']!r} is not one of {', '.join(COUNTING)}")
     if task_of(protocol) == "ranking":
         return _ProtocolOfUsers if protocol.get("split") == "users" else _RankingProtocol
-    return _TemporalProtocol if protocol.get("split") == "temporal" else _Protocol
+    if protocol.get("split") != "temporal":
+        return _Protocol
+    return _UnvalidatedTemporalProtocol if protocol.get("report") == "last" else _TemporalProtocol
 
 
 @contextmanager

@@ -282,11 +282,12 @@ def _check_point(config: dict[str, Any], row: str, shape: str | None, where: str
     """Check the values of a grid's point against the schemas of the files that its keys come from."""
     training, model = dict(config["training"]), dict(config["model"])
     training.pop("stochastic_length", None)  # of the experiment alone, whose schema has checked it
-    of_row = {key: training.pop(key) for key in ("schedule",) if key in training}
+    own = entry("models", row, root)
+    of_row = {"schedule": training.pop("schedule")} if "schedule" in own.get("training", {}) else {}
     data = entry("datasets", config["dataset"], root)
     sizes = data["training"]["base"]
     training["base"] = {key: model.pop(key) for key in sizes} if shape else sizes
-    named = {key: value for key, value in entry("models", row, root).items() if key in ("label", "task", "shape")}
+    named = {key: value for key, value in own.items() if key in ("label", "task", "shape")}
     named |= {"training": of_row} if of_row else {}
     parts = {
         "datasets": {config["dataset"]: data | {"training": training}},

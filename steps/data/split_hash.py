@@ -47,12 +47,12 @@ def split_sha256(tensors: dict[str, np.ndarray], protocol: dict[str, Any]) -> di
             parts["test"] = ~before_test & has_history
             if validates:
                 parts["valid"] = before_test & (times >= train_end) & has_history
-    columns = [column.astype("<i8") for column in (user, tensors["item"], times)]
+    columns = [user, tensors["item"], times]
     return {name: _hash(columns, rows) for name, rows in parts.items()}
 
 
 def _hash(columns: list[np.ndarray], rows: np.ndarray) -> str:
     digest = hashlib.sha256()
     for column in columns:
-        digest.update(np.ascontiguousarray(column[rows]).data)
+        digest.update(column[rows].astype("<i8", copy=False).data)
     return digest.hexdigest()

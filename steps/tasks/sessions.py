@@ -35,7 +35,7 @@ class _SamplesConfig:
 class Sessions(Task, Recommender):
     """A recurrent encoder whose states pass from event to event; an item's score is state . embedding + bias."""
 
-    schedules = ("sessions",)
+    schedules = ("sessions", "one-pass")
     optimizer = "adagrad"
     configs = (*Task.configs, WithLoss, _SamplesConfig)
     encoder: GRU4Rec

@@ -114,7 +114,7 @@ class Windows(Schedule):
         return self.sequences.padded_batch(inputs[0], inputs[1], shape, inputs[2], sampled.rule)
 
 
-class OnePass(Windows):
+class _InOrder(Schedule):
     """Every interaction but each user's first is predicted once, in the order of time, as a stream is trained on.
 
     A user's interactions are cut into windows of at most `max_len` targets, from the last one backwards. No window sees
@@ -132,6 +132,10 @@ class OnePass(Windows):
 
     def epoch(self) -> list[Step]:
         return self.steps(torch.arange(len(self.lengths)))
+
+
+class OnePass(_InOrder, Windows):
+    """The windows of one pass, `batch` a step."""
 
 
 class Sessions(Schedule):
@@ -174,7 +178,12 @@ class Sessions(Schedule):
         return Events(item, next_item, is_first > 0, self.config.batch)
 
 
-_SCHEDULES: dict[str, type[Schedule]] = {"windows": Windows, "one-pass": OnePass, "sessions": Sessions}
+class OnePassSessions(_InOrder, Sessions):
+    """The windows of one pass, event by event."""
+
+
+_SCHEDULES: dict[str, type[Schedule]] = {"windows": Windows, "sessions": Sessions}
+_ONE_PASS: dict[str, type[Schedule]] = {"windows": OnePass, "sessions": OnePassSessions}
 
 
 def make_schedule(
@@ -189,9 +198,10 @@ def make_schedule(
         raise EntryError(
             f"key training.schedule: {name!r} does not fit: the model is trained on {', '.join(schedules)}"
         )
-    if config.stochastic_length and name == "sessions":
+    kind = _ONE_PASS[schedules[0]] if name == "one-pass" else _SCHEDULES[name]
+    if config.stochastic_length and issubclass(kind, Sessions):
         raise EntryError("key training.stochastic_length: does not fit: event by event, windows are read whole")
-    return _SCHEDULES[name](sequences, num_held_out, config)
+    return kind(sequences, num_held_out, config)
 
 
 def static_shape(lengths: torch.Tensor, bucket: int, max_len: int) -> StaticShape:

@@ -250,6 +250,18 @@ def test_a_small_number_is_a_number_however_it_is_written(project: Path, word: s
         ("models", "hstu-time:", "hstu-position:", r"line \d+: key hstu-position occurs twice"),
         ("protocols", "temporal: ", "Temporal: ", r"'Temporal' is no name"),
         ("protocols", "test_share: 0.1", "test_share: .nan", r"key temporal(-ranking)?\.test_share: nan"),
+        (
+            "protocols",
+            "  valid_share: 0.1     # of all rows, before those\n",
+            "",
+            r"key temporal.*: 'valid_share' is a req",
+        ),
+        (
+            "datasets",
+            "schedule: one-pass",
+            "schedule: windows",
+            r"key stream[a-z-]*\.training\.schedule: 'one-pass' was",
+        ),
         ("datasets", "ml-1m:", "ml_1m:", r"'ml_1m' is no name"),
         ("datasets", "max_len: 200", "max_len: 200.0", r"key ml-[a-z0-9-]+\.training\.max_len: 200\.0 is not of type"),
         ("datasets", "max_len: 200", "max_len: 0200", r"key ml-[a-z0-9-]+\.training\.max_len: '0200' is not of type"),
@@ -346,6 +358,16 @@ def test_heads_of_a_grid_that_do_not_divide_the_width_are_named(project: Path) -
     path.write_text(yaml_files.dump(content))
     with pytest.raises(StepError, match=r"sweep-demo\.yaml, grid: 5 heads do not divide dim 32"):
         params.check("sweep-demo", project / "params")
+
+
+def test_the_schedule_of_a_data_set_is_that_of_every_row(project: Path) -> None:
+    """Of points of a grid too, whose values are checked as those of the files are that they come from."""
+    path = project / "params/experiments/sweep-demo.yaml"
+    rows = {"datasets": ["stream-small"], "models": ["gru4rec", "hstu-one-pass", "hstu"], "protocols": ["stream"]}
+    path.write_text(yaml_files.dump(yaml_files.read(path) | rows | {"grid": {"training.batch": [4, 8]}}))
+    for run in params.check("sweep-demo", project / "params"):
+        training = params.resolve(run, project / "params")["training"]
+        assert (training["schedule"], training["epochs"]) == ("one-pass", 1)
 
 
 @pytest.mark.parametrize("name", ["Mine", "my shop", "my_shop", "-mine", "mine.old"])

@@ -69,11 +69,27 @@ def test_one_pass_predicts_every_interaction_once_in_the_order_of_time() -> None
     assert ends == sorted(ends)
 
 
-@pytest.mark.parametrize(("name", "schedule"), [("gru4rec", "sessions"), ("bert4rec", "windows")])
-def test_a_model_takes_only_schedules_that_train_it(name: str, schedule: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "schedule", "known"),
+    [("gru4rec", "windows", "sessions, one-pass"), ("bert4rec", "one-pass", "windows")],
+)
+def test_a_model_takes_only_schedules_that_train_it(name: str, schedule: str, known: str) -> None:
     data = sequences([4, 5])
-    with pytest.raises(EntryError, match=f"key training.schedule: 'one-pass' does not fit: .* trained on {schedule}"):
-        schedule_of(make(name), data, torch.zeros(2, dtype=torch.int64), schedule="one-pass")
+    with pytest.raises(EntryError, match=f"key training.schedule: '{schedule}' does not fit: .* trained on {known}$"):
+        schedule_of(make(name), data, torch.zeros(2, dtype=torch.int64), schedule=schedule)
+
+
+def test_one_pass_event_by_event_predicts_every_interaction_once_in_the_order_of_time() -> None:
+    """Users 0 to 3 end at times 4, 1, 3, 2; their windows have at most 2 targets; two lanes."""
+    data = sequences([3, 4, 2, 3])
+    data.item = torch.arange(1, 13)
+    data.timestamp = torch.tensor([4, 4, 4, 1, 1, 1, 1, 3, 3, 2, 2, 2])
+    none = torch.zeros(4, dtype=torch.int64)
+    schedule = schedule_of(make("gru4rec"), data, none, batch=2, max_len=2, schedule="one-pass")
+    events = torch.cat([step.inputs for step in schedule.epoch()])
+    # User 1 in two windows, of equal times, in two lanes; user 3 goes on in the shorter one, then user 2, then user 0.
+    assert events[:, 0].T.tolist() == [[5, 6, 8, 1, 2], [4, 10, 11, 0, 0]]
+    assert events[:, 1].T.tolist() == [[6, 7, 9, 2, 3], [5, 11, 12, 0, 0]]
 
 
 def test_data_without_a_pair_of_interactions_cannot_be_trained_on() -> None:

@@ -1,4 +1,4 @@
-"""Generated archives: the demo, and files of the same form and size as those of data sets that are not to be had."""
+"""Generated archives: the demo, files in the form and size of data sets that are not to be had, the paper's stream."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from steps.data.generators.amazon import AmazonRatings
 from steps.data.generators.demo import Demo
 from steps.data.generators.movielens import MovieLens
+from steps.data.generators.stream import Stream
 
 
 class Generator(Protocol):
@@ -20,6 +21,7 @@ FORMS: dict[str, Callable[..., Generator]] = {
     "demo": Demo,
     "movielens-csv": MovieLens,
     "amazon-ratings": AmazonRatings,
+    "stream": Stream,
 }
 
 
