@@ -4,6 +4,7 @@ import csv
 import re
 import shutil
 import statistics
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from steps.common.cli import StepError
 from steps.common.files import write_json, write_text
 from steps.evaluation.names import HR_CUTOFFS, NDCG_CUTOFFS
 from steps.reporting.outcomes import LARGEST_RANK, TestRanks
-from steps.reporting.records import RUNS, read_records, write_records
+from steps.reporting.records import HISTORY, RUNS, read_records, recorded_texts, write_records
 from tests.conftest import step
 from tests.steps.runs import seal
 
@@ -229,12 +230,37 @@ def test_records_that_do_not_belong_together_are_named(project: Path, ml_1m: lis
         ranks.with_columns(pl.lit(3, pl.UInt16).alias("rank")).write_parquet(folder / TestRanks.FILE)
     else:
         column = "history.jsonl" if damage == "other history" else "config.json"
-        old, new = ('"epoch": 1', '"epoch": 3') if damage == "other history" else ('"seed": 0', '"seed": 9')
+        old, new = ('"epoch": [1', '"epoch": [3') if damage == "other history" else ('"seed": 0', '"seed": 9')
         runs.with_columns(pl.col(column).str.replace(old, new, literal=True)).write_parquet(folder / RUNS)
     with pytest.raises(
         StepError, match="ranks.parquet has other outcomes" if damage == "other ranks" else "runs.parquet"
     ):
         read_records("mine", folder)[0][0].outcomes()
+
+
+LOSSES = '{"epoch": 1, "train/loss": 2.5}\n{"epoch": 2, "train/loss": NaN}\n'
+NOW_AND_THEN = '{"epoch": 1}\n{"epoch": 2, "valid/mrr": 0.1}\n'
+
+
+@pytest.mark.parametrize(
+    ("lines", "recorded"),
+    [
+        (LOSSES, '{"epoch": [1, 2], "train/loss": [2.5, NaN]}'),
+        (NOW_AND_THEN, NOW_AND_THEN),
+        ('{"epoch":1}\n', '{"epoch":1}\n'),
+        ("", "{}"),
+    ],
+)
+def test_a_history_is_recorded_by_key_and_comes_back_the_same(
+    project: Path, ml_1m: list[params.Run], lines: str, recorded: str
+) -> None:
+    fake_run(project, ml_1m[0])
+    ((record,), _), folder = read_records("mine", project / "runs/mine"), project / "records"
+    write_records("mine", [replace(record, texts=record.texts | {HISTORY: lines})], folder)
+    assert pl.read_parquet(folder / RUNS)[HISTORY].to_list() == [recorded]
+    assert [row[HISTORY] for row in recorded_texts(folder).values()] == [lines]
+    pl.read_parquet(folder / RUNS).with_columns(pl.lit(lines).alias(HISTORY)).write_parquet(folder / RUNS)
+    assert [row[HISTORY] for row in recorded_texts(folder).values()] == [lines]  # as earlier commits have it
 
 
 def test_records_have_the_rows_of_a_user_together(project: Path, ml_1m: list[params.Run]) -> None:
