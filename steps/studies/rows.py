@@ -2,8 +2,8 @@
 
 A row is a flat dict. Its axes, under names of the study's own, say which case was measured; FIELDS are the number, its
 unit, which repetition it is, the interval around it, and what was seen in place of a measurement; ORIGIN is where it
-comes from. What does not apply is absent. The file has the rows by case, with the origins that they share once. Needs
-nothing beside Python.
+comes from. What does not apply is absent. The file has the rows by case, with the origins that they share once, and the
+names of kernels, for which rows have their place in `kernels`. Needs nothing beside Python.
 """
 
 import json
@@ -72,22 +72,27 @@ def write_rows(path: Path, study: str, rows: list[Row]) -> None:
     """Write the rows as JSON: a line a case, under it a line a number."""
     origins: list[dict[str, Any]] = []
     blocks: dict[str, list[str]] = {}
+    kernels = list(dict.fromkeys(one["metric"] for one in rows if one["metric"].startswith(KERNEL)))
     for one in rows:
         origin = {key: one[key] for key in ORIGIN if key in one}
         if origin not in origins:
             origins.append(origin)
         head = f'{{"origin": {origins.index(origin)}, "case": {_json(case_of(one))}, "measured": ['
         values = [one.get(name) for name in FIELDS]
+        if one["metric"] in kernels:
+            values[0] = kernels.index(one["metric"])
         while values[-1] is None:
             values.pop()
         blocks.setdefault(head, []).append(_json(values))
     text = ",\n".join(f"  {head}\n   {f',{chr(10)}   '.join(lines)}]}}" for head, lines in blocks.items())
     fields = [name for name in FIELDS if name != "seen" or any("seen" in one for one in rows)]
     shared = ",\n".join(f"  {_json(origin)}" for origin in origins)
+    named = ",\n".join(f"  {_json(kernel)}" for kernel in kernels)
+    of_kernels = f' "kernels": [\n{named}\n ],\n' if kernels else ""
     write_text(
         path,
         f'{{\n "study": {_json(study)},\n "fields": {_json(fields)},\n'
-        f' "origins": [\n{shared}\n ],\n "cases": [\n{text}\n ]\n}}\n',
+        f' "origins": [\n{shared}\n ],\n{of_kernels} "cases": [\n{text}\n ]\n}}\n',
     )
 
 
@@ -101,7 +106,8 @@ def read_rows(path: Path, study: str) -> list[Row]:
     for number, case in enumerate(content.get("cases", []), start=1):
         try:
             origin = content["origins"][case["origin"]]
-            found = [_row(case["case"], origin, values) for values in case["measured"]]
+            measured = [[_metric(content, metric), *values] for metric, *values in case["measured"]]
+            found = [_row(case["case"], origin, values) for values in measured]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise StepError(f"{path}, case {number} does not fit ({error!r}); {_REMEDY}") from None
         for one in found:
@@ -113,6 +119,10 @@ def read_rows(path: Path, study: str) -> list[Row]:
     if not rows:
         raise StepError(f"{path} holds no rows; {_REMEDY}")
     return rows
+
+
+def _metric(content: dict[str, Any], metric: str | int) -> str:
+    return content["kernels"][metric] if isinstance(metric, int) else metric
 
 
 def _row(case: dict[str, Any], origin: dict[str, Any], values: list[Any]) -> Row:

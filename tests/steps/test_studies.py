@@ -38,10 +38,12 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
         row({"data": "x"}, "hr@10", 0.25, "fraction", low=0.0, high=0.5, data_sha256="b" * 64) | MACHINE,
         row({"data": "x"}, "total", 3.0, "s", repetition=2) | MACHINE | {"versions": versions},
         row({"dim": 64}, "failed", 1, "of 1", seen="torch 2.11.0: it does not compile") | seen,
+        *(row({"dim": dim}, f"kernel: {name}", 0.5, "ms") | MACHINE for dim in (7, 9) for name in ("gemm", "sort")),
     ]
     write_rows(tmp_path / "rows.json", "speed", rows)
+    assert (tmp_path / "rows.json").read_text().count("gemm") == 1
     assert read_rows(tmp_path / "rows.json", "speed") == rows
-    first, second, third, fourth = cases(rows)
+    first, second, third, fourth, *_ = cases(rows)
     assert (first["step"], first["peak"], first["dim"]) == (1.5, 2**40, 50)
     assert (second["hr@10/low"], second["hr@10/high"]) == (0.0, 0.5)
     assert (third["repetition"], third["versions"]) == (2, versions)
@@ -68,6 +70,7 @@ def test_measuring_again_replaces_the_same_case_of_the_same_device_alone() -> No
         (lambda content: content["cases"][0].update(case={"unit": 1}), "an axis is called like a field"),
         (lambda content: content["cases"][0].update(measured=[["step", "fast", "ms"]]), "case 1 does not fit"),
         (lambda content: content["cases"][0].update(measured=[["step", True, "ms"]]), "True is no number"),
+        (lambda content: content["cases"][0].update(measured=[[0, 1.5, "ms"]]), "case 1 does not fit"),
         (lambda content: content["origins"][0].update(device=None), "device and commit are texts"),
     ],
 )
