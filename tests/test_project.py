@@ -83,11 +83,12 @@ def test_committed_tables_and_pages_are_those_of_the_committed_records(tmp_path:
         of_records = ["tabulate", *(["compare"] if rebuild.is_compared_again(ROOT / "reports" / experiment) else [])]
         for table in of_records:
             step(table, "--experiment", experiment, *arguments, cwd=ROOT)
+        of_compare = ("comparisons.md", "comparisons.csv", "intervals.csv", "parity.md")
         if "compare" not in of_records:
-            for name in ("comparisons.csv", "intervals.csv", "parity.md"):
+            for name in of_compare:
                 shutil.copyfile(ROOT / "reports" / experiment / name, tmp_path / experiment / name)
-        names = ("table.md", "table.csv", "runs.csv", "details.md", "comparisons.csv", "intervals.csv", "paper.md")
-        tables = [f"reports/{experiment}/{name}" for name in (*names, "parity.md")]
+        names = ("table.md", "table.csv", "runs.csv", "details.md", "paper.md", *of_compare)
+        tables = [f"reports/{experiment}/{name}" for name in names]
         # Of a search the records alone are committed, the demo's tables are a user's own, and some say what others say.
         ignored = run("git", "check-ignore", *tables, cwd=ROOT, check=False).stdout.splitlines()
         for table in set(tables) - set(ignored):
