@@ -11,7 +11,7 @@ LARGEST_RANK = 500  # no cut of HR or NDCG is larger
 #: To 1, in what records keep of predictions. The mean over users of what rounding takes has to be small beside the
 #: standard error of a difference of two nearly equal models. A user of n targets moves that difference by about the
 #: root of n, so what is rounded is the user's sum over this root: users of many targets get finer steps a target.
-_STEPS = 2**12
+_STEPS = 2**15
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class TestPredictions:
     (U,) int64, ascending; all others (U,) float64.
 
     They are rounded to what is recorded, so that tables made of runs are those made of their records: each user's sum
-    of n targets, over the root of n, to steps of 2**-12. No user's error reaches another, as intervals and tests read
-    users' values. A loss over this root of more than 1,048,575 nats is kept as 1,048,576. The user's own AUC is exact:
+    of n targets, over the root of n, to steps of 2**-15. No user's error reaches another, as intervals and tests read
+    users' values. A loss over this root of more than 131,071 nats is kept as 131,072. The user's own AUC is exact:
     `twice_ordered` is twice the pairs of a positive and a negative of the user in which the positive scores higher,
     equal ones as half.
     """
