@@ -13,7 +13,8 @@ import torch
 
 from ..common import do_without, fits_triton, reverse_mode_only, shared_memory
 from . import grouped, naive
-from .mask import Mask, check_mask
+from .checks import check, check_cached, check_numbers, check_scale, check_times
+from .mask import Mask
 from .naive import TIME_BUCKETS, time_bucket
 
 __all__ = [
@@ -79,7 +80,8 @@ def hstu_attention(
     key see nothing: their outputs and gradients are zero.
 
     Args:
-        q, k: (T, h, dqk), jagged over sequences; float32, float16 or bfloat16. With `key_offsets` k is (T', h, dqk).
+        q, k: (T, h, dqk), jagged over sequences; float32, float16 or bfloat16, v too, all of one type. With
+            `key_offsets` k is (T', h, dqk).
         v: (T, h, dv), or (T', h, dv).
         offsets: (B + 1,) int64; must start at 0 and end at T, which is not checked: that would wait for the device.
         max_len: an upper bound of the lengths, of queries and of keys; no sequence may be longer, which is not checked
@@ -104,16 +106,16 @@ def hstu_attention(
         (T, h, dv). Differentiable in q, k, v and both tables.
 
     Raises:
-        ValueError: a time bias without times, shapes other than these, a negative number, masks that make no sense
-            together, an `attention_scale` that wants a gradient.
+        ValueError: a time bias without times, shapes or types other than these, a negative number, masks that make no
+            sense together, an `attention_scale` that wants a gradient.
         NotImplementedError, RuntimeError: a forward-mode, or a second derivative, where Triton runs.
     """
     mask = Mask(
         max_attn_len, contextual_seq_len, min_full_attn_seq_len, num_sink_tokens, causal, target_group_size
     )  # fmt: skip
-    _check_times(time_bias, query_time, key_time)
-    _check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, num_targets, key_offsets)
-    _check_scale(attention_scale, q.shape[0])
+    check_times(time_bias, query_time, key_time)
+    check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, num_targets, key_offsets)
+    check_scale(attention_scale, q.shape[0])
     if runs_in_triton(q, k, v):
         from . import op
 
@@ -159,8 +161,8 @@ def softmax_attention(
     mask = Mask(
         max_attn_len, contextual_seq_len, min_full_attn_seq_len, num_sink_tokens, causal, target_group_size
     )  # fmt: skip
-    _check_times(time_bias, query_time, key_time)
-    _check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, num_targets, key_offsets)
+    check_times(time_bias, query_time, key_time)
+    check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, num_targets, key_offsets)
     if runs_in_triton(q, k, v):
         from . import op
 
@@ -207,7 +209,8 @@ def cached_attention(
 
     Args:
         q, k, v: (T, h, dqk) and (T, h, dv) of the candidates, jagged over sequences by `offsets` (B + 1,).
-        cached_k, cached_v: (T', h, dqk) and (T', h, dv) of the histories' tokens, jagged by `cached_offsets` (B + 1,).
+        cached_k, cached_v: (T', h, dqk) and (T', h, dv) of the histories' tokens, jagged by `cached_offsets` (B + 1,);
+            of q's type.
         offsets, cached_offsets: start at 0. Rows from their last number on, as buffers of a fixed size have them,
             belong to nobody: they are not read, and outputs of theirs may be anything.
         max_len, max_cached_len: upper bounds of both lengths. As in `hstu_attention`, that they are is not checked, nor
@@ -223,23 +226,16 @@ def cached_attention(
         (T, h, dv). Differentiable in torch alone: this is for inference.
 
     Raises:
-        ValueError: a time bias without times, shapes other than these, a negative number, tokens seen beyond a window
-            that is not there.
+        ValueError: a time bias without times, shapes or types other than these, a negative number, tokens seen beyond a
+            window that is not there.
         NotImplementedError, RuntimeError: a derivative, where Triton runs.
     """
-    _check_times(time_bias, query_time, key_time, cached_time)
+    check_times(time_bias, query_time, key_time, cached_time)
     mask = Mask(max_attn_len, num_sink_tokens=num_sink_tokens, target_group_size=target_group_size)
-    _check(q, k, v, offsets, max_cached_len + 1, position_bias, time_bias, None, None, mask, offsets[1:], None)
-    _check_lengths(offsets.shape[0] - 1, query_time=query_time, key_time=key_time)
-    _check_scale(attention_scale, q.shape[0])
-    if max_len < 0 or max_cached_len < 0:
-        raise ValueError(f"max_len and max_cached_len must not be negative, as {max_len} and {max_cached_len}")
-    if cached_k.shape[1:] != k.shape[1:] or cached_v.shape[1:] != v.shape[1:] or cached_k.shape[0] != cached_v.shape[0]:
-        shapes = f"{tuple(cached_k.shape)} and {tuple(cached_v.shape)}"
-        raise ValueError(f"cached_k and cached_v must be (T', h, dqk) and (T', h, dv) as k and v are, not {shapes}")
-    if cached_offsets.shape != offsets.shape:
-        raise ValueError(f"offsets and cached_offsets must be of one length, not {len(offsets)}, {len(cached_offsets)}")
-    _check_lengths(cached_k.shape[0], cached_time=cached_time)
+    check_numbers(max_len=max_len, max_cached_len=max_cached_len)
+    check(q, k, v, offsets, max_cached_len + 1, position_bias, time_bias, None, None, mask, offsets[1:], None)
+    check_cached(q, k, v, offsets, cached_k, cached_v, cached_offsets, query_time, key_time, cached_time)
+    check_scale(attention_scale, q.shape[0])
     if runs_in_triton(q, k, v) and runs_in_triton(q, cached_k, cached_v):
         from . import cached
 
@@ -300,15 +296,16 @@ def appended_attention(
         (T, h, dv). Differentiable in torch alone.
 
     Raises:
-        ValueError: a time bias without times, shapes other than these, a negative number, tokens seen beyond a window
-            that is not there.
+        ValueError: a time bias without times, shapes or types other than these, a negative number, tokens seen beyond a
+            window that is not there.
         NotImplementedError, RuntimeError: a derivative, where Triton runs.
     """
-    _check_times(time_bias, query_time, key_time)
+    check_times(time_bias, query_time, key_time)
     mask = Mask(max_attn_len, num_sink_tokens=num_sink_tokens)
-    _check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, None, key_offsets)
-    if max_new < 0:
-        raise ValueError(f"max_new must not be negative, as {max_new} is")
+    check_numbers(max_new=max_new)
+    check(q, k, v, offsets, max_len, position_bias, time_bias, query_time, key_time, mask, None, key_offsets)
+    if isinstance(attention_scale, torch.Tensor):
+        raise ValueError("attention_scale must be a number or None, not a tensor: hstu_attention takes one")
     if runs_in_triton(q, k, v):
         from . import appended
 
@@ -346,69 +343,8 @@ def runs_in_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     return True
 
 
-def _check_times(time_bias: torch.Tensor | None, *times: torch.Tensor | None) -> None:
-    if time_bias is not None and any(time is None for time in times):
-        raise ValueError("time_bias needs query_time and key_time (and cached_time, with a cache)")
-
-
 def _scales(attention_scale: float | torch.Tensor | None) -> tuple[float | None, torch.Tensor | None]:
     """As operations of torch take it: one number for all queries, or one for each."""
     if isinstance(attention_scale, torch.Tensor):
         return None, attention_scale
     return attention_scale, None
-
-
-def _check_scale(attention_scale: float | torch.Tensor | None, tokens: int) -> None:
-    if isinstance(attention_scale, torch.Tensor):
-        _check_lengths(tokens, attention_scale=attention_scale)
-        if not attention_scale.is_floating_point():
-            raise ValueError(f"attention_scale must be of floats, not {attention_scale.dtype}")
-        if attention_scale.requires_grad and torch.is_grad_enabled():
-            raise ValueError("attention_scale gets no gradient: give attention_scale.detach()")
-
-
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    offsets: torch.Tensor,
-    longest: int,
-    position_bias: torch.Tensor | None,
-    time_bias: torch.Tensor | None,
-    query_time: torch.Tensor | None,
-    key_time: torch.Tensor | None,
-    mask: Mask,
-    num_targets: torch.Tensor | None,
-    key_offsets: torch.Tensor | None,
-) -> None:
-    """ValueError for what shapes and Python numbers show to be wrong: a look at values would wait for the device.
-
-    `longest`: positions that a position bias must tell apart.
-    """
-    if longest < 0:
-        raise ValueError(f"max_len must not be negative, as {longest} is")
-    if offsets.ndim != 1 or not offsets.shape[0]:
-        raise ValueError(f"offsets must be (B + 1,), not {tuple(offsets.shape)}")
-    rows = "T" if key_offsets is None else "T'"
-    keys = q.shape[:1] if key_offsets is None else k.shape[:1]
-    if q.ndim != 3 or k.shape != (*keys, *q.shape[1:]) or v.ndim != 3 or v.shape[:2] != k.shape[:2]:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (q, k, v))
-        wanted = f"(T, h, dqk), ({rows}, h, dqk) and ({rows}, h, dv)"
-        raise ValueError(f"q, k and v must be {wanted}, not {shapes}")
-    if position_bias is not None and (position_bias.ndim != 1 or len(position_bias) < 2 * longest - 1):
-        shape = tuple(position_bias.shape)
-        raise ValueError(f"position_bias must have at least {2 * longest - 1} entries, not shape {shape}")
-    if time_bias is not None and time_bias.shape != (TIME_BUCKETS,):
-        raise ValueError(f"time_bias must be ({TIME_BUCKETS},), not {tuple(time_bias.shape)}")
-    check_mask(mask, num_targets is not None)
-    # Not len(): it would make a number of a size that torch.export leaves open.
-    _check_lengths(q.shape[0], query_time=query_time)
-    _check_lengths(k.shape[0], key_time=key_time)
-    _check_lengths(offsets.shape[0], key_offsets=key_offsets)
-    _check_lengths(offsets.shape[0] - 1, num_targets=num_targets)
-
-
-def _check_lengths(length: int, **tensors: torch.Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape != (length,):
-            raise ValueError(f"{name} must be ({length},), not {tuple(tensor.shape)}")

@@ -17,6 +17,7 @@ from .bias_tiles import (
     add_time_steps,
     band_pointers,
     exact_bucket,
+    finite,
     first_near_key,
     load_band,
     tile_bias,
@@ -166,6 +167,8 @@ def bias_gradient_kernel(
                         if buckets.last > buckets.first:
                             tile_x = add_time_steps(tile_x, tables, sequence, queries, keys, buckets, True, FLAGS)
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=FLAGS.PRECISION) * alpha + tile_x
+            if FLAGS.TIME:
+                x = finite(x, tables.band)
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=FLAGS.PRECISION)
             lse_tile = tl.zeros([BLOCK_M], tl.float32)
             if FLAGS.SOFTMAX:

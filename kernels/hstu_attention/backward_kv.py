@@ -14,6 +14,7 @@ from .bias_tiles import (
     BAND_BLOCK,
     HIDDEN,
     add_time_steps,
+    finite,
     tile_bias,
     times_since,
     unpack_tile,
@@ -89,6 +90,8 @@ def _add_queries(
         STEPS, FLAGS.MMA_LAYOUT, False,
     )  # fmt: skip
     x = tl.dot(kept.k, tl.trans(q_tile), input_precision=PRECISION) * alpha + x
+    if MASK == "band":
+        x = finite(x, bias.tables.band)
     if FLAGS.TIME and STEPS:
         if buckets.last > buckets.first:
             x = add_time_steps(x, bias.tables, sequence, kept.side, queries, buckets, False, FLAGS)

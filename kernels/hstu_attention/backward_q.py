@@ -10,7 +10,7 @@ import triton.language as tl
 from ..tensor_cores import operand
 from .activations import weights_and_derivatives
 from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens, WholeTiles
-from .bias_tiles import add_time_steps, first_near_key, tile_bias, times_since, unpack_tile
+from .bias_tiles import add_time_steps, finite, first_near_key, tile_bias, times_since, unpack_tile
 from .tiles import (
     is_query,
     key_tiles,
@@ -64,6 +64,8 @@ def _add_keys(sums, kept, key, K, V, sequence, bias, buckets, alpha, scale, SHAP
         STEPS, FLAGS.MMA_LAYOUT, True,
     )  # fmt: skip
     x = tl.dot(kept.q, tl.trans(k_tile), input_precision=PRECISION) * alpha + x
+    if MASK == "band":
+        x = finite(x, bias.tables.band)
     if FLAGS.TIME and STEPS:
         if buckets.last > buckets.first:
             x = add_time_steps(x, bias.tables, sequence, kept.side, keys, buckets, True, FLAGS)

@@ -16,8 +16,9 @@ from .assembly import approximate_bucket, diagonal_entries, entries
 PADDING = tl.constexpr(256)
 #: Queries of one block of this many see the biases of keys in their block and the one before through the band.
 BAND_BLOCK = tl.constexpr(128)
-#: A bias that makes silu and its derivative zero, exactly: the band's mask.
-HIDDEN = tl.constexpr(-30000.0)
+#: The band's mask: a bias that makes silu and its derivative zero, exactly, and softmax's weight. Any score is small
+#: beside it; and it is finite, since silu of minus infinity is no number.
+HIDDEN = tl.constexpr(-1e30)
 #: Times since their sequence's first key are cut here, at 17 years; a tile that has any such compares the times
 #: themselves. Two of them are up to 2^30 apart, and so is the edge of a bucket, whose sum with one of them must fit 32
 #: bits.
@@ -186,6 +187,12 @@ def first_near_key(query):
     return query // BAND_BLOCK * BAND_BLOCK - BAND_BLOCK
 
 
+@triton.constexpr_function
+def stored_hidden(dtype):
+    """HIDDEN as a band of a type holds it: float16 ends at 65,504, so there it is infinite."""
+    return float("-inf") if dtype == tl.float16 else HIDDEN.value
+
+
 @triton.jit
 def band_pointers(band, sequence, query, key):
     """Where a band (T, 2 BAND_BLOCK) has what belongs to queries and keys, expanded to a tile."""
@@ -196,4 +203,14 @@ def band_pointers(band, sequence, query, key):
 def load_band(band, sequence, query, key):
     """The biases of queries and keys; HIDDEN beyond the sequence."""
     pointers = band_pointers(band, sequence, query, key)
-    return tl.load(pointers, mask=query < sequence.n, other=HIDDEN).to(tl.float32)
+    STORED: tl.constexpr = stored_hidden(band.dtype.element_ty)
+    return tl.load(pointers, mask=query < sequence.n, other=STORED).to(tl.float32)
+
+
+@triton.jit
+def finite(x, band):
+    """Scores with the band's biases, of which float16 ones hide with minus infinity: silu needs a finite number. After
+    the product, as a tile of the band would take more shared memory on its way through registers."""
+    if band.dtype.element_ty == tl.float16:
+        x = tl.maximum(x, HIDDEN, propagate_nan=tl.PropagateNan.ALL)
+    return x

@@ -144,7 +144,9 @@ def cached_kernel(
         v_tile = load_tile(OWN_V, first - before, end, BLOCK_M, SHAPE.DV, BLOCK_DV, False, FLAGS, start, FLAGS.GROUPS)
         x = tl.sum(q_tile.to(tl.float32) * k_tile.to(tl.float32), 1)[:, None] * alpha + own_bias
         if FLAGS.GROUPS:
-            x = tl.where(((i - start) % group >= before)[:, None], x, LOWEST)
+            same = ((i - start) % group >= before)[:, None]
+            x = tl.where(same, x, LOWEST)
+            v_tile = tl.where(same, v_tile, 0.0)  # of another group, which may be no number
         if FLAGS.SOFTMAX:
             m_new = tl.maximum(m_i, x)
             weights = exp_of(x - m_new)

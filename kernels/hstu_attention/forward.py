@@ -10,7 +10,7 @@ import triton.language as tl
 from ..tensor_cores import operand
 from .activations import exp_of, silu
 from .arguments import MASK_NUMBERS, Bias, Buckets, Side, Tokens, WholeTiles
-from .bias_tiles import add_time_steps, first_near_key, tile_bias, times_since, unpack_tile
+from .bias_tiles import add_time_steps, finite, first_near_key, tile_bias, times_since, unpack_tile
 from .tiles import (
     is_query,
     key_tiles,
@@ -59,6 +59,8 @@ def _attend(sums, q_tile, queries, key, K, V, sequence, bias, buckets, alpha, SH
         STEPS, FLAGS.MMA_LAYOUT, True,
     )  # fmt: skip
     x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * alpha + x
+    if MASK == "band":
+        x = finite(x, bias.tables.band)
     if FLAGS.TIME and STEPS:
         if buckets.last > buckets.first:
             x = add_time_steps(x, bias.tables, sequence, queries, keys, buckets, True, FLAGS)

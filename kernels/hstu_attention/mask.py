@@ -18,15 +18,7 @@ CAUSAL = Mask()
 
 
 def check_mask(mask: Mask, targets: bool) -> None:
-    """ValueError for a mask without a meaning. `targets`: the rows have some."""
-    for name, value in (
-        ("max_attn_len", mask.max_attn_len),
-        ("contextual_seq_len", mask.contextual_seq_len),
-        ("min_full_attn_seq_len", mask.min_full_attn_seq_len),
-        ("num_sink_tokens", mask.num_sink_tokens),
-    ):
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, as {value} is")
+    """ValueError for a mask without a meaning, of numbers that are not negative. `targets`: the rows have some."""
     if not mask.max_attn_len and (mask.min_full_attn_seq_len or mask.num_sink_tokens):
         name = "min_full_attn_seq_len" if mask.min_full_attn_seq_len else "num_sink_tokens"
         raise ValueError(f"{name} lifts the window, and there is none: give max_attn_len too")

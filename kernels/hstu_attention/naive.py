@@ -146,10 +146,11 @@ def cached_attention(
         attention_scale = join(attention_scale.new_ones(total), attention_scale[: len(q)])
     attend = softmax_attention if softmax else functools.partial(hstu_attention, attention_scale=attention_scale)
     joined_q = join(q.new_zeros(total, *q.shape[1:]), q)
+    is_finite = v.isfinite()  # what is not would reach all, as zero times it is no number
     output = attend(
         joined_q,
         join(cached_k, k),
-        join(cached_v, v),
+        join(cached_v, v.masked_fill(~is_finite, 0.0)),
         joined_offsets,
         max_len + max_cached_len,
         alpha=alpha,
@@ -161,7 +162,16 @@ def cached_attention(
         num_sink_tokens=num_sink_tokens,
         target_group_size=target_group_size,
     )
-    return F.pad(output[is_new], (0, 0, 0, 0, 0, rows - len(q)))  # (T, h, dv)
+    output = output[is_new].masked_fill(_sees_any(~is_finite, offsets, target_group_size), math.nan)
+    return F.pad(output, (0, 0, 0, 0, 0, rows - len(q)))  # (T, h, dv)
+
+
+def _sees_any(marked: torch.Tensor, offsets: torch.Tensor, group: int) -> torch.Tensor:
+    """(T, h, dv), as `marked`: whether a target, or one before it in its group, is marked."""
+    index = torch.arange(len(marked), device=marked.device)
+    _, position = jagged.naive.sequence_and_position(offsets, len(marked))  # (T,)
+    so_far = F.pad(marked.cumsum(0), (0, 0, 0, 0, 1, 0))  # (T + 1, h, dv)
+    return so_far[index + 1] > so_far[index - position % group]
 
 
 def appended_attention(

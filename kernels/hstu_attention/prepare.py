@@ -10,7 +10,15 @@ import triton.language as tl
 
 from .arguments import Tables
 from .assembly import approximate_bucket, entries
-from .bias_tiles import BAND_BLOCK, HIDDEN, LONGEST_SPAN, PADDING, exact_bucket, first_near_key, spread_center
+from .bias_tiles import (
+    BAND_BLOCK,
+    LONGEST_SPAN,
+    PADDING,
+    exact_bucket,
+    first_near_key,
+    spread_center,
+    stored_hidden,
+)
 from .inputs import Inputs, bucket_edges, launch_grid
 from .tiles import sequence_id
 
@@ -48,6 +56,7 @@ def band_kernel(
     Near the diagonal a tile has many buckets. Here each element's is computed once, for all heads and for all kernels
     of both passes. Grid: tiles of BLOCK queries of `launch_grid`.
     """
+    STORED: tl.constexpr = stored_hidden(band.dtype.element_ty)
     index = sequence_id()
     start = tl.load(offsets + index)
     n = (tl.load(offsets + index + 1) - start).to(tl.int32)
@@ -57,7 +66,7 @@ def band_kernel(
         query_times = tl.load(query_time + start + i, mask=i < n, other=0)[:, None]
         for chunk in range(0, 2 * BAND_BLOCK, BAND_BLOCK):
             j = first_near_key(first) + chunk + tl.arange(0, BAND_BLOCK)
-            value = tl.full([BLOCK, BAND_BLOCK], HIDDEN, tl.float32)
+            value = tl.full([BLOCK, BAND_BLOCK], STORED, tl.float32)
             bucket = tl.zeros([BLOCK, BAND_BLOCK], tl.int32)
             if first_near_key(first) + chunk >= 0:
                 key_times = tl.load(key_time + start + j, mask=j < n, other=0)[None, :]
@@ -66,7 +75,7 @@ def band_kernel(
                 if POSITION:
                     entry = tl.maximum(j[None, :] - tl.minimum(i, n - 1)[:, None] + position_zero, 0)
                     bias += tl.load(position_bias + tl.minimum(entry, 2 * position_zero))
-                value = tl.where(j[None, :] <= i[:, None], bias, HIDDEN)
+                value = tl.where(j[None, :] <= i[:, None], bias, STORED)
                 bucket = tl.where(j[None, :] <= i[:, None], bucket, 0)
             slot = (start + i)[:, None] * (2 * BAND_BLOCK) + (chunk + tl.arange(0, BAND_BLOCK))[None, :]
             tl.store(band + slot, value.to(band.dtype.element_ty), mask=(i < n)[:, None])

@@ -144,8 +144,9 @@ def run(version: str, case: Case, inputs: dict[str, Any], dtype: torch.dtype) ->
     return [output.detach(), *torch.autograd.grad(output, [arguments[name] for name in wanted], grad)]
 
 
-def check(case: Case, dtype: torch.dtype) -> None:
-    inputs = case.inputs(dtype)
+def check(case: Case, dtype: torch.dtype, inputs: dict[str, Any] | None = None) -> None:
+    """`inputs`: in place of the case's own."""
+    inputs = inputs or case.inputs(dtype)
     present = [True] * 4 + [case.bias in ("position", "both"), case.bias in ("time", "both")]
     names = [name for name, there in zip(NAMES, present, strict=True) if there]
     exact = run("naive", case, inputs, torch.float64)
@@ -353,6 +354,39 @@ def test_softmax_of_scores_far_below_zero(options: dict[str, Any], n: int) -> No
         low = gradients(twin)
     terms = _score_gradient_terms({"q": q, "k": 30 * k, "v": v, "grad": grad, "alpha": 0.25})
     assert_no_worse(gradients(ours), low, gradients(twin, torch.float64), ("dq", "dk", "dv"), terms=terms)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["added dq", "separate dq"])
+@pytest.mark.parametrize("softmax", [False, True], ids=["silu", "softmax"])
+@pytest.mark.parametrize("signs", [(1, -1), (-1, 0), (0, 1), (-1, 1)], ids=str)
+def test_the_band_hides_scores_of_40_960(
+    signs: tuple[int, int], softmax: bool, deterministic: bool, dtype: torch.dtype
+) -> None:
+    """A row's first keys have scores of about the one sign times 40,960; its last ones, which most queries do not see,
+    of the other."""
+    dim = 64 if ON_GPU else 16  # there with a row that goes to Hopper's backward kernel
+    case = Case(lengths=(300, 1, 40) if ON_GPU else (40, 1, 20), heads=1, dqk=dim, dv=dim, softmax=softmax)
+    inputs = case.inputs(dtype) | {"alpha": 1.0}
+    # Multiples of 1/4, so that every score is exact in float32.
+    for name in ("q", "k", "position_bias", "time_bias"):
+        inputs[name] = inputs[name].clamp(-1, 1).mul(2).round() / (2 if name in ("q", "k") else 4)
+    inputs["q"][..., 0] = 1024.0
+    for start, end in inputs["offsets"].unfold(0, 2, 1).tolist():
+        sign = torch.where(torch.arange(end - start) < (end - start) // 2, *signs)
+        inputs["k"][start:end, :, 0] = 40.0 * sign[:, None].to(DEVICE)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        if softmax:  # whose lse, in float32, has eight bits behind the point, so that weights are off by 2^-9
+            found, exact = run("triton", case, inputs, dtype), run("naive", case, inputs, torch.float64)
+            terms = _score_gradient_terms(inputs)
+            for name, ours, expected in zip(NAMES, found, exact, strict=True):
+                allowed = 2**-7 * expected.abs().max() + 2**-9 * (0.0 if name in ("output", "dv") else terms)
+                assert (ours - expected).abs().max() <= allowed, name
+        else:
+            check(case, dtype, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

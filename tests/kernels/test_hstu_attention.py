@@ -270,11 +270,29 @@ WRONG = {
     "k": (lambda given: {"k": given["k"][1:]}, "q, k and v"),
     "q": (lambda given: {"q": given["q"][:, 0], "k": given["k"][:, 0]}, "q, k and v"),
     "v": (lambda given: {"v": given["v"][:, 1:]}, "q, k and v"),
-    "position_bias": (lambda _: {"position_bias": torch.zeros(12, dtype=torch.float64)}, "at least 13 entries"),
+    "position_bias": (lambda _: {"position_bias": torch.zeros(9, dtype=torch.float64)}, "at least 1[13] entries"),
     "time_bias": (lambda given: {"time_bias": given["time_bias"][1:]}, r"time_bias must be \(129,\)"),
     "query_time": (lambda given: {"query_time": given["query_time"][1:]}, "query_time"),
     "key_time": (lambda given: {"key_time": given["key_time"][1:]}, "key_time"),
     "max_attn_len": (lambda _: {"max_attn_len": -1}, "must not be negative"),
+    "type of q": (lambda given: {"q": given["q"].float()}, "q, k and v must be floats of one type, not torch.float32"),
+    "type of v": (lambda given: {"v": given["v"].half()}, "q, k and v must be floats of one type"),
+    "types of q, k and v": (lambda given: {name: given[name].long() for name in "qkv"}, "q, k and v must be floats"),
+    "type of offsets": (lambda given: {"offsets": given["offsets"].float()}, "^offsets must be int64, not torch.float"),
+    "type of query_time": (lambda given: {"query_time": given["query_time"].double()}, "query_time must be int64"),
+    "type of key_time": (lambda given: {"key_time": given["key_time"].float()}, "key_time must be int64"),
+    "type of position_bias": (
+        lambda given: {"position_bias": given["position_bias"].long()},
+        "position_bias must be of",
+    ),
+    "type of time_bias": (lambda given: {"time_bias": given["time_bias"].int()}, "time_bias must be of floats"),
+    "even position_bias": (
+        lambda given: {"position_bias": given["position_bias"][1:]},
+        r"position_bias must be \(2P - 1",
+    ),
+    "type of max_len": (lambda _: {"max_len": 7.0}, "max_len must be an int, not a float"),
+    "max_len on a device": (lambda _: {"max_len": torch.tensor(7)}, "max_len must be an int, not a Tensor"),
+    "type of max_attn_len": (lambda _: {"max_attn_len": 3.0}, "max_attn_len must be an int"),
 }
 
 
@@ -284,6 +302,10 @@ WRONG = {
         *WRONG.values(),
         (lambda _: {"contextual_seq_len": -1}, "must not be negative"),
         (lambda _: {"num_targets": torch.tensor([1, 1])}, r"num_targets must be \(3,\)"),
+        (lambda _: {"num_targets": torch.tensor([1.0, 0.0, 1.0])}, "num_targets must be int64"),
+        (lambda _: {"num_targets": torch.tensor([True, False, True])}, "num_targets must be int64"),
+        (lambda given: {"key_offsets": given["offsets"].float()}, "key_offsets must be int64"),
+        (lambda _: {"contextual_seq_len": 1.0}, "contextual_seq_len must be an int"),
     ],
 )
 def test_inputs_that_make_no_sense_are_refused(change, message: str) -> None:
@@ -304,12 +326,32 @@ def test_inputs_that_make_no_sense_are_refused(change, message: str) -> None:
         (lambda given: {"cached_v": given["cached_v"][..., 1:]}, "cached_k and cached_v"),
         (lambda given: {"cached_offsets": given["cached_offsets"][1:]}, "of one length"),
         (lambda given: {"cached_time": given["cached_time"][1:]}, "cached_time"),
+        (lambda given: {"cached_time": given["cached_time"].double()}, "cached_time must be int64"),
+        (lambda given: {"cached_k": given["cached_k"].float()}, "cached_k and cached_v must be torch.float64 as q"),
+        (lambda given: {"cached_v": given["cached_v"].half()}, "cached_k and cached_v must be torch.float64 as q"),
+        (lambda given: {"cached_offsets": given["cached_offsets"].float()}, "cached_offsets must be int64"),
+        (lambda _: {"max_cached_len": 6.0}, "max_cached_len must be an int"),
     ],
 )
 def test_cached_inputs_that_make_no_sense_are_refused(change, message: str) -> None:
     given = cached_inputs()
     with pytest.raises(ValueError, match=message):
         cached_attention(**given | change(given))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(WRONG[name] for name in WRONG if "of max_len" not in name),
+        (lambda _: {"max_new": 3.0}, "max_new must be an int"),
+        (lambda _: {"attention_scale": torch.ones(4)}, "attention_scale must be a number or None"),
+        (lambda given: {"key_offsets": given["key_offsets"].float()}, "key_offsets must be int64"),
+    ],
+)
+def test_new_tokens_that_make_no_sense_are_refused(change, message: str) -> None:
+    given = appended_inputs()
+    with pytest.raises(ValueError, match=message):
+        appended_attention(**given | change(given))
 
 
 def test_more_targets_than_tokens_are_a_row_of_targets() -> None:

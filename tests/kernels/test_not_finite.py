@@ -7,6 +7,8 @@ import pytest
 import torch
 from interpreted import descriptor_additions
 
+from kernels.hstu_attention import naive
+
 op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 cached = pytest.importorskip("kernels.hstu_attention.cached", exc_type=ImportError)
 layer_norm = pytest.importorskip("kernels.layer_norm.triton_op", exc_type=ImportError)
@@ -176,6 +178,39 @@ def test_in_cached_attention(softmax: bool) -> None:
     assert found[3:5].isnan().all()
     assert torch.equal(found[:3], expected[:3])
     assert torch.equal(found[5:], expected[5:])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("version", ["triton", "naive"])
+@pytest.mark.parametrize("softmax", [False, True], ids=["silu", "softmax"])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("spoilt", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_of_a_candidate(value: float, spoilt: str, group: int, softmax: bool, version: str) -> None:
+    """Seen by itself and by those behind it in its group, not by its user's other candidates."""
+    torch.manual_seed(0)
+    offsets, cached_offsets = torch.tensor([0, 2, 10], device=DEVICE), torch.tensor([0, 10, 17], device=DEVICE)
+    clean = {name: torch.randn(10, 1, DIM, device=DEVICE) for name in "qkv"}
+    stored = [torch.randn(17, 1, DIM, device=DEVICE) for _ in range(2)]
+    bad = dict(clean)
+    bad[spoilt] = clean[spoilt].clone()
+    bad[spoilt][2 + 4] = value  # the second of the group 3, 4, 5
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if version == "naive":
+            return naive.cached_attention(
+                q, k, v, offsets, *stored, cached_offsets, 8, 10, softmax=softmax, target_group_size=group
+            )
+        return cached.cached_attention(
+            q, k, v, offsets, *stored, cached_offsets, 8, 10, 1.0, None, softmax, None, None, [], 0, 0, group
+        )
+
+    found, expected = attend(**bad), attend(**clean)
+    reached = {6, 7} if group == 3 and spoilt != "q" else {6}
+    others = [row for row in range(10) if row not in reached]
+    assert torch.equal(found[others], expected[others])
+    if value is torch.nan or spoilt == "v":
+        assert not any(found[row].isfinite().any() for row in reached)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
