@@ -23,7 +23,17 @@ from steps.reporting.tables import markdown
 PAGES = {"README.md.j2": "README.md"} | {
     f"{name}.md.j2": f"docs/{name}.md" for name in ("results", "findings", "recommend")
 }
-_CALLED = ("tables", "headline", "recommended", "metric", "lead", "published", "users", "verdicts")  # by templates
+_CALLED = (
+    "tables",
+    "headline",
+    "recommended",
+    "metric",
+    "lead",
+    "published",
+    "users",
+    "verdicts",
+    "study",
+)  # by templates
 
 
 class Figures:
@@ -103,6 +113,10 @@ class Figures:
             raise StepError(f"{path} does not exist; run claims first")
         counts = pl.read_csv(path, columns=["verdict"])["verdict"].value_counts()
         return dict(counts.iter_rows())
+
+    def study(self, name: str, **key: str) -> dict[str, Any]:
+        """The only line of a study's table that has these values."""
+        return self._row(f"studies/{name}", "table", **key)
 
     def users(self, experiment: str, dataset: str, protocol: str) -> int:
         """How many test users are compared."""

@@ -33,8 +33,9 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"rate of a copy, whichever is more; counted for HSTU. Commits {commits}.",
         speed_table(found, roofs),
         "## Whole trainings",
-        "All epochs of the runs: seconds of the longest training, its own evaluations apart; with capturing, "
-        "compiling, and what other runs that were trained at once evaluated meanwhile.",
+        "All epochs of the runs: seconds of the longest training, its own evaluations apart; with capturing "
+        "and what other runs that were trained at once evaluated meanwhile. With compiling as well, unless a cache on "
+        "disk has what Triton and torch.compile make, as it has from a run's second time on.",
         trainings_table([line for line in lines if line["kind"] == "training"]),
         "## Where the time goes",
         f"Milliseconds of kernels a step, by part; `{_WAITING}`: the rest of the step, when none ran.",
