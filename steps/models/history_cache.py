@@ -13,7 +13,6 @@ from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from steps.common.cli import StepError
 from steps.common.files import atomic_path
 from steps.models.arguments import count_of, jagged_counts, require_tensor, user_names
 from steps.models.hstu import HSTU, HSTULayer
+from steps.models.page_pool import History, PagePool
 from steps.models.repeated import Repeated
 
 _CHANGED = (
@@ -54,15 +54,6 @@ class _User:
         return self.length + len(self.waiting)
 
 
-@dataclass(frozen=True)
-class _History:
-    """Keys (layers, T', h, dqk), values (layers, T', h, dv) and times (T',) of users, side by side."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    time: torch.Tensor
-
-
 class HistoryCache:
     """Keys and values of users' histories under one HSTU encoder in eval mode, on the encoder's device.
 
@@ -86,22 +77,21 @@ class HistoryCache:
                 "attention_scale true_len divides every token by a length that grows with the history, "
                 "so nothing can be kept: use an encoder with attention_scale max_len"
             )
-        self.page = count_of("page", page, "tokens")
+        page = count_of("page", page, "tokens")
         self._encoder, self._weights, self._sha256 = encoder, _identity(encoder), _digest(encoder)
         table = encoder.position.weight
         self._dtype = encoder.compute_dtype or table.dtype
         self._layers = [_in_type(cast(HSTULayer, block), self._dtype) for block in encoder.blocks]
         self._users: dict[int, _User] = {}
-        self._free: list[int] = []
         made: dict[str, Any] = {"dtype": self._dtype, "device": table.device}
-        self._keys = torch.zeros(len(self._layers), 0, layer.heads, layer.dqk, **made)  # (layers, slots, h, dqk)
-        self._values = torch.zeros(len(self._layers), 0, layer.heads, layer.dv, **made)  # (layers, slots, h, dv)
-        self._times = torch.zeros(0, dtype=torch.int64, device=table.device)  # (slots,)
+        keys, values = (torch.zeros(len(self._layers), 0, layer.heads, size, **made) for size in (layer.dqk, layer.dv))
+        time = torch.zeros(0, dtype=torch.int64, device=table.device)
+        self._pool = PagePool(page, History(keys, values, time))
         # Where kernels do the work, sizes are rounded up, so that requests have few shapes, and those of a shape that
         # comes again are CUDA graphs. These read the histories in `_buffer`, which stays where it is.
-        self._in_kernels = runs_in_triton(self._keys[0], self._keys[0], self._values[0])
+        self._in_kernels = runs_in_triton(keys[0], keys[0], values[0])
         self._repeated = Repeated(table.device)
-        self._buffer = self._empty_history(0)
+        self._buffer = self._pool.empty(0)
         self._held: list[_User] = []  # whose histories an append has just left in the buffer
 
     def __contains__(self, user: int) -> bool:
@@ -117,12 +107,12 @@ class HistoryCache:
         """Bytes of the pages in use, and of the tokens that wait for the next."""
         pages = sum(len(user.pages) for user in self._users.values())
         waiting = sum(user.waiting.nbytes + user.waiting_time.nbytes for user in self._users.values())
-        return pages * self._page_bytes + waiting
+        return pages * self._pool.page_bytes + waiting
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of all pages, free ones included."""
-        return len(self._times) // self.page * self._page_bytes
+        return self._pool.num_pages * self._pool.page_bytes
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -166,9 +156,8 @@ class HistoryCache:
             rows, times = [own[:-1] for own in rows], [at[:-1] for at in times]
         lengths = [user.length for user in found]
         more = [len(own) for own in rows]
-        pages = self._reserved(
-            [self._num_pages(n + new) - self._num_pages(n) for n, new in zip(lengths, more, strict=True)]
-        )
+        pages_for = self._pool.pages_for
+        pages = self._pool.reserved([pages_for(n + new) - pages_for(n) for n, new in zip(lengths, more, strict=True)])
         tables = [user.pages + own for user, own in zip(found, pages, strict=True)]
         grown = [
             _User(*waiting, table, length + count)
@@ -178,11 +167,9 @@ class HistoryCache:
             new = (torch.cat(rows), torch.cat(query_times), torch.cat(times))
             calculate = self._continued if any(lengths[index] for index in some) else self._begun
             slots, keys, values = calculate([grown[index] for index in some], [more[index] for index in some], *new)
-            self._keys.index_copy_(1, slots, keys)
-            self._values.index_copy_(1, slots, values)
-            self._times.index_copy_(0, slots, new[2])
+            self._pool.write(slots, History(keys, values, new[2]))
         self._users.update(zip(names, grown, strict=True))
-        del self._free[len(self._free) - sum(map(len, pages)) :]
+        self._pool.take(pages)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -227,7 +214,7 @@ class HistoryCache:
         if not len(candidates):
             return torch.zeros_like(candidates)
         # A full history has no candidate here, so nobody reads it; it would be longer than kernels are told.
-        nobody = _User(candidates[:0], self._times[:0])
+        nobody = _User(candidates[:0], self._pool.stored.time[:0])
         found = [nobody if user.total >= most else user for user in found]
         longest = min(self._rounded(max(user.total for user in found)), most - 1)
         request = ("histories", len(names), longest)
@@ -242,11 +229,11 @@ class HistoryCache:
         parts = self._parts(found)
         waiting: list[torch.Tensor] = []
         if any(len(user.waiting) for user in found):
-            none, never = torch.zeros_like(candidates[:1]), self._times.new_zeros(1)
+            none, never = torch.zeros_like(candidates[:1]), self._pool.stored.time.new_zeros(1)
             waiting.append(torch.cat([user.waiting if len(user.waiting) else none for user in found]))
             waiting.append(torch.cat([user.waiting_time if len(user.waiting) else never for user in found]))
         hidden, most_of_one = torch.empty_like(candidates), self._rounded(max(counts))
-        bounds = self._on_device([0, *accumulate(counts)])
+        bounds = self._pool.offsets(counts)
         for start in range(0, len(candidates), micro_batch):
             end = min(start + micro_batch, len(candidates))
             size = min(self._rounded(end - start), micro_batch)
@@ -266,7 +253,7 @@ class HistoryCache:
         names = dict.fromkeys(user_names(users))
         self._known(list(names))
         for name in names:
-            self._free += self._users.pop(name).pages
+            self._pool.release(self._users.pop(name).pages)
 
     @torch.no_grad()
     def save(self, path: Path | str) -> None:
@@ -279,20 +266,20 @@ class HistoryCache:
             raise ValueError(_CHANGED)
         users = list(self._users.values())
         lengths = [user.length for user in users]
-        slots = self._slots([user.pages for user in users], lengths)
+        slots, stored = self._pool.slots([user.pages for user in users], lengths), self._pool.stored
         table = self._encoder.position.weight
         tensors = {
             "users": torch.tensor(list(self._users), dtype=torch.int64),
             "lengths": torch.tensor(lengths, dtype=torch.int64),
-            "keys": self._keys[:, slots],
-            "values": self._values[:, slots],
-            "times": self._times[slots],
+            "keys": stored.keys[:, slots],
+            "values": stored.values[:, slots],
+            "times": stored.time[slots],
             "num_waiting": torch.tensor([len(user.waiting) for user in users], dtype=torch.int64),
             "waiting": torch.cat([table[:0], *(user.waiting for user in users)]),
-            "waiting_times": torch.cat([self._times[:0], *(user.waiting_time for user in users)]),
+            "waiting_times": torch.cat([stored.time[:0], *(user.waiting_time for user in users)]),
         }
         # One entry: safetensors writes several in an order that differs from run to run.
-        about = {"page": self.page, "encoder": _kind(self._encoder), "weights": self._sha256}
+        about = {"page": self._pool.page, "encoder": _kind(self._encoder), "weights": self._sha256}
         with atomic_path(Path(path)) as temporary:
             host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(host, temporary, {"history_cache": json.dumps(about)})
@@ -332,18 +319,17 @@ class HistoryCache:
         stored, waits = sum(lengths), sum(counts)
         self._require(tensors, {"times": (stored,), "waiting_times": (waits,)})
         self._require(tensors, {"waiting": (waits, self._encoder.dim)}, self._encoder.position.weight.dtype)
-        layers, _, *of_keys = self._keys.shape
-        shapes = {"keys": (layers, stored, *of_keys), "values": (layers, stored, *self._values.shape[2:])}
+        layers, _, *of_keys = self._pool.stored.keys.shape
+        shapes = {"keys": (layers, stored, *of_keys), "values": (layers, stored, *self._pool.stored.values.shape[2:])}
         self._require(tensors, shapes, self._dtype)
-        tables = self._reserved([self._num_pages(length) for length in lengths])
-        slots = self._slots(tables, lengths)
-        self._keys.index_copy_(1, slots, tensors["keys"])
-        self._values.index_copy_(1, slots, tensors["values"])
-        self._times.index_copy_(0, slots, tensors["times"])
+        tables = self._pool.reserved([self._pool.pages_for(length) for length in lengths])
+        self._pool.write(
+            self._pool.slots(tables, lengths), History(tensors["keys"], tensors["values"], tensors["times"])
+        )
         tokens = zip(tensors["waiting"].split(counts), tensors["waiting_times"].split(counts), strict=True)
         for name, (own, at), pages, length in zip(names, tokens, tables, lengths, strict=True):
             self._users[name] = _User(own.clone(), at.clone(), pages, length)
-        self._free.clear()
+        self._pool.take(tables)
 
     @staticmethod
     def _require(
@@ -373,8 +359,8 @@ class HistoryCache:
         if time is None:
             if self._layers[0].time != "none":
                 raise ValueError(f"{what} is missing: the encoder has a time bias, so give seconds for every {one}")
-            return self._times.new_zeros(length)
-        require_tensor(what, time, (length,), torch.int64, f"seconds for every {one}", self._times.device)
+            return self._pool.stored.time.new_zeros(length)
+        require_tensor(what, time, (length,), torch.int64, f"seconds for every {one}", self._pool.stored.time.device)
         return time
 
     def _known(self, names: list[int]) -> list[_User]:
@@ -384,48 +370,6 @@ class HistoryCache:
                     f"user {name} is not in the cache: append the user's history first, if only of 0 tokens"
                 )
         return [self._users[name] for name in names]
-
-    @property
-    def _page_bytes(self) -> int:
-        layers, _, heads, dqk = self._keys.shape
-        numbers = layers * heads * (dqk + self._values.shape[3])
-        return self.page * (numbers * self._dtype.itemsize + self._times.itemsize)
-
-    def _num_pages(self, length: int) -> int:
-        return -(-length // self.page)
-
-    def _reserved(self, counts: list[int]) -> list[list[int]]:
-        """So many free pages for each user. They are free until they are taken from the end of the list."""
-        need, pages = sum(counts), len(self._times) // self.page
-        if need > len(self._free):
-            more = max(need - len(self._free), pages)  # twice as many at least: then growing costs little on average
-            slots = more * self.page
-            keys, values = (
-                torch.cat([pool, pool.new_zeros(len(pool), slots, *pool.shape[2:])], dim=1)
-                for pool in (self._keys, self._values)
-            )
-            times = torch.cat([self._times, self._times.new_zeros(slots)])
-            # All or nothing: memory may have been short.
-            self._keys, self._values, self._times = keys, values, times
-            self._free += range(pages, pages + more)
-        picked = iter(self._free[len(self._free) - need :])
-        return [list(islice(picked, count)) for count in counts]
-
-    def _slots(self, tables: list[list[int]], lengths: list[int]) -> torch.Tensor:
-        """Where in the pool the first `lengths` tokens of users with these pages are: (sum of lengths,) int64."""
-        owner, position = sequence_and_position(self._offsets(lengths), sum(lengths))
-        pages = self._on_device([page for table in tables for page in table])
-        first = self._offsets([len(table) for table in tables])
-        return pages[first[owner] + position // self.page] * self.page + position % self.page
-
-    def _offsets(self, lengths: list[int]) -> torch.Tensor:
-        return self._on_device([0, *accumulate(lengths)])
-
-    def _on_device(self, numbers: list[int]) -> torch.Tensor:
-        """int64, without waiting for what the device does: from pinned memory, where that makes a difference."""
-        device = self._times.device
-        held = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-        return held.to(device, non_blocking=True)
 
     def _begun(
         self,
@@ -437,7 +381,7 @@ class HistoryCache:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Slots (T',) in the pool, keys (layers, T', h, dqk) and values (layers, T', h, dv) of the first tokens of
         histories, (T', d) jagged by their numbers, `more`."""
-        offsets, history = self._offsets(more), self._empty_history(len(embeddings))
+        offsets, history = self._pool.offsets(more), self._pool.empty(len(embeddings))
         _, position = sequence_and_position(offsets, len(embeddings))
         x = self._encoder.embed(embeddings, position)
         for layer, keys, values in zip(self._layers, history.keys, history.values, strict=True):
@@ -446,7 +390,7 @@ class HistoryCache:
             values.copy_(v)
             if layer is not self._layers[-1]:  # nobody asks for its output: candidates read keys and values alone
                 x = layer.finish(x, u, layer.attend(q, k, v, offsets, max(more), query_time, time), self._dtype)
-        return self._slots([user.pages for user in users], more), history.keys, history.values
+        return self._pool.slots([user.pages for user in users], more), history.keys, history.values
 
     def _continued(
         self,
@@ -462,9 +406,9 @@ class HistoryCache:
         size, max_new = self._rounded(tokens), self._rounded(max(more))
         key = ("append", len(users), longest, size, max_new)
         history, slots = self._collected_with_slots(users, self._repeated.seen(("more", *key)))
-        offsets, parts = self._offsets(more), self._parts(users)
+        offsets, parts = self._pool.offsets(more), self._parts(users)
         owner, position = sequence_and_position(offsets, tokens)
-        position += self._on_device([user.length - count for user, count in zip(users, more, strict=True)])[owner]
+        position += self._pool.on_device([user.length - count for user, count in zip(users, more, strict=True)])[owner]
         place = parts[0::2][owner] + position
         rest = size - tokens  # rows that belong to nobody go to the history's last row
         inputs = [
@@ -481,7 +425,7 @@ class HistoryCache:
 
     def _calculate_appended(
         self,
-        history: _History,
+        history: History,
         longest: int,
         max_new: int,
         embeddings: torch.Tensor,
@@ -510,35 +454,29 @@ class HistoryCache:
 
     def _parts(self, users: list[_User]) -> torch.Tensor:
         """Offsets (2 B + 1,) of users' histories: of each the stored tokens, then the one that waits, if one does."""
-        return self._offsets([count for user in users for count in (user.length, len(user.waiting))])
+        return self._pool.offsets([count for user in users for count in (user.length, len(user.waiting))])
 
-    def _collected(self, users: list[_User], keep: bool) -> _History:
+    def _collected(self, users: list[_User], keep: bool) -> History:
         """Copies of the whole histories, with room for the tokens that wait, and a row more; in the buffer, if they
         fit. keep: make it larger, if they do not."""
         return self._collected_with_slots(users, keep)[0]
 
-    def _collected_with_slots(self, users: list[_User], keep: bool) -> tuple[_History, torch.Tensor]:
+    def _collected_with_slots(self, users: list[_User], keep: bool) -> tuple[History, torch.Tensor]:
         """As `_collected`; and the slots in the pool that the rows were copied from."""
         totals = [user.total for user in users]
-        if any(totals) and not len(self._times):
-            self._reserved([1])  # a page 0, see below
+        if any(totals) and not self._pool.num_pages:
+            self._pool.reserved([1])  # a page 0, see below
         # A token that waits has no slot: its place is copied from any.
-        slots, rows, history = self._slots([[*user.pages, 0] for user in users], totals), sum(totals), self._buffer
+        slots, rows, history = self._pool.slots([[*user.pages, 0] for user in users], totals), sum(totals), self._buffer
         if rows >= len(history.time):
-            history = self._empty_history(self._rounded(rows + 1))
+            history = self._pool.empty(self._rounded(rows + 1))
             if keep and self._in_kernels:
                 self._repeated.forget()
                 self._buffer = history
         if history is self._buffer:
             self._held = []
-        _copied(self._keys, slots, history.keys)
-        _copied(self._values, slots, history.values)
-        torch.index_select(self._times, 0, slots, out=history.time[:rows])
+        self._pool.read(slots, history)
         return history, slots
-
-    def _empty_history(self, rows: int) -> _History:
-        keys, values = (pool.new_empty(len(pool), rows, *pool.shape[2:]) for pool in (self._keys, self._values))
-        return _History(keys, values, self._times.new_empty(rows))
 
     def _rounded(self, count: int) -> int:
         """A size that is at least the count: at most a quarter more, or 15, so that few sizes occur."""
@@ -547,13 +485,13 @@ class HistoryCache:
         step = max(16, 2 ** ((count - 1).bit_length() - 3))
         return -(-count // step) * step
 
-    def _run(self, history: _History) -> Callable[[Hashable, Callable[..., Any], list[torch.Tensor]], Any]:
+    def _run(self, history: History) -> Callable[[Hashable, Callable[..., Any], list[torch.Tensor]], Any]:
         """How to call work on a history: graphs can read none but the buffer."""
         return partial(self._repeated.run, capture=self._in_kernels and history is self._buffer)
 
     def _scored(
         self,
-        history: _History,
+        history: History,
         longest: int,
         max_len: int,
         candidates: torch.Tensor,
@@ -633,15 +571,6 @@ def _in_type(layer: HSTULayer, dtype: torch.dtype) -> HSTULayer:
 def _twice(numbers: torch.Tensor) -> torch.Tensor:
     """a, a, b, b, ... of a, b, ..."""
     return torch.stack([numbers, numbers], 1).flatten()
-
-
-def _copied(pool: torch.Tensor, slots: torch.Tensor, to: torch.Tensor) -> None:
-    """pool[:, slots], of (layers, slots, h, d), into the first rows of `to`: in words of 8 bytes where vectors are made
-    of them, as torch's kernel moves an element at a time."""
-    to = to[:, : len(slots)]
-    if pool.shape[3] * pool.itemsize % 8 == 0:
-        pool, to = pool.view(torch.int64), to.view(torch.int64)
-    torch.index_select(pool, 1, slots, out=to)
 
 
 def _require_hstu(encoder: HSTU) -> None:
