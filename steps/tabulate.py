@@ -159,6 +159,12 @@ def _runs_table(records: list[Record]) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
+_GROUPS = (
+    "Predictions are sorted and parted into 20 groups of equal size, as groups.svg shows them. Gap: how far the mean "
+    "prediction of a group is from the share of engagements in it."
+)
+
+
 def _details(records: list[Record], title: str) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
     """The details as markdown, and the rows of variants.csv and beyond.csv."""
     rules, others = variants(records), beyond(records)
@@ -169,7 +175,8 @@ def _details(records: list[Record], title: str) -> tuple[str, list[dict[str, Any
     )
     if records[0].task == "ranking":
         others = reliability_rows(records)
-        tables = (("What was predicted, and what came true", others, reliability_table),)
+        tables = (("Mean probability predicted, and share that came true", others, reliability_table),)
+        parts.append(_GROUPS)
     for heading, rows, layout in tables:
         headers, lines = layout(rows, records)
         parts += [f"## {heading}", markdown(headers, lines)]

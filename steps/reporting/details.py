@@ -99,11 +99,18 @@ _KEYS = ("dataset", "protocol", "model", "seeds")
 
 
 def reliability_table(rows: list[dict[str, Any]], records: list[Record]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines: a line per model and group."""
+    """Headers and lines: a line per model, with how far what was predicted is from what came true, in the mean over all
+    examples and in the group where it is furthest."""
     names = labels(records)
-    lines = [
-        [row["dataset"], row["protocol"], names[row["model"]], str(row["group"]), str(row["examples"])]
-        + [f"{row[name]:.4f}" for name in ("predicted", "positive")]
-        for row in rows
-    ]
-    return ["data set", "protocol", "model", "group", "examples", "predicted", "engaged"], lines
+    models: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        models.setdefault((row["dataset"], row["protocol"], names[row["model"]]), []).append(row)
+    lines = []
+    for key, groups in models.items():
+        gaps = [abs(group["predicted"] - group["positive"]) for group in groups]
+        examples = [group["examples"] for group in groups]
+        mean = sum(gap * count for gap, count in zip(gaps, examples, strict=True)) / sum(examples)
+        worst = groups[gaps.index(max(gaps))]
+        numbers = (mean, max(gaps), worst["predicted"], worst["positive"])
+        lines.append([*key, *(f"{number:.4f}" for number in numbers)])
+    return ["data set", "protocol", "model", "mean gap", "largest gap", "predicted there", "engaged there"], lines

@@ -21,7 +21,8 @@ from steps.common.config import read_config
 from steps.common.files import read_json, read_jsonl, sha256, write_json
 from steps.common.params import Run, resolve
 from steps.evaluation.engagements import auc
-from steps.reporting.records import read_records, write_records
+from steps.reporting.details import reliability_table
+from steps.reporting.records import Record, read_records, write_records
 from steps.serving.recommender import trained_model
 from tests.conftest import ROOT, step
 from tests.steps.runs import planned, processed_by_its_steps
@@ -268,3 +269,22 @@ def test_one_pass_is_one_in_every_experiment() -> None:
             if run.model.endswith("one-pass"):
                 training = resolve(run, ROOT / "params")["training"]
                 assert (training["schedule"], training["epochs"]) == ("one-pass", 1), experiment
+
+
+def test_gaps_are_of_groups_weighed_by_their_examples() -> None:
+    run = Run("mine", "demo-taste", "dlrm", "temporal-ranking", 0)
+    record = Record(run, {}, [], {}, {}, lambda: pytest.fail("reads no outcomes"))
+    groups = ((3, 0.25, 0.5), (1, 0.75, 0.0))  # gaps of 0.25 and 0.75
+    rows = [
+        {
+            "dataset": run.dataset,
+            "protocol": run.protocol,
+            "model": run.model,
+            "examples": n,
+            "predicted": p,
+            "positive": y,
+        }
+        for n, p, y in groups
+    ]
+    _, (line,) = reliability_table(rows, [record])
+    assert line == ["demo-taste", "temporal-ranking", "DLRM", "0.3750", "0.7500", "0.7500", "0.0000"]
