@@ -1,7 +1,8 @@
 """Put finished runs into the light records under reports/, which are committed as evidence.
 
 `tabulate --runs reports/<experiment>/records` rebuilds every table and figure from them, anywhere.
-A run made from uncommitted code is refused: its numbers could not be traced.
+A run made from uncommitted code is refused: its numbers could not be traced. So are some seeds of a ranking row of
+which others are recorded: of such a row the mean over all its seeds is kept.
 """
 
 import argparse

@@ -1,7 +1,10 @@
-"""What came of the test targets, as runs have it and as records keep it: of retrieval ranks, of ranking predictions."""
+"""What came of the test targets, as runs have it and as records keep it: of retrieval ranks, of ranking predictions.
+
+Each kind says what belongs together: `BY_SEED`, a record for each run; else one for all seeds of a row.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -22,6 +25,7 @@ class TestRanks:
     """
 
     __test__ = False  # no test of pytest's
+    BY_SEED: ClassVar[bool] = True
     FILE: ClassVar[str] = "ranks.parquet"
     SCHEMA: ClassVar[dict[str, Any]] = {"user": pl.UInt32, "rank": pl.UInt16, "ties": pl.UInt32}
 
@@ -49,19 +53,22 @@ class TestRanks:
 @dataclass(frozen=True)
 class TestPredictions:
     """What the predictions for each user's test targets add up to, as in `evaluation.engagements.UserSums`: of `users`
-    (U,) int64, ascending; all others (U,) float64.
+    (U,) int64, ascending; all others (U,) float64, each the mean over so many `seeds`.
 
-    They are rounded to what is recorded, so that tables made of runs are those made of their records: each user's sum
-    of n targets, over the root of n, to steps of 2**-15. No user's error reaches another, as intervals and tests read
-    users' values. A loss over this root of more than 131,071 nats is kept as 131,072. The user's own AUC is exact:
-    `twice_ordered` is twice the pairs of a positive and a negative of the user in which the positive scores higher,
-    equal ones as half.
+    Given examples and positives, users' values of every metric are linear in these sums: those of the mean are the mean
+    of the seeds' own. So a row is recorded as its mean. It is rounded: each user's sum of n targets, over the root of
+    n, to steps of 2**-15. Tables made of runs take the same rounded mean. No user's error reaches another, as intervals
+    and tests read users' values. A loss over this root of more than 131,071 nats is kept as 131,072. The user's own AUC
+    is exact: `twice_ordered` is, added up over seeds, twice the pairs of a positive and a negative of the user in which
+    the positive scores higher, equal ones as half.
     """
 
     __test__ = False
+    BY_SEED: ClassVar[bool] = False
     FILE: ClassVar[str] = "predictions.parquet"
     SCHEMA: ClassVar[dict[str, Any]] = {"user": pl.UInt32, "examples": pl.UInt32, "positives": pl.UInt32}
     SCHEMA |= {"loss": pl.UInt32, "twice_ordered": pl.UInt64, "above": pl.UInt32, "below": pl.UInt32}
+    SCHEMA |= {"seeds": pl.UInt32}
 
     users: np.ndarray
     examples: np.ndarray
@@ -70,34 +77,49 @@ class TestPredictions:
     own_auc: np.ndarray
     above: np.ndarray
     below: np.ndarray
+    seeds: int = 1
 
     @classmethod
     def of_run(cls, tensors: Mapping[str, np.ndarray]) -> Self:
-        """From the content of outcomes.safetensors."""
-        return cls.of_record(cls(np.unique(tensors["test_users"]), *tensors["test_sums"].T).light())
+        """From the content of outcomes.safetensors; not rounded."""
+        return cls(np.unique(tensors["test_users"]).astype(np.int64), *tensors["test_sums"].T)
+
+    @classmethod
+    def of_row(cls, runs: list[Self]) -> Self:
+        """The mean over runs of the same targets that differ in their seed, rounded to what is recorded."""
+        names = ("loss", "own_auc", "above", "below")
+        means = {name: np.mean([getattr(run, name) for run in runs], axis=0) for name in names}
+        return cls.of_record(replace(runs[0], **means, seeds=len(runs)).light())
 
     @classmethod
     def of_record(cls, part: pl.DataFrame) -> Self:
-        """From the rows of a run, which `light` made."""
+        """From the rows of a table's row, which `light` made."""
         users, *others = (part[name].to_numpy() for name in cls.SCHEMA)
-        examples, positives, loss, twice_ordered, above, below = (values.astype(np.float64) for values in others)
+        examples, positives, loss, twice_ordered, above, below, seeds = (one.astype(np.float64) for one in others)
         negatives = examples - positives
         pairs = positives * negatives
-        own_auc = np.where(pairs > 0, twice_ordered / (2 * np.maximum(pairs, 1)), np.nan)
+        own_auc = np.where(pairs > 0, twice_ordered / (2 * seeds * np.maximum(pairs, 1)), np.nan)
         sums = _sums(loss, examples), own_auc, _sums(above, positives), _sums(below, negatives)
-        return cls(users.astype(np.int64), examples, positives, *sums)
+        return cls(users.astype(np.int64), examples, positives, *sums, seeds=int(seeds.max(initial=1)))
 
     def light(self) -> pl.DataFrame:
         """What is recorded."""
         negatives = self.examples - self.positives
+        pairs = self.positives * negatives
         columns = (
             *(values.astype(np.int64) for values in (self.users, self.examples, self.positives)),
             _steps(self.loss, self.examples),
-            np.rint(2 * np.nan_to_num(self.own_auc) * self.positives * negatives).astype(np.int64),
+            np.rint(2 * self.seeds * np.nan_to_num(self.own_auc) * pairs).astype(np.int64),
             _steps(self.above, self.positives),
             _steps(self.below, negatives),
+            np.full(len(self.users), self.seeds),
         )
         return pl.DataFrame(dict(zip(self.SCHEMA, columns, strict=True)), schema=self.SCHEMA)
+
+    def same_targets(self, other: Self) -> bool:
+        """Whether both are of the same users, with as many targets and engagements each."""
+        names = ("users", "examples", "positives")
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
 
 
 def _steps(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -111,5 +133,6 @@ def _sums(steps: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 Outcomes = TestRanks | TestPredictions
+Kind = type[TestRanks] | type[TestPredictions]
 #: By task.
-KINDS: dict[str, type[TestRanks] | type[TestPredictions]] = {"retrieval": TestRanks, "ranking": TestPredictions}
+KINDS: dict[str, Kind] = {"retrieval": TestRanks, "ranking": TestPredictions}

@@ -2,10 +2,12 @@
 
 Records are two compressed columnar files an experiment. `runs.parquet` has a row a run: its config.json, history.jsonl
 and metrics.json, and the SHA-256 of its recorded outcomes. The texts come back as they were written; the history stands
-there as one object, a list of all epochs for each key. The other file has a row a run and test user, `user` as in the
-processed sequences. Of retrieval it is `ranks.parquet`: `rank` the best rank of the held-out item (0: left out of the
-ranking), `ties` the other candidates of equal score. Of ranking it is `predictions.parquet`: what the predictions for
-the user add up to. The rows of a user stand together, in the order of the runs.
+there as one object, a list of all epochs for each key. The other file is of test users, `user` as in the processed
+sequences. Of retrieval it is `ranks.parquet`, a row a run and user: `rank` the best rank of the held-out item (0: left
+out of the ranking), `ties` the other candidates of equal score. Of ranking it is `predictions.parquet`, a row a table
+row (dataset, protocol, model) and user: what the predictions for the user add up to, as the mean over `seeds`. All runs
+of the table row then name the same SHA-256, and are recorded together. The rows of a user stand together, in the order
+of the runs.
 """
 
 import hashlib
@@ -26,7 +28,7 @@ from steps.common.cli import StepError
 from steps.common.config import task_of
 from steps.common.files import atomic_path, parse_jsonl, reading
 from steps.common.provenance import check_run, content_sha256
-from steps.reporting.outcomes import KINDS, Outcomes
+from steps.reporting.outcomes import KINDS, Kind, Outcomes, TestPredictions
 from steps.reporting.pinned import require_pinned
 
 #: Outcomes of more test users stay in runs/: the tree stays small.
@@ -47,7 +49,8 @@ _REMEDY = "take it from git again, or record the runs again"
 class Record:
     """One finished run: what it is in the experiment, and the content of its small files.
 
-    texts: these files as they were written. outcomes: reads them; raises StepError where they are not kept.
+    texts: these files as they were written. outcomes: reads them, of a recorded ranking run those of its table row;
+    raises StepError where they are not kept. `outcomes_of` takes either.
     """
 
     run: params.Run
@@ -103,28 +106,65 @@ def write_records(experiment: str, records: list[Record], folder: Path) -> int:
 
     Those of a search, an experiment with `points`, have no outcomes: its trials are many, and chosen among by metrics.
     Records of runs that the experiment no longer has are left out; returns how many. Raises StepError, before anything
-    is written, if the outcomes of a run cannot be read.
+    is written, if the outcomes of a run cannot be read, or if `folder` has a mean over seeds that are not all given.
     """
     search = "points" in params.load(f"experiments/{experiment}")
     rows = recorded_texts(folder)
     kind = KINDS[records[0].task]
-    schema = _KEY | kind.SCHEMA
-    outcomes = _parts(_read(folder / kind.FILE, schema)) if rows else {}
-    for record in records:
-        path, part = record.run.path, None if search else record.outcomes().light()
-        rows[path] = {name: getattr(record.run, name) for name in _KEY} | record.texts | {"outcomes_sha256": None}
-        outcomes.pop(path, None)
+    schema = _schema(kind)
+    outcomes = _parts(_read(folder / kind.FILE, schema), kind) if rows else {}
+    known = list(params.runs(experiment))
+    if not kind.BY_SEED:
+        _require_whole_rows(rows, {record.run.path for record in records}, {run.path for run in known}, folder)
+    for together in kept_together(records):
+        of, part, digest = _part_of(together[0].run, kind), None if search else outcomes_of(together).light(), None
+        outcomes.pop(of, None)
         if part is not None and len(part) <= MOST_USERS:
-            rows[path]["outcomes_sha256"] = _outcomes_sha256(part)
-            key = [pl.lit(getattr(record.run, name), kind).alias(name) for name, kind in _KEY.items()]
-            outcomes[path] = part.select(*key, *kind.SCHEMA)
-    paths = [run.path for run in params.runs(experiment) if run.path in rows]
-    kept = pl.concat([pl.DataFrame(schema=schema), *(outcomes[path] for path in paths if path in outcomes)])
+            digest = _outcomes_sha256(part)
+            key = [pl.lit(value, dtype).alias(name) for value, (name, dtype) in zip(of, schema.items(), strict=False)]
+            outcomes[of] = part.select(*key, *kind.SCHEMA)
+        for record in together:
+            named = {name: getattr(record.run, name) for name in _KEY}
+            rows[record.run.path] = named | record.texts | {"outcomes_sha256": digest}
+    runs = [run for run in known if run.path in rows]
+    parts = [of for of in dict.fromkeys(_part_of(run, kind) for run in runs) if of in outcomes]
+    kept = pl.concat([pl.DataFrame(schema=schema), *(outcomes[of] for of in parts)])
     # What runs say of one user is alike: side by side it takes fewer bytes.
     _write(folder / kind.FILE, kept.sort("dataset", "protocol", "user", maintain_order=True))
-    runs = [rows[path] | {HISTORY: _by_key(rows[path][HISTORY])} for path in paths]
-    _write(folder / RUNS, pl.DataFrame(runs, schema=RUNS_SCHEMA, orient="row"))
-    return len(rows) - len(paths)
+    texts = [rows[run.path] | {HISTORY: _by_key(rows[run.path][HISTORY])} for run in runs]
+    _write(folder / RUNS, pl.DataFrame(texts, schema=RUNS_SCHEMA, orient="row"))
+    return len(rows) - len(runs)
+
+
+def kept_together(records: list[Record]) -> list[list[Record]]:
+    """The records by what their outcomes are kept for: of retrieval each alone, of ranking the seeds of a row."""
+    rows = by_row(records).values()
+    return [part for row in rows for part in ([[one] for one in row] if KINDS[row[0].task].BY_SEED else [row])]
+
+
+def outcomes_of(together: list[Record]) -> Outcomes:
+    """What tables are made of, of records that are kept together: the same from runs and from records.
+
+    Raises StepError if seeds of a row had other targets, or if the row's mean is recorded over other seeds too.
+    """
+    found = [record.outcomes() for record in together]
+    of_seeds = [one for one in found if isinstance(one, TestPredictions)]
+    if not of_seeds:
+        return found[0]
+    for record, one in zip(together, of_seeds, strict=True):
+        if not one.same_targets(of_seeds[0]):
+            raise StepError(
+                f"{record.run.path} predicts other targets than {together[0].run.path}; train and evaluate it again"
+            )
+    seeds = {one.seeds for one in of_seeds}
+    if seeds == {1}:
+        return TestPredictions.of_row(of_seeds)
+    if seeds != {len(of_seeds)}:
+        raise StepError(
+            f"{together[0].run.path.parent} is recorded as the mean over {max(seeds)} seeds, of which {len(of_seeds)} "
+            "are here; put the others into the experiment again, or remove its records and record all runs again"
+        )
+    return of_seeds[0]
 
 
 def by_row(records: list[Record]) -> dict[tuple[str, str, str], list[Record]]:
@@ -187,7 +227,7 @@ def _of_record(run: params.Run, row: dict[str, Any], folder: Path) -> Record:
             )
         kind = KINDS[task_of(config["protocol"])]
         path = folder / kind.FILE
-        part = _parts_of(path, path.stat().st_mtime_ns if path.is_file() else 0).get(run.path)
+        part = _parts_of(path, path.stat().st_mtime_ns if path.is_file() else 0).get(_part_of(run, kind))
         if part is None or _outcomes_sha256(part.select(*kind.SCHEMA)) != row["outcomes_sha256"]:
             raise StepError(f"{path} has other outcomes of {run.path} than {folder / RUNS} names; {_REMEDY}")
         return kind.of_record(part)
@@ -199,21 +239,55 @@ def _path(row: dict[str, Any]) -> Path:
     return params.Run("", row["dataset"], row["model"], row["protocol"], row["seed"]).path
 
 
-def _parts(outcomes: pl.DataFrame) -> dict[Path, pl.DataFrame]:
-    """The rows of each run, by its path."""
-    keyed = outcomes.partition_by(*_KEY, as_dict=True, maintain_order=True)
-    return {_path(dict(zip(_KEY, key, strict=True))): part for key, part in keyed.items()}
+def _require_whole_rows(rows: dict[Path, dict[str, Any]], given: set[Path], known: set[Path], folder: Path) -> None:
+    """Raise StepError if what is recorded as one mean (`rows`) is to be replaced, or left out, in part.
+
+    given: the runs to be recorded. known: the runs that the experiment has.
+    """
+    means: dict[Path, set[Path]] = {}
+    for path, row in rows.items():
+        if row["outcomes_sha256"] is not None:
+            means.setdefault(path.parent, set()).add(path)
+    for mean, seeds in means.items():
+        others = seeds - given
+        stays = others == seeds and (seeds <= known or seeds.isdisjoint(known))
+        if others and not stays:
+            raise StepError(
+                f"{folder} has {mean} as the mean over {_listed(seeds)}, of which {_listed(others)} "
+                f"{'is' if len(others) == 1 else 'are'} not among the runs given; give the runs of all its seeds "
+                f"together, or remove {folder} and record all runs again"
+            )
+
+
+def _listed(seeds: set[Path]) -> str:
+    return ", ".join(sorted((path.name for path in seeds), key=lambda name: (len(name), name)))
+
+
+def _schema(kind: Kind) -> dict[str, Any]:
+    """The columns of what is kept of a kind's outcomes: those that name the run, or the row, come first."""
+    return {name: dtype for name, dtype in _KEY.items() if kind.BY_SEED or name != "seed"} | kind.SCHEMA
+
+
+def _part_of(run: params.Run, kind: Kind) -> tuple[Any, ...]:
+    """The values of those first columns for a run."""
+    return tuple(getattr(run, name) for name in _schema(kind) if name in _KEY)
+
+
+def _parts(outcomes: pl.DataFrame, kind: Kind) -> dict[tuple[Any, ...], pl.DataFrame]:
+    """The rows of each run or table row, by `_part_of`."""
+    key = [name for name in _schema(kind) if name in _KEY]
+    return outcomes.partition_by(key, as_dict=True, maintain_order=True)
 
 
 @cache
-def _parts_of(path: Path, modified: int) -> dict[Path, pl.DataFrame]:
+def _parts_of(path: Path, modified: int) -> dict[tuple[Any, ...], pl.DataFrame]:
     """`_parts` of a file; read once, unless it was `modified` (ns) meanwhile."""
     (kind,) = (kind for kind in KINDS.values() if path.name == kind.FILE)
-    return _parts(_read(path, _KEY | kind.SCHEMA))
+    return _parts(_read(path, _schema(kind)), kind)
 
 
 def _outcomes_sha256(part: pl.DataFrame) -> str:
-    """Of the columns of a run, as little-endian int64 or float32."""
+    """Of the columns of a run or table row, as little-endian int64 or float32."""
     digest = hashlib.sha256()
     for column in part:
         digest.update(column.to_numpy().astype("<f4" if column.dtype == pl.Float32 else "<i8").data)
@@ -240,6 +314,11 @@ def _by_epoch(text: str) -> str:
 def _read(path: Path, schema: dict[str, Any]) -> pl.DataFrame:
     with reading(path, _REMEDY):
         found = pl.read_parquet(path).rename(_FORMER, strict=False)
+        if path.name == TestPredictions.FILE and "seed" in found.columns:
+            raise StepError(
+                f"{path} has a row a seed, as earlier commits have it; take {path.parent} from a later commit, or "
+                "remove it and record all runs again"
+            )
         if dict(found.schema) != schema:
             raise StepError(f"{path} has columns {dict(found.schema)}, and not {schema}; {_REMEDY}")
     return found

@@ -11,7 +11,7 @@ from scipy import stats
 from steps.common.cli import StepError
 from steps.evaluation.metrics import Ranks, user_values
 from steps.reporting.outcomes import Outcomes, TestPredictions, TestRanks
-from steps.reporting.records import Record, by_row
+from steps.reporting.records import Record, by_row, kept_together, outcomes_of
 from steps.reporting.task import Task, load_task
 
 RESAMPLES = 2000
@@ -74,15 +74,15 @@ def values_of_models(records: list[Record]) -> dict[tuple[str, str], dict[str, n
     found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     users: dict[tuple[str, str], np.ndarray] = {}
     for (dataset, protocol, model), seeds in by_row(records).items():
-        of_seeds = []
-        for seed in seeds:
-            outcomes = seed.outcomes()
+        values = []
+        for together in kept_together(seeds):
+            outcomes = outcomes_of(together)
             if not np.array_equal(outcomes.users, users.setdefault((dataset, protocol), outcomes.users)):
                 raise StepError(
-                    f"{seed.run.path} ranks other users than the runs before it; train and evaluate it again"
+                    f"{together[0].run.path} ranks other users than the runs before it; train and evaluate it again"
                 )
-            of_seeds.append(values_of_users(outcomes))
-        found.setdefault((dataset, protocol), {})[model] = np.mean(of_seeds, axis=0)
+            values.append(values_of_users(outcomes))
+        found.setdefault((dataset, protocol), {})[model] = np.mean(values, axis=0)
     return found
 
 
