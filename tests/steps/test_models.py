@@ -276,6 +276,7 @@ def test_most_popular_ranks_by_training_counts() -> None:
 
 
 SAMPLED = {"name": "sampled-softmax", "similarity": "cosine", "temperature": 0.05}
+IN_BATCH = SAMPLED | {"name": "in-batch-softmax"}
 FULL = {"name": "softmax", "similarity": "dot", "temperature": 1.0}
 ROWWISE = {"lr": 0.05, "dtype": "float32", "negative_pool": 9}
 
@@ -291,7 +292,7 @@ ROWWISE = {"lr": 0.05, "dtype": "float32", "negative_pool": 9}
         ("bert4rec", {"items": ROWWISE}, "model.items: model bert4rec does not train"),
         ("gru4rec", {"items": ROWWISE}, "model.items: model gru4rec does not train"),
         ("hstu", {"items": ROWWISE, "loss": FULL}, "model.items: loss softmax needs all embeddings"),
-        ("hstu", {"loss": SAMPLED | {"similarity": "dot"}}, "model.loss.similarity: loss sampled-softmax has cosine"),
+        ("hstu", {"loss": IN_BATCH | {"similarity": "dot"}}, "model.loss.similarity: loss in-batch-softmax has cosine"),
         ("hstu", {"loss": SAMPLED | {"calibration": 0.5}}, "model.loss.calibration: loss sampled-softmax does not"),
         ("hstu", {"loss": FULL | {"negatives": 5}}, "model.loss.negatives: loss softmax does not read it"),
         ("gru4rec", {"optimizer": {"lr": 0.1, "betas": [0.9, 0.9], "weight_decay": 0.0}}, "model.optimizer: Adagrad"),
