@@ -17,7 +17,7 @@ from steps.training.schedule import Schedule, Windows, make_schedule
 from tests.steps.runs import model_entry
 
 MAX_LEN, ITEMS = 200, 60
-CAUSAL = ["hstu", "hstu-softmax", "sasrec", "transformer++", "gru4rec"]
+CAUSAL = ["hstu", "hstu-softmax", "sasrec", "transformer++", "ligr", "fuxi-alpha", "fuxi-gamma", "gru4rec"]
 
 
 def config(model: str, **changes: Any) -> dict[str, Any]:
@@ -288,6 +288,9 @@ ROWWISE = {"lr": 0.05, "dtype": "float32", "negative_pool": 9}
         ("popular", {"neighbours": 9}, "model.neighbours: nothing reads it"),
         ("sasrec", {"heads": 4}, "model.heads: 4 does not divide dim 6"),
         ("bert4rec", {"heads": 4}, "model.heads: 4 does not divide dim 6"),
+        ("ligr", {"heads": 4}, "model.heads: 4 does not divide dim 6"),
+        ("fuxi-alpha", {"decay": 0.5}, "model.decay: nothing reads it"),
+        ("fuxi-gamma", {"decay": 1.0}, "model.decay: 1.0 is not a number between 0 and 1"),
         ("bert4rec", {"mask_prob": 0}, "model.mask_prob: 0 is not a number between 0 and 1"),
         ("bert4rec", {"items": ROWWISE}, "model.items: model bert4rec does not train"),
         ("gru4rec", {"items": ROWWISE}, "model.items: model gru4rec does not train"),

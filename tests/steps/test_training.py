@@ -44,7 +44,7 @@ LOSSES = {
     "bce": {"similarity": "dot", "temperature": 1.0},
     "gbce": {"similarity": "dot", "temperature": 1.0, "calibration": 0.75},
 }
-MODELS = ["hstu", "hstu-softmax", "sasrec", "transformer++", "bert4rec"]
+MODELS = ["hstu", "hstu-softmax", "sasrec", "transformer++", "ligr", "fuxi-alpha", "fuxi-gamma", "bert4rec"]
 
 
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,7 +476,7 @@ def test_cuda_trains_the_model_that_the_cpu_evaluates(data: Path, tmp_path: Path
     assert reports[0]["peak_bytes"] > 0
 
 
-@pytest.mark.parametrize("name", ["sasrec", "transformer++", "bert4rec", "gru4rec"])
+@pytest.mark.parametrize("name", ["sasrec", "transformer++", "ligr", "fuxi-alpha", "fuxi-gamma", "bert4rec", "gru4rec"])
 def test_torch_compile_takes_the_blocks_once_for_all_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real, graphs = torch.compile, CompileCounterWithBackend("aot_eager")
     fixed = {"backend": graphs, "fullgraph": name != "bert4rec"}  # whose attention it leaves to torch
