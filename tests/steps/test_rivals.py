@@ -15,6 +15,7 @@ from steps.data.sequences import Batch
 from steps.models.fuxi import exponential_power, toeplitz
 from steps.reporting.records import read_records, write_records
 from steps.tasks import Task
+from tests.conftest import run as run_command
 from tests.conftest import step
 from tests.steps.test_models import batch, make
 
@@ -270,3 +271,12 @@ def test_a_search_of_rivals_runs_on_the_demo_and_tunes_an_experiment(
         step(name, "--experiment", "search", "--runs", "runs/search", "--output", "reports/search", cwd=project)
     assert "Trials of a search" in Path("reports/search/comparisons.md").read_text()
     assert "FuXi-gamma" in Path("reports/search/table.md").read_text()
+
+
+def test_an_experiment_whose_search_has_not_chosen_is_refused_in_one_line(project: Path) -> None:
+    (project / "params/tuned/rivals-search.yaml").unlink(missing_ok=True)
+    refused = run_command("snakemake", "--cores", "1", "--dry-run", "rivals", cwd=project, check=False)
+    assert refused.returncode != 0
+    assert "rivals-search.yaml has nothing for sasrec on ml-1m; run experiment rivals-search" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert run_command("snakemake", "--cores", "1", "--dry-run", "demo", cwd=project).returncode == 0
