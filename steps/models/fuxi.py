@@ -13,10 +13,11 @@ the channels' sums side by side, [u, v, q, k] = silu(W RMSNorm(x)), and RMSNorm 
     meaning    silu(q_i . k_j) / N                         alpha
 
 T_ij is |t_i - t_j| in seconds. Of FuXi-alpha this follows the public code: t_i is the time of the item that is to be
-predicted (`time: next`), the time has HSTU's buckets, and N is the number of positions. Of FuXi-gamma no public code
-was found, and this follows the paper's formula. There t_i is the token's own time (`time: self`). All else is as in the
-code of FuXi-beta, on which it builds: heads of values, dropout, initial weights, and the range that a is drawn from.
-`decay` and `power` are where g and b start. The pruning of positions after training is left out.
+predicted (`time: next`), the time has HSTU's buckets, and N is the number of positions. Of FuXi-gamma neither code nor
+the whole paper was at hand: this follows its formula, as others quote it, where t_i is the token's own time
+(`time: self`). All else is as in the code of FuXi-beta, on which it builds: heads of values, dropout, initial weights,
+and the range that a is drawn from. `decay` and `power` are where g and b start. The pruning of positions after training
+is left out.
 """
 
 from abc import ABC, abstractmethod
