@@ -3,8 +3,18 @@
 import re
 from pathlib import Path
 
-from steps.common import yaml_files
+from steps.common import params, yaml_files
 from tests.conftest import run
+
+
+def plannable(root: Path) -> list[str]:
+    """The experiments whose runs resolve: all but those that are tuned by a search which has not chosen yet."""
+
+    def is_tuned(name: str) -> bool:
+        search = params.load(f"experiments/{name}", root).get("tuned")
+        return search is None or params.tuned_path(name, search, root).is_file()
+
+    return [name for name in params.experiments(root) if is_tuned(name)]
 
 
 def planned_jobs(project: Path, *targets: str) -> dict[str, int]:

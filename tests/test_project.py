@@ -19,9 +19,10 @@ from steps.docs import PAGES
 from steps.reporting.records import read_records, write_records
 from tests import import_graph
 from tests.conftest import ROOT, copy_project, run, step
+from tests.reduced import plannable
 from workflow import generate, rebuild
 
-EXPERIMENTS, STUDIES = params.experiments(ROOT / "params"), params.studies(ROOT / "params")
+EXPERIMENTS, STUDIES = plannable(ROOT / "params"), params.studies(ROOT / "params")
 NOT_CONDA = {
     "pip",
     "fbgemm-gpu",
@@ -236,7 +237,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     project = copy_project(tmp_path_factory.mktemp("graphs"))
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
     add_local_experiment(project)
-    targets = [*params.experiments(project / "params"), *STUDIES]
+    targets = [*plannable(project / "params"), *STUDIES]
     stages = dvc_stages(project, ["workflow/dvc.yaml", "workflow/local/dvc.yaml"])
     return Graphs(project, snakemake_jobs(project, *targets), stages)
 

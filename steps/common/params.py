@@ -43,7 +43,7 @@ _SHOWN_OF_PROTOCOLS = ("note", "published")
 _SHARED = ("source", "synthesize", "files", "checks", "filters")
 _POINT = re.compile(r"\+(?=[a-z_.]+=)")  # where a row's name ends and the settings of a grid's point begin
 _LONGEST = 255  # bytes of a folder's name
-_SPLIT_BY_HEADS = ("sasrec", "bert4rec", "transformer++")
+_SPLIT_BY_HEADS = ("sasrec", "ligr", "bert4rec", "transformer++")
 
 
 @dataclass(frozen=True, order=True)

@@ -6,9 +6,11 @@ from steps.common.config import COUNT_BASED, TrainingConfig
 from steps.common.typed import read
 from steps.models.base import CountBasedModel, Encoder, HeadsConfig, Model, Recommender
 from steps.models.bert4rec import BERT4Rec
+from steps.models.fuxi import FuXiAlpha, FuXiAlphaConfig, FuXiGamma, FuXiGammaConfig
 from steps.models.gru4rec import GRU4Rec, GRU4RecConfig
 from steps.models.hstu import HSTU, HSTUConfig
 from steps.models.item_knn import ItemKNN, ItemKNNConfig
+from steps.models.ligr import LiGR, LiGRConfig
 from steps.models.markov import Markov
 from steps.models.mean_rating import MeanRating, MeanRatingConfig
 from steps.models.popular import MostPopular
@@ -31,6 +33,9 @@ ENCODERS: dict[str, tuple[type[Any], type[Any]]] = {
     "sasrec": (SASRec, SASRecConfig),
     "hstu": (HSTU, HSTUConfig),
     "transformer++": (TransformerPP, HeadsConfig),
+    "ligr": (LiGR, LiGRConfig),
+    "fuxi-alpha": (FuXiAlpha, FuXiAlphaConfig),
+    "fuxi-gamma": (FuXiGamma, FuXiGammaConfig),
     "bert4rec": (BERT4Rec, HeadsConfig),
     "gru4rec": (GRU4Rec, GRU4RecConfig),
 }

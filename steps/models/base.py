@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels.layer_norm import layer_norm
 from kernels.rowwise_table import RowwiseTable
 from kernels.rowwise_table.sharded import ShardedRowwiseTable
 from steps.common.typed import Count, EntryError
@@ -104,6 +105,13 @@ class PositionalEncoder(Encoder):
     def embed(self, embeddings: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The input (T, d) of the first block, of tokens at `position` (T,). Position 0 is the window's first item."""
         return self.input_dropout(embeddings * self.dim**0.5 + embedding_lookup(self.position, position))
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's layer norm of tokens (T, d), computed by this project's kernel on a GPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.eps, self.weight, self.bias)
 
 
 def embedding_lookup(table: ItemTable, index: torch.Tensor) -> torch.Tensor:

@@ -11,16 +11,8 @@ from torch import nn
 
 from kernels import jagged
 from kernels.jagged.naive import sequence_and_position
-from kernels.layer_norm import layer_norm
 from steps.data.sequences import Batch
-from steps.models.base import Encoder, HeadsConfig, embedding_lookup
-
-
-class LayerNorm(nn.LayerNorm):
-    """torch's layer norm of tokens (T, d), computed by this project's kernel on a GPU."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return layer_norm(x, self.eps, self.weight, self.bias)
+from steps.models.base import Encoder, HeadsConfig, LayerNorm, embedding_lookup
 
 
 class BERTBlock(nn.Module):

@@ -154,6 +154,11 @@ class Task(Model, ABC):
         finally:
             self.items = sharded
 
+    def num_parameters(self) -> int:
+        """How many numbers the model learns, those of the item table among them, whatever learns it."""
+        learnt = {id(tensor): tensor for tensor in [*self.parameters(), self.items.weight]}
+        return sum(tensor.numel() for tensor in learnt.values())
+
     def item_bytes(self, optimizer: torch.optim.Optimizer) -> float:
         """Bytes per float of the item table that its weights and their optimiser state take."""
         if isinstance(self.items, RowwiseTable | ShardedRowwiseTable):

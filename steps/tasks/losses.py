@@ -50,8 +50,8 @@ def read_loss(settings: dict[str, Any], negatives: int) -> LossConfig:
         raise EntryError(f"key model.loss.calibration: loss {config.name} does not read it")
     if config.name == "softmax" and "negatives" in given:
         raise EntryError("key model.loss.negatives: loss softmax does not read it: its negatives are all other items")
-    if config.name in ("sampled-softmax", "in-batch-softmax") and config.similarity != "cosine":
-        raise EntryError(f"key model.loss.similarity: loss {config.name} has cosine alone")
+    if config.name == "in-batch-softmax" and config.similarity != "cosine":
+        raise EntryError("key model.loss.similarity: loss in-batch-softmax has cosine alone")
     return config if "negatives" in given else replace(config, negatives=negatives)
 
 
@@ -79,6 +79,10 @@ def next_item_loss(
     match config.name:
         case "sampled-softmax":
             negatives = _sample_negatives(len(targets), config.negatives, table, negative_pool, part)
+            if config.similarity == "dot":
+                positive, negative = _logits(config, states, table, targets, negatives)
+                logits = torch.cat([positive[:, None], negative], dim=1)
+                return masked_mean(-F.log_softmax(logits, dim=1)[:, 0], token_mask)
             return masked_mean(sampled_softmax(states, table, targets, negatives, config.temperature), token_mask)
         case "in-batch-softmax":
             return in_batch_softmax(states, table, targets, config.negatives, config.temperature, token_mask)

@@ -16,8 +16,8 @@ from kernels.jagged.naive import sequence_and_position
 from steps.common.config import TrainingConfig
 from steps.common.typed import Inside01, read
 from steps.data.sequences import Batch
-from steps.models.base import Recommender, embedding_lookup
-from steps.models.bert4rec import BERT4Rec, LayerNorm
+from steps.models.base import LayerNorm, Recommender, embedding_lookup
+from steps.models.bert4rec import BERT4Rec
 from steps.tasks.base import Task
 from steps.tasks.losses import WithLoss, read_cross_entropy
 

@@ -220,11 +220,12 @@ class Training:
             self._states.finish()
 
     def record(self) -> dict[str, Any]:
-        """How the training went, for training.json: times, bytes, and how its steps ran."""
+        """How the training went, for training.json: times, sizes, and how its steps ran."""
         step = statistics.median(line["train/seconds"] / line["train/steps"] for line in self.history)
         return {
             "step_ms": round(1000 * step, 3),
             "steps_per_second": round(1 / step, 1) if step else None,
+            "parameters": self.model.num_parameters(),
             "item_bytes_per_float": round(self.model.item_bytes(self.optimizer), 3),
             "captured": self.execution.capture,
             "compiled": self.execution.compiled,

@@ -39,6 +39,9 @@ _OWN: dict[str, dict[str, Any]] = {
         "bias": {"position": True, "time": "next"},
     },
     "transformer++": {},
+    "ligr": {"output_slots": 11, "ff_multiplier": 2},
+    "fuxi-alpha": {"output_slots": 11, "ff_multiplier": 2, "time": "next"},
+    "fuxi-gamma": {"output_slots": 11, "ff_multiplier": 2, "time": "next", "decay": 0.8, "power": 0.2},
     "bert4rec": {"mask_prob": 0.2, "loss": _CROSS_ENTROPY},
     "gru4rec": {"samples": 30, "sample_alpha": 0.5, "logq": 1.0, "loss": _CROSS_ENTROPY},
 }
@@ -53,7 +56,8 @@ def model_entry(model: str, sizes: dict[str, int], **changes: Any) -> dict[str, 
     name, own = _CHANGED.get(model, (model, {}))
     entry: dict[str, Any] = {"model": name}
     if name not in COUNT_BASED:
-        keys = {"gru4rec": ["dim"], "hstu": list(sizes)}.get(name, ["dim", "blocks", "heads"])
+        of_all = {"gru4rec": ["dim"]} | {key: list(sizes) for key in ("hstu", "fuxi-alpha", "fuxi-gamma")}
+        keys = of_all.get(name, ["dim", "blocks", "heads"])
         entry |= {key: sizes[key] for key in keys} | {"loss": _NEXT_ITEM}
         betas = [0.0, 0.0] if name == "gru4rec" else [0.9, 0.98]
         entry |= {"optimizer": {"lr": 1e-3, "betas": betas, "weight_decay": 0.0}}

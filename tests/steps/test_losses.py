@@ -33,12 +33,15 @@ def test_full_softmax_is_cross_entropy_over_the_items_without_padding(inputs) ->
         torch.testing.assert_close(losses.next_item_loss(settings, states, table, targets), expected)
 
 
-def test_sampled_softmax_with_every_item_as_a_negative_is_the_full_one(inputs, monkeypatch) -> None:
+@pytest.mark.parametrize(("similarity", "temperature"), [("cosine", 0.1), ("dot", 1.0), ("dot", 2.0)])
+def test_sampled_softmax_with_every_item_as_a_negative_is_the_full_one(
+    similarity: str, temperature: float, inputs, monkeypatch
+) -> None:
     states, table, targets = inputs
     everything = torch.arange(1, V + 1).expand(TOKENS, -1)
     monkeypatch.setattr(losses, "_sample_negatives", lambda *_: everything)
-    sampled = config("sampled-softmax", similarity="cosine", temperature=0.1)
-    full = config("softmax", similarity="cosine", temperature=0.1)
+    sampled = config("sampled-softmax", similarity=similarity, temperature=temperature)
+    full = config("softmax", similarity=similarity, temperature=temperature)
     expected = losses.next_item_loss(full, states, table, targets)
     torch.testing.assert_close(losses.next_item_loss(sampled, states, table, targets), expected)
 
@@ -88,12 +91,27 @@ def test_gbce_of_a_catalogue_without_negatives_says_so() -> None:
         losses.next_item_loss(config("gbce", calibration=0.75), states, table, targets)
 
 
+def test_sampled_softmax_of_dot_products_by_hand(inputs, monkeypatch) -> None:
+    """A negative that is the target does not count; padding does not either."""
+    states, table, targets = inputs
+    negatives = torch.tensor([[2, 4], [1, 9], [3, 3], [4, 5], [9, 8], [2, 2]])
+    monkeypatch.setattr(losses, "_sample_negatives", lambda *_: negatives)
+    token_mask = torch.tensor([True] * 5 + [False])
+    total = 0.0
+    for token in range(5):
+        scores = [float(states[token] @ table[item]) for item in negatives[token] if item != targets[token]]
+        own = math.exp(float(states[token] @ table[targets[token]]))
+        total -= math.log(own / (own + sum(map(math.exp, scores))))
+    found = losses.next_item_loss(config("sampled-softmax"), states, table, targets, token_mask)
+    assert float(found) == pytest.approx(total / 5, abs=1e-9)
+
+
 @pytest.mark.parametrize("name", ["sampled-softmax", "in-batch-softmax", "softmax", "bce", "gbce"])
 def test_every_loss_has_finite_gradients_and_falls_when_followed(name: str) -> None:
     torch.manual_seed(2)
     states, table = torch.randn(50, DIM, requires_grad=True), torch.randn(V + 1, DIM, requires_grad=True)
     targets = torch.randint(1, V + 1, (50,))
-    similarity = "cosine" if "s-" in name or name.startswith(("sampled", "in-batch")) else "dot"
+    similarity = "cosine" if name in ("sampled-softmax", "in-batch-softmax") else "dot"
     settings = config(name, similarity=similarity, calibration=0.5)
     optimizer = torch.optim.Adam([states, table], lr=0.05)
     values = []

@@ -17,7 +17,7 @@ from steps.training.schedule import Schedule, Windows, make_schedule
 from tests.steps.runs import model_entry
 
 MAX_LEN, ITEMS = 200, 60
-CAUSAL = ["hstu", "hstu-softmax", "sasrec", "transformer++", "gru4rec"]
+CAUSAL = ["hstu", "hstu-softmax", "sasrec", "transformer++", "ligr", "fuxi-alpha", "fuxi-gamma", "gru4rec"]
 
 
 def config(model: str, **changes: Any) -> dict[str, Any]:
@@ -276,6 +276,7 @@ def test_most_popular_ranks_by_training_counts() -> None:
 
 
 SAMPLED = {"name": "sampled-softmax", "similarity": "cosine", "temperature": 0.05}
+IN_BATCH = SAMPLED | {"name": "in-batch-softmax"}
 FULL = {"name": "softmax", "similarity": "dot", "temperature": 1.0}
 ROWWISE = {"lr": 0.05, "dtype": "float32", "negative_pool": 9}
 
@@ -287,11 +288,14 @@ ROWWISE = {"lr": 0.05, "dtype": "float32", "negative_pool": 9}
         ("popular", {"neighbours": 9}, "model.neighbours: nothing reads it"),
         ("sasrec", {"heads": 4}, "model.heads: 4 does not divide dim 6"),
         ("bert4rec", {"heads": 4}, "model.heads: 4 does not divide dim 6"),
+        ("ligr", {"heads": 4}, "model.heads: 4 does not divide dim 6"),
+        ("fuxi-alpha", {"decay": 0.5}, "model.decay: nothing reads it"),
+        ("fuxi-gamma", {"decay": 1.0}, "model.decay: 1.0 is not a number between 0 and 1"),
         ("bert4rec", {"mask_prob": 0}, "model.mask_prob: 0 is not a number between 0 and 1"),
         ("bert4rec", {"items": ROWWISE}, "model.items: model bert4rec does not train"),
         ("gru4rec", {"items": ROWWISE}, "model.items: model gru4rec does not train"),
         ("hstu", {"items": ROWWISE, "loss": FULL}, "model.items: loss softmax needs all embeddings"),
-        ("hstu", {"loss": SAMPLED | {"similarity": "dot"}}, "model.loss.similarity: loss sampled-softmax has cosine"),
+        ("hstu", {"loss": IN_BATCH | {"similarity": "dot"}}, "model.loss.similarity: loss in-batch-softmax has cosine"),
         ("hstu", {"loss": SAMPLED | {"calibration": 0.5}}, "model.loss.calibration: loss sampled-softmax does not"),
         ("hstu", {"loss": FULL | {"negatives": 5}}, "model.loss.negatives: loss softmax does not read it"),
         ("gru4rec", {"optimizer": {"lr": 0.1, "betas": [0.9, 0.9], "weight_decay": 0.0}}, "model.optimizer: Adagrad"),

@@ -13,12 +13,13 @@ from steps.common.datasets import STATED
 from steps.common.files import read_json
 from tests.conftest import ROOT, step, write_processed
 from tests.conftest import run as run_command
+from tests.reduced import plannable
 from tests.steps.runs import planned
 
 SWEEP = "experiments/sweep-demo"
 
 
-@pytest.mark.parametrize("experiment", params.experiments(ROOT / "params"))
+@pytest.mark.parametrize("experiment", plannable(ROOT / "params"))
 def test_every_run_of_every_experiment_resolves(experiment: str) -> None:
     for run in params.runs(experiment, ROOT / "params"):
         config = params.resolve(run, ROOT / "params")
@@ -233,7 +234,12 @@ def test_a_small_number_is_a_number_however_it_is_written(project: Path, word: s
         ("models", "shrink: 10.0", "shrink: true", r"key item-knn\.shrink: True is not of type 'number'"),
         ("models", "shrink: 10.0", "shrink: 1:30", r"key item-knn\.shrink: '1:30' is not of type 'number'"),
         ("models", "negatives: 256, calibration: 0.75", "negatives: 256", r"key sasrec-gbce\.loss: 'calibration'"),
-        ("models", "negatives: 256", "negatives: 0", r"key sasrec-gbce\.loss\.negatives: 0 is less"),
+        (
+            "models",
+            "negatives: 256, calibration",
+            "negatives: 0, calibration",
+            r"key sasrec-gbce\.loss\.negatives: 0 is less",
+        ),
         ("models", "markov\n", "markov\n  lr: 1\n", r"key markov: .*'lr'"),
         (
             "models",

@@ -25,6 +25,7 @@ from steps.reporting.details import reliability_table
 from steps.reporting.records import Record, read_records, write_records
 from steps.serving.recommender import trained_model
 from tests.conftest import ROOT, step
+from tests.reduced import plannable
 from tests.steps.runs import planned, processed_by_its_steps
 
 #: User, item, rating, time. The latest four are tested.
@@ -264,7 +265,7 @@ def test_ranking_without_ratings_is_refused_before_training(
 
 
 def test_one_pass_is_one_in_every_experiment() -> None:
-    for experiment in params.experiments(ROOT / "params"):
+    for experiment in plannable(ROOT / "params"):
         for run in params.runs(experiment, ROOT / "params"):
             if run.model.endswith("one-pass"):
                 training = resolve(run, ROOT / "params")["training"]

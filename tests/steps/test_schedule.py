@@ -98,7 +98,10 @@ def test_data_without_a_pair_of_interactions_cannot_be_trained_on() -> None:
         schedule_of(make("hstu"), data, torch.tensor([1, 2]))
 
 
-@pytest.mark.parametrize("name", ["hstu", "hstu-softmax", "sasrec", "transformer++", "bert4rec", "gru4rec"])
+@pytest.mark.parametrize(
+    "name",
+    ["hstu", "hstu-softmax", "sasrec", "ligr", "fuxi-alpha", "fuxi-gamma", "transformer++", "bert4rec", "gru4rec"],
+)
 def test_an_epoch_ends_with_the_weights_of_the_readable_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, without dropout, and with the same draws in both."""
     data, num_held_out = sequences(LENGTHS), torch.tensor([1, 0, 2, 0, 1, 6, 0])

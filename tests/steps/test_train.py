@@ -288,7 +288,19 @@ def test_a_schedule_whose_best_epoch_is_early_or_late_is_doubted(best: int, last
 
 
 def test_train_and_evaluate_need_torch_numpy_and_safetensors_alone(data: Path, tmp_path: Path) -> None:
-    models = ("hstu", "sasrec", "transformer++", "bert4rec", "gru4rec", "popular", "markov", "item-knn")
+    models = (
+        "hstu",
+        "sasrec",
+        "transformer++",
+        "ligr",
+        "fuxi-alpha",
+        "fuxi-gamma",
+        "bert4rec",
+        "gru4rec",
+        "popular",
+        "markov",
+        "item-knn",
+    )
     runs = [make_run(tmp_path / model, config(model, epochs=1), data) for model in models]
     absent = [
         "tqdm",

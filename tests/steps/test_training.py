@@ -44,7 +44,7 @@ LOSSES = {
     "bce": {"similarity": "dot", "temperature": 1.0},
     "gbce": {"similarity": "dot", "temperature": 1.0, "calibration": 0.75},
 }
-MODELS = ["hstu", "hstu-softmax", "sasrec", "transformer++", "bert4rec"]
+MODELS = ["hstu", "hstu-softmax", "sasrec", "transformer++", "ligr", "fuxi-alpha", "fuxi-gamma", "bert4rec"]
 
 
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,8 +254,9 @@ def test_a_rowwise_table_keeps_two_bytes_a_float_and_four_a_row(data: Path, tmp_
     for name in ("hstu", "hstu-rowwise"):
         one = training(data, tmp_path / name, settings=config(name, epochs=1))
         train(one)
-        kept.append(one.record()["item_bytes_per_float"])
-    assert kept == [pytest.approx(12, abs=0.01), 2 + 4 / 16]
+        kept.append([one.record()[key] for key in ("item_bytes_per_float", "parameters")])
+    assert [row[0] for row in kept] == [pytest.approx(12, abs=0.01), 2 + 4 / 16]
+    assert kept[0][1] == kept[1][1]  # whatever learns the items
 
 
 def test_a_run_that_fails_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
@@ -475,7 +476,7 @@ def test_cuda_trains_the_model_that_the_cpu_evaluates(data: Path, tmp_path: Path
     assert reports[0]["peak_bytes"] > 0
 
 
-@pytest.mark.parametrize("name", ["sasrec", "transformer++", "bert4rec", "gru4rec"])
+@pytest.mark.parametrize("name", ["sasrec", "transformer++", "ligr", "fuxi-alpha", "fuxi-gamma", "bert4rec", "gru4rec"])
 def test_torch_compile_takes_the_blocks_once_for_all_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real, graphs = torch.compile, CompileCounterWithBackend("aot_eager")
     fixed = {"backend": graphs, "fullgraph": name != "bert4rec"}  # whose attention it leaves to torch

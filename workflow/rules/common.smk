@@ -201,6 +201,7 @@ def prepared(prepare):
             check_targets(settings.targets)
             wanted = set(settings.targets) or {"demo"}
             WANTED.extend(name for name in (*EXPERIMENTS, *STUDIES) if name in wanted)
+            check_parameters(name for name in EXPERIMENTS if name in wanted)
             settings.forcerun = {*settings.forcerun, *lost_from_the_store(settings.targets)}
             settings.force_incomplete = True  # what a killed Snakemake did not finish is made again
             settings.max_checksum_file_size = 2**40  # files are compared by content: generated archives are large
@@ -218,6 +219,16 @@ async def begun(job):
     """
     keys = {workflow.persistence._get_key(file): file for file in job.output}
     return [keys[key] for key in workflow.persistence._filter_incomplete_keys(keys)]
+
+
+def check_parameters(experiments):
+    """Say in one line which parameter no run of these experiments can have; Snakemake would show a trace besides."""
+    try:
+        for experiment in experiments:
+            for run in params.runs(experiment):
+                config_of(run)
+    except StepError as error:
+        sys.exit(f"snakemake: {error}")
 
 
 def check_targets(targets):
