@@ -1,7 +1,6 @@
 """FLOPs of training steps: of products alone, each of which is a multiplication and an addition.
 
-A backward pass has two products for each of the forward pass. What kernels compute again does not count, nor do
-padding, lookups of embeddings, norms, element-wise functions, biases and optimisers.
+What kernels compute again does not count, nor do padding, lookups, norms, element-wise functions and optimisers.
 """
 
 from dataclasses import dataclass
@@ -14,20 +13,20 @@ ENCODERS = ("hstu", "sasrec", "transformer++")
 
 
 def trained(products: float) -> float:
-    """FLOPs of a step whose forward pass has so many products of two numbers: 2 of each, and 4 in the backward pass."""
+    """FLOPs of a step whose forward pass has so many products, and its backward pass two for each of them."""
     return 3 * 2 * products
 
 
 @dataclass(frozen=True)
 class Work:
-    """Products of a model's forward pass: `token` for each token, of all layers' weights and of the loss; and `pair`
-    for each pair of a query and a key that it sees, of all layers."""
+    """Products of a forward pass: for each token, of all layers and the loss, and for each pair of a query and a key
+    that it sees, of all layers."""
 
     token: float
     pair: float
 
     def flops(self, tokens: float, pairs: float) -> float:
-        """FLOPs of steps that train on so many tokens and pairs."""
+        """FLOPs of training on so many tokens and pairs."""
         return trained(self.token * tokens + self.pair * pairs)
 
 
@@ -35,8 +34,8 @@ def work_of(config: dict[str, Any]) -> Work:
     """The work of a run, by its config.
 
     A token and layer: HSTU d h (2 dv + 2 dqk) + h dv d; SASRec 6 d^2; Transformer++ 4 d^2 + 3 d round(8 d / 3). A pair
-    and layer: h (dqk + dv), of the others 2 d. The loss: d for the positive and for each negative. Raises StepError for
-    an encoder that is none of ENCODERS, and for a loss other than sampled softmax.
+    and layer: h (dqk + dv), of the others 2 d. The loss: d for the positive and each negative. Raises StepError for
+    other encoders, and for a loss other than sampled softmax.
     """
     model = config["model"]
     kind, dim, blocks = model["model"], model["dim"], model["blocks"]

@@ -265,55 +265,33 @@ def test_runs_of_a_study_that_are_missing_or_single_decide_nothing(project: Path
     assert verdict(project, runs=RUNS | PLACES).verdict == "not run"
 
 
-DECIDED = {"table": "kernels", "rows": {"claim": "grows"}, "places": [{"data": "a"}, {"data": "b"}]}
-
-
 @pytest.mark.parametrize(
-    ("holds", "expected"),  # in places a and b
+    ("holds", "expected"),  # by place and device
     [
-        ([1, 1], "reproduced"),
-        ([1, 0], "partly"),
-        ([1, -1], "partly"),
-        ([-1, 0], "contradicted"),
-        ([0, 0], "not decided"),
-        ([1, None], "partly"),  # b was not measured
-        ([None, None], "not run"),
+        ({"a H100": 1, "a H200": 1, "b H200": 1}, "reproduced"),
+        ({"a H200": 1, "b H200": -1}, "partly"),
+        ({"a H200": 1}, "partly"),  # b was not measured
+        ({"a H200": -1, "b H200": 0}, "contradicted"),
+        ({"a H100": 1, "a H200": -1, "b H200": 0}, "not decided"),  # the devices do not agree
+        ({}, "not run"),
     ],
 )
-def test_a_study_s_report_decides_a_claim_in_each_place(project: Path, holds: list[int | None], expected: str) -> None:
-    lines = [
-        {"part": "verdict", "claim": "grows", "data": data, "holds": sign, "words": f"gain {data}", "device": "H200"}
-        for data, sign in zip("ab", holds, strict=True)
-        if sign is not None
-    ]
-    other = {"part": "verdict", "claim": "other", "data": "a", "holds": -1, "words": "no", "device": "H200"}
-    write_csv(project / "reports/studies/kernels/table.csv", [other, *lines])
-    found = verdict(project, decided=DECIDED, explained=["why", "docs/findings.md#y"])
-    assert found.verdict == expected
-    assert found.experiment == "studies/kernels"
+def test_a_study_s_report_decides_a_claim_in_each_place(project: Path, holds: dict[str, int], expected: str) -> None:
+    decided = {"table": "kernels", "rows": {"claim": "grows"}, "places": [{"data": "a"}, {"data": "b"}]}
+    assert verdict(project, decided=decided).verdict == "not run"
+    lines = [{"claim": "other", "data": "a", "holds": -1, "words": "no", "device": "H200"}]
+    for place, sign in holds.items():
+        data, device = place.split()
+        lines.append({"claim": "grows", "data": data, "holds": sign, "words": f"gain {sign}", "device": device})
+    for table, expected_here in ((SPEEDS, "not run"), (lines, expected)):  # of the first no line says that it holds
+        write_csv(project / "reports/studies/kernels/table.csv", table)
+        found = verdict(project, decided=decided, explained=["why", "docs/findings.md#y"])
+        assert found.verdict == expected_here
     assert (found.explained is None) == (expected == "reproduced")
-    for data, sign in zip("ab", holds, strict=True):
-        doubt = ", not decided" * (sign == 0)
-        said = "not measured here; snakemake kernels does" if sign is None else f"gain {data}{doubt}"
-        assert f"{data}: {said}" in found.why
-
-
-def test_devices_that_do_not_agree_decide_nothing(project: Path) -> None:
-    line = {"part": "verdict", "claim": "grows", "data": "a", "words": "gain"}
-    lines = [line | {"holds": sign, "device": device} for sign, device in ((1, "H100"), (-1, "H200"))]
-    write_csv(project / "reports/studies/kernels/table.csv", lines)
-    one_place = DECIDED | {"places": [{"data": "a"}]}
-    assert verdict(project, decided=one_place).verdict == "not decided"
-    write_csv(project / "reports/studies/kernels/table.csv", [one | {"holds": 1} for one in lines])
-    assert verdict(project, decided=one_place).verdict == "reproduced"
-
-
-def test_a_study_whose_report_decides_nothing_yet_was_not_run(project: Path) -> None:
-    assert verdict(project, decided=DECIDED).verdict == "not run"
-    write_csv(project / "reports/studies/kernels/table.csv", SPEEDS)  # no line says that a claim holds
-    assert verdict(project, decided=DECIDED).verdict == "not run"
+    assert ("b: gain 0, not decided" in found.why) == (holds.get("b H200") == 0)
+    assert ("b: not measured here; snakemake kernels does" in found.why) == ("b H200" not in holds)
     with pytest.raises(StepError, match="no study 'kernel'"):
-        verdict(project, decided=DECIDED | {"table": "kernel"})
+        verdict(project, decided=decided | {"table": "kernel"})
 
 
 def test_every_claim_about_runs_of_a_study_is_about_some_of_its_variants() -> None:
