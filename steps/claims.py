@@ -25,7 +25,8 @@ _NOTE = (
     "of ranking; p is of a paired test over users, corrected over the pairs of its table. Figures of studies are "
     "speed-ups or bytes, without an interval; of several the greatest counts, and what is claimed as `at least` is "
     "reproduced by what is not below. Runs of a study are paired by seed, with 95 % intervals (Student's t): above "
-    "others where the interval is above 0, as good where it is above a loss of {band:.0%}."
+    "others where the interval is above 0, as good where it is above a loss of {band:.0%}. What a study's "
+    "report decides is said there, with its rule."
 )
 
 

@@ -1,6 +1,7 @@
 """Resolve a study into its `settings.json`, so that measuring it needs no other parameter file.
 
-With the hash of the code that its figures rest on: what depends on this file depends on no other code.
+With the hash of the code that its figures rest on: what depends on this file depends on no other code. Of a study whose
+runs have budgets it prints how many FLOPs they are in all.
 """
 
 import argparse
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from steps.common.cli import run_step
 from steps.common.files import write_json
-from steps.common.studies import plan
+from steps.common.studies import plan, planned_flops
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    write_json(args.output, plan(args.study))
+    found = plan(args.study)
+    write_json(args.output, found)
+    if flops := planned_flops(found):
+        runs = sum(len(runs["configs"]) for runs in found["runs"])
+        print(f"study {args.study}: {runs} runs, {flops:.3g} FLOPs in all")
 
 
 if __name__ == "__main__":

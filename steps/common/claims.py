@@ -17,4 +17,4 @@ def experiments() -> set[str]:
 def studies() -> set[str]:
     """The studies whose table decides a claim."""
     claims = params.load("claims")["claims"].values()
-    return {claim["study"]["table"] for claim in claims if "study" in claim}
+    return {claim[kind]["table"] for claim in claims for kind in ("study", "runs", "decided") if kind in claim}

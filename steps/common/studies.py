@@ -57,6 +57,13 @@ def plan(study: str, root: Path = params.ROOT) -> dict[str, Any]:
     return {"study": study, "module": content["module"], **measured, "code_sha256": _code_sha256(content["module"])}
 
 
+def planned_flops(plan: dict[str, Any]) -> float:
+    """The sum of the budgets of a plan's runs, in FLOPs; 0 where its runs have none."""
+    return sum(
+        10 ** runs["log10_flops"] * len(runs["configs"]) for runs in plan.get("runs", []) if "log10_flops" in runs
+    )
+
+
 def manifests(study: str, root: Path = params.ROOT) -> list[str]:
     """The files that say which data a study reads: data/<kind>/<dataset>/manifest.json."""
     data = params.load(f"studies/{study}", root)["measure"].get("data", {})

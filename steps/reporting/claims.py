@@ -112,7 +112,7 @@ def decide(reports: Path) -> list[Verdict]:
 
 def _check(where: str, claim: dict[str, Any], tables: Tables) -> None:
     """Raise StepError if a claim names a study, a row or a figure that is not there."""
-    if about := claim.get("study") or claim.get("runs"):
+    if about := claim.get("study") or claim.get("runs") or claim.get("decided"):
         params.load(f"{STUDIES}/{about['table']}")
     if "study" in claim:
         _published(where, claim["study"]["published"], tables)
@@ -155,6 +155,8 @@ def _of(name: str, claim: dict[str, Any], band: float, tables: Tables) -> Iterat
         yield _study(name, told, claim["study"], band, tables)
     elif "runs" in claim:
         yield _runs(name, told, claim["runs"], band, tables)
+    elif "decided" in claim:
+        yield _decided(name, told, claim["decided"], tables)
     else:
         asked = claim.get("figures") or claim["gains"]
         for model in asked["models"]:
@@ -249,6 +251,31 @@ def _runs(name: str, told: dict[str, Any], claimed: dict[str, Any], band: float,
         found.append(sign)
         doubt = "" if sign else ", not decided"
         said.append(f"{words} {mean:+.4f} ± {half:.4f} beside {other:.4f}{doubt}")
+    verdict = _of_signs(found, len(claimed["places"]))
+    if verdict == "reproduced":
+        told = told | {"explained": None}
+    return Verdict(name, verdict=verdict, why="; ".join(said), files=tables.files((study, "table")), **told)
+
+
+def _decided(name: str, told: dict[str, Any], claimed: dict[str, Any], tables: Tables) -> Verdict:
+    """What a study's report says of a claim: whether it `holds` in every place, some or none, and its `words`."""
+    study, not_run = f"{STUDIES}/{claimed['table']}", f"not measured here; snakemake {claimed['table']} does"
+    told = told | {"experiment": study}
+    rows, found, said = tables.read(study, "table"), [], []
+    if rows is None:
+        return Verdict(name, verdict="not run", why=not_run, **told | {"explained": None})
+    for place in claimed["places"]:
+        meant = place | claimed["rows"]
+        missing = {*meant, "holds", "words"} - set(rows.columns)
+        lines = rows.filter(**meant).drop_nulls("holds") if not missing else rows.clear()
+        words = ", ".join(map(str, place.values()))
+        if lines.is_empty():  # the study was measured in part
+            said.append(f"{words}: {not_run}")
+            continue
+        signs = set(lines["holds"].to_list())  # one for each device
+        found.append(signs.pop() if len(signs) == 1 else 0)
+        doubt = "" if found[-1] else ", not decided"
+        said += [f"{words}: {line}{doubt}" for line in lines["words"].to_list()]
     verdict = _of_signs(found, len(claimed["places"]))
     if verdict == "reproduced":
         told = told | {"explained": None}

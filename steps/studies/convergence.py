@@ -52,7 +52,7 @@ class Blocks(Schedule):
     """The passes of `whole`, one after the other, cut into blocks: what is an epoch elsewhere is a block here.
 
     Block k ends with the step in which k * every samples are reached, wherever in a pass that is. samples: how many
-    were trained on at the end of each block so far.
+    were trained on at the end of each block so far. trained: the steps to come, each with the tokens of its windows.
     """
 
     def __init__(self, whole: Schedule, every: int) -> None:
@@ -60,7 +60,7 @@ class Blocks(Schedule):
         self.sequences, self.config = whole.sequences, whole.config
         self.windows, self.lengths = whole.windows, whole.lengths
         self.samples: list[int] = []
-        self._steps = self._passes()
+        self.trained = self._passes()
 
     @property
     def num_updates(self) -> int:
@@ -70,8 +70,8 @@ class Blocks(Schedule):
         found = []
         trained, end = self.samples[-1] if self.samples else 0, (len(self.samples) + 1) * self.every
         while trained < end:
-            step, samples = next(self._steps)
-            trained += samples
+            step, lengths = next(self.trained)
+            trained += int(lengths.sum())
             found.append(step)
         self.samples.append(trained)
         return found
@@ -82,8 +82,8 @@ class Blocks(Schedule):
     def batch(self, shape: Any, inputs: torch.Tensor) -> Any:
         return self.whole.batch(shape, inputs)
 
-    def _passes(self) -> Iterator[tuple[Step, int]]:
-        """The steps of pass after pass, each with its samples."""
+    def _passes(self) -> Iterator[tuple[Step, torch.Tensor]]:
+        """The steps of pass after pass, each with how many tokens its windows have."""
         while True:
             steps = self.whole.epoch()
             windows = torch.cat([step.inputs for step in steps], dim=1)
@@ -91,8 +91,7 @@ class Blocks(Schedule):
                 lengths = windows[2]
             else:
                 lengths = self.sequences.window_lengths(windows[0], windows[1], self.config.max_len)
-            for step, tokens in zip(steps, lengths.cpu().split([step.inputs.shape[1] for step in steps]), strict=True):
-                yield step, int(tokens.sum())
+            yield from zip(steps, lengths.cpu().split([step.inputs.shape[1] for step in steps]), strict=True)
 
 
 def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:

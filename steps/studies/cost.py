@@ -13,6 +13,7 @@ import torch
 
 from kernels.hstu_attention import TIME_BUCKETS
 from steps.data.stochastic_length import expected_lengths, most_kept
+from steps.studies.flops import trained
 from steps.studies.rows import Row, row
 
 ID_BYTES = 8  # a row's number on the wire, int64
@@ -37,13 +38,13 @@ class Shape:
         return self.layers * layer + self.tokens * self.dim
 
     def projections(self, tokens: float) -> float:
-        """FLOPs of a step's products with weights. A backward pass has two products for each of the forward pass."""
-        return 3 * 2 * tokens * self.layers * 5 * self.dim**2
+        """FLOPs of a step's products with weights."""
+        return trained(tokens * self.layers * 5 * self.dim**2)
 
     def attention(self, pairs: float) -> float:
         """FLOPs of a step's attention over so many pairs of a query and a key that it sees: Q K and A V, and for each
         of them two products of the backward pass. What kernels compute again does not count."""
-        return 3 * 2 * pairs * self.layers * 2 * self.dim
+        return trained(pairs * self.layers * 2 * self.dim)
 
     def activations(self, tokens: float, kept: float) -> float:
         """Bytes kept for the backward pass, `kept` d of a token and layer."""

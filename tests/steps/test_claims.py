@@ -265,6 +265,35 @@ def test_runs_of_a_study_that_are_missing_or_single_decide_nothing(project: Path
     assert verdict(project, runs=RUNS | PLACES).verdict == "not run"
 
 
+@pytest.mark.parametrize(
+    ("holds", "expected"),  # by place and device
+    [
+        ({"a H100": 1, "a H200": 1, "b H200": 1}, "reproduced"),
+        ({"a H200": 1, "b H200": -1}, "partly"),
+        ({"a H200": 1}, "partly"),  # b was not measured
+        ({"a H200": -1, "b H200": 0}, "contradicted"),
+        ({"a H100": 1, "a H200": -1, "b H200": 0}, "not decided"),  # the devices do not agree
+        ({}, "not run"),
+    ],
+)
+def test_a_study_s_report_decides_a_claim_in_each_place(project: Path, holds: dict[str, int], expected: str) -> None:
+    decided = {"table": "kernels", "rows": {"claim": "grows"}, "places": [{"data": "a"}, {"data": "b"}]}
+    assert verdict(project, decided=decided).verdict == "not run"
+    lines = [{"claim": "other", "data": "a", "holds": -1, "words": "no", "device": "H200"}]
+    for place, sign in holds.items():
+        data, device = place.split()
+        lines.append({"claim": "grows", "data": data, "holds": sign, "words": f"gain {sign}", "device": device})
+    for table, expected_here in ((SPEEDS, "not run"), (lines, expected)):  # of the first no line says that it holds
+        write_csv(project / "reports/studies/kernels/table.csv", table)
+        found = verdict(project, decided=decided, explained=["why", "docs/findings.md#y"])
+        assert found.verdict == expected_here
+    assert (found.explained is None) == (expected == "reproduced")
+    assert ("b: gain 0, not decided" in found.why) == (holds.get("b H200") == 0)
+    assert ("b: not measured here; snakemake kernels does" in found.why) == ("b H200" not in holds)
+    with pytest.raises(StepError, match="no study 'kernel'"):
+        verdict(project, decided=decided | {"table": "kernel"})
+
+
 def test_every_claim_about_runs_of_a_study_is_about_some_of_its_variants() -> None:
     claims = params.load("claims", ROOT / "params")["claims"]
     named = {name: claim["runs"] for name, claim in claims.items() if "runs" in claim}

@@ -237,6 +237,18 @@ def small(study: str, data: Path) -> dict[str, Any]:
             for config in runs["configs"]:
                 config["training"] |= {"max_len": 8, "batch": 8, "negatives": 4}
                 config["model"] |= {"dim": 8, "blocks": 1, "dqk": 8, "dv": 8}
+    if study == "scaling-law":
+        write_processed(data / "processed/ml-1m", [30] * 40, 60)
+        write_processed(data / "processed/stream", [17] * 80, 60, seed=1)
+        # Of each data set two sizes of two encoders, from two seeds; one size of the stream alone, the others together.
+        plan["runs"] = [plan["runs"][index] for index in (0, 1, 9, -3)]
+        for number, runs in enumerate(plan["runs"]):
+            runs |= {"log10_flops": 7 + number % 2 / 2, "levels": 3}
+            runs["configs"] = [config for config in runs["configs"] if config["row"] != "sasrec" and config["seed"] < 2]
+            for config in runs["configs"]:
+                config["training"] |= {"max_len": 16, "batch": 8, "negatives": 4}
+                config["model"] |= {"dim": 8, "blocks": 1 + number % 2, "heads": 1, "dqk": 8, "dv": 8}
+        settings |= {"held_out": 1, "draws": 20}
     if study == "null-models":
         write_processed(data / "processed/ml-1m", [30] * 40, 300)
         settings |= {"seeds": 2, "generated": settings["generated"] | {"users": 60}}
@@ -274,7 +286,7 @@ for name in ("yaml", "jsonschema", "polars", "pandera", "pyarrow", "matplotlib",
     sys.modules[name] = None  # an import of it fails
 import steps.study, steps.studies.encoder_efficiency, steps.studies.kernels, steps.studies.long_sequences
 import steps.studies.m_falcon, steps.studies.null_models, steps.studies.table_load
-import steps.studies.convergence, steps.studies.training_speed
+import steps.studies.convergence, steps.studies.scaling_law, steps.studies.training_speed
 """
     run("python", "-c", code, cwd=ROOT)
 

@@ -1,0 +1,236 @@
+"""Quality by training compute: every size, the laws of the best ones, what they predict, and who gains from compute."""
+
+import statistics
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from tabulate import tabulate as render
+
+from steps.common.cli import StepError
+from steps.studies.rows import FAILED, Row, cases
+from steps.studies.scaling_law import BUDGET, COVERAGE, LOSS, POPULARITY
+from steps.studies.scaling_law_fits import LAWS, LOGARITHM, SATURATING, Array, band, fit, frontier, growth, judge
+
+LABELS = {"hstu": "HSTU", "sasrec": "SASRec", "transformer++": "Transformer++"}
+#: What the verdict is about.
+SCALES = "scales where others stop"
+_OURS = "hstu"
+_SEED, _DRAWN = 0, 16  # of the bootstrap; places of a law's line
+_WORDS = {1: "holds", 0: "not decided", -1: "does not hold"}
+
+
+class Panel:
+    """A data set and device. points: by encoder and metric, then size, seed and budget; means: by encoder, size and
+    budget the lines of all seeds; frontiers: by encoder and fitted metric."""
+
+    def __init__(self, lines: list[Row], settings: dict[str, Any]) -> None:
+        self.lines, self.settings, self.data, self.device = lines, settings, lines[0]["data"], lines[0]["device"]
+        self.points: dict[tuple[str, str], dict[str, dict[int, dict[float, float]]]] = {}
+        self.means: dict[tuple[str, str, float], list[Row]] = {}
+        for line in lines:
+            size, budget = size_of(line), line[BUDGET]
+            if "repetition" not in line:
+                self.means.setdefault((line["encoder"], size, budget), []).append(line)
+            for metric in settings["metrics"] if "repetition" in line and FAILED not in line else []:
+                of_size = self.points.setdefault((line["encoder"], metric), {}).setdefault(size, {})
+                of_size.setdefault(line["repetition"], {})[budget] = line[metric]
+        self.encoders = [one for one in LABELS if any(one == encoder for encoder, _ in self.points)]
+        given, random = settings["exponents"], np.random.default_rng(_SEED)
+        self.exponents: Array = np.geomspace(given["least"], given["most"], given["count"])
+        self.frontiers = {
+            (encoder, metric): frontier(self.points[encoder, metric], settings["draws"], random, metric != LOSS)
+            for metric in settings["fitted"]
+            for encoder in self.encoders
+        }
+
+    def values(self, encoder: str, metric: str, size: str, budget: float) -> list[float]:
+        """The metric of each seed."""
+        return [run[budget] for run in self.points[encoder, metric][size].values() if budget in run]
+
+    def band(self, values: Array) -> tuple[float, float, float]:
+        """The value of the data, and the ends of its band."""
+        return band(values, self.settings["confidence"])
+
+
+def size_of(line: Row) -> str:
+    """A size in words: width, depth, and the longest window."""
+    return f"{line['dim']}x{line['blocks']}, {line['max_len']}"
+
+
+def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Row]]:
+    """Markdown, the figure, and a line per law, and of the verdict."""
+    lines, given = cases(rows), study["measure"]["settings"]
+    commits = ", ".join(dict.fromkeys(line["commit"][:9] for line in lines))
+    digests = ", ".join(dict.fromkeys(line["data_sha256"] for line in lines if "data_sha256" in line))
+    rule, confidence = given["lr"], f"{given['confidence']:g} %"
+    parts = [
+        f"# {study['title']}",
+        "lg C: the logarithm to base ten of a training's FLOPs, forward and backward, of layers and loss, without "
+        "lookups. A size is width x depth, and the longest window. Of test: means ± standard deviations over seeds. "
+        "Coverage: the share of the candidates that is recommended to anyone; popularity: the mean percentile by "
+        "popularity of what is recommended; loss: of the target among all items. Learning rate "
+        f"{rule['base']:g} x ({rule['dim']} / d) ^ {rule['power']:g}. Lines of a size are of the same runs.",
+        f"At each budget the size counts that is best by the metric in question. Bands are of {confidence}: a "
+        f"bootstrap draws each size's seeds, whole runs. Commits {commits}. Hashes of the data: {digests}.",
+        "\n".join(f"- {law}: {source}" for law, source in study.get("published", {}).get("sources", {}).items()),
+        f"The verdict, of {_title(given['fitted'][0])}: {SCALES}. Of the last {given['decades']} decades of compute "
+        "that HSTU and another encoder both have, the gain by a decade, as a share of the mean, has a band above "
+        f"{given['least']:g} for HSTU and for no other, and the differences' are above zero; it does not hold where "
+        f"another's is above that share too, or HSTU's below. Held-out budgets: the {given['held_out']} largest, which "
+        "laws predict from the others.",
+    ]
+    found: dict[tuple[str, str], list[Row]] = {}
+    for line in lines:
+        found.setdefault((line["device"], line["data"]), []).append(line)
+    panels = [panel for panel in (Panel(members, given) for members in found.values()) if panel.points]
+    if not panels:
+        raise StepError("no run of the rows was tested; measure the study again")
+    table: list[Row] = []
+    for panel in panels:
+        laws, verdict = laws_of(panel), scales(panel)
+        parts += [f"## {panel.data}, {panel.device}", sentences(panel, verdict), "### Laws", laws_table(laws)]
+        parts += ["### Every size", sizes_table(panel)]
+        origin = {"data": panel.data, "device": panel.device}
+        origin["commit"] = "+".join(dict.fromkeys(line["commit"] for line in panel.lines))
+        table += [line | origin for line in [*laws, *([verdict] if verdict else [])]]
+    parts += [
+        "Dots: every size; larger ones: the best. Lines: the logarithm, with its band; dashed: the saturating law; of "
+        "coverage: through the best by the first metric.",
+        "![Quality by compute](figure.svg)",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n", _draw(panels), table
+
+
+def laws_of(panel: Panel) -> list[Row]:
+    """A line per metric, encoder and law: exponent and error of the held-out prediction, each with its band."""
+    found = []
+    for (encoder, metric), of in panel.frontiers.items():
+        for law in LAWS:
+            line: Row = {"part": "law", "encoder": encoder, "metric": metric, "law": law}
+            judged = judge(law, of, panel.settings["held_out"], panel.exponents, metric != LOSS)
+            for name, values in zip(("exponent", "error"), judged, strict=True):
+                if values is not None:
+                    ends = zip((name, f"{name}/low", f"{name}/high"), panel.band(values), strict=True)
+                    line |= {key: float(f"{value:.6g}") for key, value in ends if value == value}
+            found.append(line)
+    return found
+
+
+def scales(panel: Panel) -> Row | None:
+    """The verdict SCALES, by the rule of the report: 1, 0 or -1, the least of all other encoders. None: there is
+    nothing to compare."""
+    metric, least, signs, said = panel.settings["fitted"][0], panel.settings["least"], [], []
+    ours = panel.frontiers.get((_OURS, metric))
+    for encoder in panel.encoders:
+        other = panel.frontiers[encoder, metric]
+        shared = sorted(set(ours.budgets) & set(other.budgets)) if ours else []
+        last = [budget for budget in shared if budget >= shared[-1] - panel.settings["decades"]]
+        if encoder == _OURS or not ours or len(last) <= LAWS[LOGARITHM]:
+            continue
+        gains = [growth(one, last) for one in (ours, other)]
+        count = min(map(len, gains))
+        bands = [panel.band(values) for values in (*gains, gains[0][:count] - gains[1][:count])]
+        (_, low, high), (_, other_low, _), (_, more_low, _) = bands
+        signs.append(-1 if other_low > least or high < least else 1 if low > least and more_low > 0 else 0)
+        named = zip((LABELS[_OURS], LABELS[encoder], "difference"), bands, strict=True)
+        words = ", ".join(f"{name} {one[0]:+.2%} [{one[1]:+.2%}, {one[2]:+.2%}]" for name, one in named)
+        said.append(f"lg C {last[0]:g} to {last[-1]:g}: {words}")
+    return {"part": "verdict", "claim": SCALES, "holds": min(signs), "words": "; ".join(said)} if signs else None
+
+
+def sentences(panel: Panel, verdict: Row | None) -> str:
+    """The verdict; by encoder how much of the catalogue the best sizes recommend at the least and most compute, and
+    which law predicts better, in how many draws; what failed."""
+    found = [f"{SCALES}: {_WORDS[verdict['holds']]} ({verdict['words']})"] if verdict else []
+    for encoder in panel.encoders:
+        of = panel.frontiers[encoder, panel.settings["fitted"][0]]
+        shown = [f"{LABELS[encoder]} from lg C {of.budgets[0]:g} to {of.budgets[-1]:g}"]
+        for metric in (COVERAGE, POPULARITY):
+            ends = [panel.values(encoder, metric, of.best[at], of.budgets[at]) for at in (0, -1)]
+            shown.append(f"{metric} {statistics.fmean(ends[0]):.3f} to {statistics.fmean(ends[1]):.3f}")
+        held_out, laws = panel.settings["held_out"], (LOGARITHM, SATURATING)
+        first, second = (judge(law, of, held_out, panel.exponents)[1] for law in laws)
+        if first is not None and second is not None:
+            less = (first[1:] < second[1:]).mean()
+            shown.append(f"the logarithm predicts better than the saturating law in {less:.1%} of draws")
+        found.append(", ".join(shown))
+    for line in panel.lines:
+        if FAILED in line:
+            found.append(f"{line['model']}, {size_of(line)}, seed {line['repetition']}: {line[f'{FAILED}/seen']}")
+    return "\n".join(f"- {sentence}" for sentence in found)
+
+
+def laws_table(laws: list[Row]) -> str:
+    """A line per metric, encoder and law."""
+
+    def cell(line: Row, name: str, shown: str) -> str:
+        values = [shown.format(line[key]) for key in (name, f"{name}/low", f"{name}/high") if key in line]
+        return values[0] + (f" [{values[1]}, {values[2]}]" if len(values) > 1 else "") if values else ""
+
+    shown = {"exponent": "{:.4f}", "error": "{:.2%}"}
+    table = [
+        [_title(one["metric"]), LABELS[one["encoder"]], one["law"], *(cell(one, *form) for form in shown.items())]
+        for one in laws
+    ]
+    headers = ["metric", "encoder", "law", "b, or e of the last law", "error of the held-out budgets"]
+    return render(table, headers, tablefmt="github", disable_numparse=True)
+
+
+def sizes_table(panel: Panel) -> str:
+    """A line per budget, encoder and size: metrics, passes and seconds; the best of a budget and encoder in bold."""
+    metrics, table = panel.settings["metrics"], []
+    for encoder, size, budget in sorted(panel.means, key=lambda key: (key[2], panel.encoders.index(key[0]))):
+        cells = []
+        for metric in metrics:
+            values, of = panel.values(encoder, metric, size, budget), panel.frontiers.get((encoder, metric))
+            text = f"{statistics.fmean(values):.4f}"
+            text += f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"**{text}**" if of and of.best[of.budgets.index(budget)] == size else text)
+        of_seeds = panel.means[encoder, size, budget]
+        passes, seconds = (statistics.fmean(line[name] for line in of_seeds) for name in ("passes", "seconds"))
+        table.append([f"{budget:g}", LABELS[encoder], size, *cells, f"{passes:.2f}", f"{seconds:.1f}"])
+    headers = ["lg C", "encoder", "size", *map(_title, metrics), "passes", "s, beside others"]
+    return render(table, headers, tablefmt="github", disable_numparse=True)
+
+
+def _title(metric: str) -> str:
+    return metric.upper() if metric.startswith(("hr", "ndcg")) else metric
+
+
+def _draw(panels: list[Panel]) -> Figure:
+    """A column per data set and device, a row per fitted metric, and one of coverage."""
+    metrics = [*panels[0].settings["fitted"], COVERAGE]
+    figure = Figure(figsize=(1.2 + 4.2 * len(panels), 2.6 * len(metrics)), layout="constrained")
+    axes = figure.subplots(len(metrics), len(panels), squeeze=False)
+    for column, panel in enumerate(panels):
+        for axis, metric in zip(axes[:, column], metrics, strict=True):
+            for number, encoder in enumerate(panel.encoders):
+                _draw_encoder(axis, panel, encoder, metric, f"C{(3 * number + 7) % 8}")
+            axis.set(xlabel="lg of FLOPs", ylabel=f"{_title(metric)}, test")
+        axes[0, column].set_title(f"{panel.data}, {panel.device}", fontsize=9)
+        axes[0, column].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_encoder(axis: Any, panel: Panel, encoder: str, metric: str, colour: str) -> None:
+    sizes = panel.points[encoder, metric]
+    tested = {(budget, size) for size, runs in sizes.items() for run in runs.values() for budget in run}
+    mean = {one: statistics.fmean(panel.values(encoder, metric, one[1], one[0])) for one in tested}
+    axis.plot([one[0] for one in mean], [*mean.values()], ".", color=colour, markersize=3, alpha=0.4)
+    of = panel.frontiers[encoder, metric if metric != COVERAGE else panel.settings["fitted"][0]]
+    if metric == COVERAGE:
+        best = [mean[one] for one in zip(of.budgets, of.best, strict=True)]
+        axis.plot(of.budgets, best, color=colour, linewidth=1)
+        return
+    value, low, high = np.array([panel.band(values) for values in of.values]).T
+    error = np.abs([value - low, high - value])
+    axis.errorbar(of.budgets, value, yerr=error, fmt="o", color=colour, markersize=4, label=LABELS[encoder])
+    places = np.linspace(of.budgets[0], of.budgets[-1], _DRAWN)
+    for law, style in ((LOGARITHM, "-"), (SATURATING, "--")):
+        if len(of.budgets) >= LAWS[law]:
+            drawn = fit(law, of.x(), of.values, panel.exponents, metric != LOSS).predict(of.x(places))
+            line, below, above = np.array([panel.band(values) for values in drawn]).T
+            axis.plot(places, line, style, color=colour, linewidth=0.9)
+            if law == LOGARITHM:
+                axis.fill_between(places, below, above, color=colour, alpha=0.2, linewidth=0)
