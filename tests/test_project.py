@@ -69,11 +69,11 @@ def committed_experiments() -> list[str]:
 
 
 def test_dvc_lists_what_is_named_and_no_more() -> None:
-    made = generate.lists(local=False, names=["ml-1m", "training-speed"])
+    made = generate.lists(local=False, names=["ml-1m", "convergence"])
     assert {name for kind in ("published", "validated", "processed") for name in made[kind]} == {"ml-1m"}
     assert {item["experiment"] for item in made["runs"].values()} == {"ml-1m"} == set(made["experiments"])
     assert len(made["runs"]) == len(list(params.runs("ml-1m", ROOT / "params")))
-    assert list(made["studies"]) == ["training-speed"]
+    assert list(made["studies"]) == ["convergence"]
     with pytest.raises(StepError, match=r"ml-2m is no experiment or study; there are .*ml-1m"):
         generate.main(["ml-2m"])
 
