@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from kernels.rowwise_table import RowwiseTable, unique
+from kernels.rowwise_table.sharded import ShardedRowwiseTable
 from steps.common.config import TrainingConfig
 from steps.common.typed import EntryError
 from steps.data.sequences import Batch
@@ -21,8 +22,10 @@ class Retrieval(Task, Recommender):
     supports_rowwise_items = True
     configs = (*Task.configs, WithLoss)
 
-    def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:
-        super().__init__(settings, training, num_items)
+    def __init__(
+        self, settings: dict[str, Any], training: TrainingConfig, num_items: int, sharded: bool = False
+    ) -> None:
+        super().__init__(settings, training, num_items, sharded)
         self.loss_config = read_loss(settings, training.negatives)
         self.divisible = self.loss_config.name != "in-batch-softmax"  # whose negatives are the whole batch's
         if self.items_config and self.loss_config.name != "sampled-softmax":
@@ -54,3 +57,31 @@ class Retrieval(Task, Recommender):
         """Similarity of the last hidden state and every item embedding."""
         last = self.encode(batch)[batch.last]
         return scores(self.loss_config.similarity, last, self.items.weight.to(last.dtype))
+
+    @property
+    def own_rows(self) -> range:
+        """The items whose vectors this process has."""
+        first = self.items.first if isinstance(self.items, ShardedRowwiseTable) else 0
+        return range(first, first + len(self.items.weight))
+
+    def own_vectors(self, item: torch.Tensor) -> torch.Tensor:
+        """Vectors (T, d) float32 of items (T,), zeros where another process has them."""
+        rows = self.own_rows
+        own = (item >= rows.start) & (item < rows.stop)
+        found = torch.zeros(len(item), self.dim, device=item.device)
+        found[own] = self.items.weight.index_select(0, item[own] - rows.start).float()
+        return found
+
+    def last_states(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The last hidden states (B, d) of windows whose items have these vectors (T, d)."""
+        states: torch.Tensor = self.encoder(vectors, batch)
+        return states[batch.last]
+
+    def score_rows(self, last: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """Similarity (B, end - first) of last hidden states and the items from `first` on, as `score` has it; means
+        nothing where another process has their vectors."""
+        rows = self.own_rows
+        low, high = max(first, rows.start), min(end, rows.stop)
+        table = self.items.weight.new_zeros(end - first, self.dim)
+        table[low - first : high - first] = self.items.weight[low - rows.start : high - rows.start]
+        return scores(self.loss_config.similarity, last, table.to(last.dtype))

@@ -10,7 +10,7 @@ loss in a module's forward pass. What it would win is to send gradients while ot
 """
 
 import heapq
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,8 @@ class PartOfWindows(Schedule):
         self.windows, self.lengths = whole.windows, whole.lengths
         self.bucket = bucket_size(-(-self.config.batch // processes.size), self.config.max_len, whole.lengths)
         self.draws = torch.Generator(self.windows.device)
+        #: Which windows of a batch each process takes, by their costs.
+        self.share_out: Callable[[Sequence[int], int], list[list[int]]] = balanced
 
     @property
     def num_updates(self) -> int:
@@ -79,7 +81,7 @@ class PartOfWindows(Schedule):
             lengths = self.sequences.window_lengths(of_windows[0], of_windows[1], self.config.max_len).cpu()
         found = []
         for step, tokens in zip(steps, lengths.split([step.inputs.shape[1] for step in steps]), strict=True):
-            own = torch.tensor(balanced((tokens**2).tolist(), self.processes.size)[self.processes.rank])
+            own = torch.tensor(self.share_out((tokens**2).tolist(), self.processes.size)[self.processes.rank])
             own = own.long()  # also where there are none
             places = torch.stack([tokens.cumsum(0) - tokens, tokens.sum().expand_as(tokens)])[:, own]
             device = step.inputs.device
