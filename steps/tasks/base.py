@@ -134,12 +134,13 @@ class Task(Model, ABC):
         """Whether this process has but its rows of the item vectors."""
         return isinstance(self.items, ShardedRowwiseTable)
 
-    def idle_loss(self) -> torch.Tensor:
-        """The loss, 0, of a process without windows in a step, which takes part in the others' lookups."""
-        if isinstance(self.items, ShardedRowwiseTable):
-            none = torch.zeros(0, dtype=torch.int64, device=self.items.weight.device)
-            return self.items(none).sum()
-        return torch.zeros(())
+    def wanted_items(self, batch: Batch) -> torch.Tensor:
+        """Of a table that processes share: which items (n,) the batch's loss needs vectors of, some of them often."""
+        raise NotImplementedError(f"{type(self).__name__} has no table that processes share")
+
+    def loss_of(self, batch: Batch, table: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        """`loss` by vectors (u, d), of which `index` (n,) says which is whose of the `wanted_items`."""
+        raise NotImplementedError(f"{type(self).__name__} has no table that processes share")
 
     def item_bytes(self, optimizer: torch.optim.Optimizer) -> float:
         """Bytes per float of the item table that its weights and their optimiser state take."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.rowwise_table import RowwiseTable, unique
+from kernels.rowwise_table import unique
 from kernels.rowwise_table.sharded import ShardedRowwiseTable
 from steps.common.config import TrainingConfig
 from steps.common.typed import EntryError
@@ -32,24 +32,26 @@ class Retrieval(Task, Recommender):
             raise EntryError(f"key model.items: loss {self.loss_config.name} needs all embeddings; use sampled-softmax")
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The mean loss over all tokens."""
+        """The mean loss over all tokens. Of a table that processes share they take `loss_of` instead."""
         if isinstance(self.items, nn.Embedding):
             states, table = self.encode(batch), self.items.weight
             return next_item_loss(self.loss_config, states, table, batch.next_item, batch.token_mask, part=batch.part)
-        return self._rowwise_loss(batch)
+        unique_items, index = unique(self.wanted_items(batch))
+        return self.loss_of(batch, self.items(unique_items), index)
 
-    def _rowwise_loss(self, batch: Batch) -> torch.Tensor:
-        """The same of a `RowwiseTable`, of which a step reads each row once."""
+    def wanted_items(self, batch: Batch) -> torch.Tensor:
+        """The items of the tokens, those that they predict, and a pool that negatives are drawn from: (n,)."""
         pool_size = self.items_config.negative_pool if self.items_config else 0
         draws = batch.part.draws if batch.part else None
         pool = torch.randint(1, self.num_items + 1, (pool_size,), device=batch.item.device, generator=draws)
-        index = torch.cat([batch.item, batch.next_item, pool])
-        if isinstance(self.items, RowwiseTable):
-            unique_items, inverse = unique(index)
-        else:  # no zeros behind them, which would all be sent to one process
-            unique_items, inverse = torch.unique(index, return_inverse=True)
-        table = self.items(unique_items)
-        item, next_item, pool = inverse.split([len(batch.item), len(batch.next_item), len(pool)])
+        return torch.cat([batch.item, batch.next_item, pool])
+
+    def loss_of(self, batch: Batch, table: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        """The loss of a `RowwiseTable`, of which a step reads each row once."""
+        if index is None:
+            raise TypeError("the vectors need an index")
+        tokens = len(batch.item)
+        item, next_item, pool = index.split([tokens, tokens, len(index) - 2 * tokens])
         states = self.encoder(table.index_select(0, item), batch)
         return next_item_loss(self.loss_config, states, table, next_item, batch.token_mask, pool, batch.part)
 

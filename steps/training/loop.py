@@ -47,7 +47,7 @@ class Training:
     """One run in training. `history` has a dict per finished epoch.
 
     compute_dtype: the type of the matrix products; None: the weights' own. mode: how steps run; None: eager on a CPU,
-    on CUDA as graphs, and compiled too in a long training. processes: those that train it together, always eagerly.
+    on CUDA as graphs, and compiled too in a long training. processes: those that train it together, never compiled.
     """
 
     def __init__(
@@ -100,7 +100,9 @@ class Training:
             return Execution(self.model, self.optimizer, self.schedule, self.stream, mode or self._best_mode())
         whole = require_divisible(self.model, self.schedule)
         self.schedule = part = PartOfWindows(whole, self.processes)
-        return SharedExecution(self.model, self.optimizer, part, self.stream, self.processes)
+        captured = self.device.type == "cuda" and mode != "eager"
+        shared: Mode = "graph" if captured else "eager"
+        return SharedExecution(self.model, self.optimizer, part, self.stream, self.processes, shared)
 
     def _best_mode(self) -> Mode:
         """The fastest mode. Not `compiled` in deterministic mode: such code depends on the sizes it sees first."""
@@ -192,7 +194,8 @@ class Training:
     def _end_epoch(self, line: dict[str, Any]) -> None:
         """Evaluate the model after the epoch of `line`, and save the state."""
         with self._uncompiled():
-            line |= self._validation(self.stream if self.execution.capture else None)
+            captured = self.execution.capture and self.processes.size == 1  # no graph holds what processes sum up
+            line |= self._validation(self.stream if captured else None)
         self.history.append(line)
         print(self.title + summary(line, self.settings.epochs, task_of(self.config["protocol"])), flush=True)
         if self.config["protocol"]["report"] == "best" and line == _best(self.config, self.history):

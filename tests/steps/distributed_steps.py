@@ -34,10 +34,12 @@ def steps(
         epoch = 0
         while len(losses) < STEPS:
             epoch += 1
-            for _ in training._epoch(epoch, ""):
-                if len(losses) < STEPS:
-                    losses.append(float(training.execution.total))
-                    training.execution.total.zero_()
+            with training.stream.active():
+                for _ in training._epoch(epoch, ""):
+                    if len(losses) < STEPS:
+                        losses.append(float(training.execution.total))
+                        training.execution.total.zero_()
+        training.stream.wait()
         name = f"saved-{processes.size}.safetensors"
         save_weights(training.model, folder / name, processes)
         processes.wait()  # until all of it is there
