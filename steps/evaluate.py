@@ -98,7 +98,7 @@ def evaluate(
     split = split_sequences(sequences, protocol)
     require_split(sequences, split, config, run)
     with building(run):
-        model = build(config, sequences.num_items, FieldSizes.of(sequences)).to(device)
+        model = build(config, sequences.num_items, FieldSizes.of(sequences), sharded=processes.size > 1).to(device)
     computed = "float32"
     load_weights(model, run / "model.safetensors")
     if isinstance(model, Task):

@@ -177,7 +177,7 @@ def _train(
     compute_dtype: torch.dtype | None,
     processes: Processes,
 ) -> dict[str, Exception]:
-    """Train every run; of `processes` one writes its results. Returns the errors of those that failed."""
+    """Train every run, and write its results. Returns the errors of those that failed."""
     failures: dict[str, Exception] = {}
     for run, job in jobs.items():
         config = job.config
@@ -187,8 +187,7 @@ def _train(
             try:
                 started = utc_now()
                 history = [job.fit()]
-                if processes.writes:
-                    _write(run, job, history, about | {"started": started})
+                _write(run, job, history, about | {"started": started}, processes)
             except Exception as error:
                 failures[str(run)] = error
     trainings = {run: job for run, job in jobs.items() if isinstance(job, Training)}
@@ -205,9 +204,9 @@ def _train(
                 how = training.record() | {"runs_at_once": len(runs)}
                 if training.model.encoder.compute_dtype is not compute_dtype:
                     how["precision"] = "tf32"
+                _write(run, training, training.history, about | how, processes)
                 if not processes.writes:
                     continue
-                _write(run, training, training.history, about | how)
                 written.append(run)
                 if said := doubt(training.config, training.history):
                     print(f"{training.config['row']}, seed {training.config['seed']}, {said}", flush=True)
@@ -218,11 +217,23 @@ def _train(
     return failures
 
 
-def _write(run: Path, job: Fitting | Training, history: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Replace the earlier results of a run by the new ones; training.json, which has the others' hashes, at last."""
-    for name in _RESULTS:
-        (run / name).unlink(missing_ok=True)
-    save_weights(job.model, run / "model.safetensors")
+def _write(
+    run: Path,
+    job: Fitting | Training,
+    history: list[dict[str, Any]],
+    about: dict[str, Any],
+    processes: Processes,
+) -> None:
+    """Replace the earlier results of a run by the new ones; training.json, which has the others' hashes, at last.
+
+    One of `processes` does, with what others have of the weights.
+    """
+    if processes.writes:
+        for name in _RESULTS:
+            (run / name).unlink(missing_ok=True)
+    save_weights(job.model, run / "model.safetensors", processes)
+    if not processes.writes:
+        return
     write_text(run / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     record = {
         "epoch": reported_epoch(job.config, history),

@@ -49,6 +49,24 @@ class Processes:
             with self.explaining():
                 dist.all_reduce(tensor)
 
+    def wait(self) -> None:
+        """Wait until all processes are here. Raises StepError if one has ended."""
+        self.sum_(torch.zeros(1))
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        found = torch.tensor(float(here))
+        self.sum_(found)
+        return bool(found)
+
+    def told(self, text: str) -> str:
+        """The text of the process that writes."""
+        found = [text]
+        if self.size > 1:
+            with self.explaining():
+                dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+        return found[0]
+
     @contextmanager
     def explaining(self) -> Iterator[None]:
         """Within it an error of waiting for another process becomes a StepError that says so."""

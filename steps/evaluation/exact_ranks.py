@@ -13,6 +13,7 @@ from steps.common.top import top_items
 from steps.data.sequences import Batch, Sequences, Size
 from steps.data.split import HeldOut
 from steps.evaluation.metrics import Ranks
+from steps.evaluation.sharded_ranks import BatchRanks, is_sharded, states_of
 
 #: The largest batch on a GPU, in users and in scores; so many scores take 1 GB in float32.
 _USERS_AT_ONCE = 1024
@@ -79,12 +80,14 @@ class Ranker:
     ) -> None:
         self.processes, self.num_targets = processes, len(held_out.users)
         self.sequences, self.rules, self.max_len, self.top = sequences, rules, max_len, top
+        self._num_rows = sequences.num_items + 1
         if sequences.item.device.type == "cuda":
             batch_size = max(batch_size, min(_USERS_AT_ONCE, _SCORES_AT_ONCE // (sequences.num_items + 1)))
         self._candidates = {rule: candidates(sequences, rule) for rule in {rule.candidates for rule in rules}}
         users, num_after = held_out.users.split(batch_size), held_out.num_after.split(batch_size)
         sizes = _sizes(sequences, held_out, max_len, batch_size)
-        self._batches = list(zip(users, num_after, sizes, strict=True))[processes.rank :: processes.size]
+        self._every = list(zip(users, num_after, sizes, strict=True))
+        self._batches = self._every[processes.rank :: processes.size]
         targets = torch.arange(self.num_targets, device=sequences.item.device).split(batch_size)
         self._own = torch.cat([*targets[processes.rank :: processes.size], targets[0][:0]])
 
@@ -96,6 +99,8 @@ class Ranker:
         seen item in the ranking. Leaves the model in evaluation mode.
         """
         model.eval()
+        if is_sharded(model):
+            return self._rank_sharded(model)
         parts: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = [[] for _ in self.rules]
         finite = torch.ones((), dtype=torch.bool, device=self.sequences.item.device)
         for users, num_after, (size, history_size) in self._batches:
@@ -122,6 +127,28 @@ class Ranker:
             return self._of_all(finite, parts)
         rankings = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
         return finite, [Ranking(Ranks(best, ties), top) for best, ties, top in rankings]
+
+    def _rank_sharded(self, model: Any) -> tuple[torch.Tensor, list[Ranking]]:
+        """What `rank` returns, of a model of which each process has but its rows of the item vectors."""
+        found: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in self.rules]
+        wrong = torch.zeros((), dtype=torch.int64, device=self.sequences.item.device)
+        for start in range(0, len(self._every), self.processes.size):
+            group = self._every[start : start + self.processes.size]
+            batches = [self.sequences.batch(users, after, self.max_len, size) for users, after, (size, _) in group]
+            states = states_of(model, batches, self.processes)
+            for (users, num_after, (_, history_size)), batch, last in zip(group, batches, states, strict=True):
+                ranks = BatchRanks(model, last, batch.next_item[batch.last], self._num_rows, self.processes)
+                wrong += ~ranks.finite
+                for rule, part in zip(self.rules, found, strict=True):
+                    seen = batch.item[:0], batch.item[:0]
+                    if rule.exclude == "history":
+                        seen = self.sequences.histories(users, num_after, history_size)
+                    elif rule.exclude != "nothing":
+                        seen = batch.sequence_id, batch.item
+                    part.append(ranks.under(self._candidates[rule.candidates], *seen, self.top))
+        self.processes.sum_(wrong)
+        columns = [[torch.cat(column) for column in zip(*part, strict=True)] for part in found]
+        return wrong == 0, [Ranking(Ranks(best, ties), top) for best, ties, top in columns]
 
     def _of_all(
         self, finite: torch.Tensor, parts: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]

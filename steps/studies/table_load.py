@@ -1,14 +1,10 @@
 """A load test, no evaluation: lookups and updates of a large rowwise table that processes share by rows.
 
 The item ids are those of a fractal expansion of a data set: they have its long tail, no times, and no order that means
-anything. torchrun starts the processes of a case, a GPU each, and `main` is what each of them does. All is
+anything. torchrun starts the processes of a case, a GPU each, and `measured` is what each of them does. All is
 done by the torch version of the table, also where TorchRec or fbgemm_gpu are installed.
 """
 
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +16,12 @@ import torch.distributed as dist
 
 from kernels.rowwise_table import RowwiseTable, fbgemm, torchrec
 from kernels.rowwise_table.sharded import ShardedRowwiseTable
-from steps.common.cli import StepError
-from steps.common.files import read_json, write_json
-from steps.common.processes import Processes, device_of_process, joined
+from steps.common.processes import Processes
 from steps.data.generators.draws import below, bits
 from steps.data.generators.fractal import Expansion
 from steps.data.sequences import load_sequences
 from steps.studies.rows import PART, Row, row
+from steps.studies.started import found_by_processes, require_devices
 
 _WARM_UP = 2
 _WHO = 300  # the stream of draws of a step's users
@@ -45,27 +40,12 @@ def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 def require(cases: list[dict[str, Any]], plan: dict[str, Any]) -> None:
     """Raise StepError unless there is a GPU for every process."""
-    most, found = max(case["processes"] for case in cases), torch.cuda.device_count()
-    if plan["device"] == "cuda" and most > found:
-        raise StepError(
-            f"{most} processes need a CUDA device each, and this machine shows {found}; measure cases of fewer, as by "
-            "--only processes=1"
-        )
+    require_devices(cases, plan)
 
 
 def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]:
     """Rows of a case: of a process that takes longest, milliseconds of a step and its parts; and counts and bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        asked, told = Path(folder, "case.json"), Path(folder, "found.json")
-        write_json(asked, {"case": case, "device": plan["device"], "settings": plan["settings"], "data": str(data)})
-        start = ["torch.distributed.run", "--standalone", f"--nproc-per-node={case['processes']}", "--no-python", "--"]
-        process = [sys.executable, "-c", "from steps.studies.table_load import main; main()", str(asked), str(told)]
-        command = [sys.executable, "-m", *start, *process]
-        ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        if ended.returncode:
-            lines = [line for line in ended.stderr.splitlines() if "Error" in line] or ["nothing"]
-            raise StepError(f"load test of {case}: a process ended with an error; it said: {lines[0].strip()}")
-        found = read_json(told, remedy="measure again")
+    found = found_by_processes("table_load", case, plan, data)
     digest = found.pop("data_sha256")
     return [row(case, name, value, unit, data_sha256=digest) for name, (value, unit) in found.items()]
 
@@ -122,7 +102,9 @@ class Watch:
 
 def measured(asked: dict[str, Any], device: torch.device, processes: Processes) -> dict[str, Any]:
     """What a case's rows are made of: values and units by their names, and the hash of the data."""
-    case, given = asked["case"], asked["settings"]
+    case, given = asked["case"], asked["plan"]["settings"]
+    for other in (fbgemm, torchrec):
+        setattr(other, "fits", lambda *_: False)  # noqa: B010  (mypy knows no other way)
     sequences, digest = load_sequences(Path(asked["data"], "processed", case["data"]), torch.device("cpu"))
     arrays = sequences.offsets.numpy(), sequences.item.numpy()
     expansion = Expansion(*arrays, sequences.num_items, case["rows"], case["columns"], given["length"])
@@ -187,15 +169,3 @@ def _on(device: torch.device, ids: torch.Tensor, dim: int) -> tuple[torch.Tensor
     if dist.is_initialized():
         dist.barrier()
     return ids, torch.full((len(ids), dim), 1e-3, device=device)
-
-
-def main() -> None:
-    """One process of a case: reads what torchrun was given, and the first writes what was found."""
-    asked = read_json(Path(sys.argv[1]), remedy="measure again")
-    device = device_of_process(torch.device(asked["device"]))
-    for other in (fbgemm, torchrec):
-        setattr(other, "fits", lambda *_: False)  # noqa: B010  (mypy knows no other way)
-    with joined(device) as processes:
-        found = measured(asked, device, processes)
-        if processes.writes:
-            write_json(Path(sys.argv[2]), found)

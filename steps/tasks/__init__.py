@@ -40,10 +40,13 @@ _TRAINED: dict[str, dict[str, type[Task]]] = {
 _OF_COUNTING: dict[str, type[Any]] = {"item-knn": ItemKNNConfig, "mean-rating": MeanRatingConfig}
 
 
-def build(config: dict[str, Any], num_items: int, sizes: FieldSizes | None = None) -> CountBasedModel | Task:
+def build(
+    config: dict[str, Any], num_items: int, sizes: FieldSizes | None = None, sharded: bool = False
+) -> CountBasedModel | Task:
     """The untrained model that a run's config.json describes, for items 1..num_items.
 
-    sizes: of the data's fields, for models that read features.
+    sizes: of the data's fields, for models that read features. sharded: of a `RowwiseTable` this process, one of
+    several, makes its rows alone.
     Raises EntryError if an entry of `model` or `training` is missing or wrong.
     """
     settings, protocol = config["model"], config.get("protocol", {})
@@ -60,7 +63,11 @@ def build(config: dict[str, Any], num_items: int, sizes: FieldSizes | None = Non
     training = read(TrainingConfig, config["training"], "training.")
     if issubclass(kind, (Ranking, FeatureRanking)):
         return kind(settings, training, num_items, protocol, sizes)
-    return kind(settings, training, num_items)
+    return (
+        kind(settings, training, num_items, sharded)
+        if issubclass(kind, Retrieval)
+        else kind(settings, training, num_items)
+    )
 
 
 def _refuse_others(settings: dict[str, Any], readers: list[type[Any]]) -> None:

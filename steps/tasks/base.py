@@ -16,6 +16,7 @@ from steps.common.typed import Count, EntryError, NotNegative, PairBelow1, Posit
 from steps.data.sequences import Batch, Sequences
 from steps.models import Encoder, build_encoder
 from steps.models.base import ItemTable, Model, embedding_lookup
+from steps.models.large_table import rowwise_table
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ class Task(Model, ABC):
     divisible: bool = False  # whether its loss is a mean over tokens that need their own window alone
     configs: ClassVar[tuple[type[Any], ...]] = (TaskConfig,)  # which entries of `model` it reads
 
-    def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:
+    def __init__(
+        self, settings: dict[str, Any], training: TrainingConfig, num_items: int, sharded: bool = False
+    ) -> None:
+        """sharded: of a `RowwiseTable` this is one of several processes, which has its rows alone."""
         super().__init__()
         config = read(TaskConfig, settings, "model.", others=True)
         self.num_items, self.dim = num_items, config.dim
@@ -72,10 +76,10 @@ class Task(Model, ABC):
             raise EntryError(f"key model.items: model {settings['model']} does not train such embeddings")
         if config.items:
             dtype = getattr(torch, config.items.dtype)
-            self.items = RowwiseTable(num_items + 1, self.dim, config.items.lr, dtype)
+            self.items = rowwise_table(num_items + 1, self.dim, config.items.lr, dtype, sharded)
         else:
             self.items = nn.Embedding(num_items + 1, self.dim)
-        nn.init.trunc_normal_(self.items.weight, std=0.02, a=-0.04, b=0.04)
+            nn.init.trunc_normal_(self.items.weight, std=0.02, a=-0.04, b=0.04)
         self.encoder: Encoder = self._build_encoder(settings, training)
 
     def _build_encoder(self, settings: dict[str, Any], training: TrainingConfig) -> Encoder:
@@ -125,34 +129,18 @@ class Task(Model, ABC):
         finally:
             self.items.frozen = False
 
-    def shard_items(self) -> None:
-        """Leave this process its rows of a `RowwiseTable`, and the others theirs."""
-        if isinstance(self.items, RowwiseTable):
-            self.items = ShardedRowwiseTable(self.items)
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process has but its rows of the item vectors."""
+        return isinstance(self.items, ShardedRowwiseTable)
 
-    def gather_items(self) -> None:
-        """Give this process the whole table back."""
-        if isinstance(self.items, ShardedRowwiseTable):
-            self.items = self.items.whole()
+    def wanted_items(self, batch: Batch) -> torch.Tensor:
+        """Of a table that processes share: which items (n,) the batch's loss needs vectors of, some of them often."""
+        raise NotImplementedError(f"{type(self).__name__} has no table that processes share")
 
-    def idle_loss(self) -> torch.Tensor:
-        """The loss, 0, of a process without windows in a step, which takes part in the others' lookups."""
-        if isinstance(self.items, ShardedRowwiseTable):
-            none = torch.zeros(0, dtype=torch.int64, device=self.items.weight.device)
-            return self.items(none).sum()
-        return torch.zeros(())
-
-    @contextmanager
-    def whole_items(self) -> Iterator[None]:
-        """Within it this process has the whole table, so that it can score and be saved, but not learn."""
-        if not isinstance(self.items, ShardedRowwiseTable):
-            yield
-            return
-        sharded, self.items = self.items, self.items.whole()
-        try:
-            yield
-        finally:
-            self.items = sharded
+    def loss_of(self, batch: Batch, table: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        """`loss` by vectors (u, d), of which `index` (n,) says which is whose of the `wanted_items`."""
+        raise NotImplementedError(f"{type(self).__name__} has no table that processes share")
 
     def num_parameters(self) -> int:
         """How many numbers the model learns, those of the item table among them, whatever learns it."""
@@ -165,4 +153,4 @@ class Task(Model, ABC):
             tensors = [self.items.weight, self.items.sums]
         else:
             tensors = [self.items.weight, *optimizer.state[self.items.weight].values()]
-        return sum(tensor.nbytes for tensor in tensors) / self.items.weight.numel()
+        return sum(tensor.nbytes for tensor in tensors) / max(1, self.items.weight.numel())

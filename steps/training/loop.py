@@ -25,8 +25,9 @@ from steps.data.fields import FieldSizes
 from steps.data.sequences import Sequences
 from steps.data.split import split_sequences
 from steps.evaluation.names import SELECTIONS, SHOWN
+from steps.models.large_table import blocks_of, load_own
 from steps.tasks import EVALUATIONS, Task, build
-from steps.training.checkpoint import StateError, StateWriter, load_state, read_state
+from steps.training.checkpoint import StateError, StateWriter, blocks_of_state, load_state, read_state
 from steps.training.distributed import PartOfWindows, SharedExecution, require_divisible
 from steps.training.execution import Execution, Mode
 from steps.training.optimizers import make_optimizer
@@ -46,7 +47,7 @@ class Training:
     """One run in training. `history` has a dict per finished epoch.
 
     compute_dtype: the type of the matrix products; None: the weights' own. mode: how steps run; None: eager on a CPU,
-    on CUDA as graphs, and compiled too in a long training. processes: those that train it together, always eagerly.
+    on CUDA as graphs, and compiled too in a long training. processes: those that train it together, never compiled.
     """
 
     def __init__(
@@ -76,11 +77,10 @@ class Training:
         """Make the untrained model, its optimiser, its schedule and execution, and its validation."""
         compute_dtype, mode = self._options
         torch.manual_seed(self.config["seed"] * SEED_STRIDE)
-        model = build(self.config, self.sequences.num_items, FieldSizes.of(self.sequences))
+        sharded = self.processes.size > 1
+        model = build(self.config, self.sequences.num_items, FieldSizes.of(self.sequences), sharded)
         if not isinstance(model, Task):
             raise TypeError(f"{type(model).__name__} is fitted, not trained")
-        if self.processes.size > 1:
-            model.shard_items()
         self.model = model.to(self.device)
         model.encoder.compute_dtype = compute_dtype if model.encoder.supports_low_precision else None
         model.prepare(self.sequences, self.split.num_held_out)
@@ -100,7 +100,9 @@ class Training:
             return Execution(self.model, self.optimizer, self.schedule, self.stream, mode or self._best_mode())
         whole = require_divisible(self.model, self.schedule)
         self.schedule = part = PartOfWindows(whole, self.processes)
-        return SharedExecution(self.model, self.optimizer, part, self.stream, self.processes)
+        captured = self.device.type == "cuda" and mode != "eager"
+        shared: Mode = "graph" if captured else "eager"
+        return SharedExecution(self.model, self.optimizer, part, self.stream, self.processes, shared)
 
     def _best_mode(self) -> Mode:
         """The fastest mode. Not `compiled` in deterministic mode: such code depends on the sizes it sees first."""
@@ -116,14 +118,19 @@ class Training:
         self.commits, self.threads = [commit()], [torch.get_num_threads()]
         self.started: str | None = None
         self._start_message = ""
+        state, damage = None, ""
         try:
-            state = read_state(path, self._identity)
-            if state is None:
-                return
-            self.best = load_state(state, self.model, self.optimizer)
+            state = read_state(path, self._identity, blocks_of_state(self.model))
+            if state is not None:
+                self.best = load_state(state, self.model, self.optimizer)
         except StateError as error:
+            damage = " ".join(str(error).split())
+        if self.processes.any(bool(damage)):
             self._build()  # again, as the model may hold a part of the state
-            self._start_message = f"{path} {' '.join(str(error).split())}; training starts at epoch 1"
+            damage = damage or "cannot be read by another process of this run"
+            self._start_message = f"{path} {damage}; training starts at epoch 1"
+            return
+        if state is None:
             return
         self.history = state.progress["history"]
         self.commits = list(dict.fromkeys([*state.progress["commits"], *self.commits]))
@@ -178,26 +185,32 @@ class Training:
             }
             if self.device.type == "cuda":  # of all runs that share the device
                 line["train/peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
-            with self.model.whole_items():
-                self._end_epoch(line)
-        self.model.gather_items()
+            self._end_epoch(line)
         if self.best:
-            self.model.load_state_dict(self.best)
+            load_own(self.model, self.best)
         self._states.finish()
         self.stream.wait()
 
     def _end_epoch(self, line: dict[str, Any]) -> None:
         """Evaluate the model after the epoch of `line`, and save the state."""
         with self._uncompiled():
-            line |= self._validation(self.stream if self.execution.capture else None)
+            captured = self.execution.capture and self.processes.size == 1  # no graph holds what processes sum up
+            line |= self._validation(self.stream if captured else None)
         self.history.append(line)
         print(self.title + summary(line, self.settings.epochs, task_of(self.config["protocol"])), flush=True)
         if self.config["protocol"]["report"] == "best" and line == _best(self.config, self.history):
-            self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            blocks = blocks_of(self.model)  # of large tables, for which a GPU may have no room twice
+            self.best = {
+                name: tensor.detach().to("cpu" if name in blocks else tensor.device, copy=True)
+                for name, tensor in self.model.state_dict().items()
+            }
         state: dict[str, Any] = {"identity": self._identity, "history": self.history}
         state |= {"commits": self.commits, "threads": self.threads, "started": self.started}
-        if self.processes.writes:
-            self._states.save(self.model, self.optimizer, self.best, state, self.finished)
+        saved = self.model, self.optimizer, self.best, state, self.finished
+        if self.model.is_sharded:
+            self._states.save_together(*saved, self.processes)
+        elif self.processes.writes:
+            self._states.save(*saved)
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
         """Within it blocks run uncompiled, as an evaluation needs: they are compiled for training."""

@@ -1,6 +1,6 @@
 """A CUDA stream and a random generator for each run, so that runs that share a GPU do not change each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,17 +21,26 @@ class RunStream:
             self._failed: list[torch.cuda.CUDAGraph] = []
 
     def capture(
-        self, work: Callable[[], T], pool: Any = None, uses_random: bool = True
+        self,
+        work: Callable[[], T],
+        pool: Any = None,
+        uses_random: bool = True,
+        generators: Sequence[torch.Generator] = (),
     ) -> tuple[torch.cuda.CUDAGraph, T]:
         """Capture `work` as a CUDA graph. Returns the graph, and the result of `work`: tensors that a replay rewrites.
 
         pool: the memory pool of graphs that never run at the same time. uses_random: whether `work` draws random
-        numbers. Raises RuntimeError if a CUDA graph cannot hold `work`. The pool cannot be used then, nor, if `work`
-        draws random numbers, the graphs captured before; and torch 2.11 no longer returns cached memory to the device.
+        numbers. generators: those that it draws from beside the run's. Raises RuntimeError if a CUDA graph cannot hold
+        `work`. The pool cannot be used then, nor, if `work` draws random numbers, the graphs captured before; and torch
+        2.11 no longer returns cached memory to the device.
         """
         graph, default = torch.cuda.CUDAGraph(), _default_generator(self.device)
         if not uses_random:  # so that a capture that fails does not break the generator of the other graphs
             default.graphsafe_set_state(torch.Generator(self.device))
+        register = getattr(graph, "register_generator_state", None)  # a torch without it finds generators by itself
+        for generator in generators:
+            if register is not None:
+                register(generator)
         try:
             # The thread that writes states may use the device meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):

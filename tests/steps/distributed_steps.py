@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from kernels.rowwise_table import sharded
 from steps.common.files import read_json
 from steps.common.processes import ALONE, Processes, device_of_process, joined
 from steps.data.sequences import load_sequences
 from steps.evaluation.exact_ranks import Ranker, Rules
+from steps.models.weights import save_weights
 from steps.training.loop import Training
 
 STEPS = 20
@@ -33,19 +34,22 @@ def steps(
         epoch = 0
         while len(losses) < STEPS:
             epoch += 1
-            for _ in training._epoch(epoch, ""):
-                if len(losses) < STEPS:
-                    losses.append(float(training.execution.total))
-                    training.execution.total.zero_()
-        with training.model.whole_items():
-            found = {f"weights/{name}": tensor.clone() for name, tensor in training.model.state_dict().items()}
+            with training.stream.active():
+                for _ in training._epoch(epoch, ""):
+                    if len(losses) < STEPS:
+                        losses.append(float(training.execution.total))
+                        training.execution.total.zero_()
+        training.stream.wait()
+        name = f"saved-{processes.size}.safetensors"
+        save_weights(training.model, folder / name, processes)
+        processes.wait()  # until all of it is there
+        found = {f"weights/{name}": tensor for name, tensor in load_file(folder / name).items()}
         found["losses"] = torch.tensor(losses)
         held_out = training.split.held_out["test"]
         rules = [Rules("rated", "history"), Rules("catalogue", "window")]
         ranker = Ranker(sequences, held_out, rules, config["training"]["max_len"], 16, top=3, processes=processes)
         if (folder / "weights.pt").exists():  # so that only the evaluation is compared
             training.model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
-        training.model.gather_items()
         finite, rankings = ranker.rank(training.model)
         assert finite
         for number, ranking in enumerate(rankings):
@@ -60,6 +64,7 @@ def main() -> None:
     folder, data = Path(sys.argv[1]), Path(sys.argv[2])
     device = device_of_process(torch.device(sys.argv[4]))
     torch.set_num_threads(1)
+    sharded.ShardedRowwiseTable.whole = None  # nobody may gather a table
     if sys.argv[3] == "torch":
         sharded.torchrec.fits = lambda *_: False
     with joined(device) as processes:

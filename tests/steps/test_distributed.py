@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from kernels.rowwise_table import torchrec
@@ -65,11 +68,14 @@ def test_the_costliest_window_goes_first_and_to_the_part_that_costs_least() -> N
     assert balanced([9, 1, 4, 4, 1], 2) == [[0, 4], [1, 2, 3]]
     assert balanced([5, 5, 5], 2) == [[0, 2], [1]]
     assert balanced([7], 3) == [[0], [], []]
+    # The second part has its two windows by then, so that the last ones go to the first, which costs most.
+    assert balanced([9, 1, 1, 1], 2) == [[0, 3], [1, 2]]
     torch.manual_seed(0)
     costs = (torch.randint(1, 201, (128,)) ** 2).tolist()
     for parts in (2, 4, 7):
         found = balanced(costs, parts)
         assert sorted(index for part in found for index in part) == list(range(128))
+        assert max(map(len, found)) == -(-128 // parts)
         of_parts = [sum(costs[index] for index in part) for part in found]
         assert max(of_parts) - min(of_parts) <= max(costs)
 
@@ -114,6 +120,52 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that are none: each keeps the sums of its own part."""
     monkeypatch.setattr(Processes, "sum_", lambda self, tensor: None)
     monkeypatch.setattr(Processes, "require_equal", lambda self, number, what: None)
+
+
+class Replayed:
+    """Stands for a CUDA graph: does again what was captured, by the buffers that it had then."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.replay = work
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A group of one process, which has all rows of a table that processes share."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", ["hstu", "hstu-rowwise", "ranking"])
+def test_captured_steps_are_those_that_are_not(
+    case: str, data: Path, tmp_path: Path, alone: None, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is captured reads a step's own values from buffers, and nothing else of the step that it was made of."""
+    settings = deepcopy(CASES[case]) if case in CASES else without_dropout(case)
+    settings["training"] |= {"dropout": 0.1}
+    found = test_ranking.sequences() if case == "ranking" else load_sequences(data, torch.device("cpu"))[0]
+    results = []
+    for captured in (False, True):
+        training = of_part(settings, found, tmp_path, 0, 2)
+        captures: list[Replayed] = []
+
+        def capture(work: Callable[[], Any], *_: Any, made: list[Replayed] = captures, **how: Any) -> Any:
+            made.append(Replayed(work))
+            return made[-1], None
+
+        monkeypatch.setattr(training.stream, "capture", capture)
+        training.execution.capture = captured
+        training.model.train()
+        torch.manual_seed(4)
+        steps = training.schedule.epoch()
+        for number, step in enumerate([*steps, *steps]):
+            training.execution(step, number)
+        shapes = {(step.shape, step.inputs.shape) for step in steps}
+        assert len(captures) == (len(shapes) + 1 if captured else 0)  # and the update
+        results.append([*training.model.state_dict().values(), training.execution.total])
+    assert len(steps) > len(shapes)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 DOT = {"similarity": "dot", "temperature": 1.0}

@@ -261,6 +261,19 @@ def small(study: str, data: Path) -> dict[str, Any]:
         write_processed(data / "processed/ml-1m", [9] * 12, 30)
         settings |= {"dim": 8, "length": 20, "users": 2, "processes": [1, 2], "steps": 2}
         settings["expansions"] = [{"rows": 2, "columns": 5}]
+    if study == "distributed":
+        write_processed(data / "processed/ml-1m", [9] * 12, 30)
+        plan["generated"]["ml-20m-form"]["synthesize"] |= {"rows": 6000, "users": 60, "movies": 3000} | {
+            "rated_movies": 1500,
+            "largest_id": 9000,
+        }
+        for config in (config for group in plan["runs"] for config in group["configs"]):
+            config["training"] |= {"max_len": 8, "negatives": 4}
+            config["model"] |= {"dim": 8, "blocks": 1, "heads": 1, "dqk": 8, "dv": 8}
+        settings |= {"processes": [2], "users": 60, "windows_each": 4, "windows": 8, "steps": 2}
+        settings |= {"balance": {"max_len": 32, "windows_each": 4}}
+        settings["quality"] |= {"target": 0.0, "epochs": 2}
+        plan["runs"][2]["configs"] = plan["runs"][2]["configs"][:2]
     if study == "preprocessing":
         settings["repetitions"] = 2
         plan["data"]["raw"]["ml-1m"]["checks"] = {"min_user_interactions": 1}
@@ -286,7 +299,7 @@ for name in ("yaml", "jsonschema", "polars", "pandera", "pyarrow", "matplotlib",
     sys.modules[name] = None  # an import of it fails
 import steps.study, steps.studies.encoder_efficiency, steps.studies.kernels, steps.studies.long_sequences
 import steps.studies.m_falcon, steps.studies.null_models, steps.studies.table_load
-import steps.studies.convergence, steps.studies.scaling_law, steps.studies.training_speed
+import steps.studies.convergence, steps.studies.scaling_law, steps.studies.training_speed, steps.studies.distributed
 """
     run("python", "-c", code, cwd=ROOT)
 

@@ -105,7 +105,7 @@ class MovieLens:
     def part(self, number: int) -> bytes:
         """The lines of ratings.csv of chunk `number`, which need no other chunk."""
         chunk = self.walks.chunk(number)
-        movie = self._movie_of_item[chunk.item]
+        movie = self.movie_of_item[chunk.item]
         first = int(chunk.user[0])
         packed = ((chunk.user - first) * self.movies + movie) << _TIME_BITS | chunk.time
         packed.sort()
@@ -133,7 +133,7 @@ class MovieLens:
         return np.clip(level, 1, 10)
 
     @cached_property
-    def _movie_of_item(self) -> Array:
+    def movie_of_item(self) -> Array:
         """The movie, counted from 0 by id, of each item: those of a low rank first, whatever the region."""
         region, rank = self.walks.places()
         order = np.lexsort((region, rank))
@@ -161,7 +161,7 @@ class MovieLens:
             return below(bits(self.seed, stream, place), number).tolist()
 
         region = below(bits(self.seed, _GENRE_1, place), len(_GENRES))
-        region[self._movie_of_item] = self.walks.places()[0] % len(_GENRES)
+        region[self.movie_of_item] = self.walks.places()[0] % len(_GENRES)
         year = _YEARS.draw(bits(self.seed, _YEAR, place)).tolist()
         form, article, sort = drawn(_FORM, 100), drawn(_ARTICLE, len(_ARTICLES)), drawn(_SORT, 100)
         words = zip(drawn(_FIRST, len(_WORDS)), drawn(_SECOND, len(_WORDS)), strict=True)
