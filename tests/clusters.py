@@ -50,7 +50,7 @@ def free_port() -> int:
         return int(tried.getsockname()[1])
 
 
-def _wait(condition: Any, what: str, seconds: float = 20) -> None:
+def _wait(condition: Any, what: str, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -131,7 +131,7 @@ PartitionName=main Nodes={host} Default=YES
 
 def _output(environment: dict[str, str], *command: str) -> str:
     done = subprocess.run(
-        command, env=os.environ | environment, text=True, capture_output=True, check=False, timeout=20
+        command, env=os.environ | environment, text=True, capture_output=True, check=False, timeout=60
     )
     return done.stdout
 
