@@ -107,7 +107,9 @@ def link_to_storage(name):
 
 if STORAGE:
     if not workflow.storage_settings.default_storage_prefix:
-        sys.exit(f"snakemake: --default-storage-provider {STORAGE} wants --default-storage-prefix, as s3://BUCKET/FOLDER")
+        sys.exit(
+            f"snakemake: --default-storage-provider {STORAGE} wants --default-storage-prefix, as s3://BUCKET/FOLDER"
+        )
     PathModifier.apply_default_storage = only_what_is_stored(PathModifier.apply_default_storage)
     link_to_storage("data")
     link_to_storage("runs")
