@@ -10,7 +10,7 @@ INSTALLED := .venv/installed-$(EXTRA)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: reproduce test lint types pytest doctor experiments ui track clean environment.yml dvc share tables
+.PHONY: reproduce test lint types pytest clusters doctor experiments ui track clean environment.yml dvc share tables
 
 reproduce: $(INSTALLED)  ## the experiment from raw data to its tables (EXPERIMENT=ml-1m for MovieLens-1M)
 	@python -m steps.doctor || echo "going on with plain torch"
@@ -34,6 +34,9 @@ types: $(INSTALLED)
 pytest: $(INSTALLED)  ## a process for each core; a file's tests share one, and tests/conftest.py orders the files
 	pytest -n $(CORES) --dist loadfile --no-loadscope-reorder
 
+clusters: $(INSTALLED)  ## install what tests of clusters and object storage need; Slurm itself: .ci/run
+	.venv/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[clusters]'
+
 doctor: $(INSTALLED)  ## does this machine's torch fit its triton, fbgemm and CUDA?
 	python -m steps.doctor
 
@@ -50,10 +53,12 @@ track: $(INSTALLED)  ## bring an experiment's committed records into the MLflow 
 	python -m steps.track --experiment $(EXPERIMENT) --runs reports/$(EXPERIMENT)/records \
 		--reports reports/$(EXPERIMENT) --output reports/$(EXPERIMENT)/mlflow.json
 
+OF_CLUSTERS := aiobotocore|aioitertools|boto3|botocore|durationpy|dvc-s3|jmespath|kubernetes|moto|oauthlib|py-partiql|\
+requests-oauthlib|responses|s3fs|s3transfer|snakemake-(executor|storage)-plugin|websocket-client|xmltodict
 OF_TORCHREC := lightning-utilities|pyre-extensions|pyvers|tensordict|torchmetrics|torchrec
 environment.yml: constraints.txt  ## write conda's pins again from constraints.txt
 	@sed -i '/^      - /d' $@
-	@grep -vE '^(#|pip==|fbgemm-gpu==|nvidia-ml-py==|snakemake-executor-plugin-slurm|$(OF_TORCHREC))' $< | sed 's/^/      - /' >> $@
+	@grep -vE '^(#|pip==|fbgemm-gpu==|nvidia-ml-py==|$(subst | ,|,$(OF_CLUSTERS))|$(OF_TORCHREC))' $< | sed 's/^/      - /' >> $@
 
 dvc: $(INSTALLED)  ## let DVC go through the runs of the experiment or study (EXPERIMENT=ml-1m), as params/ has them
 	python -m workflow.generate $(EXPERIMENT)

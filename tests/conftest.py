@@ -28,7 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # likewise for what computes on the CPU
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
-pytest_plugins = ["tests.browser", "tests.gpu_report"]
+pytest_plugins = ["tests.browser", "tests.clusters", "tests.gpu_report"]
 _matmul = torch.backends.cuda.matmul
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,6 +39,7 @@ LONGEST = (
     "test_pipeline.py",
     "test_distributed.py",
     "test_orchestrators.py",
+    "test_clusters.py",
     "test_train.py",
     "test_attention_triton.py",
     "test_compilation.py",

@@ -24,17 +24,36 @@ from workflow import generate, rebuild
 
 EXPERIMENTS, STUDIES = plannable(ROOT / "params"), params.studies(ROOT / "params")
 NOT_CONDA = {
-    "pip",
+    "aiobotocore",
+    "aioitertools",
+    "boto3",
+    "botocore",
+    "durationpy",
+    "dvc-s3",
     "fbgemm-gpu",
+    "jmespath",
+    "kubernetes",
     "lightning-utilities",
+    "moto",
     "nvidia-ml-py",
+    "oauthlib",
+    "pip",
+    "py-partiql-parser",
     "pyre-extensions",
     "pyvers",
+    "requests-oauthlib",
+    "responses",
+    "s3fs",
+    "s3transfer",
+    "snakemake-executor-plugin-kubernetes",
     "snakemake-executor-plugin-slurm",
     "snakemake-executor-plugin-slurm-jobstep",
+    "snakemake-storage-plugin-s3",
     "tensordict",
     "torchmetrics",
     "torchrec",
+    "websocket-client",
+    "xmltodict",
 }
 
 

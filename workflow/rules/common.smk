@@ -10,10 +10,13 @@ from contextlib import closing
 from functools import cache
 from pathlib import Path
 
+from snakemake.path_modifier import PathModifier
+
 from steps.common import claims, params, studies
 from steps.common.cli import StepError
 from steps.common.datasets import TOLD
 from steps.common.files import read_json, sha256
+from steps.common.provenance import commit
 from steps.common.threads import cpu_threads
 from steps.tracking.store import LOCAL, shown_uri, tracking_uri
 from workflow.display import Display
@@ -28,6 +31,14 @@ localrules:
     track,
     plan_study,
     report_study,
+
+
+STORAGE = workflow.storage_settings.default_storage_provider  # of --default-storage-provider: s3, or None
+STORED = ("data/", "runs/", "logs/")  # what it holds; code and reports are in the checkout
+if STORAGE:
+
+    localrules:
+        card,  # its reports are read from the checkout
 
 
 try:
@@ -75,6 +86,53 @@ ALL_CORES = 1024  # Snakemake gives as many as there are
 # The sections of Snakemake's report, in the order in which one reads them.
 RESULTS, COMPARISONS, TRAINING = "1. Results", "2. Comparisons and claims", "3. Training"
 DATA, MEASURED = "4. Data sets", "5. Studies"
+
+
+def only_what_is_stored(apply):
+    """Snakemake's own application of the default storage, which takes every path for one that is there."""
+    return lambda modifier, path: apply(modifier, path) if str(path).startswith(STORED) else path
+
+
+def link_to_storage(name):
+    """Let `data` and `runs`, which commands name, be what Snakemake fetches from the storage, and brings there."""
+    query = f"{workflow.storage_settings.default_storage_prefix.rstrip('/')}/{name}"
+    local = workflow.storage_registry.default_storage_provider.object(query).local_path()
+    local.mkdir(parents=True, exist_ok=True)
+    link = Path(name)
+    if not link.is_symlink() and not link.exists():
+        link.symlink_to(local)
+    if link.resolve() != local.resolve():
+        sys.exit(f"snakemake: {name}/ is here, and --default-storage-provider keeps it in {query}: take a new checkout")
+
+
+if STORAGE:
+    if not workflow.storage_settings.default_storage_prefix:
+        sys.exit(
+            f"snakemake: --default-storage-provider {STORAGE} wants --default-storage-prefix, as s3://BUCKET/FOLDER"
+        )
+    PathModifier.apply_default_storage = only_what_is_stored(PathModifier.apply_default_storage)
+    link_to_storage("data")
+    link_to_storage("runs")
+    os.environ.setdefault("HSTU_COMMIT", commit())  # machines that fetch the code from the storage have no git
+
+    envvars:
+        "HSTU_COMMIT",
+
+
+def fetched(*paths):
+    """What a step reads besides its small inputs, which have the hashes of it: storage has to be told."""
+    return list(paths) if STORAGE else []
+
+
+def folder_or(folder, *files):
+    """The files of a data set's folder. In storage the folder is one object, and has what some data sets have beside
+    them: Snakemake takes a folder for fetched as soon as one file of it is there, so both do not go together."""
+    return [folder] if STORAGE else [f"{folder}/{name}" for name in files]
+
+
+def made_folder_or(folder, *files):
+    """The same, of an output."""
+    return [directory(folder)] if STORAGE else folder_or(folder, *files)
 
 
 def any_of(names):
@@ -184,9 +242,33 @@ def files_of_runs(*names):
 
     Snakemake compares these by content, so that new times (of `dvc checkout`, of a copy) change nothing.
     """
+    names += tuple(fetched("history.jsonl", "training.json", "outcomes.safetensors"))
     return lambda wildcards: [
         f"runs/{wildcards.experiment}/{run.path}/{name}" for run in params.runs(wildcards.experiment) for name in names
     ]
+
+
+def raw_of(wildcards):
+    """What was downloaded of the data set, or of the one that it is a variant of."""
+    return folder_or(f"data/raw/{params.valid_of(wildcards.dataset)}", "manifest.json")
+
+
+def valid_of(wildcards):
+    """What was validated of it."""
+    return folder_or(f"data/valid/{params.valid_of(wildcards.dataset)}", "validation.json")
+
+
+def data_of_study(wildcards):
+    """The data sets that the study reads."""
+    manifests = map(Path, studies.manifests(wildcards.study))
+    return [path for manifest in manifests for path in folder_or(str(manifest.parent), manifest.name)]
+
+
+def stored_models(wildcards):
+    """The weights of the experiment's runs and the data that they were trained on, which a registered model has."""
+    runs = list(params.runs(wildcards.experiment))
+    weights = {f"runs/{wildcards.experiment}/{run.path}/model.safetensors" for run in runs}
+    return fetched(*sorted(weights | {f"data/processed/{run.dataset}" for run in runs}))
 
 
 def prepared(prepare):
@@ -234,7 +316,7 @@ def check_parameters(experiments):
 def check_targets(targets):
     """Say which names there are where a target is neither one of them nor a file."""
     for target in targets:
-        path = os.path.relpath(target)
+        path = workflow.modifier.path_modifier.modify(os.path.relpath(target))
         if workflow.is_rule(target) or os.path.isfile(path) or any(made.is_producer(path) for made in workflow.rules):
             continue
         sys.exit(

@@ -23,7 +23,7 @@ rule download:
         "steps/data/sources.py",
         published,
     output:
-        "data/raw/{dataset}/manifest.json",
+        [] if STORAGE else "data/raw/{dataset}/manifest.json",
         folder=directory("data/raw/{dataset}"),
     log:
         "logs/download/{dataset}.log",
@@ -46,11 +46,9 @@ rule validate:
         "steps/data/records.py",
         "steps/data/schemas.py",
         "steps/data/values.py",
-        "data/raw/{dataset}/manifest.json",
+        folder_or("data/raw/{dataset}", "manifest.json"),
     output:
-        "data/valid/{dataset}/interactions.parquet",
-        "data/valid/{dataset}/items.parquet",
-        "data/valid/{dataset}/validation.json",
+        made_folder_or("data/valid/{dataset}", "interactions.parquet", "items.parquet", "validation.json"),
     log:
         "logs/validate/{dataset}.log",
     conda:
@@ -71,13 +69,16 @@ rule preprocess:
         "steps/data/filters.py",
         "steps/data/log.py",
         "steps/data/tensors.py",
-        lambda wildcards: f"data/valid/{params.valid_of(wildcards.dataset)}/validation.json",
+        valid_of,
     output:
-        "data/processed/{dataset}/sequences.safetensors",
-        "data/processed/{dataset}/users.parquet",
-        "data/processed/{dataset}/items.parquet",
-        "data/processed/{dataset}/made_of.json",
-        "data/processed/{dataset}/manifest.json",
+        made_folder_or(
+            "data/processed/{dataset}",
+            "sequences.safetensors",
+            "users.parquet",
+            "items.parquet",
+            "made_of.json",
+            "manifest.json",
+        ),
     log:
         "logs/preprocess/{dataset}.log",
     conda:
@@ -95,9 +96,9 @@ rule card:
         "steps/card.py",
         code("steps/cards"),
         "steps/common/svg.py",
-        lambda wildcards: f"data/raw/{params.valid_of(wildcards.dataset)}/manifest.json",
-        lambda wildcards: f"data/valid/{params.valid_of(wildcards.dataset)}/validation.json",
-        "data/processed/{dataset}/manifest.json",
+        raw_of,
+        valid_of,
+        folder_or("data/processed/{dataset}", "manifest.json"),
     output:
         shown_as("reports/datasets/{dataset}/card.html", DATA, lambda wildcards: DATASETS[wildcards.dataset]["title"]),
         "reports/datasets/{dataset}/card.json",

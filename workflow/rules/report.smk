@@ -119,6 +119,7 @@ rule track:
         MODEL_CODE,
         files_of_runs("config.json", "metrics.json"),
         cards,
+        stored_models,
         "reports/{experiment}/table.md",
         "reports/{experiment}/table.html",
         "reports/{experiment}/table.csv",

@@ -7,7 +7,7 @@ rule plan:
         "steps/common/params.py",
         "steps/common/dotted.py",
         "steps/data/split_hash.py",
-        "data/processed/{dataset}/manifest.json",
+        folder_or("data/processed/{dataset}", "manifest.json"),
     output:
         f"{RUN}/config.json",
     log:
@@ -28,7 +28,7 @@ rule train:
         MODEL_CODE,
         TRAINING_CODE,
         f"{RUN}/config.json",
-        "data/processed/{dataset}/manifest.json",
+        folder_or("data/processed/{dataset}", "manifest.json"),
     output:
         f"{RUN}/history.jsonl",
         f"{RUN}/mllog.txt",
@@ -53,7 +53,8 @@ rule evaluate:
         MODEL_CODE,
         f"{RUN}/config.json",
         f"{RUN}/training.json",
-        "data/processed/{dataset}/manifest.json",
+        fetched(f"{RUN}/history.jsonl", f"{RUN}/model.safetensors"),
+        folder_or("data/processed/{dataset}", "manifest.json"),
     output:
         f"{RUN}/metrics.json",
         f"{RUN}/outcomes.safetensors",

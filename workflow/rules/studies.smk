@@ -27,7 +27,7 @@ rule study:
         "steps/common/threads.py",
         "steps/studies/rows.py",
         "runs/studies/{study}/settings.json",
-        lambda wildcards: studies.manifests(wildcards.study),
+        data_of_study,
     output:
         "runs/studies/{study}/rows.json",
     log:
