@@ -1,8 +1,8 @@
 """Choose for every row of a search the point of its grid that was best on validation, and write it into params/tuned/.
 
 An experiment that says `tuned: <search>` takes the settings from there. Every row has had the same points, so none was
-tuned longer than another; a search whose runs are not all finished is refused. Says where the best of a row lies at an
-edge of the grid.
+tuned longer than another; a search whose runs are not all finished is refused. Says, there too, where the best of a row
+lies at an edge of the grid.
 """
 
 import argparse
@@ -70,6 +70,12 @@ def at_edges(chosen: dict[str, dict[str, dict[str, Any]]], grid: dict[str, list[
     return found
 
 
+def content(search: str, chosen: dict[str, dict[str, dict[str, Any]]], edges: list[str]) -> str:
+    """The file in params/tuned/: what was chosen, below a comment that has the `edges`."""
+    comments = [_HEADER.format(search=search), *(f"# {line}\n" for line in edges)]
+    return "".join(comments) + yaml_files.dump(chosen)
+
+
 def _are_numbers(values: list[Any]) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
@@ -94,8 +100,9 @@ def main(args: argparse.Namespace) -> None:
         )
     output = args.output or params.tuned_path(search, search)
     chosen = choose(records)
-    write_text(output, _HEADER.format(search=search) + yaml_files.dump(chosen))
-    print("\n".join([f"wrote {output}", *at_edges(chosen, experiment["grid"])]))
+    edges = at_edges(chosen, experiment["grid"])
+    write_text(output, content(search, chosen, edges))
+    print("\n".join([f"wrote {output}", *edges]))
 
 
 if __name__ == "__main__":

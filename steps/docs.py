@@ -92,14 +92,17 @@ class Figures:
         return float(row[f"{part}/{name}"])
 
     def lead(self, experiment: str, dataset: str, protocol: str, model: str, other: str) -> dict[str, float]:
-        """The model over the other in NDCG@10: `difference`, its interval from `low` to `high`, and corrected `p`."""
+        """The model over the other in the compared metric: `difference`, its interval from `low` to `high`, corrected
+        `p`, and, of ranking, `deviation`: the difference's standard deviation over seeds."""
         rows = self._csv(experiment, "comparisons").filter(dataset=dataset, protocol=protocol)
         for better, worse, sign in ((model, other, 1), (other, model, -1)):
             found = rows.filter(better=better, worse=worse)
             if len(found) == 1:
                 low, high = sorted(sign * found[end].item() for end in ("low", "high"))
-                difference = sign * found["difference"].item()
-                return {"difference": difference, "low": low, "high": high, "p": found["p_holm"].item()}
+                lead = {"difference": sign * found["difference"].item(), "low": low, "high": high}
+                if "seeds_sd" in found.columns:
+                    lead["deviation"] = found["seeds_sd"].item()
+                return lead | {"p": found["p_holm"].item()}
         raise StepError(f"{self.reports / experiment}/comparisons.csv does not compare {model} with {other}")
 
     def published(self, dataset: str, model: str, name: str) -> float:

@@ -75,10 +75,13 @@ def test_the_best_at_an_edge_of_the_grid_is_pointed_at() -> None:
             "dcn-v2": {"settings": {"lr": 0.01, "decay": 0.1, "batch": 64, "kind": "b"}},
         }
     }
-    assert step_choose.at_edges(chosen, grid) == [
+    edges = step_choose.at_edges(chosen, grid)
+    assert edges == [
         "demo: lr 0.001 is the least of the grid, and the best of din, dlrm",
         "demo: decay 0.2 is the greatest of the grid, and the best of dlrm",
     ]
+    written = step_choose.content("search", chosen, edges).splitlines()
+    assert written[1:4] == [*(f"# {line}" for line in edges), "demo:"]
 
 
 def test_a_search_tunes_an_experiment(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
