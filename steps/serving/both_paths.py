@@ -17,7 +17,9 @@ from steps.serving.ranker import CandidateRanker
 from steps.serving.trained import open_run
 
 
-def both_paths(run: Path, data: Path, part: str = "test", device: str = "cpu") -> tuple[Predictions, Predictions]:
+def both_paths(
+    run: Path | str, data: Path | str, part: str = "test", device: str = "cpu"
+) -> tuple[Predictions, Predictions]:
     """The predictions for all held-out targets of a run: by windows, and by kept histories; in the same order.
 
     part: `test` or `valid`. Raises StepError as `CandidateRanker.from_run`, and if the run's protocol does not split by
@@ -31,7 +33,7 @@ def both_paths(run: Path, data: Path, part: str = "test", device: str = "cpu") -
             "with several candidates; take a run of upstream-ranking"
         )
     split = split_sequences(trained.sequences, protocol)
-    require_split(trained.sequences, split, trained.config, run)
+    require_split(trained.sequences, split, trained.config, trained.folder)
     held_out = split.held_out[part]
     with torch.inference_mode():
         windows = RankingEvaluation(trained.config, trained.sequences, held_out).predictions(ranker.task)

@@ -43,7 +43,7 @@ class CandidateRanker:
         self._interleaved = task.config.tokens == "interleaved"
 
     @classmethod
-    def from_run(cls, run: Path, data: Path, device: str = "cpu") -> "CandidateRanker":
+    def from_run(cls, run: Path | str, data: Path | str, device: str = "cpu") -> "CandidateRanker":
         """What a run of a row of HSTU with `task: ranking` was trained to, in the precision of its training.
 
         run: runs/<experiment>/<dataset>/<model>/<protocol>/seed-N; data: its data/processed/<dataset>. Raises StepError

@@ -45,12 +45,13 @@ class TrainedRun:
         return model.to(device).eval()
 
 
-def open_run(run: Path, data: Path, device: str = "cpu") -> TrainedRun:
+def open_run(run: Path | str, data: Path | str, device: str = "cpu") -> TrainedRun:
     """A trained run, with its processed data on `device`.
 
     Raises StepError that names the file if the run is not trained, the data are not those it was trained on, or one of
     their files is not as its manifest says.
     """
+    run, data = Path(run), Path(data)
     source = run / "training.json"
     if not run.is_dir():
         raise StepError(f"{run} does not exist; it is a folder runs/<experiment>/<dataset>/<model>/<protocol>/seed-N")

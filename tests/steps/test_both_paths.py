@@ -125,7 +125,7 @@ def test_what_cannot_be_served_is_refused(data: Path, tmp_path: Path) -> None:
         with pytest.raises(StepError, match=said):
             CandidateRanker.from_run(run, data)
     run = train(tmp_path / "clock", data, of_users() | {"protocol": PROTOCOL})
-    assert CandidateRanker.from_run(run, data).task.num_items == 24
+    assert CandidateRanker.from_run(str(run), str(data)).task.num_items == 24
     with pytest.raises(StepError, match="protocol ranking predicts each interaction after those before it"):
         both_paths(run, data)
     with pytest.raises(StepError, match="tpu: cpu, cuda or cuda:<number>, please"):
