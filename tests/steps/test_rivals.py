@@ -15,8 +15,8 @@ from steps.data.sequences import Batch
 from steps.models.fuxi import exponential_power, toeplitz
 from steps.reporting.records import read_records, write_records
 from steps.tasks import Task
+from tests.conftest import ROOT, step
 from tests.conftest import run as run_command
-from tests.conftest import step
 from tests.steps.test_models import batch, make
 
 LENGTHS = [2, 9, 4]
@@ -241,6 +241,21 @@ def numbers_by_hand(row: str, items: int, positions: int, sizes: dict[str, int])
         "fuxi-gamma": d * h * 3 * v + 2 * h * v * d + d + 3 * d * d + positions + 3,
     }
     return (items + 1) * d + positions * d + sizes["blocks"] * block[row]
+
+
+def test_the_search_has_what_the_authors_take() -> None:
+    runs = params.check("rivals-search", ROOT / "params")
+    points = {str(sorted(params.point_of(run.model)[1].items())) for run in runs}
+    assert (len(points), len(runs)) == (20, 20 * 7 * 2)
+    for blocks, dropout, negatives in [
+        (2, 0.2, 128),  # HSTU and FuXi on MovieLens-1M
+        (4, 0.5, 512),  # HSTU on Amazon Books, as on Beauty here
+        (2, 0.1, 256),  # eSASRec on MovieLens-1M, and SASRec beside it
+        (1, 0.2, 256),  # eSASRec on Beauty
+    ]:
+        own = {"model.blocks": blocks, "model.optimizer.lr": 0.001}
+        own |= {"training.dropout": dropout, "training.negatives": negatives}
+        assert str(sorted(own.items())) in points
 
 
 def test_a_search_of_rivals_runs_on_the_demo_and_tunes_an_experiment(
