@@ -20,6 +20,7 @@ and the range that a is drawn from. `decay` and `power` are where g and b start.
 is left out.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -35,6 +36,7 @@ from steps.models.base import PositionalEncoder
 
 _EPS = 1e-6
 _AMPLITUDE = 0.2  # a is drawn uniformly from -0.2 to 0.2
+_MOST_POWER = 4.0  # of a century, in seconds, a power of 4.1 overflows, and its gradient is not a number
 
 
 @dataclass(frozen=True)
@@ -134,19 +136,25 @@ class FuXiGammaBlock(FuXiBlock):
     def __init__(self, config: FuXiGammaConfig, num_positions: int, dropout: float) -> None:
         super().__init__(config, num_positions, dropout, 2, 0)
         self.amplitude = nn.Parameter(torch.empty(()).uniform_(-_AMPLITUDE, _AMPLITUDE))
-        # Whatever the optimiser does, the decay is between 0 and 1, and the power above 0.
-        self.decay = nn.Parameter(torch.tensor(config.decay).logit())
-        self.power = nn.Parameter(torch.tensor(config.power).log())
+        # Whatever the optimiser does, the decay is between 0 and 1, and the power above 0. What is learnt is the
+        # difference from their start: weight decay would draw to 0.5 ^ seconds, which ends a channel within a minute.
+        self.start = math.log(config.decay / (1 - config.decay)), math.log(config.power)
+        self.decay = nn.Parameter(torch.zeros(()))
+        self.power = nn.Parameter(torch.zeros(()))
 
     def channels(self, v: torch.Tensor, q: torch.Tensor, k: torch.Tensor, time: torch.Tensor) -> list[torch.Tensor]:
-        return [exponential_power(time, self.amplitude, self.decay, self.power).tril() @ v]
+        decay, power = self.start[0] + self.decay, self.start[1] + self.power
+        return [exponential_power(time, self.amplitude, decay, power).tril() @ v]
 
 
 def exponential_power(
     seconds: torch.Tensor, amplitude: torch.Tensor, decay: torch.Tensor, power: torch.Tensor
 ) -> torch.Tensor:
-    """a g^(s^b) of seconds s >= 0, of any shape: a = amplitude, g = sigmoid(decay), b = exp(power); all three ()."""
-    return amplitude * torch.exp(F.logsigmoid(decay) * seconds.pow(power.exp()))
+    """a g^(s^b) of seconds s >= 0, of any shape: a = amplitude, g = sigmoid(decay), b = exp(power); all three ().
+
+    b is 4 at most, so that values and gradients are finite for a century.
+    """
+    return amplitude * torch.exp(F.logsigmoid(decay) * seconds.pow(power.exp().clamp(max=_MOST_POWER)))
 
 
 def rms_norm(x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Array = NDArray[np.float64]
 
@@ -91,11 +92,30 @@ class Frontier:
 Points = Mapping[str, Mapping[int, Mapping[float, float]]]
 
 
-def frontier(points: Points, draws: int, random: np.random.Generator, more_is_better: bool = True) -> Frontier:
+def widening(seeds: int, confidence: float) -> float:
+    """By how much a bootstrap's deviations from the mean of so few seeds are too small, for a band of so many percent.
+
+    sqrt(n / (n - 1)), as a resampling has the variance of the n values about their own mean; and Student's quantile
+    over the normal one, as that variance is itself an estimate. Of one seed 1, since nothing is known of its spread.
+    """
+    if seeds < 2:
+        return 1.0
+    share, freedom = 0.5 + confidence / 200, seeds - 1
+    return float((seeds / freedom) ** 0.5 * stats.t.ppf(share, freedom) / stats.norm.ppf(share))
+
+
+def frontier(
+    points: Points,
+    draws: int,
+    random: np.random.Generator,
+    more_is_better: bool = True,
+    confidence: float | None = None,
+) -> Frontier:
     """The frontier of the mean over seeds, in the data and in so many resamplings of each size's seeds.
 
     A seed is drawn with all of its budgets, as these are of one run. The best size is chosen again in each resampling;
-    those are left out in which no run came to some budget.
+    those are left out in which no run came to some budget. With `confidence` a mean's deviation from that of all seeds
+    is multiplied by `widening`, so that bands of so many percent cover.
     """
     budgets = sorted({budget for seeds in points.values() for run in seeds.values() for budget in run})
     sign, sizes = 1 if more_is_better else -1, []
@@ -104,8 +124,9 @@ def frontier(points: Points, draws: int, random: np.random.Generator, more_is_be
         drawn = random.integers(0, len(runs), (draws + 1, len(runs)))
         drawn[0] = np.arange(len(runs))
         there = (~np.isnan(runs[drawn])).sum(axis=1)
-        total = np.nansum(runs[drawn], axis=1)
-        sizes.append(np.where(there > 0, sign * total / np.maximum(there, 1), -np.inf).T)
+        means = np.nansum(runs[drawn], axis=1) / np.maximum(there, 1)
+        wider = 1.0 if confidence is None else widening(len(runs), confidence)
+        sizes.append(np.where(there > 0, sign * (means[0] + wider * (means - means[0])), -np.inf).T)
     stacked = np.stack(sizes)
     values, chosen = stacked.max(axis=0), stacked.argmax(axis=0)[:, 0]
     kept = np.isfinite(values).all(axis=0)

@@ -39,7 +39,9 @@ class Panel:
         given, random = settings["exponents"], np.random.default_rng(_SEED)
         self.exponents: Array = np.geomspace(given["least"], given["most"], given["count"])
         self.frontiers = {
-            (encoder, metric): frontier(self.points[encoder, metric], settings["draws"], random, metric != LOSS)
+            (encoder, metric): frontier(
+                self.points[encoder, metric], settings["draws"], random, metric != LOSS, settings["confidence"]
+            )
             for metric in settings["fitted"]
             for encoder in self.encoders
         }
@@ -72,12 +74,13 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "popularity of what is recommended; loss: of the target among all items. Learning rate "
         f"{rule['base']:g} x ({rule['dim']} / d) ^ {rule['power']:g}. Lines of a size are of the same runs.",
         f"At each budget the size counts that is best by the metric in question. Bands are of {confidence}: a "
-        f"bootstrap draws each size's seeds, whole runs. Commits {commits}. Hashes of the data: {digests}.",
+        "bootstrap draws each size's seeds, whole runs; deviations are widened by Student's t, as few seeds need. "
+        f"Commits {commits}. Hashes of the data: {digests}.",
         "\n".join(f"- {law}: {source}" for law, source in study.get("published", {}).get("sources", {}).items()),
         f"The verdict, of {_title(given['fitted'][0])}: {SCALES}. Of the last {given['decades']} decades of compute "
         "that HSTU and another encoder both have, the gain by a decade, as a share of the mean, has a band above "
-        f"{given['least']:g} for HSTU and for no other, and the differences' are above zero; it does not hold where "
-        f"another's is above that share too, or HSTU's below. Held-out budgets: the {given['held_out']} largest, which "
+        f"{given['least']:g} for HSTU and below it for every other; it does not hold where another's is above it, "
+        f"too, or HSTU's below; else it is not decided. Held-out budgets: the {given['held_out']} largest, which "
         "laws predict from the others.",
     ]
     found: dict[tuple[str, str], list[Row]] = {}
@@ -131,8 +134,8 @@ def scales(panel: Panel) -> Row | None:
         gains = [growth(one, last) for one in (ours, other)]
         count = min(map(len, gains))
         bands = [panel.band(values) for values in (*gains, gains[0][:count] - gains[1][:count])]
-        (_, low, high), (_, other_low, _), (_, more_low, _) = bands
-        signs.append(-1 if other_low > least or high < least else 1 if low > least and more_low > 0 else 0)
+        (_, low, high), (_, other_low, other_high), _ = bands
+        signs.append(-1 if other_low > least or high < least else 1 if low > least > other_high else 0)
         named = zip((LABELS[_OURS], LABELS[encoder], "difference"), bands, strict=True)
         words = ", ".join(f"{name} {one[0]:+.2%} [{one[1]:+.2%}, {one[2]:+.2%}]" for name, one in named)
         said.append(f"lg C {last[0]:g} to {last[-1]:g}: {words}")

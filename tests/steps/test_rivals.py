@@ -15,8 +15,8 @@ from steps.data.sequences import Batch
 from steps.models.fuxi import exponential_power, toeplitz
 from steps.reporting.records import read_records, write_records
 from steps.tasks import Task
+from tests.conftest import ROOT, step
 from tests.conftest import run as run_command
-from tests.conftest import step
 from tests.steps.test_models import batch, make
 
 LENGTHS = [2, 9, 4]
@@ -59,7 +59,8 @@ def fuxi(model: Task, items: torch.Tensor, query_time: torch.Tensor, time: torch
                     weighted = [score * v[h * dv : (h + 1) * dv] for h, score in enumerate(scores)]
                     by_meaning = by_meaning + torch.cat(weighted)
                 else:
-                    g, b = 1 / (1 + torch.exp(-block.decay)), torch.exp(block.power)
+                    # They start at g = 0.8, whose log-odds are log 4, and at b = 0.2.
+                    g, b = 1 / (1 + torch.exp(-block.decay) / 4), torch.exp(block.power) / 5
                     by_time = by_time + block.amplitude * g ** (float(seconds) ** b if seconds else 0.0) * v
             c = torch.cat([by_position, by_time, by_meaning] if alpha else [by_position, by_time])
             h = x[i] + block.output.weight @ (parts[i][0] * rms(c)) + block.output.bias
@@ -113,8 +114,8 @@ def rival(name: str, dtype: torch.dtype, **changes: Any) -> Task:
     model = make(name, dtype, **changes)
     for place, block in enumerate(model.encoder.blocks if name == "fuxi-gamma" else []):
         with torch.no_grad():
-            block.decay.fill_(0.4 + place)
-            block.power.fill_(-2.5 + place)
+            block.decay.fill_(place - 1.0)
+            block.power.fill_(place - 0.9)
             block.amplitude.fill_(0.7 - 1.5 * place)
     return model
 
@@ -166,6 +167,26 @@ def test_the_weight_of_time_falls_from_its_amplitude_and_has_finite_gradients() 
     assert all(torch.isfinite(parameter.grad) for parameter in parameters)
 
 
+@pytest.mark.parametrize("power", [3.0, 4.3, 40.0])
+def test_no_power_makes_a_century_something_else_than_a_number(power: float) -> None:
+    parameters = [torch.tensor(value, requires_grad=True) for value in (0.5, math.log(4), math.log(power))]
+    weights = exponential_power(torch.tensor([0.0, 1.0, 6.3e8, 3.2e9]), *parameters)
+    torch.testing.assert_close(weights, torch.tensor([0.5, 0.4, 0.0, 0.0]))
+    weights.sum().backward()
+    assert all(torch.isfinite(parameter.grad) for parameter in parameters)
+
+
+def test_weight_decay_draws_the_weight_of_time_to_where_it_starts() -> None:
+    block = make("fuxi-gamma").encoder.blocks[0]
+    seconds, v = torch.full((1, 1, 1), 32.0, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        block.amplitude.fill_(1.0)
+        for parameter in (block.decay, block.power):
+            parameter.mul_(0.0)  # as much of it as there can be
+    (found,) = block.channels(v, v, v, seconds)
+    assert found.item() == pytest.approx(0.64)  # 0.8^(32^0.2), and 32^0.2 is 2
+
+
 @pytest.mark.parametrize("name", ["fuxi-alpha", "fuxi-gamma"])
 @pytest.mark.parametrize(("time", "sees_target"), [("next", True), ("self", False)])
 def test_only_time_next_uses_the_time_of_the_target(name: str, time: str, sees_target: bool) -> None:
@@ -204,8 +225,7 @@ def test_weights_start_as_stated() -> None:
     assert block.output.weight.abs().max().item() <= math.sqrt(6 / (3 * 64 + 64))
     assert gamma.encoder.blocks[0].uvqk.shape == (64, 3 * 64)
     assert abs(gamma.encoder.blocks[0].amplitude.item()) <= 0.2
-    assert gamma.encoder.blocks[0].decay.sigmoid().item() == pytest.approx(0.8)
-    assert gamma.encoder.blocks[0].power.exp().item() == pytest.approx(0.2)
+    assert (gamma.encoder.blocks[0].decay.item(), gamma.encoder.blocks[0].power.item()) == (0, 0)
     assert gated.encoder.blocks[0].qkv.weight.std().item() == pytest.approx(math.sqrt(2 / (64 + 192)), rel=0.05)
     assert not gated.encoder.blocks[0].qkv.bias.any()
 
@@ -221,6 +241,21 @@ def numbers_by_hand(row: str, items: int, positions: int, sizes: dict[str, int])
         "fuxi-gamma": d * h * 3 * v + 2 * h * v * d + d + 3 * d * d + positions + 3,
     }
     return (items + 1) * d + positions * d + sizes["blocks"] * block[row]
+
+
+def test_the_search_has_what_the_authors_take() -> None:
+    runs = params.check("rivals-search", ROOT / "params")
+    points = {str(sorted(params.point_of(run.model)[1].items())) for run in runs}
+    assert (len(points), len(runs)) == (20, 20 * 7 * 2)
+    for blocks, dropout, negatives in [
+        (2, 0.2, 128),  # HSTU and FuXi on MovieLens-1M
+        (4, 0.5, 512),  # HSTU on Amazon Books, as on Beauty here
+        (2, 0.1, 256),  # eSASRec on MovieLens-1M, and SASRec beside it
+        (1, 0.2, 256),  # eSASRec on Beauty
+    ]:
+        own = {"model.blocks": blocks, "model.optimizer.lr": 0.001}
+        own |= {"training.dropout": dropout, "training.negatives": negatives}
+        assert str(sorted(own.items())) in points
 
 
 def test_a_search_of_rivals_runs_on_the_demo_and_tunes_an_experiment(

@@ -19,7 +19,18 @@ from steps.studies import scaling_law as study
 from steps.studies import scaling_law_report as shown
 from steps.studies.flops import Work, work_of
 from steps.studies.rows import Row, row
-from steps.studies.scaling_law_fits import LOGARITHM, POWER, SATURATING, Frontier, band, fit, frontier, growth, judge
+from steps.studies.scaling_law_fits import (
+    LOGARITHM,
+    POWER,
+    SATURATING,
+    Frontier,
+    band,
+    fit,
+    frontier,
+    growth,
+    judge,
+    widening,
+)
 from steps.tasks import build
 from tests.conftest import ROOT, step, write_processed
 from tests.steps.runs import config
@@ -240,15 +251,32 @@ def test_the_frontier_is_the_best_mean_and_seeds_are_drawn_whole() -> None:
     assert np.isfinite(of.values).all()
 
 
-def test_the_band_of_an_exponent_covers_it() -> None:
+@pytest.mark.parametrize(
+    ("seeds", "confidence", "least", "most"),
+    # Student's t with 2 degrees of freedom is in +-1.96 sqrt(2 / 3), as far as a bootstrap goes, with probability 0.75.
+    [(3, None, 60, 85), (3, 95, 89, 99), (10, None, 82, 99), (10, 95, 89, 99)],
+)
+def test_the_band_of_an_exponent_covers_it(seeds: int, confidence: float | None, least: int, most: int) -> None:
     random, inside = np.random.default_rng(1), 0
     for _ in range(100):
-        runs = 0.1 + 0.02 * (X - X[0]) + random.normal(0, 0.01, (10, len(X)))
+        runs = 0.1 + 0.02 * (X - X[0]) + random.normal(0, 0.01, (seeds, len(X)))
         points = {"size": {seed: dict(enumerate(run)) for seed, run in enumerate(runs)}}
-        of = frontier(points, 200, random)
+        of = frontier(points, 200, random, confidence=confidence)
         _, low, high = band(fit(LOGARITHM, X, of.values, GRID).exponent, 95)
         inside += low <= 0.02 <= high
-    assert 82 <= inside <= 99  # of ten seeds a bootstrap covers a little less than 95 %
+    assert least <= inside <= most
+
+
+def test_deviations_are_widened_as_few_seeds_need() -> None:
+    # Of tables: Student's 4.3027 and 2.7764 (95 %, two and four degrees of freedom), the normal's 1.95996.
+    assert widening(3, 95) == pytest.approx(math.sqrt(3 / 2) * 4.3027 / 1.95996, rel=1e-4)
+    assert widening(5, 95) == pytest.approx(math.sqrt(5 / 4) * 2.7764 / 1.95996, rel=1e-4)
+    assert widening(1, 95) == 1
+    points = {"size": {0: {13.0: 0.1}, 1: {13.0: 0.3}}}
+    of = frontier(points, 100, np.random.default_rng(0), confidence=95)  # of two seeds: 12.7062
+    reached = 0.1 * math.sqrt(2) * 12.7062 / 1.95996
+    assert of.values[0, 0] == pytest.approx(0.2)
+    assert sorted(set(of.values[0].round(4))) == pytest.approx([0.2 - reached, 0.2, 0.2 + reached], abs=1e-4)
 
 
 def made_up(slopes: dict[str, float], ends: int = 6, spread: float = 0.0, **axes: Any) -> list[Row]:
@@ -275,6 +303,7 @@ def made_up(slopes: dict[str, float], ends: int = 6, spread: float = 0.0, **axes
         ({"hstu": 0.02, "sasrec": 0.0, "transformer++": 0.01}, 0.0, -1),  # which scales too
         ({"hstu": -0.02, "sasrec": -0.01}, 0.0, -1),  # HSTU does not
         ({"hstu": 0.004, "sasrec": 0.0}, 0.01, 0),  # seeds do not agree
+        ({"hstu": 0.02, "sasrec": 0.003}, 0.0005, 0),  # nor whether the other one stops, though it gains less
         ({"hstu": 0.02}, 0.0, None),  # beside nothing
         ({"sasrec": 0.02}, 0.0, None),
     ],
