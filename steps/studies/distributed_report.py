@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from tabulate import tabulate as render
 
-from steps.studies.distributed import BALANCE, PARTS, QUALITY, ROWWISE, SCALING
+from steps.studies.distributed import BALANCE, BY_COST, PARTS, QUALITY, ROWWISE, SCALING
 from steps.studies.rows import PART, Row, cases
 
 _Columns = dict[str, str | Callable[[Row], str]]
@@ -60,7 +60,11 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
             _table(
                 {name: name for name in ("device", "processes", "windows", "shared")}
                 | {"load": _number("load"), "step, ms": _number("step"), "idle": _number("idle")}
-                | {"over that by cost": lambda line: _shown(_ratio(line, _like(balance, line, "processes")))},
+                | {
+                    "over that by cost": lambda line: _shown(
+                        _ratio(line, _like(balance, line, "processes", shared=BY_COST))
+                    )
+                },
                 balance,
             ),
         ]
