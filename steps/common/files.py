@@ -41,7 +41,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # as where the folder cannot be made
             _remove(temporary)
         if isinstance(error, OSError):
-            _name(path, temporary, error)
+            name_written(path, temporary, error)
         raise
 
 
@@ -119,8 +119,8 @@ def _parsed(text: str, source: str, remedy: str) -> Any:
         raise StepError(f"{source} is not JSON ({error}); {remedy}") from error
 
 
-def _name(path: Path, temporary: Path, error: OSError) -> None:
-    """Raise StepError for an error of writing `path`; an error of another file names that itself."""
+def name_written(path: Path, temporary: Path, error: OSError) -> None:
+    """Raise StepError for an error of writing `path`, by way of `temporary`; one of another file names that itself."""
     full = error.errno in _DISK_FULL or any(os.strerror(number) in str(error) for number in _DISK_FULL)
     if full:
         raise StepError(f"cannot write {path}: the disk is full; make room and run the same command again") from error

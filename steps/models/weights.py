@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from steps.common.cli import StepError
-from steps.common.files import atomic_path
+from steps.common.files import atomic_path, name_written
 from steps.common.processes import ALONE, Processes
 from steps.models.large_table import Block, blocks_of, load_own
 
@@ -89,7 +89,8 @@ def write_together(
         try:
             _write_own(Path(place["path"]), place["begins"], tensors, blocks, first=False)
         except OSError as error:
-            raise StepError(f"cannot write {path}: {error.strerror or error}") from error
+            name_written(path, Path(place["path"]), error)
+            raise
         processes.wait()
         return
     header, begins, end = _header(tensors, blocks, metadata)

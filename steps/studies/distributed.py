@@ -2,8 +2,9 @@
 
 Steps are those of HSTU-large on sequences in MovieLens-20M's form, made in place, with a table that AdamW learns, of
 which all processes have a copy, and one of rowwise Adagrad, of which each has a block. They run as in training, on CUDA
-as graphs. torchrun starts the processes of a case, a GPU each. All is done by the torch version of the table. Needs
-torch, numpy and safetensors alone.
+as graphs; those of one process are compiled too if its training is long, those of several never. torchrun starts the
+processes of a case, a GPU each. All is done by the torch version of the table. Needs torch, numpy and safetensors
+alone.
 """
 
 import gc
@@ -157,6 +158,7 @@ def _about(training: Training, steps: list[Step], profiled: int) -> list[_Found]
         ("load", round(float((loads.amax(0) / loads.mean(0)).mean()), 4), "of the mean", None),
         ("tokens", round(float(tokens), 1), "tokens", None),
         ("item bytes", round(training.model.item_bytes(training.optimizer), 4), "B", None),
+        ("compiled", int(training.execution.compiled), "1 if it is", None),
     ]
     if training.device.type == "cuda":
         peak = by_process([torch.cuda.max_memory_allocated(training.device)], processes).max()

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from tabulate import tabulate as render
 
-from steps.studies.distributed import BALANCE, PARTS, QUALITY, ROWWISE, SCALING
+from steps.studies.distributed import BALANCE, BY_COST, PARTS, QUALITY, ROWWISE, SCALING
 from steps.studies.rows import PART, Row, cases
 
 _Columns = dict[str, str | Callable[[Row], str]]
@@ -23,18 +23,20 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
     parts = [
         f"# {study['title']}",
         "Steps of HSTU-large on sequences that are generated in MovieLens-20M's form. A step's time is the mean, of "
-        "the process that takes longest. Steps run as in training, on CUDA as graphs; beside it, launched from "
-        f"Python. The torch version of the rowwise table. Commits {_each(lines, 'commit', 9)}.",
+        "the process that takes longest. Steps run as in training, on CUDA as graphs, by one process also compiled if "
+        "its training is long; beside it, launched from Python. The torch version of the rowwise table. Commits "
+        f"{_each(lines, 'commit', 9)}.",
     ]
     if scaling:
         parts += [
             "## Scaling",
             f"Weak: {given['windows_each']} windows a process; the time of one process over this one. Strong: "
             f"{given['windows']} windows in all; likewise, which is how many times as fast it is. Both against one "
-            "process as it runs alone.",
+            "process as it runs alone: where it is compiled and several are not, the ratio has that difference too.",
             _table(
                 _AXES
                 | {"tokens": lambda line: f"{line['tokens']:,.0f}", "step, ms": _number("step")}
+                | {"compiled": lambda line: {0: "no", 1: "yes"}.get(line.get("compiled"), "-")}
                 | {"from Python, ms": _number("step from Python")}
                 | {"weak": lambda line: _shown(_weak(scaling, line)) if _is_weak(line, given) else "-"}
                 | {"strong": lambda line: _shown(_strong(scaling, line)) if _is_strong(line, given) else "-"}
@@ -60,7 +62,11 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
             _table(
                 {name: name for name in ("device", "processes", "windows", "shared")}
                 | {"load": _number("load"), "step, ms": _number("step"), "idle": _number("idle")}
-                | {"over that by cost": lambda line: _shown(_ratio(line, _like(balance, line, "processes")))},
+                | {
+                    "over that by cost": lambda line: _shown(
+                        _ratio(line, _like(balance, line, "processes", shared=BY_COST))
+                    )
+                },
                 balance,
             ),
         ]

@@ -1,6 +1,7 @@
 """Cases of a study that several processes measure together: torchrun starts them, with a GPU each."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,8 @@ import torch
 from steps.common.cli import StepError
 from steps.common.files import read_json, write_json
 from steps.common.processes import Processes, device_of_process, joined
+
+_SAID = "measured: "  # before what a process that fails says
 
 
 def require_devices(cases: list[dict[str, Any]], plan: dict[str, Any]) -> None:
@@ -35,13 +38,24 @@ def found_by_processes(module: str, case: dict[str, Any], plan: dict[str, Any], 
         command = [sys.executable, "-m", *start, sys.executable, "-c", code, str(asked), str(told)]
         ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if ended.returncode:
-            lines = [line for line in ended.stderr.splitlines() if "Error" in line] or ["nothing"]
-            raise StepError(f"study of {case}: a process ended with an error; it said: {lines[0].strip()}")
+            said = [line.removeprefix(_SAID) for line in ended.stderr.splitlines() if line.startswith(_SAID)]
+            raised = [line for line in ended.stderr.splitlines() if re.match(r"\w*Error: ", line)]  # by an import
+            why = [*said, *raised, "nothing; it may have been killed"][0]
+            raise StepError(f"study of {case}: a process ended with an error; it said: {why}")
         return dict(read_json(told, remedy="measure again"))
 
 
 def take_part(measured: Any) -> None:
     """What one process of a case does: measures what torchrun was given, and the first writes what was found."""
+    try:
+        _take_part(measured)
+    except Exception as error:
+        why = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
+        print(_SAID + " ".join(why.split()), file=sys.stderr)
+        sys.exit(1)
+
+
+def _take_part(measured: Any) -> None:
     asked = read_json(Path(sys.argv[1]), remedy="measure again")
     device = device_of_process(torch.device(asked["plan"]["device"]))
     torch.backends.cuda.matmul.allow_tf32 = True  # as in training

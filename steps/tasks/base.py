@@ -143,9 +143,12 @@ class Task(Model, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no table that processes share")
 
     def num_parameters(self) -> int:
-        """How many numbers the model learns, those of the item table among them, whatever learns it."""
-        learnt = {id(tensor): tensor for tensor in [*self.parameters(), self.items.weight]}
-        return sum(tensor.numel() for tensor in learnt.values())
+        """How many numbers the model learns, those of the whole item table among them, whatever learns
+        it and however many processes share it."""
+        learnt = {id(parameter): parameter.numel() for parameter in self.parameters()}
+        rows = self.items.rows if isinstance(self.items, ShardedRowwiseTable) else len(self.items.weight)
+        learnt[id(self.items.weight)] = rows * self.items.weight.shape[1]
+        return sum(learnt.values())
 
     def item_bytes(self, optimizer: torch.optim.Optimizer) -> float:
         """Bytes per float of the item table that its weights and their optimiser state take."""

@@ -112,7 +112,8 @@ class Training:
         return "compiled" if long and not torch.are_deterministic_algorithms_enabled() else "graph"
 
     def _resume(self, path: Path, data_sha256: str) -> None:
-        how = str(self.model.encoder.compute_dtype), self.execution.compiled
+        # Compiled or not as one process would be: several, which are not, go on from its state, and it from theirs.
+        how = str(self.model.encoder.compute_dtype), (self._options[1] or self._best_mode()) == "compiled"
         self._identity = content_sha256([self.config, data_sha256, *how])
         self._states = StateWriter(path, self.device)
         self.commits, self.threads = [commit()], [torch.get_num_threads()]

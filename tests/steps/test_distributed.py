@@ -20,6 +20,7 @@ from steps.common.cli import StepError
 from steps.common.files import read_json, read_jsonl, write_json
 from steps.common.processes import Processes
 from steps.data.sequences import Sequences, load_sequences
+from steps.training.checkpoint import State, state_tensors, write_state
 from steps.training.distributed import balanced
 from steps.training.loop import Training
 from steps.training.schedule import Windows
@@ -211,6 +212,23 @@ def test_loss_and_gradients_of_the_parts_add_up_to_those_of_the_batch(
         for parameter in one.model.parameters()
     ]
     torch.testing.assert_close(sum(sums), torch.cat([*gradients, loss.detach()[None]]), rtol=1e-10, atol=1e-14)
+
+
+def test_processes_go_on_from_the_state_of_a_compiled_one(
+    data: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes are never compiled; a long training by one on CUDA is."""
+    monkeypatch.setattr(Training, "_best_mode", lambda self: "compiled")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    settings = config("sasrec")
+    found, _ = load_sequences(data, torch.device("cpu"))
+    one = Training(settings, found, "", tmp_path)
+    assert one.execution.compiled
+    progress = {"identity": one._identity, "history": [{"epoch": 3}], "commits": [], "threads": []}
+    write_state(tmp_path / "resume/state.safetensors", State(state_tensors(one.model, one.optimizer, {}), progress))
+    part = of_part(settings, found, tmp_path, 1, 2)
+    assert not part.execution.compiled
+    assert part.done == 3
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 Threads stand for processes here; tests/steps/test_distributed.py has real ones.
 """
 
+import errno
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from steps.data.sequences import load_sequences
 from steps.data.split import split_sequences
 from steps.evaluation import sharded_ranks
 from steps.evaluation.exact_ranks import Ranker, Ranking, Rules
-from steps.models import large_table
+from steps.models import large_table, weights
 from steps.models.large_table import Block, rowwise_table
 from steps.models.weights import load_weights, save_weights, write_together
 from steps.tasks import build
@@ -165,6 +166,29 @@ def test_where_one_process_cannot_write_nothing_is_left(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
 
 
+def test_a_process_whose_disk_is_full_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, said = tmp_path / "w.safetensors", []
+    write_own = weights._write_own
+
+    def full(*given: Any, first: bool) -> None:
+        if not first:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_own(*given, first=first)
+
+    def work(processes: Threads) -> None:
+        try:
+            write_together(path, *own(processes.rank, 2), processes)
+        except StepError as error:
+            said.append(str(error))
+            raise
+
+    monkeypatch.setattr(weights, "_write_own", full)
+    with pytest.raises(threading.BrokenBarrierError):
+        together(2, work)
+    assert said == [f"cannot write {path}: the disk is full; make room and run the same command again"]
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("written_by", [1, 2, 3])
 def test_a_state_goes_to_another_number_of_processes(
     written_by: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -227,6 +251,7 @@ def test_weights_are_read_and_written_by_rows(data: Path, tmp_path: Path, as_ran
     whole = load_file(path)
     models = parts_of(3, path, as_rank)
     assert torch.equal(torch.cat([model.items.weight for model in models]), whole["items.weight"])
+    assert {model.num_parameters() for model in models} == {build(rowwise(), 80).num_parameters()}
     together(3, lambda processes: save_weights(models[processes.rank], tmp_path / "again", processes))
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
     as_rank(0, 2)

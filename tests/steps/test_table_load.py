@@ -19,6 +19,12 @@ CASE = {"data": "t", "rows": 2, "columns": 5, "processes": 2}
 PLAN: dict[str, Any] = {"device": "cpu", "settings": SETTINGS}
 
 
+def test_what_a_process_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(table_load.__file__).parents[2]))
+    with pytest.raises(StepError, match=r"it said: .*processed/t/\S+ does not exist; run preprocess"):
+        measure(CASE, PLAN, tmp_path)
+
+
 def test_two_processes_look_up_an_expansion_and_send_what_one_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
