@@ -120,12 +120,16 @@ def step_rows(
     processes: Processes,
     randomly: bool = False,
 ) -> list[_Found]:
-    """A step of the process that takes longest, as it runs and launched from Python; its parts and the share of it that
-    a process waits, means over the processes; the largest load over the mean; bytes. randomly: share windows out so."""
+    """A step of the process that takes longest, as CUDA graphs and launched from Python; its parts and the share of it
+    that a process waits, means over the processes; the largest load over the mean; bytes. randomly: share windows out
+    so.
+
+    Not compiled, as a long training by one process is: steps of several are not, and are compared with it."""
     device = sequences.item.device
     found: list[_Found] = []
-    modes: tuple[tuple[str, Mode | None], ...] = (("step", None), ("step from Python", "eager"))
-    for name, mode in modes if device.type == "cuda" else modes[:1]:
+    on_cuda: dict[str, Mode] = {"step": "graph", "step from Python": "eager"}
+    modes: dict[str, Mode] = on_cuda if device.type == "cuda" else {"step": "eager"}
+    for name, mode in modes.items():
         with tempfile.TemporaryDirectory() as folder:
             dtype = pick_precision("bf16", device)[1]
             training = Training(config, sequences, "", Path(folder), dtype, mode, processes=processes)
@@ -137,7 +141,7 @@ def step_rows(
             steps = training.schedule.epoch()[: given["steps"]]
             run(training, steps)  # compiles kernels, captures graphs
             found.append((name, round(float(by_process([run(training, steps)], processes).max()), 4), "ms", None))
-            if mode is None:
+            if name == "step":
                 found += _about(training, steps, given["profiled"])
         del training
         gc.collect()  # graphs are cycles, whose memory would be missing
@@ -158,7 +162,6 @@ def _about(training: Training, steps: list[Step], profiled: int) -> list[_Found]
         ("load", round(float((loads.amax(0) / loads.mean(0)).mean()), 4), "of the mean", None),
         ("tokens", round(float(tokens), 1), "tokens", None),
         ("item bytes", round(training.model.item_bytes(training.optimizer), 4), "B", None),
-        ("compiled", int(training.execution.compiled), "1 if it is", None),
     ]
     if training.device.type == "cuda":
         peak = by_process([torch.cuda.max_memory_allocated(training.device)], processes).max()

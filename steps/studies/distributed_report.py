@@ -23,20 +23,18 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
     parts = [
         f"# {study['title']}",
         "Steps of HSTU-large on sequences that are generated in MovieLens-20M's form. A step's time is the mean, of "
-        "the process that takes longest. Steps run as in training, on CUDA as graphs, by one process also compiled if "
-        "its training is long; beside it, launched from Python. The torch version of the rowwise table. Commits "
+        "the process that takes longest; on CUDA of graphs, and beside it launched from Python. Not compiled, as a "
+        "long training by one process is. The torch version of the rowwise table. Commits "
         f"{_each(lines, 'commit', 9)}.",
     ]
     if scaling:
         parts += [
             "## Scaling",
             f"Weak: {given['windows_each']} windows a process; the time of one process over this one. Strong: "
-            f"{given['windows']} windows in all; likewise, which is how many times as fast it is. Both against one "
-            "process as it runs alone: where it is compiled and several are not, the ratio has that difference too.",
+            f"{given['windows']} windows in all; likewise, which is how many times as fast it is.",
             _table(
                 _AXES
                 | {"tokens": lambda line: f"{line['tokens']:,.0f}", "step, ms": _number("step")}
-                | {"compiled": lambda line: {0: "no", 1: "yes"}.get(line.get("compiled"), "-")}
                 | {"from Python, ms": _number("step from Python")}
                 | {"weak": lambda line: _shown(_weak(scaling, line)) if _is_weak(line, given) else "-"}
                 | {"strong": lambda line: _shown(_strong(scaling, line)) if _is_strong(line, given) else "-"}
