@@ -57,7 +57,7 @@ server.serve_forever()
 PYTHON
 python server.py > server.log 2>&1 &
 trap "kill $!; rm -rf '$PWD'" EXIT
-until [[ -f config ]]; do sleep 0.2; done
+until [[ -f config ]]; do kill -0 $!; sleep 0.2; done
 export KUBECONFIG=$PWD/config AWS_ACCESS_KEY_ID=a AWS_SECRET_ACCESS_KEY=b
 git init --quiet
 asked() {

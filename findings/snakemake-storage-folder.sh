@@ -22,7 +22,7 @@ time.sleep(3600)
 PYTHON
 python server.py > server.log 2>&1 &
 trap "kill $!; rm -rf '$PWD'" EXIT
-until [[ -f port ]]; do sleep 0.2; done
+until [[ -f port ]]; do kill -0 $!; sleep 0.2; done
 AWS_ENDPOINT_URL=http://127.0.0.1:$(cat port)
 export AWS_ENDPOINT_URL AWS_ACCESS_KEY_ID=a AWS_SECRET_ACCESS_KEY=b AWS_DEFAULT_REGION=us-east-1
 python - <<'PYTHON'

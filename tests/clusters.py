@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,7 +26,7 @@ _SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 NEEDS = {
     "slurm": (
         "Slurm (slurmctld, slurmd, munge) and the extra `slurm`",
-        all(shutil.which(name, path=_SBIN) for name in ("slurmctld", "slurmd", "munged"))
+        all(shutil.which(name, path=_SBIN) for name in ("slurmctld", "slurmd", "srun", "munged"))
         and importlib.util.find_spec("snakemake_executor_plugin_slurm") is not None,
     ),
     "kubernetes": ("the extra `kubernetes`", importlib.util.find_spec("snakemake_executor_plugin_kubernetes")),
@@ -50,11 +50,13 @@ def free_port() -> int:
         return int(tried.getsockname()[1])
 
 
-def _wait(condition: Any, what: str, seconds: float = 60) -> None:
+def _wait(condition: Callable[[], bool], what: str, folder: Path, seconds: float = 60) -> None:
+    """Wait until what was started answers. Where it does not, fail with what the daemons printed to `folder`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            pytest.fail(f"{what} did not come up in {seconds} s")
+            printed = [f"{path.name}: {path.read_text()[-1000:]}" for path in sorted(folder.glob("*.out"))]
+            pytest.fail("\n".join([f"{what} did not come up in {seconds} s", *printed]))
         time.sleep(0.1)
 
 
@@ -90,6 +92,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmctldPort={free_port()}
 SlurmdPort={free_port()}
 StateSaveLocation={folder}/state
@@ -122,10 +125,10 @@ PartitionName=main Nodes={host} Default=YES
         running.enter_context(
             _daemon(folder, "munged", "--foreground", "--force", *files, f"--log-file={folder}/munge.log")
         )
-        _wait((folder / "munge.socket").exists, "munged")
+        _wait((folder / "munge.socket").exists, "munged", folder)
         running.enter_context(_daemon(folder, "slurmctld", "-D", "-c", "-f", conf))
         running.enter_context(_daemon(folder, "slurmd", "-D", "-c", "-f", conf))
-        _wait(lambda: "idle" in _output(environment, "sinfo", "--noheader", "--format=%t"), "a node of Slurm")
+        _wait(lambda: "idle" in _output(environment, "sinfo", "--noheader", "--format=%t"), "a node of Slurm", folder)
         yield environment
 
 

@@ -36,7 +36,9 @@ def keep(project: Path, models: str, protocols: str = "[strict, paper]") -> None
     edit(project / "params/experiments/demo.yaml", "[strict, paper]", protocols)
     claims = project / "params/claims.yaml"
     content = yaml_files.read(claims)
-    content["claims"] = {name: claim for name, claim in content["claims"].items() if not {"study", "runs"} & {*claim}}
+    content["claims"] = {
+        name: claim for name, claim in content["claims"].items() if not {"study", "runs", "decided"} & {*claim}
+    }
     claims.write_text(yaml_files.dump(content), encoding="utf-8")
     for path in [*(project / "params/experiments").iterdir(), *(project / "params/studies").iterdir()]:
         if path.stem != "demo":  # studies too, as they name experiments

@@ -129,9 +129,10 @@ def test_a_bucket_holds_data_and_runs_and_another_checkout_goes_on_from_there(
 @pytest.mark.s3
 def test_a_bucket_is_named_and_not_mixed_with_data_of_the_checkout(s3: dict[str, str], tmp_path: Path) -> None:
     project = new_project(tmp_path)
-    refused = run(*INTO_BUCKET[:3], "--cores", "1", cwd=project, check=False, **s3)
-    assert refused.returncode == 1
-    assert refused.stderr.endswith("s3 wants --default-storage-prefix, as s3://BUCKET/FOLDER\n")
+    for without in (INTO_BUCKET[:3], [*INTO_BUCKET[:4], "bucket/here"]):
+        refused = run(*without, "--cores", "1", cwd=project, check=False, **s3)
+        assert refused.returncode == 1
+        assert refused.stderr.endswith("s3 wants --default-storage-prefix, as s3://BUCKET/FOLDER\n")
     (project / "data").mkdir()
     refused = run(*INTO_BUCKET, "--cores", "1", cwd=project, check=False, **s3)
     assert refused.returncode == 1
@@ -139,6 +140,19 @@ def test_a_bucket_is_named_and_not_mixed_with_data_of_the_checkout(s3: dict[str,
         "snakemake: data/ is here, and --default-storage-provider keeps it in s3://bucket/here/data" in refused.stderr
     )
     assert list((project / "data").iterdir()) == []
+
+    # What is linked to one bucket is neither taken for another's, nor filled without one.
+    (project / "data").rmdir()
+    for name in ("data", "runs"):
+        local = project / ".snakemake/storage/s3/typo/here" / name
+        local.mkdir(parents=True)
+        (project / name).symlink_to(local.relative_to(project))
+    refused = run(*INTO_BUCKET, "--cores", "1", cwd=project, check=False, **s3)
+    assert refused.returncode == 1
+    assert "in s3://bucket/here/data: `rm data runs` if nothing runs here, or take a new checkout\n" in refused.stderr
+    refused = run("snakemake", "--cores", "1", cwd=project, check=False)
+    assert refused.returncode == 1
+    assert "snakemake: data is a link to what a bucket keeps: name the bucket again" in refused.stderr
 
 
 @pytest.mark.slow

@@ -102,11 +102,23 @@ def link_to_storage(name):
     if not link.is_symlink() and not link.exists():
         link.symlink_to(local)
     if link.resolve() != local.resolve():
-        sys.exit(f"snakemake: {name}/ is here, and --default-storage-provider keeps it in {query}: take a new checkout")
+        relink = "`rm data runs` if nothing runs here, or " if link.is_symlink() else ""
+        sys.exit(
+            f"snakemake: {name}/ is here, and --default-storage-provider keeps it in {query}: {relink}take a new checkout"
+        )
+
+
+def refuse_without_storage(name):
+    """Here the folder is a copy of a part of the storage, which would later count as fetched from there."""
+    if Path(name).is_symlink() and os.readlink(name).startswith(".snakemake/storage/"):
+        sys.exit(
+            f"snakemake: {name} is a link to what a bucket keeps: "
+            "name the bucket again (--default-storage-provider, --default-storage-prefix), or take a new checkout"
+        )
 
 
 if STORAGE:
-    if not workflow.storage_settings.default_storage_prefix:
+    if not re.match("s3://[^/]" if STORAGE == "s3" else ".", workflow.storage_settings.default_storage_prefix or ""):
         sys.exit(
             f"snakemake: --default-storage-provider {STORAGE} wants --default-storage-prefix, as s3://BUCKET/FOLDER"
         )
@@ -117,6 +129,10 @@ if STORAGE:
 
     envvars:
         "HSTU_COMMIT",
+
+else:
+    refuse_without_storage("data")
+    refuse_without_storage("runs")
 
 
 def fetched(*paths):
