@@ -121,7 +121,9 @@ def rival(name: str, dtype: torch.dtype, **changes: Any) -> Task:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 3e-5)])
-@pytest.mark.parametrize(("name", "changes", "by_hand"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("name", "changes", "by_hand"), CASES, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_states_and_gradients_are_those_of_the_formula(
     name: str, changes: dict[str, Any], by_hand: Encode, dtype: torch.dtype, tolerance: float
 ) -> None:
