@@ -193,7 +193,7 @@ def small(study: str, data: Path) -> dict[str, Any]:
     if study == "training-speed":
         settings |= {"steps": 2, "ceilings": {"copied": 4096, "product": 16}}
         write_processed(data / "processed/ml-1m", [9] * 12, 30)
-        plan["runs"] = [plan["runs"][0], plan["runs"][-1]]
+        plan["runs"] = [plan["runs"][0], next(group for group in plan["runs"] if group.get("whole"))]
         plan["runs"][0] |= {"items": 40, "configs": [plan["runs"][0]["configs"][3]]}
         plan["runs"][1]["configs"] = plan["runs"][1]["configs"][:1]
         for config in (group["configs"][0] for group in plan["runs"]):
