@@ -15,7 +15,7 @@ from torch import nn
 
 from steps.common.typed import Count, Whole
 from steps.data.sequences import Batch
-from steps.models.base import HeadsConfig, LayerNorm, PositionalEncoder
+from steps.models.base import HeadsConfig, LayerNorm, PositionalEncoder, causal_attention
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,8 @@ class LiGRBlock(nn.Module):
         return x + torch.sigmoid(self.feed_forward_gate(x)) * self.dropout(self.outer(hidden))
 
     def _attention(self, normed: torch.Tensor, batch: Batch) -> torch.Tensor:
-        padded = batch.to_padded(self.qkv(normed))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in padded.chunk(3, dim=-1))
-        attention_output = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=True,  # padding is behind every token of a sequence, so the causal mask hides it
-        )
-        return self.output(batch.to_jagged(attention_output.transpose(1, 2).flatten(2)))
+        dropout = self.attention_dropout if self.training else 0.0
+        return self.output(causal_attention(self.qkv(normed), self.heads, dropout, batch))
 
 
 class LiGR(PositionalEncoder):

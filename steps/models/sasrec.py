@@ -13,7 +13,7 @@ from torch import nn
 from kernels.layer_norm import layer_norm
 from steps.common.typed import Whole
 from steps.data.sequences import Batch
-from steps.models.base import HeadsConfig, PositionalEncoder
+from steps.models.base import HeadsConfig, PositionalEncoder, causal_attention
 
 _LAYER_NORM_EPS = 1e-8
 
@@ -54,16 +54,9 @@ class SASRecBlock(nn.Module):
         return x + self.dropout(self.outer(self.dropout(F.relu(self.inner(x)))))
 
     def _attention(self, normed: torch.Tensor, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        padded = batch.to_padded(torch.cat([self.query(normed), self.key(x), self.value(x)], dim=-1))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in padded.chunk(3, dim=-1))
-        attention_output = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=True,  # padding is behind every token of a sequence, so the causal mask hides it
-        )
-        return self.output(batch.to_jagged(attention_output.transpose(1, 2).flatten(2)))
+        qkv = torch.cat([self.query(normed), self.key(x), self.value(x)], dim=-1)
+        dropout = self.attention_dropout if self.training else 0.0
+        return self.output(causal_attention(qkv, self.heads, dropout, batch))
 
 
 class SASRec(PositionalEncoder):

@@ -12,6 +12,7 @@ from steps.common import params, yaml_files
 from steps.common.cli import StepError
 from steps.reporting.records import read_records, write_records
 from tests.conftest import step
+from tests.steps.runs import processed_by_its_steps
 
 GRID = {"model.optimizer.lr": [1.0e-3, 1.0e-2, 1.0e-1], "training.dropout": [0.0, 0.2]}
 SEARCH = {
@@ -92,11 +93,7 @@ def test_a_search_tunes_an_experiment(project: Path, monkeypatch: pytest.MonkeyP
     write(project, "own", tuned | {"tuned": "search"})
     with pytest.raises(StepError, match=r"tuned/search\.yaml has nothing for logistic-regression on demo; run exp"):
         params.check("own", root)
-    step("synthesize", "--dataset", "demo", "--output", "data/synthetic/demo.zip", cwd=project)
-    step("download", "--dataset", "demo", "--output", "data/raw/demo", cwd=project)
-    step("validate", "--dataset", "demo", "--raw", "data/raw/demo", "--output", "data/valid/demo", cwd=project)
-    data = ("--data", "data/processed/demo")
-    step("preprocess", "--dataset", "demo", "--valid", "data/valid/demo", "--output", data[1], cwd=project)
+    data = ("--data", processed_by_its_steps("demo", project / "data"))
     runs = params.check("search", root)
     for run in runs:
         folder = Path("runs/search") / run.path

@@ -17,6 +17,7 @@ from steps.reporting.records import read_records, write_records
 from steps.tasks import Task
 from tests.conftest import ROOT, step
 from tests.conftest import run as run_command
+from tests.steps.runs import processed_by_its_steps
 from tests.steps.test_models import batch, make
 
 LENGTHS = [2, 9, 4]
@@ -275,11 +276,7 @@ def test_a_search_of_rivals_runs_on_the_demo_and_tunes_an_experiment(
         path.write_text(yaml_files.dump(about | more))
     with pytest.raises(StepError, match=r"key tuned: .*search\.yaml has nothing for sasrec-sampled on demo; run exp"):
         params.check("own", root)
-    step("synthesize", "--dataset", "demo", "--output", "data/synthetic/demo.zip", cwd=project)
-    step("download", "--dataset", "demo", "--output", "data/raw/demo", cwd=project)
-    step("validate", "--dataset", "demo", "--raw", "data/raw/demo", "--output", "data/valid/demo", cwd=project)
-    data = ("--data", "data/processed/demo")
-    step("preprocess", "--dataset", "demo", "--valid", "data/valid/demo", "--output", data[1], cwd=project)
+    data = ("--data", processed_by_its_steps("demo", project / "data"))
     runs = params.check("search", root)
     assert len(runs) == 2 * len(rows)
     values: dict[str, dict[float, float]] = {}
@@ -291,7 +288,7 @@ def test_a_search_of_rivals_runs_on_the_demo_and_tunes_an_experiment(
         step("evaluate", "--run", folder, *data, cwd=project)
         config, row = read_json(project / folder / "config.json"), run.model.split("+")[0]
         found = read_json(project / folder / "metrics.json")
-        items = read_json(project / data[1] / "manifest.json")["catalogue_items"]
+        items = read_json(data[1] / "manifest.json")["catalogue_items"]
         assert found["parameters"] == numbers_by_hand(row, items, 50 + 11, config["model"])
         values.setdefault(row, {})[config["model"]["optimizer"]["lr"]] = found["valid"]["ndcg@10"]
     monkeypatch.chdir(project)
