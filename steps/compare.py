@@ -2,8 +2,8 @@
 
 For every (data set, protocol): each user's NDCG@10, averaged over seeds, gives every model a bootstrap
 interval and every pair of models a paired difference with its interval, a Wilcoxon signed-rank test, and
-Holm's correction over the pairs of the table. Of ranking it is each user's influence on AUC, and the differences'
-standard deviation over seeds stands beside them. Writes `comparisons.csv`, `comparisons.md` and `.html`, the figure
+Holm's correction over the pairs of the table; the difference's standard deviation over seeds stands beside it. Of
+ranking it is each user's influence on AUC. Writes `comparisons.csv`, `comparisons.md` and `.html`, the figure
 `intervals`, `intervals.csv` (every metric of the paper, and each model's gain over the baseline, with intervals), and
 `parity.md`, which says where a published ordering holds, and how near protocol `paper` comes to the published figures
 and to the authors' code. Reads runs or their records. Trials of a search, an experiment with `points`, are not
@@ -30,8 +30,8 @@ from steps.reporting.statistics import (
     TESTS,
     compare_pairs,
     interval_rows,
+    over_seeds,
     resample,
-    seeds_deviation,
     values_of_models,
 )
 from steps.reporting.tables import Section, markdown, page_html, page_markdown
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     titles = {name: dataset["title"] for name, dataset in params.load("datasets").items()}
     task = task_of_records(records)
     metric = task.compared
-    seeds, deviates = by_row(records), task.name == "ranking"  # whose differences are small beside those of seeds
+    seeds = by_row(records)
     per = " per user" if task.name == "retrieval" else ""
     note = _NOTE.format(metric=printed(metric), per=per, test=_TESTS[task.name])
     made: list[Section] = []
@@ -77,9 +77,9 @@ def main(args: argparse.Namespace) -> None:
         means = resample(models)
         compared = {name: values[:, 0] for name, values in models.items()}
         pairs = compare_pairs(compared, {name: values[:, 0] for name, values in means.items()}, TESTS[task.name])
-        for row in pairs if deviates else []:
+        for row in pairs:
             better, worse = (seeds[dataset, protocol, row[side]] for side in ("better", "worse"))
-            row["seeds_sd"] = seeds_deviation(better, worse, metric)
+            row |= over_seeds(better, worse, metric)
         key = {"dataset": dataset, "protocol": protocol}
         table += [key | row for row in pairs]
         rows = [key | row for row in interval_rows(models, means, task)]
@@ -95,14 +95,14 @@ def main(args: argparse.Namespace) -> None:
             [
                 f"{names[row['better']]} > {names[row['worse']]}",
                 f"{row['difference']:+.4f}",
-                *([_deviation(row["seeds_sd"])] if deviates else []),
+                _deviation(row["seeds_sd"]),
                 _span(row["low"], row["high"]),
                 f"{row['p_holm']:.2g}",
             ]
             for row in pairs
         ]
         if lines:
-            headers = ["pair", "difference", *(["± over seeds"] if deviates else []), "interval", "p"]
+            headers = ["pair", "difference", "± over seeds", "interval", "p"]
             made.append(Section(f"{title}, pairs", "", headers, lines))
         sentences = orderings(paper["public_datasets"].get(dataset, {}), compared, pairs)
         if sentences:
@@ -116,8 +116,7 @@ def main(args: argparse.Namespace) -> None:
         if row["metric"] == metric
     }
     save_figure(partial(draw_intervals, shown, drawn), args.output / "intervals")
-    of_pairs = _PAIRS | ({"seeds_sd": pl.Float64} if deviates else {})
-    for name, rows, schema in (("comparisons", table, of_pairs), ("intervals", intervals, _INTERVALS)):
+    for name, rows, schema in (("comparisons", table, _PAIRS), ("intervals", intervals, _INTERVALS)):
         with atomic_path(args.output / f"{name}.csv") as temporary:
             _rounded(pl.DataFrame(rows, schema=schema)).write_csv(temporary)
     title = f"{experiment['title']}: comparisons"
@@ -147,6 +146,7 @@ _INDEPENDENT = (
 )
 _PAIRS: dict[str, Any] = dict.fromkeys(("dataset", "protocol", "better", "worse"), pl.String)
 _PAIRS |= dict.fromkeys(("difference", "low", "high", "p"), pl.Float64) | {"users": pl.Int64, "p_holm": pl.Float64}
+_PAIRS |= {"seeds": pl.Int64, "seeds_sd": pl.Float64}
 _INTERVALS: dict[str, Any] = dict.fromkeys(("dataset", "protocol", "model", "metric"), pl.String)
 _INTERVALS |= dict.fromkeys(("mean", "low", "high", "gain", "gain_low", "gain_high"), pl.Float64)
 

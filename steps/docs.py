@@ -93,16 +93,14 @@ class Figures:
 
     def lead(self, experiment: str, dataset: str, protocol: str, model: str, other: str) -> dict[str, float]:
         """The model over the other in the compared metric: `difference`, its interval from `low` to `high`, corrected
-        `p`, and, of ranking, `deviation`: the difference's standard deviation over seeds."""
+        `p`, and `deviation`: the difference's standard deviation over seeds."""
         rows = self._csv(experiment, "comparisons").filter(dataset=dataset, protocol=protocol)
         for better, worse, sign in ((model, other, 1), (other, model, -1)):
             found = rows.filter(better=better, worse=worse)
             if len(found) == 1:
                 low, high = sorted(sign * found[end].item() for end in ("low", "high"))
                 lead = {"difference": sign * found["difference"].item(), "low": low, "high": high}
-                if "seeds_sd" in found.columns:
-                    lead["deviation"] = found["seeds_sd"].item()
-                return lead | {"p": found["p_holm"].item()}
+                return lead | {"p": found["p_holm"].item(), "deviation": found["seeds_sd"].item()}
         raise StepError(f"{self.reports / experiment}/comparisons.csv does not compare {model} with {other}")
 
     def published(self, dataset: str, model: str, name: str) -> float:

@@ -12,8 +12,8 @@ import polars as pl
 from steps.common import params
 from steps.common.cli import StepError
 from steps.common.files import sha256
-from steps.common.paired import student
-from steps.reporting.parity import decided, side
+from steps.reporting.paired import student
+from steps.reporting.parity import certainty, decided, half_over_seeds, side
 from steps.reporting.task import load_task
 
 #: What a verdict means, in the order of the summary.
@@ -315,9 +315,11 @@ def _order(name: str, told: dict[str, Any], order: dict[str, Any], tables: Table
         sign = 1 if ahead else -1
         if margin is None:
             found.append(sign if decided(row) else 0)
-            test = f"p {row['p_holm']:.2g}"
+            test = certainty(row)
         else:
             low, high = sorted((sign * row["low"], sign * row["high"]))
+            half = half_over_seeds(row) or 0.0
+            low, high = min(low, sign * row["difference"] - half), max(high, sign * row["difference"] + half)
             found.append(1 if low > -margin else -1 if high < -margin else 0)
             test = f"{low:+.4f} to {high:+.4f}, and a loss of {margin} is none"
         doubt = "" if found[-1] else ", not decided"

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 from steps.common import params
+from steps.reporting.paired import half_interval
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd
+from steps.reporting.statistics import CONFIDENCE
 from steps.reporting.task import load_task
 
 _ALPHA = 0.05
@@ -81,10 +83,7 @@ def independent_table(records: list[Record], paper: dict[str, Any]) -> tuple[lis
 
 
 def orderings(published: dict[str, Any], models: dict[str, np.ndarray], pairs: list[dict[str, Any]]) -> list[str]:
-    """A sentence per published pair that is in the table: whether it holds here, and with what certainty.
-
-    It is decided where the test of the ranks and the interval of the mean agree.
-    """
+    """A sentence per published pair that is in the table: whether it holds here, and with what certainty."""
     by_pair = {(row["better"], row["worse"]): row for row in pairs}
     sentences, metric = [], load_task().compared
     shown = sorted((name for name in published if name in models), key=lambda name: -published[name][metric])
@@ -92,13 +91,13 @@ def orderings(published: dict[str, Any], models: dict[str, np.ndarray], pairs: l
         said = f"{higher} > {lower} (published {published[higher][metric]:.4f} > {published[lower][metric]:.4f})"
         row = by_pair.get((higher, lower))
         if row is not None and decided(row):
-            verdict = f"holds: +{row['difference']:.4f}, p = {row['p_holm']:.2g}"
+            verdict = f"holds: +{row['difference']:.4f}, {certainty(row)}"
         elif row is not None:
-            verdict = f"not decided: +{row['difference']:.4f}, p = {row['p_holm']:.2g}"
+            verdict = f"not decided: +{row['difference']:.4f}, {certainty(row)}"
         else:
             row = by_pair[lower, higher]
             strength = "does not hold" if decided(row) else "not decided"
-            verdict = f"{strength}: {-row['difference']:.4f}, p = {row['p_holm']:.2g}"
+            verdict = f"{strength}: {-row['difference']:.4f}, {certainty(row)}"
         sentences.append(f"- {said}: {verdict}")
     return sentences
 
@@ -118,8 +117,26 @@ def _figure(value: float | None) -> str:
 
 
 def decided(row: dict[str, Any]) -> bool:
-    """Whether a row of `compare_pairs` is sure of its order: test of the ranks and interval of the mean agree."""
-    return bool(row["p_holm"] < _ALPHA and row["low"] > 0)
+    """Whether a row of comparisons.csv is sure of its order: other users and other seeds would say the same.
+
+    Of users the test and the interval of the mean must agree; of seeds the interval over them (Student's t) must be
+    above 0. Of one seed each, nothing is known of others, and users alone decide.
+    """
+    return bool(row["p_holm"] < _ALPHA and row["low"] > 0 and row["difference"] > (half_over_seeds(row) or 0))
+
+
+def certainty(row: dict[str, Any]) -> str:
+    """How sure a row of comparisons.csv is: p over users, and the interval over seeds where that one holds 0."""
+    half = half_over_seeds(row)
+    over_seeds = "" if half is None or row["difference"] > half else f", ± {half:.4f} over seeds"
+    return f"p = {row['p_holm']:.2g}{over_seeds}"
+
+
+def half_over_seeds(row: dict[str, Any]) -> float | None:
+    """Half the interval of the difference over seeds; None of one seed each."""
+    if row["seeds_sd"] is None:
+        return None
+    return half_interval(row["seeds_sd"], row["seeds"], 100 * CONFIDENCE)
 
 
 def side(ours: float, theirs: float, band: float) -> str:

@@ -166,8 +166,8 @@ def compare_pairs(
     return rows
 
 
-def seeds_deviation(better: list[Record], worse: list[Record], metric: str) -> float | None:
-    """The standard deviation over seeds of the difference of two rows in a test metric; None of one seed.
+def over_seeds(better: list[Record], worse: list[Record], metric: str) -> dict[str, Any]:
+    """The difference of two rows in a test metric over seeds: how many, and their standard deviation; None of one.
 
     The seeds of one row are paired with the same ones of the other; a row of one seed stands beside all.
     """
@@ -177,7 +177,8 @@ def seeds_deviation(better: list[Record], worse: list[Record], metric: str) -> f
         differences = [one[seed] - other[seed] for seed in one if seed in other]
     else:
         differences = [a - b for a in one.values() for b in other.values()]
-    return float(np.std(differences, ddof=1)) if len(differences) > 1 else None
+    sd = float(np.std(differences, ddof=1)) if len(differences) > 1 else None
+    return {"seeds": len(differences), "seeds_sd": sd}
 
 
 def interval_rows(

@@ -35,11 +35,15 @@ def figures(project: Path, model: str, mean: float, half: float, gain: float = 0
     write_csv(project / "reports/e/intervals.csv", [row])
 
 
-def pairs(project: Path, *rows: tuple[str, str, str, float]) -> None:
-    """Compared pairs (protocol, better, worse, corrected p): differences of 0.02, above 0 for sure where p is low."""
+def pairs(project: Path, *rows: tuple[str, str, str, float], sd: float | None = None) -> None:
+    """Compared pairs (protocol, better, worse, corrected p): differences of 0.02, above 0 for sure where p is low.
+
+    sd: over 5 seeds; else of one seed.
+    """
     lines = [
         {"dataset": "ml-1m", "protocol": protocol, "better": better, "worse": worse, "difference": 0.02}
         | {"low": 0.01 if p < 0.05 else -0.01, "high": 0.03, "p": p, "users": 9, "p_holm": p}
+        | {"seeds": 1 if sd is None else 5, "seeds_sd": sd}
         for protocol, better, worse, p in rows
     ]
     write_csv(project / "reports/e/comparisons.csv", lines)
@@ -132,6 +136,28 @@ def test_no_lower_is_judged_by_the_interval(
     found = verdict(project, order={"rows": ["hstu", "sasrec"], "tables": [TABLE], "no_lower": margin})
     assert found.verdict == expected
     assert f"a loss of {margin} is none" in found.why
+
+
+@pytest.mark.parametrize(
+    ("sd", "order", "verdict_of_order", "no_lower"),  # 0.02 with 1.2415 sd on either side: Student's t of 5 seeds
+    [
+        (0.016, ["hstu", "sasrec"], "reproduced", "reproduced"),
+        (0.017, ["hstu", "sasrec"], "not decided", "reproduced"),  # -0.0011: above a loss of 0.002
+        (0.018, ["hstu", "sasrec"], "not decided", "not decided"),  # -0.0023
+        (0.014, ["sasrec", "hstu"], "contradicted", "contradicted"),  # -0.0026
+        (0.015, ["sasrec", "hstu"], "contradicted", "not decided"),  # -0.0014
+        (0.017, ["sasrec", "hstu"], "not decided", "not decided"),
+    ],
+)
+def test_an_order_that_other_seeds_may_turn_round_is_not_decided(
+    project: Path, sd: float, order: list[str], verdict_of_order: str, no_lower: str
+) -> None:
+    pairs(project, ("paper", "hstu", "sasrec", 1e-9), sd=sd)
+    claimed = {"rows": order, "tables": [TABLE]}
+    found = verdict(project, order=claimed)
+    assert found.verdict == verdict_of_order
+    assert (f"± {1.2415 * sd:.3f}" in found.why) == (verdict_of_order == "not decided")
+    assert verdict(project, order=claimed | {"no_lower": 0.002}).verdict == no_lower
 
 
 SPEEDS = [

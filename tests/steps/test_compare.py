@@ -1,7 +1,9 @@
 """Statistics: intervals that cover, corrections that correct, and what is said of published orderings."""
 
 import csv
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from scipy import stats
 from steps.common.params import Run
 from steps.evaluation import engagements
 from steps.reporting.outcomes import TestPredictions, TestRanks
-from steps.reporting.parity import orderings
+from steps.reporting.parity import decided, orderings
 from steps.reporting.records import Record
 from steps.reporting.statistics import (
     TESTS,
@@ -20,8 +22,8 @@ from steps.reporting.statistics import (
     interval,
     interval_rows,
     metrics_of_intervals,
+    over_seeds,
     resample,
-    seeds_deviation,
     values_of_users,
 )
 from steps.reporting.task import load_task
@@ -123,6 +125,7 @@ def test_ranks_that_speak_against_the_mean_decide_nothing() -> None:
     models = {"a": gains, "b": np.zeros(len(gains))}
     pairs = compare_pairs(models, resampled(models))
     assert (pairs[0]["better"], pairs[0]["p"]) == ("b", 1.0)
+    pairs[0] |= {"seeds": 1, "seeds_sd": None}
     (sentence,) = orderings({"a": {"ndcg@10": 0.2}, "b": {"ndcg@10": 0.1}}, models, pairs)
     assert sentence.split("): ")[1].startswith("not decided")
 
@@ -158,9 +161,13 @@ def test_published_orderings_hold_or_not_or_are_not_decided() -> None:
         "middle": {"ndcg@10": 0.1},
         "tied": {"ndcg@10": 0.05},
     }
-    sentences = orderings(published | {"absent": {"ndcg@10": 0.4}}, models, compare_pairs(models, resampled(models)))
+    pairs = [row | {"seeds": 5, "seeds_sd": 0.0} for row in compare_pairs(models, resampled(models))]
+    (of_seeds,) = (row for row in pairs if (row["better"], row["worse"]) == ("best", "middle"))
+    of_seeds["seeds_sd"] = 0.1  # t(4) is 2.776 at 97.5 %: 0.124 on either side of a difference of 0.1
+    sentences = orderings(published | {"absent": {"ndcg@10": 0.4}}, models, pairs)
     assert len(sentences) == 6
     said = {sentence.split(" (")[0]: sentence.split("): ")[1] for sentence in sentences}
+    assert re.fullmatch(r"not decided: \+0\.\d+, p = \S+, ± 0\.1242 over seeds", said["- best > middle"])
     assert said["- best > worst"].startswith("holds: +")
     assert said["- worst > middle"].startswith("does not hold: -")
     assert said["- middle > tied"].startswith("not decided")
@@ -299,6 +306,24 @@ def of_seeds(values: dict[int, float]) -> list[Record]:
 def test_seeds_are_paired_and_a_row_of_one_seed_stands_beside_all() -> None:
     three = of_seeds({0: 0.7, 1: 0.8, 2: 0.6})
     other = of_seeds({0: 0.5, 1: 0.7, 4: 0.9})
-    assert seeds_deviation(three, other, "auc") == pytest.approx(np.std([0.2, 0.1], ddof=1))
-    assert seeds_deviation(three, of_seeds({7: 0.5}), "auc") == pytest.approx(0.1)
-    assert seeds_deviation(of_seeds({0: 0.5}), of_seeds({0: 0.6}), "auc") is None
+    assert over_seeds(three, other, "auc") == {"seeds": 2, "seeds_sd": pytest.approx(np.std([0.2, 0.1], ddof=1))}
+    assert over_seeds(three, of_seeds({7: 0.5}), "auc") == {"seeds": 3, "seeds_sd": pytest.approx(0.1)}
+    assert over_seeds(of_seeds({0: 0.5}), of_seeds({0: 0.6}), "auc") == {"seeds": 1, "seeds_sd": None}
+
+
+@pytest.mark.parametrize(
+    ("changed", "sure"),
+    [
+        ({}, True),
+        ({"p_holm": 0.06}, False),
+        ({"low": -0.001}, False),
+        ({"seeds_sd": 0.0085}, False),  # half the interval over 5 seeds is 2.776 / sqrt(5) = 1.2415 times as much
+        ({"seeds_sd": 0.0080}, True),
+        ({"seeds": 2, "seeds_sd": 0.0011}, True),  # over 2 seeds it is 12.706 / sqrt(2) = 8.98 times as much
+        ({"seeds": 2, "seeds_sd": 0.0012}, False),
+        ({"seeds": 1, "seeds_sd": None}, True),
+    ],
+)
+def test_an_order_is_decided_where_users_and_seeds_say_so(changed: dict[str, Any], sure: bool) -> None:
+    row = {"difference": 0.01, "low": 0.005, "p_holm": 0.01, "seeds": 5, "seeds_sd": 0.001}
+    assert decided(row | changed) == sure

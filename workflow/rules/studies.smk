@@ -49,8 +49,9 @@ rule report_study:
         "steps/common/dotted.py",
         "steps/common/svg.py",
         "steps/reporting/figures.py",
+        "steps/reporting/paired.py",
         "steps/studies/rows.py",
-        lambda wildcards: f"steps/studies/{settings_of(wildcards)['module']}_report.py",
+        lambda wildcards: sorted(map(str, Path("steps/studies").glob(f"{settings_of(wildcards)['module']}_*.py"))),
         "runs/studies/{study}/rows.json",
     output:
         shown_as("reports/studies/{study}/figure.svg", MEASURED, "Figure"),

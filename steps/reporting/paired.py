@@ -18,5 +18,9 @@ def student(differences: Sequence[float], confidence: float) -> tuple[float, flo
     mean = statistics.fmean(differences)
     if count == 1:
         return mean, math.inf
-    quantile = float(stats.t.ppf(0.5 + confidence / 200, count - 1))
-    return mean, quantile * statistics.stdev(differences) / math.sqrt(count)
+    return mean, half_interval(statistics.stdev(differences), count, confidence)
+
+
+def half_interval(deviation: float, count: int, confidence: float) -> float:
+    """Half the interval of so many percent of the mean of `count` values of this standard deviation (Student's t)."""
+    return float(stats.t.ppf(0.5 + confidence / 200, count - 1)) * deviation / math.sqrt(count)
