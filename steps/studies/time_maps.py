@@ -88,6 +88,7 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
 
 def _rows(case: dict[str, Any], settings: dict[str, Any], device: str) -> list[Row]:
     batch = batch_for(case, settings, device)
+    case = case | {"rows": len(batch.user), "tokens": len(batch.item)}
     wanted, room = most_bytes(case, settings, len(batch.user)), room_of(device)
     if wanted > room:
         seen = f"its N x N maps take up to {wanted / 1e9:.0f} GB, and {room / 1e9:.0f} GB of the device may be taken"
@@ -104,24 +105,22 @@ def _rows(case: dict[str, Any], settings: dict[str, Any], device: str) -> list[R
 
 
 def _timed(case: dict[str, Any], settings: dict[str, Any], batch: Batch, device: str) -> list[Row]:
-    call, learned = subject(case, settings, batch)
-    with torch.no_grad():
-        grad = torch.randn_like(call())
+    call, inputs = subject(case, settings, batch)
+    if case["pass"] == TRAINING:
+        grad, learned = torch.randn_like(call()), list(inputs)
+        inputs.append(grad)
 
-    def train() -> Any:
-        return torch.autograd.grad(call(), learned, grad)
-
-    def infer() -> Any:
+    def run() -> Any:
+        if case["pass"] == TRAINING:
+            return torch.autograd.grad(call(), learned, grad)
         with torch.no_grad():
             return call()
 
-    run, inputs = (train, [*learned, grad]) if case["pass"] == TRAINING else (infer, learned)
     peak = peak_of(run, device)
     timing = timed(run, inputs, device)
-    axes = case | {"rows": len(batch.user), "tokens": len(batch.item)}
-    found = [row(axes, "ms", timing.ms, "ms")]
-    found += [] if timing.captured is None else [row(axes, "captured", int(timing.captured), "of 1")]
-    return found + ([] if peak is None else [row(axes, "peak", peak, "B")])
+    found = [row(case, "ms", timing.ms, "ms")]
+    found += [] if timing.captured is None else [row(case, "captured", int(timing.captured), "of 1")]
+    return found + ([] if peak is None else [row(case, "peak", peak, "B")])
 
 
 def batch_for(case: dict[str, Any], settings: dict[str, Any], device: str) -> Batch:
