@@ -100,14 +100,17 @@ class FuXiBlock(nn.Module, ABC):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x: torch.Tensor, batch: Batch, time: torch.Tensor) -> torch.Tensor:
-        """Tokens (T, d) to tokens (T, d). time: (S, N, N), what the encoder's `between` makes of the seconds."""
+        """Tokens (T, d) to tokens (T, d). time: (S, N, N), the encoder's `time_of_pairs`."""
         u, vqk = F.silu(rms_norm(x) @ self.uvqk).split(self.parts, dim=-1)
-        v, q, k = batch.to_padded(vqk).split(self.values, dim=-1)
-        position = toeplitz(self.position_bias, batch.max_len) @ v
-        channels = torch.cat([position, *self.channels(v, q, k, time)], dim=-1)
-        x = x + self.output(self.dropout(u * rms_norm(batch.to_jagged(channels))))
+        x = x + self.output(self.dropout(u * rms_norm(self.attend(vqk, batch, time))))
         normed = self.dropout(rms_norm(x))
         return x + self.outer(F.silu(self.gate(normed)) * self.inner(normed))
+
+    def attend(self, vqk: torch.Tensor, batch: Batch, time: torch.Tensor) -> torch.Tensor:
+        """All channels (T, channels h dv), of values, queries and keys side by side (T, h (dv + 2 dqk))."""
+        v, q, k = batch.to_padded(vqk).split(self.values, dim=-1)
+        position = toeplitz(self.position_bias, batch.max_len) @ v
+        return batch.to_jagged(torch.cat([position, *self.channels(v, q, k, time)], dim=-1))
 
     @abstractmethod
     def channels(self, v: torch.Tensor, q: torch.Tensor, k: torch.Tensor, time: torch.Tensor) -> list[torch.Tensor]:
@@ -179,13 +182,17 @@ class FuXi(PositionalEncoder):
 
     def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
         x = self.embed(embeddings, batch.position)
-        query_time = batch.next_timestamp if self.time == "next" else batch.timestamp
-        queries, keys = batch.to_padded(torch.stack([query_time, batch.timestamp], dim=1)).unbind(-1)
-        time = self.between((queries[:, :, None] - keys[:, None, :]).abs(), x.dtype)
+        time = self.time_of_pairs(batch, x.dtype)
         with self.autocast(x.device):
             for block in self.blocks:
                 x = block(x, batch, time)
         return x
+
+    def time_of_pairs(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+        """What the blocks read of the times of queries and keys: (S, N, N), `between` of the seconds."""
+        query_time = batch.next_timestamp if self.time == "next" else batch.timestamp
+        queries, keys = batch.to_padded(torch.stack([query_time, batch.timestamp], dim=1)).unbind(-1)
+        return self.between((queries[:, :, None] - keys[:, None, :]).abs(), dtype)
 
 
 class FuXiAlpha(FuXi):

@@ -25,7 +25,7 @@ FIGURE = (".svg", ".png", "-dark.svg", "-dark.png")
 STUDIES = params.studies(ROOT / "params")
 #: Those whose rows are committed. docs/studies.md names the others as not measured yet.
 MEASURED = [name for name in STUDIES if (ROOT / f"reports/studies/{name}/rows.json").is_file()]
-WITHOUT_DATA = ("cost", "encoder-efficiency", "kernels", "m-falcon")
+WITHOUT_DATA = ("cost", "encoder-efficiency", "kernels", "m-falcon", "time-maps")
 MACHINE = {"device": "H200", "commit": "a" * 40}
 
 
@@ -190,6 +190,9 @@ def small(study: str, data: Path) -> dict[str, Any]:
         settings["speed"] |= {"lengths": [8, 16], "tokens": 64, "alphas": [1.6], "draws": 4, "compiled": []}
         settings["memory"] |= {"dims": [16], "compiled": [], "rows": 2, "n": 8}
         settings["optimiser"] = {"rows": 20, "dim": 16}
+    if study == "time-maps":
+        settings |= {"tokens": 64, "lengths": [8, 16], "ragged": [16], "compiled": []}
+        settings["encoder"] = {"dim": 16, "heads": 2, "dqk": 8, "dv": 8, "dtype": "float32"}
     if study == "training-speed":
         settings |= {"steps": 2, "ceilings": {"copied": 4096, "product": 16}}
         write_processed(data / "processed/ml-1m", [9] * 12, 30)
@@ -298,7 +301,7 @@ import sys
 for name in ("yaml", "jsonschema", "polars", "pandera", "pyarrow", "matplotlib", "tabulate"):
     sys.modules[name] = None  # an import of it fails
 import steps.study, steps.studies.encoder_efficiency, steps.studies.kernels, steps.studies.long_sequences
-import steps.studies.m_falcon, steps.studies.null_models, steps.studies.table_load
+import steps.studies.m_falcon, steps.studies.null_models, steps.studies.table_load, steps.studies.time_maps
 import steps.studies.convergence, steps.studies.scaling_law, steps.studies.training_speed, steps.studies.distributed
 """
     run("python", "-c", code, cwd=ROOT)
