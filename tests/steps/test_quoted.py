@@ -86,7 +86,7 @@ def test_a_quoted_row_trains_two_steps_on_the_demo(row: str, demo: Path, tmp_pat
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
-def test_weights_start_as_theirs_do() -> None:
+def test_sasrec_s_weights_are_as_many_as_theirs_and_start_as_they_do() -> None:
     torch.manual_seed(0)
     config = params.resolve(replace(RUN, dataset="ml-1m-5-core", model="sasrec-quoted"), ROOT / "params")
     model: Any = build(config, 3416)
@@ -98,6 +98,8 @@ def test_weights_start_as_theirs_do() -> None:
     )  # Xavier of (3 d, d)
     assert not block.inner.bias.any()
     assert model.encoder.position.weight.shape == (200, 64)
+    # Their notebook's summary: items, positions, norms, attention, norms, feed-forward, the last norm.
+    assert model.num_parameters() == 3417 * 64 + 12_800 + 256 + 33_280 + 256 + 16_640 + 128
 
 
 def test_the_finding_stands_on_its_page_once_it_is_recorded(tmp_path: Path) -> None:
