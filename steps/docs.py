@@ -24,6 +24,7 @@ PAGES = {"README.md.j2": "README.md"} | {
     f"{name}.md.j2": f"docs/{name}.md" for name in ("results", "findings", "recommend")
 }
 _CALLED = (
+    "recorded",
     "tables",
     "headline",
     "recommended",
@@ -43,6 +44,10 @@ class Figures:
         self.reports = reports
         self.paper: dict[str, Any] = params.load("paper")["public_datasets"]
         self._csv = cache(self._read)
+
+    def recorded(self, experiment: str) -> bool:
+        """Whether an experiment has tables: a template leaves out what it would say of one that was not run."""
+        return (self.reports / experiment / "table.csv").is_file()
 
     def tables(self, experiment: str) -> str:
         """The titles and tables of an experiment's report, without its notes."""

@@ -7,7 +7,7 @@ from steps.common.typed import read
 from steps.models.base import CountBasedModel, Encoder, HeadsConfig, Model, Recommender
 from steps.models.bert4rec import BERT4Rec
 from steps.models.fuxi import FuXiAlpha, FuXiAlphaConfig, FuXiGamma, FuXiGammaConfig
-from steps.models.gru4rec import GRU4Rec, GRU4RecConfig
+from steps.models.gru4rec import GRU, GRU4Rec, GRU4RecConfig
 from steps.models.hstu import HSTU, HSTUConfig
 from steps.models.item_knn import ItemKNN, ItemKNNConfig
 from steps.models.ligr import LiGR, LiGRConfig
@@ -38,6 +38,7 @@ ENCODERS: dict[str, tuple[type[Any], type[Any]]] = {
     "fuxi-gamma": (FuXiGamma, FuXiGammaConfig),
     "bert4rec": (BERT4Rec, HeadsConfig),
     "gru4rec": (GRU4Rec, GRU4RecConfig),
+    "gru": (GRU, GRU4RecConfig),
 }
 
 

@@ -1,4 +1,8 @@
-"""GRU4Rec's encoder (arXiv 1511.06939): one GRU layer. `steps.tasks.sessions` trains it."""
+"""GRU4Rec's encoder (arXiv 1511.06939): one GRU layer.
+
+`steps.tasks.sessions` trains GRU4Rec, as its author does. GRU is the same layer as arXiv 2309.07602 has it, for losses
+of every token's next item.
+"""
 
 from dataclasses import dataclass
 
@@ -18,15 +22,31 @@ class GRU4RecConfig:
     dim: Count
 
 
-class GRU4Rec(Encoder):
-    """One GRU layer over item embeddings."""
+class GRU(Encoder):
+    """One GRU layer over item embeddings, with torch's initial weights."""
 
-    supports_low_precision = False  # its steps are too small to gain from it
+    supports_low_precision = False  # its authors train it in float32, and GRU4Rec's steps are too small to gain
 
     def __init__(self, config: GRU4RecConfig, max_len: int, dropout: float) -> None:
-        del max_len  # it has no positions
+        del max_len, dropout  # it has no positions, and torch drops out between layers alone
         super().__init__()
         self.gru = nn.GRU(config.dim, config.dim, batch_first=True)
+
+    @property
+    def compiled_modules(self) -> list[nn.Module]:
+        """None: the recurrence is one kernel of cuDNN, and torch.compile takes an event of GRU4Rec as a whole."""
+        return []
+
+    def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+        states, _ = self.gru(batch.to_padded(embeddings))
+        return batch.to_jagged(states)
+
+
+class GRU4Rec(GRU):
+    """The same with its author's initial weights, and with dropout of the states, which `Sessions` applies."""
+
+    def __init__(self, config: GRU4RecConfig, max_len: int, dropout: float) -> None:
+        super().__init__(config, max_len, dropout)
         self.hidden_dropout = nn.Dropout(dropout)
         bound = (6 / (2 * config.dim)) ** 0.5  # Glorot, per gate
         for name, parameter in self.gru.named_parameters():
@@ -34,15 +54,6 @@ class GRU4Rec(Encoder):
                 nn.init.uniform_(parameter, -bound, bound)
             else:
                 nn.init.zeros_(parameter)
-
-    @property
-    def compiled_modules(self) -> list[nn.Module]:
-        """None: torch.compile takes an event of its task as a whole."""
-        return []
-
-    def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
-        states, _ = self.gru(batch.to_padded(embeddings))
-        return batch.to_jagged(states)
 
     @property
     def weights(self) -> list[torch.Tensor]:

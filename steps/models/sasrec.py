@@ -1,7 +1,8 @@
 """SASRec (arXiv 1808.09781), as the HSTU paper's public experiments run it.
 
 Per block: q = LN(x); x = LN(q + attention(q, x, x)); x = x + FF(x), where FF is two linear maps with a
-ReLU between. LayerNorm has no affine terms; keys and values are not normalised. No time enters.
+ReLU between. LayerNorm has no affine terms; keys and values are not normalised. No time enters. With `learned_norms` it
+has them, and one stands behind the last block, as in the code of arXiv 2309.07602, whose initial weights it then has.
 """
 
 from dataclasses import dataclass
@@ -10,27 +11,31 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.layer_norm import layer_norm
 from steps.common.typed import Whole
 from steps.data.sequences import Batch
-from steps.models.base import HeadsConfig, PositionalEncoder, causal_attention
+from steps.models.base import HeadsConfig, LayerNorm, PositionalEncoder, causal_attention
 
 _LAYER_NORM_EPS = 1e-8
+_LEARNED_STD = 0.02  # of initial weights where norms are learned
 
 
 @dataclass(frozen=True)
 class SASRecConfig(HeadsConfig):
-    """The sizes of the encoder. output_slots: positions beyond max_len."""
+    """The sizes of the encoder. output_slots: positions beyond max_len. learned_norms: whether layer norms have affine
+    terms, and one stands behind the last block."""
 
     output_slots: Whole
+    learned_norms: bool = False
 
 
 class SASRecBlock(nn.Module):
     """Causal softmax attention and a position-wise feed-forward network."""
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float, learned_norms: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.attention_norm = LayerNorm(dim, _LAYER_NORM_EPS, elementwise_affine=learned_norms)
+        self.feed_forward_norm = LayerNorm(dim, _LAYER_NORM_EPS, elementwise_affine=learned_norms)
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
@@ -46,11 +51,14 @@ class SASRecBlock(nn.Module):
         for layer in (self.output, self.inner, self.outer):
             nn.init.xavier_normal_(layer.weight)
         nn.init.zeros_(self.output.bias)
+        for layer in (self.output, self.inner, self.outer) if learned_norms else ():
+            nn.init.normal_(layer.weight, std=_LEARNED_STD)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Tokens (T, d) to tokens (T, d)."""
-        normed = layer_norm(x, _LAYER_NORM_EPS)
-        x = layer_norm(normed + self._attention(normed, x, batch), _LAYER_NORM_EPS)
+        normed = self.attention_norm(x)
+        x = self.feed_forward_norm(normed + self._attention(normed, x, batch))
         return x + self.dropout(self.outer(self.dropout(F.relu(self.inner(x)))))
 
     def _attention(self, normed: torch.Tensor, x: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -65,12 +73,19 @@ class SASRec(PositionalEncoder):
     def __init__(self, config: SASRecConfig, max_len: int, dropout: float) -> None:
         super().__init__(config.dim, max_len, config.output_slots, dropout)
         std = self.dim**-0.5
-        nn.init.trunc_normal_(self.position.weight, std=std, a=-2 * std, b=2 * std)
-        self.blocks = nn.ModuleList(SASRecBlock(self.dim, config.heads, dropout) for _ in range(config.blocks))
+        if config.learned_norms:
+            nn.init.normal_(self.position.weight, std=_LEARNED_STD)
+        else:
+            nn.init.trunc_normal_(self.position.weight, std=std, a=-2 * std, b=2 * std)
+        self.blocks = nn.ModuleList(
+            SASRecBlock(self.dim, config.heads, dropout, config.learned_norms) for _ in range(config.blocks)
+        )
+        self.last_norm = LayerNorm(self.dim, _LAYER_NORM_EPS) if config.learned_norms else nn.Identity()
 
     def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
         x = self.embed(embeddings, batch.position)
         with self.autocast(x.device):
             for block in self.blocks:
                 x = block(x, batch)
-        return x
+        states: torch.Tensor = self.last_norm(x)
+        return states

@@ -3,6 +3,9 @@
 The output is softmax(E LN(GELU(W h)) + bias) over all items. Training masks each item of the window with probability
 `mask_prob`. For one sequence in eleven it masks the last item alone, since the authors make ten copies of each sequence
 with random masks and one of this kind. At test the mask token follows the history.
+
+The BERT4Rec of arXiv 2309.07602 has neither: without `output_layer` the output is softmax(E h), and without `last_only`
+no sequence is masked at its last item alone, but where none is drawn.
 """
 
 from dataclasses import dataclass
@@ -27,10 +30,28 @@ _LAST_ONLY_PROB = 1 / 11
 @dataclass(frozen=True)
 class _MaskConfig:
     mask_prob: Inside01
+    last_only: bool = True  # whether one sequence in eleven has its last item masked alone
+    output_layer: bool = True  # whether LN(GELU(W h)) and a bias stand before the softmax
 
 
-class Output(nn.Module):
-    """softmax(E LN(GELU(W h)) + bias) over all items, of states (M, d)."""
+class TiedOutput(nn.Module):
+    """softmax(E h) over all items, of states h (M, d)."""
+
+    def logits(self, states: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """(M, V + 1), given the item embeddings (V + 1, d), of which row 0 is padding."""
+        return self._linear(states, items, items.new_zeros(len(items)))
+
+    def forward(self, states: torch.Tensor, items: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy of the targets (M,) that are not 0."""
+        return F.cross_entropy(self.logits(states, items), targets, ignore_index=0)
+
+    def _linear(self, states: torch.Tensor, items: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        bias = bias.index_fill(0, torch.zeros(1, dtype=torch.int64, device=states.device), -1e9)
+        return F.linear(states, items, bias)
+
+
+class Output(TiedOutput):
+    """softmax(E LN(GELU(W h)) + bias) over all items, of states h (M, d)."""
 
     def __init__(self, dim: int, num_items: int) -> None:
         super().__init__()
@@ -39,13 +60,7 @@ class Output(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_items + 1))
 
     def logits(self, states: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        """(M, V + 1), given the item embeddings (V + 1, d), of which row 0 is padding."""
-        bias = self.bias.index_fill(0, torch.zeros(1, dtype=torch.int64, device=states.device), -1e9)
-        return F.linear(self.norm(F.gelu(self.transform(states))), items, bias)
-
-    def forward(self, states: torch.Tensor, items: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean cross-entropy of the targets (M,) that are not 0."""
-        return F.cross_entropy(self.logits(states, items), targets, ignore_index=0)
+        return self._linear(self.norm(F.gelu(self.transform(states))), items, self.bias)
 
 
 class MaskedItems(Task, Recommender):
@@ -57,9 +72,11 @@ class MaskedItems(Task, Recommender):
     def __init__(self, settings: dict[str, Any], training: TrainingConfig, num_items: int) -> None:
         super().__init__(settings, training, num_items)
         read_cross_entropy(settings)
-        self.mask_prob = read(_MaskConfig, settings, "model.", others=True).mask_prob
+        config = read(_MaskConfig, settings, "model.", others=True)
+        self.mask_prob = config.mask_prob
+        self.last_only_prob = _LAST_ONLY_PROB if config.last_only else 0.0
         self.mask = nn.Parameter(torch.empty(self.dim))
-        self.output = Output(self.dim, num_items)
+        self.output = Output(self.dim, num_items) if config.output_layer else TiedOutput()
         for name, parameter in self.named_parameters():
             if name == "mask" or (name.endswith("weight") and parameter.dim() > 1):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
@@ -90,7 +107,7 @@ class MaskedItems(Task, Recommender):
         """The mask (T,) bool of items to predict: at least one of every sequence."""
         sequence_id, position = sequence_and_position(offsets, total)
         last = position == (offsets.diff() - 1)[sequence_id]
-        last_only = torch.rand(len(offsets) - 1, device=offsets.device) < _LAST_ONLY_PROB
+        last_only = torch.rand(len(offsets) - 1, device=offsets.device) < self.last_only_prob
         drawn = (torch.rand(total, device=offsets.device) < self.mask_prob) & ~last_only[sequence_id]
         none_drawn = torch.zeros(len(offsets) - 1, device=offsets.device).index_add_(0, sequence_id, drawn.float()) == 0
         return drawn | (last & none_drawn[sequence_id])

@@ -43,6 +43,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "fuxi-alpha": {"output_slots": 11, "ff_multiplier": 2, "time": "next"},
     "fuxi-gamma": {"output_slots": 11, "ff_multiplier": 2, "time": "next", "decay": 0.8, "power": 0.2},
     "bert4rec": {"mask_prob": 0.2, "loss": _CROSS_ENTROPY},
+    "gru": {"loss": _CROSS_ENTROPY},
     "gru4rec": {"samples": 30, "sample_alpha": 0.5, "logq": 1.0, "loss": _CROSS_ENTROPY},
 }
 _CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,7 +57,9 @@ def model_entry(model: str, sizes: dict[str, int], **changes: Any) -> dict[str, 
     name, own = _CHANGED.get(model, (model, {}))
     entry: dict[str, Any] = {"model": name}
     if name not in COUNT_BASED:
-        of_all = {"gru4rec": ["dim"]} | {key: list(sizes) for key in ("hstu", "fuxi-alpha", "fuxi-gamma")}
+        of_all = {"gru": ["dim"], "gru4rec": ["dim"]} | {
+            key: list(sizes) for key in ("hstu", "fuxi-alpha", "fuxi-gamma")
+        }
         keys = of_all.get(name, ["dim", "blocks", "heads"])
         entry |= {key: sizes[key] for key in keys} | {"loss": _NEXT_ITEM}
         betas = [0.0, 0.0] if name == "gru4rec" else [0.9, 0.98]

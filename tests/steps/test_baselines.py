@@ -120,8 +120,8 @@ def test_rotation_keeps_lengths_and_an_odd_last_feature() -> None:
 # BERT4Rec
 
 
-def bert() -> MaskedItems:
-    model = make("bert4rec")
+def bert(**changes: object) -> MaskedItems:
+    model = make("bert4rec", **changes)
     assert isinstance(model, MaskedItems)
     return model
 
@@ -171,20 +171,56 @@ def test_bert4rec_masks_a_fifth_and_at_least_one_item() -> None:
     assert bool(short.all())
 
 
-def test_bert4rec_trains_on_the_window_with_its_next_item() -> None:
+def test_bert4rec_without_last_only_masks_items_independently() -> None:
+    torch.manual_seed(0)
+    masked = bert(last_only=False)._sample_mask(torch.arange(0, 40_001, 40), 40_000).view(1000, 40)
+    assert float(masked.double().mean()) == pytest.approx(0.2, abs=0.01)
+    assert float(masked[:, -1].double().mean()) == pytest.approx(0.2, abs=0.04)  # the last one as any other
+
+
+@pytest.mark.parametrize("output_layer", [True, False])
+def test_bert4rec_trains_on_the_window_with_its_next_item(output_layer: bool) -> None:
     data = batch([4, 2])
     item, offsets = append_next_item(data)
     assert offsets.tolist() == [0, 4, 6]
     expected = sequences([4, 2]).item.tolist()
     assert item.tolist() == expected
-    model = bert()
+    model = bert(output_layer=output_layer)
     torch.manual_seed(3)
     expected_loss = twins.masked_loss(model, data)
     torch.manual_seed(3)
     torch.testing.assert_close(model.loss(data), expected_loss)
 
 
+def test_bert4rec_without_an_output_layer_scores_by_dot_products_of_the_mask_s_state() -> None:
+    model, data = bert(output_layer=False), batch([5, 20])
+    item, offsets = append_next_item(data)
+    masked = torch.zeros_like(item, dtype=torch.bool)
+    masked[[4, 24]] = True  # in place of each user's last item
+    state = model._encode(item, masked, offsets, MAX_LEN + 1)[[4, 24]]
+    torch.testing.assert_close(model.score(data)[:, 1:], state @ model.items.weight[1:].T)
+    assert not [name for name, _ in model.named_parameters() if name.startswith("output.")]
+
+
 # GRU4Rec
+
+
+def test_a_gru_that_predicts_every_next_item_equals_the_equations_by_hand() -> None:
+    """arXiv 1406.1078, with torch's two biases: r, z and n are the thirds of each matrix."""
+    model, data = make("gru"), batch([5, 20, 2])
+    (weight_x, weight_h, bias_x, bias_h), found = model.encoder.gru.all_weights[0], model.encode(data)
+    for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
+        h = torch.zeros(6, dtype=torch.float64)
+        for token in range(start, end):
+            x = weight_x @ model.items.weight[data.item[token]] + bias_x
+            before = weight_h @ h + bias_h
+            reset, update = (torch.sigmoid(x[part] + before[part]) for part in (slice(0, 6), slice(6, 12)))
+            h = (1 - update) * torch.tanh(x[12:] + reset * before[12:]) + update * h
+            torch.testing.assert_close(found[token], h, rtol=0, atol=1e-12)
+    last = found[data.offsets[1:] - 1]
+    torch.testing.assert_close(model.score(data), last @ model.items.weight.T)
+    logits = (found @ model.items.weight.T)[:, 1:]
+    torch.testing.assert_close(model.loss(data), F.cross_entropy(logits, data.next_item - 1))
 
 
 def gru() -> Sessions:

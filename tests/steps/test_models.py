@@ -17,7 +17,7 @@ from steps.training.schedule import Schedule, Windows, make_schedule
 from tests.steps.runs import model_entry
 
 MAX_LEN, ITEMS = 200, 60
-CAUSAL = ["hstu", "hstu-softmax", "sasrec", "transformer++", "ligr", "fuxi-alpha", "fuxi-gamma", "gru4rec"]
+CAUSAL = ["hstu", "hstu-softmax", "sasrec", "transformer++", "ligr", "fuxi-alpha", "fuxi-gamma", "gru", "gru4rec"]
 
 
 def config(model: str, **changes: Any) -> dict[str, Any]:
@@ -140,8 +140,14 @@ def test_hstu_weights_start_as_the_authors_do() -> None:
     assert model.encoder.position.weight.std().item() == pytest.approx(math.sqrt(2 / (211 + 64)), rel=0.05)
 
 
-def test_sasrec_equals_a_reference_from_torch_modules() -> None:
-    model, data = make("sasrec"), batch([5, 20, 2])
+@pytest.mark.parametrize("learned_norms", [False, True])
+def test_sasrec_equals_a_reference_from_torch_modules(learned_norms: bool) -> None:
+    model, data = make("sasrec", learned_norms=learned_norms), batch([5, 20, 2])
+
+    def norm(x: torch.Tensor, layer: Any) -> torch.Tensor:
+        assert (layer.weight is not None) == learned_norms
+        return F.layer_norm(x, (6,), layer.weight, layer.bias, eps=1e-8)
+
     found = model.encode(data)
     for start, end in zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist(), strict=True):
         n = end - start
@@ -152,13 +158,15 @@ def test_sasrec_equals_a_reference_from_torch_modules() -> None:
             attention.in_proj_bias.data = torch.cat([block.query.bias, block.key.bias, block.value.bias])
             attention.out_proj.weight.data = block.output.weight.data
             attention.out_proj.bias.data = block.output.bias.data
-            normed = F.layer_norm(x, (6,), eps=1e-8)
+            normed = norm(x, block.attention_norm)
             future = torch.ones(n, n, dtype=torch.bool).triu(1)
             attention_output, _ = attention(normed[None], x[None], x[None], attn_mask=future, need_weights=False)
-            x = F.layer_norm(normed + attention_output[0], (6,), eps=1e-8)
+            x = norm(normed + attention_output[0], block.feed_forward_norm)
             x = x + F.linear(
                 F.relu(F.linear(x, block.inner.weight, block.inner.bias)), block.outer.weight, block.outer.bias
             )
+        if learned_norms:
+            x = norm(x, model.encoder.last_norm)
         torch.testing.assert_close(found[start:end], x, rtol=0, atol=1e-9)
 
 

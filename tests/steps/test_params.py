@@ -226,7 +226,20 @@ def test_a_small_number_is_a_number_however_it_is_written(project: Path, word: s
     [
         # The error is of the branch that the entry's own model selects.
         ("models", "alpha: 1.0 ", "alpha: 1e-3x ", r"key hstu[a-z-]*\.alpha: '1e-3x' is not"),
-        ("models", "mask_prob: 0.2", "mask_prob: '0.2'", r"key bert4rec\.mask_prob: '0\.2' is not of type 'number'"),
+        (
+            "models",
+            "mask_prob: 0.2",
+            "mask_prob: '0.2'",
+            r"key bert4rec(-quoted)?\.mask_prob: '0\.2' is not of type 'number'",
+        ),
+        (
+            "models",
+            "last_only: false",
+            "shape: base\n  last_only: false",
+            r"key bert4rec-quoted: 'shape' does not belong here",
+        ),
+        ("models", "heads: 2\n  mask_prob", "mask_prob", r"key bert4rec-quoted: 'heads' is a required property"),
+        ("models", "dim: 64\n  training", "training", r"key gru4rec-quoted: 'dim' is a required property"),
         ("models", "samples: 2048", "samples: 2e3", r"key gru4rec\.samples: 2000\.0 is not of type 'integer'"),
         ("models", "shrink: 10.0", "shrink: .inf", r"key item-knn\.shrink: inf is not of type 'number'"),
         ("models", "shrink: 10.0", "shrink: .nan", r"key item-knn\.shrink: nan is not of type 'number'"),

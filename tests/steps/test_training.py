@@ -44,7 +44,7 @@ LOSSES = {
     "bce": {"similarity": "dot", "temperature": 1.0},
     "gbce": {"similarity": "dot", "temperature": 1.0, "calibration": 0.75},
 }
-MODELS = ["hstu", "hstu-softmax", "sasrec", "transformer++", "ligr", "fuxi-alpha", "fuxi-gamma", "bert4rec"]
+MODELS = ["hstu", "hstu-softmax", "sasrec", "transformer++", "ligr", "fuxi-alpha", "fuxi-gamma", "gru", "bert4rec"]
 
 
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:

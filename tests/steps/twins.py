@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from steps.data.sequences import Batch, Sequences
 from steps.tasks import Task
-from steps.tasks.masked_items import MaskedItems, append_next_item
+from steps.tasks.masked_items import MaskedItems, Output, append_next_item
 from steps.tasks.sessions import Sessions
 
 
@@ -25,8 +25,11 @@ def masked_loss(task: MaskedItems, batch: Batch) -> torch.Tensor:
     item, offsets = append_next_item(batch)
     masked = task._sample_mask(offsets, len(item))
     states = task._encode(item, masked, offsets, batch.max_len + 1)[masked]
-    hidden = task.output.norm(F.gelu(task.output.transform(states)))
-    logits = (hidden @ task.items.weight.T + task.output.bias)[:, 1:]
+    if isinstance(task.output, Output):
+        hidden = task.output.norm(F.gelu(task.output.transform(states)))
+        logits = (hidden @ task.items.weight.T + task.output.bias)[:, 1:]
+    else:
+        logits = (states @ task.items.weight.T)[:, 1:]
     return F.cross_entropy(logits, item[masked] - 1)
 
 
