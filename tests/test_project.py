@@ -338,4 +338,4 @@ def test_a_further_run_adds_little(experiment: str, tmp_path: Path, monkeypatch:
     for name, kept in (("all", found), ("less", [record for record in found if record.run != found[-1].run])):
         write_records(experiment, kept, tmp_path / name)
     bytes_of = {name: sum(path.stat().st_size for path in (tmp_path / name).iterdir()) for name in ("all", "less")}
-    assert bytes_of["all"] - bytes_of["less"] <= 20_000
+    assert bytes_of["all"] - bytes_of["less"] <= 10_000

@@ -1,8 +1,9 @@
 """The Provenance Run Crate of an experiment (https://w3id.org/ro/wfrun/provenance/0.5).
 
-It has the workflow's files, the small files of every run, and the tables. A training and an evaluation are an action
-each: their tool at its commit, what they were made of, what they made. Large files (sequences, weights, ranks) are
-named by their hash. Which orchestrator or shell started the steps is not recorded, so no action says it.
+It has the workflow's files, the small files of every run as records have them, and the tables. A training and an
+evaluation are an action each: their tool at its commit, what they were made of, what they made. Large files (sequences,
+weights, ranks) and whole histories are named by their hash. Which orchestrator or shell started the steps is not
+recorded, so no action says it.
 """
 
 from collections.abc import Mapping
@@ -114,9 +115,12 @@ class ExperimentCrate:
         run, about = record.run, record.metrics
         folder = f"runs/{run.path}"
         files = {
-            name: add_file(self.crate, f"{folder}/{name}", text.encode("utf-8")) for name, text in record.texts.items()
+            name: add_file(self.crate, f"{folder}/{name}", text.encode("utf-8"))
+            for name, text in record.light_texts().items()
         }
+        files["history.jsonl"]["description"] = "What reports show of every epoch."
         values = [self._value(axis, getattr(run, axis)) for axis in _AXES]
+        whole_history = self._by_hash(record, "history", "history.jsonl")
         weights = self._by_hash(record, "weights", "model.safetensors")
         outcomes = self._by_hash(record, "outcomes", "outcomes.safetensors")
         outcomes += self._by_hash(record, "ranks", "ranks.safetensors")  # its name in runs of earlier commits
@@ -126,7 +130,7 @@ class ExperimentCrate:
             f"train {where}",
             self._tool("train", about["commit"], about["versions"]),
             [files["config.json"], self._sequences(record), *values],
-            [files["history.jsonl"], *weights],
+            [files["history.jsonl"], *whole_history, *weights],
         )
         usage = {"device": about["device"], "seconds": about["train_seconds"], "peak bytes": about["peak_bytes"]}
         training["resourceUsage"] = [

@@ -4,13 +4,13 @@ Each kind says what belongs together: `BY_SEED`, a record for each run; else one
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import polars as pl
 
-LARGEST_RANK = 500  # no cut of HR or NDCG is larger
+LARGEST_RANK = 200  # no cut of HR or NDCG is larger; whoever raises it records all runs again
 #: To 1, in what records keep of predictions. The mean over users of what rounding takes has to be small beside the
 #: standard error of a difference of two nearly equal models. A user of n targets moves that difference by about the
 #: root of n, so what is rounded is the user's sum over this root: users of many targets get finer steps a target.
@@ -21,7 +21,8 @@ _STEPS = 2**15
 class TestRanks:
     """Ranks of the test items: of `users` (U,), ascending; `best` and `ties` (U,) int64 as in `evaluation.metrics`.
 
-    Recorded, ranks above `LARGEST_RANK` are LARGEST_RANK + 1 without ties: a run takes half the bytes.
+    Recorded, ranks above `LARGEST_RANK` are LARGEST_RANK + 1 without ties: up to 200 they take three quarters of the
+    bytes that they take up to 500. `largest` is then LARGEST_RANK, and of a run None.
     """
 
     __test__ = False  # no test of pytest's
@@ -32,6 +33,7 @@ class TestRanks:
     users: np.ndarray
     best: np.ndarray
     ties: np.ndarray
+    largest: int | None = field(default=None, kw_only=True)
 
     @classmethod
     def of_run(cls, tensors: Mapping[str, np.ndarray]) -> Self:
@@ -41,7 +43,12 @@ class TestRanks:
     @classmethod
     def of_record(cls, part: pl.DataFrame) -> Self:
         """From the rows of a run, which `light` made."""
-        return cls(*(part[name].to_numpy().astype(np.int64) for name in cls.SCHEMA))
+        return cls(*(part[name].to_numpy().astype(np.int64) for name in cls.SCHEMA), largest=LARGEST_RANK)
+
+    def has(self, metric: str) -> bool:
+        """Whether users' values of hr@k, ndcg@k or mrr follow from these ranks."""
+        _, _, cut = metric.partition("@")
+        return self.largest is None or (cut != "" and int(cut) <= self.largest)
 
     def light(self) -> pl.DataFrame:
         """What is recorded."""

@@ -51,12 +51,11 @@ def curve_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str]
     names, lines = labels(records), []
     for (dataset, model), seeds in _compared(records, paper).items():
         for epoch, figures in paper["reruns"].get(dataset, {}).get(model, {"epochs": {}})["epochs"].items():
-            watched = [line for seed in seeds for line in seed.history if line["epoch"] == epoch]
-            if len(watched) < len(seeds):
+            if any(all(line["epoch"] != epoch for line in seed.history) for seed in seeds):
                 continue
             line = [dataset, names[model], str(epoch)]
             for metric in load_task().headline:
-                ours = mean_and_sd(one[f"test/{metric}"] for one in watched)
+                ours = mean_and_sd(seed.curve(f"test/{metric}")[epoch] for seed in seeds)
                 line += [_figure(figures[metric]), cell(*ours), f"{ours[0] / figures[metric] - 1:+.1%}"]
             lines.append(line)
     headers = ["data set", "model", "epoch"]

@@ -234,15 +234,16 @@ def _panels(number: int, columns: int, height: float = _HEIGHT, share: bool = Fa
 
 def _curves(seeds: Sequence[Record], name: str) -> tuple[list[int], np.ndarray]:
     """The epochs (E,) that all seeds evaluated, and the metric's values (seeds, E) there."""
-    curves = [{line["epoch"]: line[name] for line in seed.history} for seed in seeds]
+    curves = [seed.curve(name) for seed in seeds]
     epochs = [epoch for epoch in curves[0] if all(epoch in curve for curve in curves)]
     return epochs, np.array([[curve[epoch] for epoch in epochs] for curve in curves])
 
 
 def _kept(seed: Record, name: str) -> tuple[int, float]:
     """The epoch that the seed's figures are of, and the metric's value there; the last that was evaluated before it."""
-    line = [line for line in seed.history if line["epoch"] <= seed.metrics["epoch"]][-1]
-    return line["epoch"], line[name]
+    curve = seed.curve(name)
+    epoch = max(epoch for epoch in curve if epoch <= seed.metrics["epoch"])
+    return epoch, curve[epoch]
 
 
 def _names(rows: dict[str, list[Record]], key: str, metric: str) -> list[str]:

@@ -1,18 +1,21 @@
 """The finished runs of an experiment: in runs/, or in the light records that are committed under reports/.
 
 Records are two compressed columnar files an experiment. `runs.parquet` has a row a run: its config.json, history.jsonl
-and metrics.json, and the SHA-256 of its recorded outcomes. The texts come back as they were written; the history stands
-there as one object, a list of all epochs for each key. The other file is of test users, `user` as in the processed
-sequences. Of retrieval it is `ranks.parquet`, a row a run and user: `rank` the best rank of the held-out item (0: left
-out of the ranking), `ties` the other candidates of equal score. Of ranking it is `predictions.parquet`, a row a table
-row (dataset, protocol, model) and user: what the predictions for the user add up to, as the mean over `seeds`. All runs
-of the table row then name the same SHA-256, and are recorded together. The rows of a user stand together, in the order
-of the runs.
+and metrics.json, the CRC-32 of its recorded history, and the SHA-256 of its recorded outcomes. Config and metrics come
+back as they were written. The history comes back without the metrics that no report shows epoch by epoch: it has those
+of `headline` and `compared` in params/tasks.yaml, and, but for trials of a search, losses, times and memory. It stands
+there as one object, a list of all epochs for each key. Earlier commits recorded it whole, without CRC-32, and such
+records are read too. The other file is of test users, `user` as in the processed sequences. Of retrieval it is
+`ranks.parquet`, a row a run and user: `rank` the best rank of the held-out item (0: left out of the ranking), `ties`
+the other candidates of equal score. Of ranking it is `predictions.parquet`, a row a table row (dataset, protocol,
+model) and user: what the predictions for the user add up to, as the mean over `seeds`. All runs of the table row then
+name the same SHA-256, and are recorded together. The rows of a user stand together, in the order of the runs.
 """
 
 import hashlib
 import json
 import statistics
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -28,16 +31,17 @@ from steps.common.cli import StepError
 from steps.common.config import task_of
 from steps.common.files import atomic_path, parse_jsonl, reading
 from steps.common.provenance import check_run, content_sha256
+from steps.evaluation.names import OF_TASK
 from steps.reporting.outcomes import KINDS, Kind, Outcomes, TestPredictions
 from steps.reporting.pinned import require_pinned
 
 #: Outcomes of more test users stay in runs/: the tree stays small.
 MOST_USERS = 30_000
 RUNS = "runs.parquet"
-HISTORY = "history.jsonl"
+HISTORY, HISTORY_CRC = "history.jsonl", "history_crc32"
 TEXTS = ("config.json", HISTORY, "metrics.json")
 _KEY = {"dataset": pl.String, "model": pl.String, "protocol": pl.String, "seed": pl.UInt32}
-RUNS_SCHEMA = _KEY | dict.fromkeys(TEXTS, pl.String) | {"outcomes_sha256": pl.String}
+RUNS_SCHEMA = _KEY | dict.fromkeys(TEXTS, pl.String) | {HISTORY_CRC: pl.UInt32, "outcomes_sha256": pl.String}
 _FORMER = {"ranks_sha256": "outcomes_sha256"}  # a column's name in records of earlier commits
 #: Counters become runs of equal differences, and the bytes of others are compressed by their significance.
 _ENCODINGS = {"seed": "DELTA_BINARY_PACKED", "user": "DELTA_BINARY_PACKED"}
@@ -49,8 +53,9 @@ _REMEDY = "take it from git again, or record the runs again"
 class Record:
     """One finished run: what it is in the experiment, and the content of its small files.
 
-    texts: these files as they were written. outcomes: reads them, of a recorded ranking run those of its table row;
-    raises StepError where they are not kept. `outcomes_of` takes either.
+    texts: these files as they were written; of a recorded run the history is what is kept of it. outcomes: reads them,
+    of a recorded ranking run those of its table row; raises StepError where they are not kept. `outcomes_of` takes
+    either.
     """
 
     run: params.Run
@@ -69,6 +74,35 @@ class Record:
     def row(self) -> tuple[str, str, str]:
         """What runs that differ in their seed alone share."""
         return self.run.dataset, self.run.protocol, self.run.model
+
+    def light_texts(self) -> dict[str, str]:
+        """`texts` as records have them: the history without the metrics that no report shows epoch by epoch, in two
+        fifths of the bytes. Of a trial of a search it is the metrics that are shown, and no more."""
+        task = params.load("tasks")[self.task]
+        shown = {"epoch", *task["headline"], task["compared"]}
+        left_out = set(OF_TASK[self.task]) - shown
+        search = is_search(self.run.experiment)
+
+        def is_kept(key: str) -> bool:
+            name = key.rpartition("/")[2]
+            return name in shown if search else name not in left_out
+
+        lines = [{key: value for key, value in line.items() if is_kept(key)} for line in self.history]
+        return self.texts | {HISTORY: "".join(json.dumps(line) + "\n" for line in lines)}
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """A metric of the history, such as valid/ndcg@10, by epoch. Raises StepError if the history lacks it."""
+        if any(metric not in line for line in self.history):
+            raise StepError(
+                f"the history of {self.run.path} lacks {metric}; records have what params/tasks.yaml named when they "
+                f"were made: read runs/{self.run.experiment}, or record the runs again"
+            )
+        return {line["epoch"]: line[metric] for line in self.history}
+
+
+def is_search(experiment: str) -> bool:
+    """Whether an experiment's runs are trials to choose among, by metrics alone."""
+    return "points" in params.load(f"experiments/{experiment}")
 
 
 def read_records(experiment: str, folder: Path) -> tuple[list[Record], list[params.Run]]:
@@ -104,11 +138,11 @@ def recorded_texts(folder: Path) -> dict[Path, dict[str, Any]]:
 def write_records(experiment: str, records: list[Record], folder: Path) -> int:
     """Write the light records of these runs to `folder`, in place of those that it has of the same runs.
 
-    Those of a search, an experiment with `points`, have no outcomes: its trials are many, and chosen among by metrics.
+    Those of a search have no outcomes: its trials are many, and chosen among by metrics.
     Records of runs that the experiment no longer has are left out; returns how many. Raises StepError, before anything
     is written, if the outcomes of a run cannot be read, or if `folder` has a mean over seeds that are not all given.
     """
-    search = "points" in params.load(f"experiments/{experiment}")
+    search = is_search(experiment)
     rows = recorded_texts(folder)
     kind = KINDS[records[0].task]
     schema = _schema(kind)
@@ -125,14 +159,16 @@ def write_records(experiment: str, records: list[Record], folder: Path) -> int:
             outcomes[of] = part.select(*key, *kind.SCHEMA)
         for record in together:
             named = {name: getattr(record.run, name) for name in _KEY}
-            rows[record.run.path] = named | record.texts | {"outcomes_sha256": digest}
+            texts = record.light_texts()
+            digests = {HISTORY_CRC: _crc32(texts[HISTORY]), "outcomes_sha256": digest}
+            rows[record.run.path] = named | texts | digests
     runs = [run for run in known if run.path in rows]
     parts = [of for of in dict.fromkeys(_part_of(run, kind) for run in runs) if of in outcomes]
     kept = pl.concat([pl.DataFrame(schema=schema), *(outcomes[of] for of in parts)])
     # What runs say of one user is alike: side by side it takes fewer bytes.
     _write(folder / kind.FILE, kept.sort("dataset", "protocol", "user", maintain_order=True))
-    texts = [rows[run.path] | {HISTORY: _by_key(rows[run.path][HISTORY])} for run in runs]
-    _write(folder / RUNS, pl.DataFrame(texts, schema=RUNS_SCHEMA, orient="row"))
+    written = [rows[run.path] | {HISTORY: _by_key(rows[run.path][HISTORY])} for run in runs]
+    _write(folder / RUNS, pl.DataFrame(written, schema=RUNS_SCHEMA, orient="row"))
     return len(rows) - len(runs)
 
 
@@ -211,13 +247,14 @@ def _of_record(run: params.Run, row: dict[str, Any], folder: Path) -> Record:
     with reading(folder / RUNS, _REMEDY):
         config, metrics = json.loads(texts["config.json"]), json.loads(texts["metrics.json"])
         history = parse_jsonl(texts[HISTORY], where, _REMEDY)
-        found = {
-            "config_sha256": content_sha256(config),
-            "history_sha256": hashlib.sha256(texts[HISTORY].encode()).hexdigest(),
-        }
-        other = next((name for name, digest in found.items() if metrics.get(name) != digest), None)
-    if other is not None:
-        raise StepError(f"{where}: metrics.json names another {other.removesuffix('_sha256')}; {_REMEDY}")
+        if metrics.get("config_sha256") != content_sha256(config):
+            raise StepError(f"{where}: metrics.json names another config; {_REMEDY}")
+        if row[HISTORY_CRC] is None:  # a whole history, as earlier commits have it
+            belongs = metrics.get("history_sha256") == hashlib.sha256(texts[HISTORY].encode()).hexdigest()
+        else:
+            belongs = row[HISTORY_CRC] == _crc32(texts[HISTORY])
+        if not belongs:
+            raise StepError(f"{where}: the history is another than was recorded; {_REMEDY}")
 
     def outcomes() -> Outcomes:
         if row["outcomes_sha256"] is None:
@@ -294,6 +331,10 @@ def _outcomes_sha256(part: pl.DataFrame) -> str:
     return digest.hexdigest()
 
 
+def _crc32(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
 def _by_key(lines: str) -> str:
     """JSON lines as one object of lists: compressed, four fifths of the bytes. As they are, if they would not come back
     the same."""
@@ -319,6 +360,8 @@ def _read(path: Path, schema: dict[str, Any]) -> pl.DataFrame:
                 f"{path} has a row a seed, as earlier commits have it; take {path.parent} from a later commit, or "
                 "remove it and record all runs again"
             )
+        if path.name == RUNS and HISTORY_CRC not in found.columns:
+            found = found.with_columns(pl.lit(None, pl.UInt32).alias(HISTORY_CRC))
         if dict(found.schema) != schema:
             raise StepError(f"{path} has columns {dict(found.schema)}, and not {schema}; {_REMEDY}")
     return found

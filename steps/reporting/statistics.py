@@ -36,6 +36,12 @@ def values_of_users(outcomes: Outcomes) -> np.ndarray:
     each (Obuchowski 1997).
     """
     if isinstance(outcomes, TestRanks):
+        beyond = [name for name in metrics_of_intervals() if not outcomes.has(name)]
+        if beyond:
+            raise StepError(
+                f"params/tasks.yaml wants intervals of {', '.join(beyond)}, and records keep ranks up to "
+                f"{outcomes.largest} alone; compare the runs themselves"
+            )
         of_users = Ranks(torch.from_numpy(outcomes.best), torch.from_numpy(outcomes.ties))
         return np.stack([user_values(of_users, name).numpy() for name in metrics_of_intervals()], axis=1)
     found = _influences(outcomes)

@@ -180,7 +180,7 @@ def _child(record: Record, dataset: Any, several: bool, colour: str) -> _Content
     return _Content(
         key=str(run.path),
         name=f"{group}, seed {run.seed}",
-        digest=hashlib.sha256("".join(record.texts.values()).encode()).hexdigest(),
+        digest=hashlib.sha256("".join(record.light_texts().values()).encode()).hexdigest(),
         times=(start, end),
         tags=tags,
         params=dict(_flatten(record.config)),

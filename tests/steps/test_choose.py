@@ -119,6 +119,17 @@ def test_a_search_tunes_an_experiment(project: Path, monkeypatch: pytest.MonkeyP
         shutil.rmtree("runs/search", ignore_errors=True)
         shutil.copytree("reports/search/records", "runs/search")
     records, _ = read_records("search", Path("reports/search/records"))
+    assert records[0].history[0].keys() == {"epoch", "valid/ne", "valid/auc"}
+    step(
+        "tabulate",
+        "--experiment",
+        "search",
+        "--runs",
+        "reports/search/records",
+        "--output",
+        "reports/search",
+        cwd=project,
+    )
     with pytest.raises(StepError, match="records leave out the outcomes of searches"):
         records[0].outcomes()
     chosen = yaml_files.read(root / "local/tuned/search.yaml")["demo"]["logistic-regression"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+from steps.common.cli import StepError
 from steps.common.params import Run
 from steps.evaluation import engagements
 from steps.reporting.outcomes import TestPredictions, TestRanks
@@ -40,6 +41,16 @@ def test_gains_are_ndcg_at_ten() -> None:
     gains = values_of_users(TestRanks(np.arange(len(best)), best, ties))[:, 0]
     last = 1 / np.log2(11)
     np.testing.assert_allclose(gains, [1.0, (1 + 1 / np.log2(3)) / 2, 0.5, last, last / 2, 0.0, 0.0])
+
+
+def test_a_metric_that_needs_more_ranks_than_records_keep_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = TestRanks(*np.array([[7, 8], [1, 150], [0, 0]]))
+    recorded = TestRanks.of_record(ranks.light())
+    assert np.array_equal(values_of_users(recorded), values_of_users(ranks))
+    monkeypatch.setattr("steps.reporting.statistics.metrics_of_intervals", lambda: ["ndcg@200", "mrr", "hr@201"])
+    assert values_of_users(ranks).shape == (2, 3)
+    with pytest.raises(StepError, match=r"intervals of mrr, hr@201, and records keep ranks up to 200 alone"):
+        values_of_users(recorded)
 
 
 def test_the_interval_covers_the_true_mean_as_often_as_it_says() -> None:

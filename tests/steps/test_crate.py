@@ -110,7 +110,10 @@ def test_a_crate_is_whole_and_names_what_ran(project: Path, runs: list[params.Ru
     }
     assert metrics["data_sha256"] in {entity.get("sha256") for entity in objects}
     results = [found[name] for name in references(training["result"])]
-    assert {entity["sha256"] for entity in results} == {metrics["weights_sha256"], metrics["history_sha256"]}
+    recorded = sha256(project / "reports/mine/crate/runs" / runs[0].path / "history.jsonl")
+    hashes = {metrics["weights_sha256"], metrics["history_sha256"], recorded}
+    assert {entity["sha256"] for entity in results} == hashes
+    assert len(hashes) == 3
     usage = {found[name]["name"]: found[name]["value"] for name in references(training["resourceUsage"])}
     assert usage == {"device": "CPU, 2 threads", "seconds": 1.5}
     assert (training["startTime"], training["endTime"]) == ("2024-02-17T09:30:00.500+00:00", ENDED)

@@ -1,6 +1,7 @@
 """Tables and records, from runs whose numbers are made up."""
 
 import csv
+import json
 import re
 import shutil
 import statistics
@@ -17,10 +18,10 @@ from safetensors.torch import save_file
 
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
-from steps.common.files import write_json, write_text
+from steps.common.files import parse_jsonl, write_json, write_text
 from steps.evaluation.names import HR_CUTOFFS, NDCG_CUTOFFS
 from steps.reporting.outcomes import LARGEST_RANK, TestRanks
-from steps.reporting.records import HISTORY, RUNS, read_records, recorded_texts, write_records
+from steps.reporting.records import HISTORY, HISTORY_CRC, RUNS, read_records, recorded_texts, write_records
 from tests.conftest import step
 from tests.steps.runs import seal
 
@@ -196,7 +197,9 @@ def test_records_hold_the_ranks_up_to_the_largest_that_counts(project: Path, ml_
     assert kept.users.tolist() == list(range(1000))
     assert kept.best.tolist() == [*range(1, LARGEST_RANK + 1), *[LARGEST_RANK + 1] * (1000 - LARGEST_RANK)]
     assert kept.ties.tolist() == [*ties.tolist()[:LARGEST_RANK], *[0] * (1000 - LARGEST_RANK)]
-    assert {name: (path / name).read_text() for name in found.texts} == found.texts
+    assert {name: (path / name).read_text() for name in ("config.json", "metrics.json")} == {
+        name: text for name, text in found.texts.items() if name != HISTORY
+    }
     assert max(*HR_CUTOFFS, *NDCG_CUTOFFS) <= LARGEST_RANK
 
 
@@ -239,7 +242,7 @@ def test_records_that_do_not_belong_together_are_named(project: Path, ml_1m: lis
 
 
 LOSSES = '{"epoch": 1, "train/loss": 2.5}\n{"epoch": 2, "train/loss": NaN}\n'
-NOW_AND_THEN = '{"epoch": 1}\n{"epoch": 2, "valid/mrr": 0.1}\n'
+NOW_AND_THEN = '{"epoch": 1}\n{"epoch": 2, "valid/hr@10": 0.1}\n'
 
 
 @pytest.mark.parametrize(
@@ -247,7 +250,6 @@ NOW_AND_THEN = '{"epoch": 1}\n{"epoch": 2, "valid/mrr": 0.1}\n'
     [
         (LOSSES, '{"epoch": [1, 2], "train/loss": [2.5, NaN]}'),
         (NOW_AND_THEN, NOW_AND_THEN),
-        ('{"epoch":1}\n', '{"epoch":1}\n'),
         ("", "{}"),
     ],
 )
@@ -256,11 +258,58 @@ def test_a_history_is_recorded_by_key_and_comes_back_the_same(
 ) -> None:
     fake_run(project, ml_1m[0])
     ((record,), _), folder = read_records("mine", project / "runs/mine"), project / "records"
-    write_records("mine", [replace(record, texts=record.texts | {HISTORY: lines})], folder)
+    write_records("mine", [replace(record, history=parse_jsonl(lines, "", ""))], folder)
     assert pl.read_parquet(folder / RUNS)[HISTORY].to_list() == [recorded]
     assert [row[HISTORY] for row in recorded_texts(folder).values()] == [lines]
     pl.read_parquet(folder / RUNS).with_columns(pl.lit(lines).alias(HISTORY)).write_parquet(folder / RUNS)
     assert [row[HISTORY] for row in recorded_texts(folder).values()] == [lines]  # as earlier commits have it
+
+
+def test_a_recorded_history_has_what_reports_show_of_every_epoch(project: Path, ml_1m: list[params.Run]) -> None:
+    fake_run(project, ml_1m[0])
+    path = project / "runs/mine" / ml_1m[0].path
+    shown = {"train/loss": 2.5, "train/seconds": 1.5, "valid/seconds": 0.5, "valid/hr@10": 0.3, "valid/ndcg@10": 0.2}
+    left_out = {f"valid/{name}": 0.1 for name in METRICS if name not in ("hr@10", "ndcg@10")}
+    write_text(path / HISTORY, json.dumps({"epoch": 1} | left_out | shown) + "\n")
+    seal(path)
+    folder = record_all(project)
+    ((record,), _) = read_records("mine", folder)
+    assert record.history == [{"epoch": 1} | shown]
+    assert record.curve("valid/ndcg@10") == {1: 0.2}
+    with pytest.raises(StepError, match=rf"the history of {record.run.path} lacks valid/mrr; .* read runs/mine, or"):
+        record.curve("valid/mrr")
+
+
+def test_records_of_earlier_commits_are_read_and_recorded_again(
+    project: Path, ml_1m: list[params.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have whole histories, whose SHA-256 is in metrics.json, and ranks up to 500."""
+    for run in ml_1m:
+        fake_run(project, run)
+    path = project / "runs/mine" / ml_1m[0].path
+    ranks = {"test": [200, 201, 500, 501], "test_ties": [7, 7, 7, 7], "test_users": [0, 1, 2, 3]}
+    save_file({name: torch.tensor(values) for name, values in ranks.items()}, path / "outcomes.safetensors")
+    seal(path)
+    folder = record_all(project)
+    now = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as earlier:
+        earlier.setattr("steps.reporting.outcomes.LARGEST_RANK", 500)
+        record_all(project)
+    whole = [(project / "runs/mine" / run.path / HISTORY).read_text() for run in ml_1m]
+    runs = pl.read_parquet(folder / RUNS).drop(HISTORY_CRC).with_columns(pl.Series(HISTORY, whole))
+    runs.write_parquet(folder / RUNS)
+    found, _ = read_records("mine", folder)
+    assert [record.texts[HISTORY] for record in found] == whole
+    kept = found[0].outcomes()
+    assert (kept.best.tolist(), kept.ties.tolist()) == ([200, 201, 500, 501], [7, 7, 7, 0])
+    record = ("record", "--experiment", "mine", "--runs", "reports/mine/records", "--output", "reports/mine/records")
+    step(*record, cwd=project)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == now
+    kept = read_records("mine", folder)[0][0].outcomes()
+    assert (kept.best.tolist(), kept.ties.tolist()) == ([200, 201, 201, 201], [7, 0, 0, 0])
+    runs.with_columns(pl.col(HISTORY).str.replace("1", "3", literal=True)).write_parquet(folder / RUNS)
+    with pytest.raises(StepError, match="the history is another than was recorded"):
+        read_records("mine", folder)
 
 
 def test_records_have_the_rows_of_a_user_together(project: Path, ml_1m: list[params.Run]) -> None:
