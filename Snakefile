@@ -10,6 +10,8 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/storage.smk"
+include: "workflow/rules/command.smk"
 
 
 wildcard_constraints:

@@ -1,25 +1,14 @@
-# What the rules share: the parameters they depend on, names of files, and how Snakemake behaves around them.
+# What the rules share: the parameters they depend on, and names of files.
 
-import fcntl
-import os
 import re
-import signal
-import sqlite3
 import sys
-from contextlib import closing
 from functools import cache
 from pathlib import Path
 
-from snakemake.path_modifier import PathModifier
-
 from steps.common import claims, params, studies
 from steps.common.cli import StepError
-from steps.common.datasets import TOLD
 from steps.common.files import read_json, sha256
-from steps.common.provenance import commit
 from steps.common.threads import cpu_threads
-from steps.tracking.store import LOCAL, shown_uri, tracking_uri
-from workflow.display import Display
 
 
 localrules:
@@ -31,14 +20,6 @@ localrules:
     track,
     plan_study,
     report_study,
-
-
-STORAGE = workflow.storage_settings.default_storage_provider  # of --default-storage-provider: s3, or None
-STORED = ("data/", "runs/", "logs/")  # what it holds; code and reports are in the checkout
-if STORAGE:
-
-    localrules:
-        card,  # its reports are read from the checkout
 
 
 try:
@@ -86,69 +67,6 @@ ALL_CORES = 1024  # Snakemake gives as many as there are
 # The sections of Snakemake's report, in the order in which one reads them.
 RESULTS, COMPARISONS, TRAINING = "1. Results", "2. Comparisons and claims", "3. Training"
 DATA, MEASURED = "4. Data sets", "5. Studies"
-
-
-def only_what_is_stored(apply):
-    """Snakemake's own application of the default storage, which takes every path for one that is there."""
-    return lambda modifier, path: apply(modifier, path) if str(path).startswith(STORED) else path
-
-
-def link_to_storage(name):
-    """Let `data` and `runs`, which commands name, be what Snakemake fetches from the storage, and brings there."""
-    query = f"{workflow.storage_settings.default_storage_prefix.rstrip('/')}/{name}"
-    local = workflow.storage_registry.default_storage_provider.object(query).local_path()
-    local.mkdir(parents=True, exist_ok=True)
-    link = Path(name)
-    if not link.is_symlink() and not link.exists():
-        link.symlink_to(local)
-    if link.resolve() != local.resolve():
-        relink = "`rm data runs` if nothing runs here, or " if link.is_symlink() else ""
-        sys.exit(
-            f"snakemake: {name}/ is here, and --default-storage-provider keeps it in {query}: {relink}take a new checkout"
-        )
-
-
-def refuse_without_storage(name):
-    """Here the folder is a copy of a part of the storage, which would later count as fetched from there."""
-    if Path(name).is_symlink() and os.readlink(name).startswith(".snakemake/storage/"):
-        sys.exit(
-            f"snakemake: {name} is a link to what a bucket keeps: "
-            "name the bucket again (--default-storage-provider, --default-storage-prefix), or take a new checkout"
-        )
-
-
-if STORAGE:
-    if not re.match("s3://[^/]" if STORAGE == "s3" else ".", workflow.storage_settings.default_storage_prefix or ""):
-        sys.exit(
-            f"snakemake: --default-storage-provider {STORAGE} wants --default-storage-prefix, as s3://BUCKET/FOLDER"
-        )
-    PathModifier.apply_default_storage = only_what_is_stored(PathModifier.apply_default_storage)
-    link_to_storage("data")
-    link_to_storage("runs")
-    os.environ.setdefault("HSTU_COMMIT", commit())  # machines that fetch the code from the storage have no git
-
-    envvars:
-        "HSTU_COMMIT",
-
-else:
-    refuse_without_storage("data")
-    refuse_without_storage("runs")
-
-
-def fetched(*paths):
-    """What a step reads besides its small inputs, which have the hashes of it: storage has to be told."""
-    return list(paths) if STORAGE else []
-
-
-def folder_or(folder, *files):
-    """The files of a data set's folder. In storage the folder is one object, and has what some data sets have beside
-    them: Snakemake takes a folder for fetched as soon as one file of it is there, so both do not go together."""
-    return [folder] if STORAGE else [f"{folder}/{name}" for name in files]
-
-
-def made_folder_or(folder, *files):
-    """The same, of an output."""
-    return [directory(folder)] if STORAGE else folder_or(folder, *files)
 
 
 def any_of(names):
@@ -285,111 +203,3 @@ def stored_models(wildcards):
     runs = list(params.runs(wildcards.experiment))
     weights = {f"runs/{wildcards.experiment}/{run.path}/model.safetensors" for run in runs}
     return fetched(*sorted(weights | {f"data/processed/{run.dataset}" for run in runs}))
-
-
-def prepared(prepare):
-    """Snakemake's own making of the graph, preceded by what has to know the command line.
-
-    That is known only after this file is read, which is why a method of Snakemake's is wrapped (tests hold it to this).
-    """
-
-    def settled(*args, **kwargs):
-        settings = workflow.dag_settings
-        if workflow.is_main_process:
-            check_targets(settings.targets)
-            wanted = set(settings.targets) or {"demo"}
-            WANTED.extend(name for name in (*EXPERIMENTS, *STUDIES) if name in wanted)
-            check_parameters(name for name in EXPERIMENTS if name in wanted)
-            settings.forcerun = {*settings.forcerun, *lost_from_the_store(settings.targets)}
-            settings.force_incomplete = True  # what a killed Snakemake did not finish is made again
-            settings.max_checksum_file_size = 2**40  # files are compared by content: generated archives are large
-        prepare(*args, **kwargs | {"nolock": True})  # its locks outlive it; see refuse_to_share
-        workflow.persistence.incomplete = begun
-
-    return settled
-
-
-async def begun(job):
-    """The outputs of a job that was begun and not ended, also those that are not there.
-
-    Snakemake asks for those that are there, and takes what was made of an earlier training for valid where a killed one
-    had begun anew; its orphan then removes them.
-    """
-    keys = {workflow.persistence._get_key(file): file for file in job.output}
-    return [keys[key] for key in workflow.persistence._filter_incomplete_keys(keys)]
-
-
-def check_parameters(experiments):
-    """Say in one line which parameter no run of these experiments can have; Snakemake would show a trace besides."""
-    try:
-        for experiment in experiments:
-            for run in params.runs(experiment):
-                config_of(run)
-    except StepError as error:
-        sys.exit(f"snakemake: {error}")
-
-
-def check_targets(targets):
-    """Say which names there are where a target is neither one of them nor a file."""
-    for target in targets:
-        path = workflow.modifier.path_modifier.modify(os.path.relpath(target))
-        if workflow.is_rule(target) or os.path.isfile(path) or any(made.is_producer(path) for made in workflow.rules):
-            continue
-        sys.exit(
-            f"snakemake: {target} is no experiment, study, step or file that can be made. "
-            f"Experiments: {', '.join(EXPERIMENTS)}. Studies: {', '.join(STUDIES)}. Data sets: {', '.join(DATASETS)}."
-        )
-
-
-LOCKS = []
-
-
-def refuse_to_share(dag):
-    """Hold each experiment, study and data set that has jobs to do; refuse those that another Snakemake holds.
-
-    The kernel drops these locks when the process ends, however it ends. Jobs do not inherit them.
-    """
-    wildcards = [job.wildcards for job in dag.needrun_jobs()]
-    names = {given.get("experiment") or given.get("study") or given.get("dataset") for given in wildcards} - {None}
-    for name in sorted(names):
-        LOCKS.append(Path(".snakemake", f"{name}.lock").open("a"))
-        try:
-            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(f"snakemake: another one is making {name} in this folder; wait until it ends")
-
-
-def is_tracked(experiment):
-    """Whether the MLflow store has the runs that were brought there; true before they are.
-
-    A server is not asked. It lacks them where it did not answer, or where MLFLOW_TRACKING_URI names another store.
-    """
-    made = Path("reports", experiment, "mlflow.json")
-    if not made.is_file():
-        return True
-    content = read_json(made)
-    if "pending" in content or content["store"] != shown_uri(tracking_uri()):
-        return False
-    if content["store"] != LOCAL:
-        return True
-    try:
-        with closing(sqlite3.connect("file:mlflow.db?mode=ro", uri=True)) as store:
-            there = {row[0] for row in store.execute("SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'")}
-    except sqlite3.Error:
-        return False
-    return there.issuperset([content.get("parent"), *content["runs"].values()])
-
-
-def lost_from_the_store(targets):
-    """The mlflow.json files to make again, as the MLflow store, no output of one experiment, lost their runs."""
-    made = {name: f"reports/{name}/mlflow.json" for name in EXPERIMENTS}
-    wanted = set(targets) or {"demo"}
-    return [path for name, path in made.items() if wanted & {name, path} and not is_tracked(name)]
-
-
-display = Display(workflow.output_settings.quiet or (), dry=lambda: workflow.dryrun)
-if workflow.is_main_process:
-    logger.addFilter(display)
-    signal.signal(signal.SIGINT, display.interrupt)
-    if display.brief:
-        shell.prefix("set -euo pipefail; exec >/dev/null; ")  # the steps' words go to their logs

@@ -1,5 +1,7 @@
 # From a publisher's archive, or a generated one, to sequences.
 
+from steps.common.datasets import TOLD
+
 
 rule synthesize:
     input:
