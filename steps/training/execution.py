@@ -6,7 +6,7 @@ torch.compile fuses kernels first.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -38,7 +38,6 @@ class Execution:
         self.capture, self.compiled = mode != "eager", mode == "compiled"
         self.total = torch.zeros((), device=stream.device)
         self._graphs: dict[Hashable, Callable[[torch.Tensor], None]] = {}
-        self._pool: Any = torch.cuda.graph_pool_handle() if self.capture else None
         init_state(optimizer)
         if self.compiled:
             task.compile_blocks()
@@ -103,7 +102,7 @@ class Execution:
         buffer = inputs.clone()
         self._warm_up(shape, self.schedule.micro_steps(buffer)[0])
         try:
-            graph, _ = self.stream.capture(lambda: self._step(shape, buffer), self._pool)
+            graph, _ = self.stream.capture(lambda: self._step(shape, buffer))
         except RuntimeError as error:
             self._report_without("a CUDA graph", error)
             self.capture = False
