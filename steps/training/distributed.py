@@ -241,6 +241,9 @@ class SharedExecution(Execution):
 
         return replay
 
+    def _say(self, line: str) -> None:
+        self.processes.say(line)
+
     def _capture_update(self) -> Callable[[], Any]:
         try:
             graph, _ = self.stream.capture(self.optimizer.step, uses_random=False)

@@ -95,7 +95,10 @@ class Execution:
 
     def _report_without(self, what: str, error: BaseException) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"training without {what}, which does not take {type(self.task).__name__}: {reason}", flush=True)
+        self._say(f"training without {what}, which does not take {type(self.task).__name__}: {reason}")
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
 
     def _capture(self, shape: Hashable, inputs: torch.Tensor) -> Callable[[torch.Tensor], None]:
         """The step as a graph that reads its inputs from a buffer of its own; uncaptured if no graph can hold it."""

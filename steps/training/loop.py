@@ -222,8 +222,10 @@ class Training:
         saved = self.model, self.optimizer, self.best, state, self.finished
         if self.model.is_sharded:
             self._states.save_together(*saved, self.processes)
-        elif self.processes.writes:
+            return
+        if self.processes.writes:
             self._states.save(*saved)
+        self.processes.wait()  # where the one that writes waits for the disk
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
         """Within it blocks run uncompiled, as an evaluation needs: they are compiled for training."""
@@ -253,7 +255,7 @@ class Training:
             "steps_per_second": round(1 / step, 1) if step else None,
             "parameters": self.model.num_parameters(),
             "item_bytes_per_float": round(self.model.item_bytes(self.optimizer), 3),
-            "captured": self.execution.capture,
+            "captured": not self.processes.any(not self.execution.capture),
             "compiled": self.execution.compiled,
             "commit": "+".join(self.commits),
             "threads": "+".join(map(str, self.threads)),
