@@ -98,7 +98,8 @@ class Processes:
         except RuntimeError as error:
             if isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl")):
                 told = " ".join(str(error).split())[:_SHOWN]  # as by NCCL that finds no memory to share
-                raise StepError(_ENDED + (f" ({told})" if "by peer" not in told else "")) from error
+                known = "by peer" in told or isinstance(error, dist.DistNetworkError)
+                raise StepError(_ENDED if known else f"{_ENDED} ({told})") from error
             raise
 
     def require_equal(self, content: Any, what: str) -> None:
@@ -159,7 +160,7 @@ def first_to_end(store: Any = None) -> bool:
     try:
         return int((store or _main_connection()[0]).add("ended", 1)) == 1
     except (RuntimeError, ValueError):  # the store has ended too, or there is none
-        return True
+        return os.environ.get("RANK", "0") == "0"
 
 
 def device_of_process(device: torch.device) -> torch.device:

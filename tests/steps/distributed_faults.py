@@ -3,6 +3,7 @@
 import errno
 import os
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from steps.common import config
 from steps.models import weights
 from steps.training import checkpoint, loop
+from steps.training.checkpoint import StateWriter
 from steps.training.distributed import SharedExecution
 from steps.training.stream import RunStream
 
@@ -64,6 +66,18 @@ def raised(*_: Any, **how: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def killed_at_the_second_state() -> None:
+    save, calls = StateWriter.save_together, []
+
+    def called(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(*given)
+
+    StateWriter.save_together = called  # type: ignore[method-assign]
+
+
 def main() -> None:
     end = sys.argv.index("--")
     rank, fault, *path = sys.argv[1:end]
@@ -84,6 +98,8 @@ def main() -> None:
             slow_to_hash()
         if fault == "disk":
             weights._write_own = raised
+        if fault == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            killed_at_the_second_state()
         if fault == "step":
             SharedExecution._add_gradients = raised  # type: ignore[method-assign]
     runpy.run_module("steps.train", run_name="__main__")

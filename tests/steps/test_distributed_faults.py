@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from steps.common.files import read_json, write_json
+from steps.common.files import read_json, read_jsonl, write_json
 from steps.common.locks import locked
 from tests.conftest import write_processed
 from tests.steps.runs import config, planned
@@ -127,6 +127,17 @@ def test_where_the_disk_of_one_process_is_full_nothing_is_left(data: Path, tmp_p
 @pytest.mark.slow
 def test_a_process_that_fails_in_a_step_says_why_and_ends_the_others(data: Path, tmp_path: Path) -> None:
     assert "No space left on device" in the_line(train(made(tmp_path / "run", data), data, 1, "step", processes=3))
+
+
+@pytest.mark.slow
+def test_torchrun_may_start_all_again(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps its store, with what processes told each other there before."""
+    monkeypatch.setenv("PET_MAX_RESTARTS", "1")
+    run = made(tmp_path / "run", data, model="hstu-rowwise", epochs=3)
+    code, said = train(run, data, 0, "killed")
+    assert code == 0, said
+    assert said.count("train: another process of this run ended") == 1
+    assert len(read_jsonl(run / "history.jsonl")) == 3
 
 
 @pytest.mark.slow
