@@ -22,7 +22,15 @@ from steps.common.config import building, read_config, task_of
 from steps.common.device import device_name, pick_device, pick_precision, use_threads
 from steps.common.files import atomic_path, read_json, read_jsonl, sha256, write_json
 from steps.common.locks import locked
-from steps.common.processes import ALONE, Processes, device_of_process, joined, require_one_run
+from steps.common.processes import (
+    ALONE,
+    Processes,
+    device_of_process,
+    first_to_end,
+    joined,
+    require_one_run,
+    require_one_source,
+)
 from steps.common.provenance import commit, require_trained
 from steps.data.fields import FieldSizes
 from steps.data.sequences import Sequences, load_sequences
@@ -94,6 +102,7 @@ def evaluate(
     if trained.get("data_sha256") != data_sha256:
         raise StepError(f"{run} was trained on other sequences than --data has; name its own, or train it again")
     require_trained(run, config, trained, source)
+    require_one_source(processes, {str(run / "config.json"): config, str(source): trained, "--data": data_sha256})
     protocol, device = config["protocol"], sequences.item.device
     split = split_sequences(sequences, protocol)
     require_split(sequences, split, config, run)
@@ -167,4 +176,4 @@ def _predict(
 
 
 if __name__ == "__main__":
-    run_step("evaluate", __doc__, add_arguments, main)
+    run_step("evaluate", __doc__, add_arguments, main, says=first_to_end)

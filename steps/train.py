@@ -31,7 +31,14 @@ from steps.common.config import building, read_config, task_of
 from steps.common.device import device_name, pick_device, pick_precision, use_threads
 from steps.common.files import sha256, write_json, write_text
 from steps.common.locks import locked
-from steps.common.processes import Processes, device_of_process, joined, require_one_run
+from steps.common.processes import (
+    Processes,
+    device_of_process,
+    first_to_end,
+    joined,
+    require_one_run,
+    require_one_source,
+)
 from steps.common.provenance import commit, content_sha256, utc_now, versions
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import require_split, split_sequences
@@ -148,6 +155,7 @@ def _prepare(
     for run in runs:
         try:
             config = read_config(run)
+            require_one_source(processes, {str(run / "config.json"): config, "--data": data_sha256})
             name = f"{config['row']}, seed {config['seed']}: " if len(runs) > 1 else ""
             with building(run):
                 if is_count_based(config):
@@ -267,4 +275,4 @@ def _remove_state(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_step("train", __doc__, add_arguments, main)
+    run_step("train", __doc__, add_arguments, main, says=first_to_end)

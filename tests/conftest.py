@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LONGEST = (
     "test_pipeline.py",
     "test_distributed.py",
+    "test_distributed_faults.py",
     "test_orchestrators.py",
     "test_clusters.py",
     "test_train.py",

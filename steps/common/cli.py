@@ -1,9 +1,11 @@
 """One way for every step to read its arguments and to fail."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 
 
 class StepError(Exception):
@@ -16,24 +18,41 @@ def run_step(
     add_arguments: Callable[[argparse.ArgumentParser], None],
     main: Callable[[argparse.Namespace], None],
     argv: list[str] | None = None,
+    says: Callable[[], bool] = lambda: True,
 ) -> None:
     """Run `main` with the arguments of the step `name`.
 
-    Any failure becomes one line on stderr and exit code 1; `--debug` shows the stack trace instead.
+    Any failure becomes one line on stderr and exit code 1; `--debug` shows the stack trace instead. says: asked where
+    this process ends so, whether it is to say it; of several that fail alike one is.
     """
     parser = argparse.ArgumentParser(prog=f"python -m steps.{name}", description=description)
     add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the stack trace of a failure")
-    args = parser.parse_args(argv)
+    args = _parsed(parser, argv, says)
     try:
         main(args)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if not says():
+            sys.exit(1)
         if args.debug:
             raise
         print(f"{name}: {' '.join(one_line(error).split())}", file=sys.stderr)
         sys.exit(1)
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: list[str] | None, says: Callable[[], bool]) -> argparse.Namespace:
+    """The arguments; where there are none the parser prints an error or its help, and exits."""
+    printed, failed = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(failed):
+            return parser.parse_args(argv)
+    except SystemExit:
+        if says():
+            print(printed.getvalue(), end="")
+            print(failed.getvalue(), end="", file=sys.stderr)
+        raise
 
 
 def one_line(error: Exception) -> str:

@@ -58,7 +58,11 @@ class Repeated:
         if held is None:
             if len(self._graphs) >= self._most:
                 self._graphs.popitem(last=False)
-            held = _Graph(*self._captured(work, [tensor.clone() for tensor in inputs]))
+            try:
+                held = _Graph(*self._captured(work, [tensor.clone() for tensor in inputs]))
+            except RuntimeError:
+                self._pool = None  # nor into one in which a capture failed
+                raise
             self._graphs[key] = held
         else:
             self._graphs.move_to_end(key)

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from steps.common.cli import StepError
+from steps.common.cli import StepError, one_line
 from steps.common.files import atomic_path, name_written
 from steps.common.processes import ALONE, Processes
 from steps.models.large_table import Block, blocks_of, load_own
@@ -82,15 +82,12 @@ def write_together(
     """Write a safetensors file of `tensors`, atomically: the first process what all have, each its rows of `blocks`.
 
     All need the folder, and nobody holds more than it has. sealed: what says the metadata once the data are there, of
-    as many characters as before. Raises StepError if the file cannot be written.
+    as many characters as before. When a process returns the file is there. Raises StepError in all processes if one
+    cannot write.
     """
     if not processes.writes:
         place = json.loads(processes.told(""))
-        try:
-            _write_own(Path(place["path"]), place["begins"], tensors, blocks, first=False)
-        except OSError as error:
-            name_written(path, Path(place["path"]), error)
-            raise
+        _write_rows(path, Path(place["path"]), place["begins"], tensors, blocks, processes)
         processes.wait()
         return
     header, begins, end = _header(tensors, blocks, metadata)
@@ -99,11 +96,11 @@ def write_together(
             file.write(header)
             file.truncate(end)
         processes.told(json.dumps({"path": str(temporary.resolve()), "begins": begins}))
-        _write_own(temporary, begins, tensors, blocks, first=True)
-        processes.wait()
+        _write_rows(path, temporary, begins, tensors, blocks, processes)
         if sealed is not None:
             with temporary.open("r+b") as file:
                 file.write(_header(tensors, blocks, sealed(temporary))[0])
+    processes.wait()
 
 
 def pieces(tensor: Any) -> Iterator[torch.Tensor]:
@@ -136,6 +133,29 @@ def _header(
     text += b" " * (-len(text) % _ALIGNMENT)
     begins = {name: 8 + len(text) + entries[name]["data_offsets"][0] for name in tensors}
     return len(text).to_bytes(8, "little") + text, begins, 8 + len(text) + end
+
+
+def _write_rows(
+    path: Path,
+    temporary: Path,
+    begins: Mapping[str, int],
+    tensors: Mapping[str, torch.Tensor],
+    blocks: Mapping[str, Block],
+    processes: Processes,
+) -> None:
+    """Write to `temporary` what this process writes of `path`. Raises StepError in all processes if one cannot, so that
+    the first removes the file."""
+    failure = ""
+    try:
+        try:
+            _write_own(temporary, begins, tensors, blocks, first=processes.writes)
+        except OSError as error:
+            name_written(path, temporary, error)
+            raise
+    except (OSError, StepError) as error:
+        failure = one_line(error)
+    for failed in filter(None, processes.gathered(failure)):
+        raise StepError(failed)
 
 
 def _write_own(

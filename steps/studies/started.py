@@ -12,7 +12,7 @@ import torch
 
 from steps.common.cli import StepError
 from steps.common.files import read_json, write_json
-from steps.common.processes import Processes, device_of_process, joined
+from steps.common.processes import Processes, device_of_process, first_to_end, joined
 
 _SAID = "measured: "  # before what a process that fails says
 
@@ -50,6 +50,8 @@ def take_part(measured: Any) -> None:
     try:
         _take_part(measured)
     except Exception as error:
+        if not first_to_end():
+            sys.exit(1)
         why = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
         print(_SAID + " ".join(why.split()), file=sys.stderr)
         sys.exit(1)

@@ -89,7 +89,9 @@ def read_state(path: Path, identity: str, blocks: Mapping[str, Block] | None = N
             if progress["identity"] != identity:
                 raise StateError("is of another config, other data or another precision")
             tensors = {name: own_rows(file, name, blocks or {}) for name in file.keys()}  # noqa: SIM118  (it is no dict)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except OSError as error:
+        raise StateError(f"cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise StateError(f"is damaged: {error}") from error
     return State(tensors, progress)
 

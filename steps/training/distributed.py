@@ -218,7 +218,7 @@ class SharedExecution(Execution):
 
         work()  # which compiles kernels and fills caches; the sums are made again
         try:
-            graph, _ = self.stream.capture(work, self._pool, generators=(self.schedule.draws,))
+            graph, _ = self.stream.capture(work, generators=(self.schedule.draws,))
         except (RuntimeError, AttributeError) as error:
             self._report_without("a CUDA graph", error)
             self.capture = False
@@ -241,9 +241,12 @@ class SharedExecution(Execution):
 
         return replay
 
+    def _say(self, line: str) -> None:
+        self.processes.say(line)
+
     def _capture_update(self) -> Callable[[], Any]:
         try:
-            graph, _ = self.stream.capture(self.optimizer.step, self._pool, uses_random=False)
+            graph, _ = self.stream.capture(self.optimizer.step, uses_random=False)
         except RuntimeError as error:
             self._report_without("a CUDA graph of the update", error)
             return self.optimizer.step

@@ -6,7 +6,7 @@ torch.compile fuses kernels first.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -38,7 +38,6 @@ class Execution:
         self.capture, self.compiled = mode != "eager", mode == "compiled"
         self.total = torch.zeros((), device=stream.device)
         self._graphs: dict[Hashable, Callable[[torch.Tensor], None]] = {}
-        self._pool: Any = torch.cuda.graph_pool_handle() if self.capture else None
         init_state(optimizer)
         if self.compiled:
             task.compile_blocks()
@@ -96,14 +95,17 @@ class Execution:
 
     def _report_without(self, what: str, error: BaseException) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"training without {what}, which does not take {type(self.task).__name__}: {reason}", flush=True)
+        self._say(f"training without {what}, which does not take {type(self.task).__name__}: {reason}")
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
 
     def _capture(self, shape: Hashable, inputs: torch.Tensor) -> Callable[[torch.Tensor], None]:
         """The step as a graph that reads its inputs from a buffer of its own; uncaptured if no graph can hold it."""
         buffer = inputs.clone()
         self._warm_up(shape, self.schedule.micro_steps(buffer)[0])
         try:
-            graph, _ = self.stream.capture(lambda: self._step(shape, buffer), self._pool)
+            graph, _ = self.stream.capture(lambda: self._step(shape, buffer))
         except RuntimeError as error:
             self._report_without("a CUDA graph", error)
             self.capture = False

@@ -27,7 +27,7 @@ from steps.data.split import split_sequences
 from steps.evaluation.names import SELECTIONS, SHOWN
 from steps.models.large_table import blocks_of, load_own
 from steps.tasks import EVALUATIONS, Task, build
-from steps.training.checkpoint import StateError, StateWriter, blocks_of_state, load_state, read_state
+from steps.training.checkpoint import State, StateError, StateWriter, blocks_of_state, load_state, read_state
 from steps.training.distributed import PartOfWindows, SharedExecution, require_divisible
 from steps.training.execution import Execution, Mode
 from steps.training.optimizers import make_optimizer
@@ -71,7 +71,6 @@ class Training:
             self._options = compute_dtype, mode
             self._build()
             self._resume(run / "resume" / "state.safetensors", data_sha256)
-            self.processes.require_equal(self.done, "the epoch that training goes on from")
 
     def _build(self) -> None:
         """Make the untrained model, its optimiser, its schedule and execution, and its validation."""
@@ -126,9 +125,10 @@ class Training:
                 self.best = load_state(state, self.model, self.optimizer)
         except StateError as error:
             damage = " ".join(str(error).split())
-        if self.processes.any(bool(damage)):
+        if self.processes.size > 1:
+            self._require_one_state(path, state, damage)
+        if damage:
             self._build()  # again, as the model may hold a part of the state
-            damage = damage or "cannot be read by another process of this run"
             self._start_message = f"{path} {damage}; training starts at epoch 1"
             return
         if state is None:
@@ -138,6 +138,18 @@ class Training:
         self.threads = list(dict.fromkeys([*state.progress["threads"], *self.threads]))
         self.started = state.progress.get("started")  # states of earlier code have none
         self._start_message = f"resuming after epoch {self.done} from {path}"
+
+    def _require_one_state(self, path: Path, state: State | None, damage: str) -> None:
+        """Raise StepError unless all processes go on from the same state: what others wrote is not thrown away where
+        one cannot read it."""
+        damages = {rank: text for rank, text in enumerate(self.processes.gathered(damage)) if text}
+        for text in damages.values():
+            raise StepError(
+                f"{path} {text} (rank {', '.join(map(str, damages))}); nothing was changed: mend that, or remove "
+                f"{path.parent} to start at epoch 1"
+            )
+        progress = state.progress if state else None
+        self.processes.require_equal(progress, f"the state {path}")
 
     @property
     def done(self) -> int:
@@ -210,8 +222,10 @@ class Training:
         saved = self.model, self.optimizer, self.best, state, self.finished
         if self.model.is_sharded:
             self._states.save_together(*saved, self.processes)
-        elif self.processes.writes:
+            return
+        if self.processes.writes:
             self._states.save(*saved)
+        self.processes.wait()  # where the one that writes waits for the disk
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
         """Within it blocks run uncompiled, as an evaluation needs: they are compiled for training."""
@@ -241,7 +255,7 @@ class Training:
             "steps_per_second": round(1 / step, 1) if step else None,
             "parameters": self.model.num_parameters(),
             "item_bytes_per_float": round(self.model.item_bytes(self.optimizer), 3),
-            "captured": self.execution.capture,
+            "captured": not self.processes.any(not self.execution.capture),
             "compiled": self.execution.compiled,
             "commit": "+".join(self.commits),
             "threads": "+".join(map(str, self.threads)),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,21 +18,22 @@ class RunStream:
             self.stream = torch.cuda.Stream(device)
             self.stream.wait_stream(torch.cuda.current_stream(device))  # which loads the data
             self._generator = torch.Generator(device)
+            self._pool = torch.cuda.graph_pool_handle()
             self._failed: list[torch.cuda.CUDAGraph] = []
 
     def capture(
         self,
         work: Callable[[], T],
-        pool: Any = None,
+        pooled: bool = True,
         uses_random: bool = True,
         generators: Sequence[torch.Generator] = (),
     ) -> tuple[torch.cuda.CUDAGraph, T]:
         """Capture `work` as a CUDA graph. Returns the graph, and the result of `work`: tensors that a replay rewrites.
 
-        pool: the memory pool of graphs that never run at the same time. uses_random: whether `work` draws random
-        numbers. generators: those that it draws from beside the run's. Raises RuntimeError if a CUDA graph cannot hold
-        `work`. The pool cannot be used then, nor, if `work` draws random numbers, the graphs captured before; and torch
-        2.11 no longer returns cached memory to the device.
+        pooled: whether its memory is that of the run's other graphs, which never run at the same time, so that they
+        overwrite its result. uses_random: whether `work` draws random numbers. generators: those that it draws from
+        beside the run's. Raises RuntimeError if a CUDA graph cannot hold `work`. If `work` draws random numbers, the
+        graphs captured before cannot be used then; and torch 2.11 no longer returns cached memory to the device.
         """
         graph, default = torch.cuda.CUDAGraph(), _default_generator(self.device)
         if not uses_random:  # so that a capture that fails does not break the generator of the other graphs
@@ -43,10 +44,12 @@ class RunStream:
                 register(generator)
         try:
             # The thread that writes states may use the device meanwhile.
+            pool = self._pool if pooled else None
             with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
                 return graph, work()
-        except RuntimeError:
+        except Exception:
             self._failed.append(graph)  # kept, as torch 2.11 takes a new graph at the same address for this one
+            self._pool = torch.cuda.graph_pool_handle()  # torch may take the other for one in capture, or for empty
             if uses_random:  # torch may still take the generator of a failed capture for one in capture
                 self._generator = torch.Generator(self.device)
             raise

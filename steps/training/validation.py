@@ -52,7 +52,7 @@ class Validation:
 
     def _capture(self, stream: RunStream) -> Callable[[], torch.Tensor] | None:
         try:
-            graph, result = stream.capture(lambda: self.evaluation(self.model), uses_random=False)
+            graph, result = stream.capture(lambda: self.evaluation(self.model), pooled=False, uses_random=False)
         except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             print(f"evaluating {type(self.model).__name__} without a CUDA graph: {reason}", flush=True)

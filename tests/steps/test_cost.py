@@ -46,7 +46,7 @@ def test_the_encoder_has_as_many_floats_and_keeps_16_bytes_of_each() -> None:
 
 def test_the_gradients_that_are_summed_are_the_encoder_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Processes, "sum_", lambda self, tensor: None)
-    monkeypatch.setattr(Processes, "require_equal", lambda self, number, what: None)
+    monkeypatch.setattr(Processes, "gathered", lambda self, text: [text] * self.size)
     data, _ = load_sequences(write_processed(tmp_path / "t", [9] * 12, 30), torch.device("cpu"))
     one = Training(config("hstu"), data, "", tmp_path, processes=Processes(0, 2))
     items = 16 * 31  # which this model learns in the same way; and beside the gradients the loss

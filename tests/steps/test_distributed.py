@@ -26,6 +26,7 @@ from steps.training.loop import Training
 from steps.training.schedule import Windows
 from tests.conftest import ROOT, write_processed
 from tests.steps import test_ranking
+from tests.steps.distributed_faults import Replayed
 from tests.steps.distributed_steps import steps
 from tests.steps.runs import PAPER, config, planned
 
@@ -120,14 +121,7 @@ def test_the_parts_of_a_batch_are_all_of_it(changes: dict[str, Any], data: Path,
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that are none: each keeps the sums of its own part."""
     monkeypatch.setattr(Processes, "sum_", lambda self, tensor: None)
-    monkeypatch.setattr(Processes, "require_equal", lambda self, number, what: None)
-
-
-class Replayed:
-    """Stands for a CUDA graph: does again what was captured, by the buffers that it had then."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.replay = work
+    monkeypatch.setattr(Processes, "gathered", lambda self, text: [text] * self.size)
 
 
 @pytest.fixture
@@ -219,7 +213,6 @@ def test_processes_go_on_from_the_state_of_a_compiled_one(
 ) -> None:
     """Several processes are never compiled; a long training by one on CUDA is."""
     monkeypatch.setattr(Training, "_best_mode", lambda self: "compiled")
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     settings = config("sasrec")
     found, _ = load_sequences(data, torch.device("cpu"))
     one = Training(settings, found, "", tmp_path)

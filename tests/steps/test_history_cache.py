@@ -327,6 +327,26 @@ def test_a_call_that_failed_is_not_captured_next(graphs: type[PretendedGraph]) -
         assert graphs.captured == captured
 
 
+def test_after_a_capture_that_failed_the_next_has_another_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, one, pools = Repeated(torch.device("cpu")), [torch.ones(2)], iter("ab")
+    failed: list[Any] = []
+
+    def captured(self: Repeated, work: Callable[..., Any], inputs: list[torch.Tensor]) -> tuple[Any, Any, Any]:
+        self._pool = self._pool or next(pools)
+        if not failed:
+            failed.append(self._pool)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        assert self._pool not in failed
+        graph = PretendedGraph(work, inputs)
+        return graph, inputs, graph.output
+
+    monkeypatch.setattr(Repeated, "_captured", captured)
+    calls.run("a", torch.neg, one)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        calls.run("a", torch.neg, one)
+    assert torch.equal(calls.run("a", torch.neg, one), -one[0])
+
+
 @pytest.mark.parametrize("count", [0, 1, 16, 17, 112, 128, 129, 1000, 1024, 1025, 8192, 8193, 10**6])
 def test_sizes_are_rounded_up_by_a_quarter_at_most(count: int, graphs: type[PretendedGraph]) -> None:
     rounded = HistoryCache(make())._rounded(count)

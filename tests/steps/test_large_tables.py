@@ -44,11 +44,11 @@ class Threads(Processes):
         barrier.wait(timeout=30)
         tensor.copy_(total)
 
-    def told(self, text: str) -> str:
+    def gathered(self, text: str) -> list[str]:
         slots, barrier = self.store
         slots[self.rank] = text
         barrier.wait(timeout=30)
-        found: str = slots[0]
+        found = [*slots]
         barrier.wait(timeout=30)
         return found
 
@@ -166,7 +166,7 @@ def test_where_one_process_cannot_write_nothing_is_left(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_a_process_whose_disk_is_full_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_disk_of_one_process_is_full_all_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, said = tmp_path / "w.safetensors", []
     write_own = weights._write_own
 
@@ -183,9 +183,9 @@ def test_a_process_whose_disk_is_full_says_so(tmp_path: Path, monkeypatch: pytes
             raise
 
     monkeypatch.setattr(weights, "_write_own", full)
-    with pytest.raises(threading.BrokenBarrierError):
+    with pytest.raises(StepError):
         together(2, work)
-    assert said == [f"cannot write {path}: the disk is full; make room and run the same command again"]
+    assert said == 2 * [f"cannot write {path}: the disk is full; make room and run the same command again"]
     assert not [*tmp_path.iterdir()]
 
 
@@ -218,6 +218,8 @@ def test_a_state_goes_to_another_number_of_processes(
         read_state(path, "y")
     with pytest.raises(StateError, match=r"model/items.weight has 10 rows, not 11"):
         read_state(path, "x", {"model/items.weight": Block(0, 5, 11)})
+    with pytest.raises(StateError, match="cannot be read: "):
+        read_state(tmp_path, "x")  # a folder
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)

@@ -1,0 +1,109 @@
+"""Trains as `steps.train`, with a fault in one of the processes: `RANK FAULT [PATH] -- arguments of train`."""
+
+import errno
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from steps.common import config
+from steps.models import weights
+from steps.training import checkpoint, loop
+from steps.training.checkpoint import StateWriter
+from steps.training.distributed import SharedExecution
+from steps.training.stream import RunStream
+
+
+class Replayed:
+    """Stands for a CUDA graph: does again what was captured, by the buffers that it had then."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.replay = work
+
+
+def captured(fails: bool) -> None:
+    """Steps are captured, as on CUDA, if that does not fail."""
+    init = SharedExecution.__init__
+
+    def begun(self: Any, *given: Any) -> None:
+        init(self, *given)
+        self.capture = True
+
+    def capture(self: RunStream, work: Callable[[], Any], *_: Any, **how: Any) -> Any:
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return Replayed(work), None
+
+    SharedExecution.__init__ = begun  # type: ignore[method-assign]
+    RunStream.capture = capture  # type: ignore[method-assign, assignment]
+
+
+def joined_for_3_s(join: Callable[..., None], *given: Any, **how: Any) -> None:
+    join(*given, **how)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3))
+
+
+def slow_to_hash() -> None:
+    """Longer than another process waits in a sum."""
+    digest = checkpoint._digest
+
+    def slowly(*given: Any) -> str:
+        time.sleep(6)
+        return digest(*given)
+
+    checkpoint._digest = slowly
+
+
+def raised(*_: Any, **how: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def killed_at_the_second_state() -> None:
+    save, calls = StateWriter.save_together, []
+
+    def called(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(*given)
+
+    StateWriter.save_together = called  # type: ignore[method-assign]
+
+
+def main() -> None:
+    end = sys.argv.index("--")
+    rank, fault, *path = sys.argv[1:end]
+    sys.argv = ["train", *sys.argv[end + 1 :]]
+    here = int(rank) == int(os.environ["RANK"])
+    if fault == "capture":
+        captured(fails=here)
+    if fault == "hash":
+        dist.init_process_group = partial(joined_for_3_s, dist.init_process_group)
+    if here:
+        if fault == "state":
+            read = checkpoint.read_state
+            loop.read_state = lambda _, *given: read(Path(path[0]), *given)
+        if fault == "config":
+            read_config = config.read_config
+            config.read_config = lambda _: read_config(Path(path[0]))
+        if fault == "hash":
+            slow_to_hash()
+        if fault == "disk":
+            weights._write_own = raised
+        if fault == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            killed_at_the_second_state()
+        if fault == "step":
+            SharedExecution._add_gradients = raised  # type: ignore[method-assign]
+    runpy.run_module("steps.train", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
