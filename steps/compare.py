@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     per = " per user" if task.name == "retrieval" else ""
     note = _NOTE.format(metric=printed(metric), per=per, test=_TESTS[task.name])
     made: list[Section] = []
-    orders, intervals, table = ["# Published orderings"], [], []
+    orders, intervals, table = ["# Published orderings", _ORDERS], [], []
     search = "points" in experiment
     for (dataset, protocol), models in ({} if search else values_of_models(records)).items():
         means = resample(models)
@@ -102,12 +102,12 @@ def main(args: argparse.Namespace) -> None:
             for row in pairs
         ]
         if lines:
-            headers = ["pair", "difference", "± over seeds", "interval", "p"]
+            headers = ["pair", "difference", "over seeds", "interval", "p"]
             made.append(Section(f"{title}, pairs", "", headers, lines))
         sentences = orderings(paper["public_datasets"].get(dataset, {}), compared, pairs)
         if sentences:
             orders += [f"## {dataset}, protocol {protocol}", "\n".join(sentences)]
-    if len(orders) == 1:
+    if len(orders) == 2:
         orders.append("No pair of models of this experiment has a published ordering.")
     shown = Shown(records, titles, groups_of_rows(experiment, records), paper)
     drawn = {
@@ -128,13 +128,20 @@ def main(args: argparse.Namespace) -> None:
 
 _NOTE = (
     f"Test {{metric}}{{per}}, averaged over seeds. Intervals: {CONFIDENCE:.0%} bootstrap over users "
-    f"({RESAMPLES} resamples). p: {{test}}, paired over users, Holm-corrected over the table's pairs."
+    f"({RESAMPLES} resamples). p: {{test}}, paired over users, Holm-corrected over the table's pairs. Over seeds: the "
+    "difference's standard deviation, of the same seeds of both. An order is decided where p is below .05 and both "
+    f"{CONFIDENCE:.0%} intervals of the difference, over users and over seeds (Student's t), are above 0; of one seed "
+    "each, users alone decide."
 )
 _SEARCH = "Trials of a search are chosen among by validation, and not compared."
 _TESTS = {
     "retrieval": "Wilcoxon signed-rank",
     "ranking": "the difference over its standard error, by users' influence on it (DeLong's test for clusters)",
 }
+_ORDERS = (
+    "p is over users. ± is half of the difference's interval over seeds, where that holds 0. What decides an order is "
+    "said in [the comparisons](comparisons.md)."
+)
 _PARITY = (
     "Protocol paper. Rerun: the authors' code as it is, one run. Published figures lie nearer to the best epoch on "
     "test than to the last, so each is compared with its like. What is higher or lower is explained beside "

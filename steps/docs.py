@@ -6,6 +6,7 @@ change the template, not the page. A figure that no table has is an error: no pa
 
 import argparse
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import polars as pl
 from steps.common import params
 from steps.common.cli import StepError, run_step
 from steps.common.files import read_json, write_text
+from steps.reporting.parity import half_over_seeds
 from steps.reporting.records import cell
 from steps.reporting.tables import markdown
 
@@ -98,14 +100,15 @@ class Figures:
 
     def lead(self, experiment: str, dataset: str, protocol: str, model: str, other: str) -> dict[str, float]:
         """The model over the other in the compared metric: `difference`, its interval from `low` to `high`, corrected
-        `p`, and `deviation`: the difference's standard deviation over seeds."""
+        `p`, and `over_seeds`: half the difference's interval over seeds, infinite of one seed each."""
         rows = self._csv(experiment, "comparisons").filter(dataset=dataset, protocol=protocol)
         for better, worse, sign in ((model, other, 1), (other, model, -1)):
             found = rows.filter(better=better, worse=worse)
             if len(found) == 1:
                 low, high = sorted(sign * found[end].item() for end in ("low", "high"))
+                half = half_over_seeds(found.row(0, named=True))
                 lead = {"difference": sign * found["difference"].item(), "low": low, "high": high}
-                return lead | {"p": found["p_holm"].item(), "deviation": found["seeds_sd"].item()}
+                return lead | {"p": found["p_holm"].item(), "over_seeds": math.inf if half is None else half}
         raise StepError(f"{self.reports / experiment}/comparisons.csv does not compare {model} with {other}")
 
     def published(self, dataset: str, model: str, name: str) -> float:

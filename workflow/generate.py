@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ROOT / "workflow/local"
 _TABLES = ("datasets", "models", "protocols")
 _DATA, _CARDS = 2, 8  # data sets that DVC's stages `study` and `track` have room for
+_REPORT = 2  # modules that its stage `report-study` has room for
 _HEAD = "# Written by `make dvc` from {folder}.\n"
 #: What `dvc repro` makes.
 DEFAULT = ("demo",)
@@ -83,7 +84,7 @@ def lists(local: bool, names: Collection[str] = DEFAULT) -> dict[str, dict[str, 
             if len(found) > _DATA:
                 raise StepError(f"params/studies/{name}.yaml, key measure.data: DVC has room for {_DATA} data sets")
             data = [*found, *[f"runs/studies/{name}/settings.json"] * (_DATA - len(found))]
-            _add(made["studies"], name, {"name": name, "module": study["module"], "data": data})
+            _add(made["studies"], name, {"name": name, "data": data, "report": _report(study["module"])})
     return made
 
 
@@ -117,6 +118,14 @@ def _used(experiments: Collection[str], names: Collection[str]) -> set[str]:
     for name in filter(names.__contains__, params.studies(root)):
         found |= {Path(manifest).parent.name for manifest in studies.manifests(name, root)}
     return found | {params.valid_of(name, root) for name in found}
+
+
+def _report(module: str) -> list[str]:
+    """The files of a study's report, the first again where there is room left."""
+    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "steps/studies").glob(f"{module}_*.py"))
+    if len(files) > _REPORT:
+        raise StepError(f"{', '.join(files)}: DVC has room for {_REPORT} modules of a report")
+    return files + files[:1] * (_REPORT - len(files))
 
 
 def _add(items: dict[str, Any], name: str, item: dict[str, Any]) -> None:

@@ -73,8 +73,16 @@ class FuXiGammaConfig(FuXiConfig):
 
 def toeplitz(table: torch.Tensor, n: int) -> torch.Tensor:
     """The lower triangular (n, n) with table[i - j] in row i and column j, of a table (P,), P >= n."""
-    band = F.pad(table[:n].flip(0), (0, n - 1))
-    return band.unfold(0, n, 1).flip(0)
+    return by_distance(F.pad(table[:n].flip(0), (n, 0)).roll(1), n)
+
+
+def by_distance(entries: torch.Tensor, n: int) -> torch.Tensor:
+    """The (n, n) with entries[(j - i) mod 2 n] in row i and column j, of entries (2 n,).
+
+    Copies behind each other, cut into rows one shorter than a copy: the backward pass is a sum over copies. That of
+    `Tensor.unfold`, which needs no copies, has on a GPU one thread add up the n gradients of an entry.
+    """
+    return entries.repeat(n)[: n * (2 * n - 1)].view(n, 2 * n - 1)[:, :n]
 
 
 class FuXiBlock(nn.Module, ABC):

@@ -2,8 +2,9 @@
 
 So does the public PyTorch code of HSTU's authors, which FuXi's code is built on: every layer makes an N x N matrix of
 bias for each sequence, and one of scores for each head. A bucket is found by a logarithm in float32, so that seconds at
-the edge of a bucket may fall into the one beside it. What is kinder to speed than that code: positions are a view of
-their table, and tokens are padded and taken out again by an index that the batch has at hand.
+the edge of a bucket may fall into the one beside it. What is not in plain torch is what lies around it in `HSTULayer`:
+on a GPU projection and gate are this project's kernels, as of all kinds of HSTU here. Tokens are padded and taken out
+again by an index that the batch has at hand. The bias is made in float32; there in the type of its weights.
 """
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from kernels.hstu_attention import TIME_BUCKETS
 from steps.data.sequences import Batch
+from steps.models.fuxi import by_distance
 from steps.models.hstu import HSTULayer
 
 _BUCKET_WIDTH = 0.301  # of the logarithm of seconds
@@ -39,7 +41,7 @@ class DenseHSTULayer(HSTULayer):
 def position_map(table: torch.Tensor, n: int) -> torch.Tensor:
     """p[j - i] in row i and column j, (N, N), of a table (2P - 1,) whose middle is p[0], P >= N."""
     most = (len(table) + 1) // 2
-    return table[most - n : most + n - 1].unfold(0, n, 1).flip(0)
+    return by_distance(F.pad(table[most - n : most + n - 1], (1, 0)).roll(-n), n)
 
 
 def time_map(table: torch.Tensor, batch: Batch, time: str) -> torch.Tensor:

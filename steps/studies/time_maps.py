@@ -1,7 +1,7 @@
 """FuXi's maps of time beside HSTU's bias: a closed form, a lookup for every pair, and the bias inside the attention.
 
-FuXi-gamma's authors (arXiv 2512.12740) say that weights of time by a formula train 4.48 times as fast as HSTU, whose
-bias their code looks up for every pair. Timed here: such a map alone; what mixes the tokens, without projections; and
+FuXi-gamma's authors (arXiv 2512.12740) say that it trains 4.48 times as fast as HSTU, whose bias is looked up for every
+pair in the code that theirs builds on. Timed here: a map of time alone; what mixes the tokens, without projections; and
 encoders as they are trained, of the embedding of positions and some layers. All of a case's models read the same tokens
 and know the same times, and have the same width, type and number of layers.
 

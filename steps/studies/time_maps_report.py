@@ -28,8 +28,9 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "for all. Training: a forward and a backward pass; inference: a forward pass. Weights of time alone: an N x N "
         "map for each row, of HSTU's table or of FuXi-gamma's three numbers, from the times of tokens. Attention: what "
         f"mixes the tokens, without projections; maps are made for one layer. Encoders: {settings['layers']} layers, "
-        "for which FuXi subtracts times once. Dense lookup: the bias of every pair in memory, in plain torch, as "
-        "public code has it. Fused bias: this project's kernels. FuXi as it is implemented here, in torch. Ragged: "
+        "for which FuXi subtracts times once. Dense lookup: bias and scores of every pair in memory, in plain "
+        "torch, as public code has them. Fused bias: this project's attention. All of HSTU's encoders have this "
+        "project's projection and gate. FuXi as it is implemented here, in torch. Ragged: "
         "lengths spread from a tenth of N, a third of them N. Cells: milliseconds, and in brackets the peak of memory "
         "beyond what was there, in MB; 1 MB = 10^6 bytes. Speed-up: HSTU's time over the model's, of one run.",
     ]

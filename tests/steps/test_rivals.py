@@ -160,6 +160,10 @@ def test_a_table_becomes_the_weights_of_all_earlier_tokens() -> None:
     assert toeplitz(table, 3).tolist() == [[1, 0, 0], [2, 1, 0], [3, 2, 1]]
     assert toeplitz(table, 1).tolist() == [[1]]
     assert toeplitz(table, 5)[4].tolist() == [5, 4, 3, 2, 1]
+    spread = toeplitz(table.requires_grad_(), 3)
+    spread.backward(torch.tensor([[1.0, 90.0, 90.0], [10.0, 2.0, 90.0], [100.0, 20.0, 4.0]]))
+    assert table.grad is not None
+    assert table.grad.tolist() == [7, 30, 100, 0, 0]  # of each distance; of no later token
 
 
 def test_the_weight_of_time_falls_from_its_amplitude_and_has_finite_gradients() -> None:
