@@ -22,12 +22,12 @@ _NOTE = (
     "Ours: with its 95 % interval over users. A figure is reproduced within {band:.0%} of the published one, a gain "
     "where the interval holds the published gain, an order where in every table p is below .05 and the intervals of "
     "the difference, over users and over seeds (Student's t; shown as ± where it holds 0), above 0, or, of what is as "
-    "good, both above the loss that is none; of one seed each, users alone decide. Differences are in NDCG@10, or AUC "
-    "of ranking; p is of a paired test over users, corrected over the pairs of its table. Figures of studies are "
-    "speed-ups or bytes, without an interval; of several the greatest counts, and what is claimed as `at least` is "
-    "reproduced by what is not below. Runs of a study are paired by seed, with 95 % intervals (Student's t): above "
-    "others where the interval is above 0, as good where it is above a loss of {band:.0%}. What a study's "
-    "report decides is said there, with its rule."
+    "good, both above the loss that is none; of one seed of a model that is trained no order is decided. Differences "
+    "are in NDCG@10, or AUC of ranking; p is of a paired test over users, corrected over the pairs of its table. "
+    "Figures of studies are speed-ups or bytes, without an interval; of several the greatest counts, and what is "
+    "claimed as `at least` is reproduced by what is not below. Runs of a study are paired by seed, with 95 % intervals "
+    "(Student's t): above others where the interval is above 0, as good where it is above a loss of {band:.0%}. What a "
+    "study's report decides is said there, with its rule."
 )
 
 

@@ -130,8 +130,8 @@ _NOTE = (
     f"Test {{metric}}{{per}}, averaged over seeds. Intervals: {CONFIDENCE:.0%} bootstrap over users "
     f"({RESAMPLES} resamples). p: {{test}}, paired over users, Holm-corrected over the table's pairs. Over seeds: the "
     "difference's standard deviation, of the same seeds of both. An order is decided where p is below .05 and both "
-    f"{CONFIDENCE:.0%} intervals of the difference, over users and over seeds (Student's t), are above 0; of one seed "
-    "each, users alone decide."
+    f"{CONFIDENCE:.0%} intervals of the difference, over users and over seeds (Student's t), are above 0: never of one "
+    "seed of a model that is trained."
 )
 _SEARCH = "Trials of a search are chosen among by validation, and not compared."
 _TESTS = {

@@ -6,7 +6,6 @@ change the template, not the page. A figure that no table has is an error: no pa
 
 import argparse
 import json
-import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ class Figures:
 
     def lead(self, experiment: str, dataset: str, protocol: str, model: str, other: str) -> dict[str, float]:
         """The model over the other in the compared metric: `difference`, its interval from `low` to `high`, corrected
-        `p`, and `over_seeds`: half the difference's interval over seeds, infinite of one seed each."""
+        `p`, and `over_seeds`: half the difference's interval over seeds, infinite of one seed."""
         rows = self._csv(experiment, "comparisons").filter(dataset=dataset, protocol=protocol)
         for better, worse, sign in ((model, other, 1), (other, model, -1)):
             found = rows.filter(better=better, worse=worse)
@@ -108,7 +107,7 @@ class Figures:
                 low, high = sorted(sign * found[end].item() for end in ("low", "high"))
                 half = half_over_seeds(found.row(0, named=True))
                 lead = {"difference": sign * found["difference"].item(), "low": low, "high": high}
-                return lead | {"p": found["p_holm"].item(), "over_seeds": math.inf if half is None else half}
+                return lead | {"p": found["p_holm"].item(), "over_seeds": half}
         raise StepError(f"{self.reports / experiment}/comparisons.csv does not compare {model} with {other}")
 
     def published(self, dataset: str, model: str, name: str) -> float:

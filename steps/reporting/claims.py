@@ -318,7 +318,7 @@ def _order(name: str, told: dict[str, Any], order: dict[str, Any], tables: Table
             test = certainty(row)
         else:
             low, high = sorted((sign * row["low"], sign * row["high"]))
-            half = half_over_seeds(row) or 0.0
+            half = half_over_seeds(row)
             low, high = min(low, sign * row["difference"] - half), max(high, sign * row["difference"] + half)
             found.append(1 if low > -margin else -1 if high < -margin else 0)
             test = f"{low:+.4f} to {high:+.4f}, and a loss of {margin} is none"

@@ -1,5 +1,6 @@
 """Protocol `paper` beside the published figures and the authors' code, and `strict` beside other people's runs."""
 
+import math
 from itertools import combinations
 from typing import Any
 
@@ -119,22 +120,22 @@ def decided(row: dict[str, Any]) -> bool:
     """Whether a row of comparisons.csv is sure of its order: other users and other seeds would say the same.
 
     Of users the test and the interval of the mean must agree; of seeds the interval over them (Student's t) must be
-    above 0. Of one seed each, nothing is known of others, and users alone decide.
+    above 0. Of one seed nothing is known of others.
     """
-    return bool(row["p_holm"] < _ALPHA and row["low"] > 0 and row["difference"] > (half_over_seeds(row) or 0))
+    return bool(row["p_holm"] < _ALPHA and row["low"] > 0 and row["difference"] > half_over_seeds(row))
 
 
 def certainty(row: dict[str, Any]) -> str:
     """How sure a row of comparisons.csv is: p over users, and the interval over seeds where that one holds 0."""
     half = half_over_seeds(row)
-    over_seeds = "" if half is None or row["difference"] > half else f", ± {half:.4f} over seeds"
-    return f"p = {row['p_holm']:.2g}{over_seeds}"
+    over_seeds = ", of one seed" if half == math.inf else f", ± {half:.4f} over seeds"
+    return f"p = {row['p_holm']:.2g}{'' if row['difference'] > half else over_seeds}"
 
 
-def half_over_seeds(row: dict[str, Any]) -> float | None:
-    """Half the interval of the difference over seeds; None of one seed each."""
+def half_over_seeds(row: dict[str, Any]) -> float:
+    """Half the interval of the difference over seeds: 0 of rows that are counted, infinite of one seed."""
     if row["seeds_sd"] is None:
-        return None
+        return 0.0 if row["seeds"] is None else math.inf
     return half_interval(row["seeds_sd"], row["seeds"], 100 * CONFIDENCE)
 
 

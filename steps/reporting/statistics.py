@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from steps.common.cli import StepError
+from steps.common.config import COUNT_BASED
 from steps.evaluation.metrics import Ranks, user_values
 from steps.reporting.outcomes import Outcomes, TestPredictions, TestRanks
 from steps.reporting.records import Record, by_row, kept_together, outcomes_of
@@ -173,16 +174,19 @@ def compare_pairs(
 
 
 def over_seeds(better: list[Record], worse: list[Record], metric: str) -> dict[str, Any]:
-    """The difference of two rows in a test metric over seeds: how many, and their standard deviation; None of one.
+    """The difference of two rows in a test metric over `seeds`: how many, and their standard deviation `seeds_sd`.
 
-    The seeds of one row are paired with the same ones of the other; a row of one seed stands beside all.
+    The seeds of one row are paired with the same ones of the other; a row that is counted, and not trained, is the same
+    for every seed. `seeds` is None where both are, and the deviation where there are no two seeds.
     """
-    of_rows = [{one.run.seed: one.metrics["test"][metric] for one in seeds} for seeds in (better, worse)]
-    one, other = of_rows
-    if len(one) > 1 and len(other) > 1:
-        differences = [one[seed] - other[seed] for seed in one if seed in other]
-    else:
+    one, other = ({record.run.seed: record.metrics["test"][metric] for record in seeds} for seeds in (better, worse))
+    counted = [rows[0].config["model"]["model"] in COUNT_BASED for rows in (better, worse)]
+    if all(counted):
+        return {"seeds": None, "seeds_sd": None}
+    if any(counted):
         differences = [a - b for a in one.values() for b in other.values()]
+    else:
+        differences = [one[seed] - other[seed] for seed in one if seed in other]
     sd = float(np.std(differences, ddof=1)) if len(differences) > 1 else None
     return {"seeds": len(differences), "seeds_sd": sd}
 

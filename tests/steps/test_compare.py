@@ -307,19 +307,24 @@ def test_the_test_of_a_ranking_difference_is_that_of_its_mean() -> None:
     assert TESTS["ranking"](np.full(4, 0.25)) == 0
 
 
-def of_seeds(values: dict[int, float]) -> list[Record]:
+def of_seeds(values: dict[int, float], model: str = "hstu") -> list[Record]:
     return [
-        Record(Run("e", "d", "m", "p", seed), {}, [], {"test": {"auc": value}}, {}, lambda: None)
+        Record(
+            Run("e", "d", "m", "p", seed), {"model": {"model": model}}, [], {"test": {"auc": value}}, {}, lambda: None
+        )
         for seed, value in values.items()
     ]
 
 
-def test_seeds_are_paired_and_a_row_of_one_seed_stands_beside_all() -> None:
+def test_seeds_are_paired_and_a_counted_row_stands_beside_all() -> None:
     three = of_seeds({0: 0.7, 1: 0.8, 2: 0.6})
     other = of_seeds({0: 0.5, 1: 0.7, 4: 0.9})
     assert over_seeds(three, other, "auc") == {"seeds": 2, "seeds_sd": pytest.approx(np.std([0.2, 0.1], ddof=1))}
-    assert over_seeds(three, of_seeds({7: 0.5}), "auc") == {"seeds": 3, "seeds_sd": pytest.approx(0.1)}
-    assert over_seeds(of_seeds({0: 0.5}), of_seeds({0: 0.6}), "auc") == {"seeds": 1, "seeds_sd": None}
+    counted = of_seeds({0: 0.5}, "popular")
+    assert over_seeds(three, counted, "auc") == {"seeds": 3, "seeds_sd": pytest.approx(0.1)}
+    assert over_seeds(counted, of_seeds({0: 0.6}, "markov"), "auc") == {"seeds": None, "seeds_sd": None}
+    assert over_seeds(three, of_seeds({2: 0.5}), "auc") == {"seeds": 1, "seeds_sd": None}
+    assert over_seeds(three, of_seeds({7: 0.5, 8: 0.6}), "auc") == {"seeds": 0, "seeds_sd": None}
 
 
 @pytest.mark.parametrize(
@@ -332,7 +337,8 @@ def test_seeds_are_paired_and_a_row_of_one_seed_stands_beside_all() -> None:
         ({"seeds_sd": 0.0080}, True),
         ({"seeds": 2, "seeds_sd": 0.0011}, True),  # over 2 seeds it is 12.706 / sqrt(2) = 8.98 times as much
         ({"seeds": 2, "seeds_sd": 0.0012}, False),
-        ({"seeds": 1, "seeds_sd": None}, True),
+        ({"seeds": 1, "seeds_sd": None}, False),
+        ({"seeds": None, "seeds_sd": None}, True),  # of models that count
     ],
 )
 def test_an_order_is_decided_where_users_and_seeds_say_so(changed: dict[str, Any], sure: bool) -> None:
