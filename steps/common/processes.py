@@ -129,9 +129,15 @@ ALONE = Processes()
 def joined(device: torch.device) -> Iterator[Processes]:
     """The processes that torchrun started with this one, which may sum within it; `ALONE` without torchrun.
 
-    All but the one that writes print nothing. Where one fails all end.
+    All but the one that writes print nothing. Where one fails all end. Raises StepError if WORLD_SIZE says that there
+    are several without torchrun.
     """
     if not _started_by_torchrun():
+        if (size_said := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+            raise StepError(
+                f"the environment variable WORLD_SIZE is {size_said}, but there is no store of torchrun: start the "
+                "processes by torchrun, or unset WORLD_SIZE to start one alone"
+            )
         yield ALONE
         return
     with ALONE.explaining():
@@ -198,7 +204,8 @@ def require_one_source(processes: Processes, files: Mapping[str, Any]) -> None:
 
 
 def _started_by_torchrun() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Not where a cluster sets the variables that say how many, but nobody keeps a store that outlives a process."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def _connected() -> tuple[Any, int, int]:

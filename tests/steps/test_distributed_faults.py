@@ -161,6 +161,18 @@ def test_a_process_ends_where_torchrun_was_killed_before_it_began(monkeypatch: p
     assert time.monotonic() - start < 30
 
 
+def test_several_processes_without_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a cluster sets WORLD_SIZE: a process alone would wait for the others, and then say that they ended."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = pytest.raises(StepError, match="WORLD_SIZE is 2, but there is no store of torchrun")
+    with refused, processes.joined(torch.device("cpu")):
+        pass
+    assert processes.first_to_end()  # it says so by itself
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with processes.joined(torch.device("cpu")) as found:
+        assert found is processes.ALONE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_processes_that_wait_end_when_they_are_stopped(number: signal.Signals, data: Path, tmp_path: Path) -> None:
