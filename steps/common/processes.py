@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from steps.common.cli import StepError
 from steps.common.provenance import commit, content_sha256
 
 _LONG = timedelta(days=30)  # for a lock that another training holds, and for files of any size
+_CONNECTING = timedelta(seconds=20)  # to torchrun's store, which is there before this process, unless it was killed
 _DIGITS, _SHOWN = 8, 300  # characters that are shown: of a hash, and of what gloo and NCCL say
 _UNWINDING_S = 5.0  # from Ctrl-C on, for the main thread to remove what it was writing
 _ENDED = (
@@ -127,21 +129,28 @@ ALONE = Processes()
 def joined(device: torch.device) -> Iterator[Processes]:
     """The processes that torchrun started with this one, which may sum within it; `ALONE` without torchrun.
 
-    All but the one that writes print nothing. Where one fails all end.
+    All but the one that writes print nothing. Where one fails all end. Raises StepError if WORLD_SIZE says that there
+    are several without torchrun.
     """
     if not _started_by_torchrun():
+        if (size_said := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+            raise StepError(
+                f"the environment variable WORLD_SIZE is {size_said}, but there is no store of torchrun: start the "
+                "processes by torchrun, or unset WORLD_SIZE to start one alone"
+            )
         yield ALONE
         return
-    store, rank, size = _main_connection()
-    _end_when_stopped()
-    on_cuda = device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=_connected()[0],  # NCCL's threads use it too
-        rank=rank,
-        world_size=size,
-        device_id=device if on_cuda else None,
-    )
+    with ALONE.explaining():
+        store, rank, size = _main_connection()
+        _end_when_stopped()
+        on_cuda = device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            store=_connected()[0],  # NCCL's threads use it too
+            rank=rank,
+            world_size=size,
+            device_id=device if on_cuda else None,
+        )
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)
     processes = Processes(rank, size, store)
@@ -195,12 +204,14 @@ def require_one_source(processes: Processes, files: Mapping[str, Any]) -> None:
 
 
 def _started_by_torchrun() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Not where a cluster sets the variables that say how many, but nobody keeps a store that outlives a process."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def _connected() -> tuple[Any, int, int]:
     """torchrun's store, by a connection that one thread may use at a time; the rank of this process, and how many."""
-    store, rank, size = next(rendezvous("env://"))
+    store, rank, size = next(rendezvous("env://", timeout=_CONNECTING))
+    store.set_timeout(default_pg_timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # whose entries are not those of the one before
     own = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
     return own, rank, size

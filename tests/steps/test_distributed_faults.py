@@ -2,13 +2,18 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from steps.common import processes
+from steps.common.cli import StepError
 from steps.common.files import read_json, read_jsonl, write_json
 from steps.common.locks import locked
 from tests.conftest import write_processed
@@ -140,10 +145,38 @@ def test_torchrun_may_start_all_again(data: Path, tmp_path: Path, monkeypatch: p
     assert len(read_jsonl(run / "history.jsonl")) == 3
 
 
+def test_a_process_ends_where_torchrun_was_killed_before_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would try for half an hour to reach a store that is gone."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    started = {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {**started, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
+    assert timedelta(seconds=60) >= processes._CONNECTING
+    monkeypatch.setattr(processes, "_CONNECTING", timedelta(seconds=1))
+    start = time.monotonic()
+    with pytest.raises(StepError, match="torchrun was stopped"), processes.joined(torch.device("cpu")):
+        pass
+    assert time.monotonic() - start < 30
+
+
+def test_several_processes_without_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a cluster sets WORLD_SIZE: a process alone would wait for the others, and then say that they ended."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = pytest.raises(StepError, match="WORLD_SIZE is 2, but there is no store of torchrun")
+    with refused, processes.joined(torch.device("cpu")):
+        pass
+    assert processes.first_to_end()  # it says so by itself
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with processes.joined(torch.device("cpu")) as found:
+        assert found is processes.ALONE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_processes_that_wait_end_when_they_are_stopped(number: signal.Signals, data: Path, tmp_path: Path) -> None:
-    """Ctrl-C goes to all processes of the terminal, SIGTERM to torchrun alone."""
+    """torchrun gets either signal, and hands it on: its processes have sessions of their own."""
     run = made(tmp_path / "run", data)
     with locked(run):
         command = torchrun(2, "steps.train", "--run", run, "--data", data, "--device", "cpu", start_new_session=True)
