@@ -12,7 +12,7 @@ import polars as pl
 from steps.common import params
 from steps.common.cli import StepError
 from steps.common.files import sha256
-from steps.reporting.paired import student
+from steps.common.paired import student
 from steps.reporting.parity import certainty, decided, half_over_seeds, side
 from steps.reporting.task import load_task
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from steps.common import params
-from steps.reporting.paired import half_interval
+from steps.common.paired import half_interval
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd
 from steps.reporting.statistics import CONFIDENCE
 from steps.reporting.task import load_task

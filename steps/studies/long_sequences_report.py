@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from tabulate import tabulate as render
 
-from steps.reporting.paired import student
+from steps.common.paired import student
 from steps.studies.long_sequences import FULL, LONG, SEMI_LOCAL, STOCHASTIC
 from steps.studies.rows import Row, cases
 

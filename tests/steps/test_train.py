@@ -465,9 +465,21 @@ def test_a_missing_or_wrong_entry_of_a_config_is_named(row: str, protocol: str, 
     read = {"model", "neighbours", "shrink"}
     if kind in ENCODERS:
         read |= {field.name for field in fields(ENCODERS[kind][1])} | {"loss", "optimizer", "items"}
-        read |= {"mask_prob", "samples", "sample_alpha", "logq", "tokens", "levels", "others_weight", "head"}
+        read |= {
+            "mask_prob",
+            "last_only",
+            "output_layer",
+            "samples",
+            "sample_alpha",
+            "logq",
+            "tokens",
+            "levels",
+            "others_weight",
+            "head",
+        }
     texts = {("experiment",), ("dataset",), ("row",), ("protocol", "name")}
     optional = {"patience", "eval_every", "schedule", "items", "num_sink_tokens"}
+    optional |= {"learned_norms", "last_only", "output_layer"}
     for path in entries(settings):
         if path[0] == "model" and len(path) > 1 and path[1] not in read:
             continue  # a size of the data set's shape that other models read

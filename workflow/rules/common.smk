@@ -55,6 +55,7 @@ TRAINING_CODE = code("steps/training")
 REPORTING_CODE = [
     "steps/common/params.py",
     "steps/common/dotted.py",
+    "steps/common/paired.py",
     "steps/common/svg.py",
     "steps/evaluation/names.py",
     *code("steps/reporting"),

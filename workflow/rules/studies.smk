@@ -49,7 +49,7 @@ rule report_study:
         "steps/common/dotted.py",
         "steps/common/svg.py",
         "steps/reporting/figures.py",
-        "steps/reporting/paired.py",
+        "steps/common/paired.py",
         "steps/studies/rows.py",
         lambda wildcards: sorted(map(str, Path("steps/studies").glob(f"{settings_of(wildcards)['module']}_*.py"))),
         "runs/studies/{study}/rows.json",
