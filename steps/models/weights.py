@@ -154,8 +154,8 @@ def _write_rows(
             raise
     except (OSError, StepError) as error:
         failure = one_line(error)
-    for failed in filter(None, processes.gathered(failure)):
-        raise StepError(failed)
+    if failures := [text for text in processes.gathered(failure) if text]:
+        raise StepError(failures[0])
 
 
 def _write_own(

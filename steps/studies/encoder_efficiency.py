@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kernels.rowwise_table import RowwiseTable
 from kernels.tools.cases import lengths_of
-from kernels.tools.timing import Unwritten, timed
+from kernels.tools.timing import timed
 from steps.common import gpu_record
-from steps.common.cli import StepError
 from steps.data.sequences import Batch, Sequences, Size
 from steps.data.stochastic_length import draw_lengths, expected_lengths, most_kept
 from steps.models.hstu import BiasConfig, HSTUConfig, HSTULayer
-from steps.studies.rows import FAILED, Row, row
+from steps.studies.attempts import did_not_run, own_stream
+from steps.studies.rows import Row, row
 from steps.studies.transformer import BACKENDS, TransformerLayer
 
 SPEED, MEMORY, OPTIMISER = "speed", "memory", "optimiser"
@@ -42,7 +41,6 @@ _ENCODERS = [
 ]
 _MANY = 1000  # rows, of which the mean length is taken
 _NEAR = 0.01  # so near to the expected a load is good
-_LETTERS = 200  # of an error
 
 
 def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -77,13 +75,8 @@ def require(cases: list[dict[str, Any]], plan: dict[str, Any]) -> None:
 def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]:
     """Rows of a case: milliseconds of a batch and its size; or multiples of d bytes that a layer keeps of a token; or
     an optimiser's bytes a float. Of a Transformer, or of compiled layers, that do not run, what was seen."""
-    device = plan["device"]
-    if device != "cuda":
-        return _rows(case, plan["settings"], device)
-    torch.cuda.empty_cache()
-    # Not the default stream, as a graph is captured on the stream that its backward pass had its forward pass on.
-    with torch.cuda.stream(torch.cuda.Stream()):
-        return _rows(case, plan["settings"], device)
+    with own_stream(plan["device"]):
+        return _rows(case, plan["settings"], plan["device"])
 
 
 def _rows(case: dict[str, Any], settings: dict[str, Any], device: str) -> list[Row]:
@@ -94,13 +87,7 @@ def _rows(case: dict[str, Any], settings: dict[str, Any], device: str) -> list[R
     try:
         return function(case, settings, device)
     except Exception as error:  # of a backend that refuses, or of a compiler
-        if case["encoder"] == HSTU and not case["compiled"]:
-            if isinstance(error, Unwritten):
-                raise StepError(f"{case}: {error}; no time of it is kept") from error
-            raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:_LETTERS]
-        seen = f"torch {torch.__version__}, triton {triton.__version__}: {text}"
-        return [row(case, FAILED, 1, "of 1", seen=seen)]
+        return [did_not_run(case, error, may_fail=case["encoder"] != HSTU or case["compiled"])]
 
 
 class Encoder:

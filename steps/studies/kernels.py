@@ -4,12 +4,11 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kernels.tools import benchmark
 from kernels.tools.timing import Unwritten
 from steps.common import gpu_record
 from steps.common.cli import StepError
+from steps.studies.attempts import own_stream
 from steps.studies.rows import FAILED, ROOFS, Row, row
 
 _UNITS = {"ms": "ms", "captured": "of 1", "flops": "FLOP", "bytes": "B", "peak_bytes": "B"}
@@ -37,13 +36,8 @@ def require(cases: list[dict[str, Any]], plan: dict[str, Any]) -> None:
 def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]:
     """Rows of a case: of each implementation and pass its time, whether that is a CUDA graph's, its operations and
     bytes as counted, and its peak; or what was seen in their place. Raises StepError if one wrote no outputs."""
-    device = plan["device"]
-    if device != "cuda":
-        return _rows(case, device)
-    torch.cuda.empty_cache()
-    # Not the default stream, as a graph is captured on the stream that its backward pass had its forward pass on.
-    with torch.cuda.stream(torch.cuda.Stream()):
-        return _rows(case, device)
+    with own_stream(plan["device"]):
+        return _rows(case, plan["device"])
 
 
 def _rows(case: dict[str, Any], device: str) -> list[Row]:

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import triton
 from torch import nn
 
 from kernels.hstu_attention import TIME_BUCKETS
 from kernels.tools.cases import lengths_of
-from kernels.tools.timing import Unwritten, peak_of, timed
+from kernels.tools.timing import peak_of, timed
 from steps.common import gpu_record
-from steps.common.cli import StepError
 from steps.data.sequences import Batch
 from steps.models.base import PositionalEncoder
 from steps.models.fuxi import FuXi, FuXiAlpha, FuXiAlphaConfig, FuXiGamma, FuXiGammaConfig, exponential_power
 from steps.models.hstu import HSTU, BiasConfig, HSTUConfig
+from steps.studies.attempts import did_not_run, own_stream
 from steps.studies.dense_lookup import DenseHSTULayer, time_map
 from steps.studies.encoder_efficiency import batch_of
 from steps.studies.rows import FAILED, Row, row
@@ -47,7 +46,6 @@ _TIME: Literal["next"] = "next"  # of queries: the item's that is to be predicte
 _AMPLITUDE = 0.1  # of the map alone
 _MANY = 1000  # rows, of which the mean length is taken
 _ROOM = 0.9  # of the device's memory
-_LETTERS = 200  # of an error
 Call = Callable[[], torch.Tensor]
 
 
@@ -77,13 +75,8 @@ def require(cases: list[dict[str, Any]], plan: dict[str, Any]) -> None:
 def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]:
     """Rows of a case: milliseconds of a batch, whether they are of a CUDA graph, the peak of memory, and the batch's
     size. Of maps that do not fit into the memory, and of compiled code that does not run, what was seen."""
-    device = plan["device"]
-    if device != "cuda":
-        return _rows(case, plan["settings"], device)
-    torch.cuda.empty_cache()
-    # Not the default stream, as a graph is captured on the stream that its backward pass had its forward pass on.
-    with torch.cuda.stream(torch.cuda.Stream()):
-        return _rows(case, plan["settings"], device)
+    with own_stream(plan["device"]):
+        return _rows(case, plan["settings"], plan["device"])
 
 
 def _rows(case: dict[str, Any], settings: dict[str, Any], device: str) -> list[Row]:
@@ -96,12 +89,7 @@ def _rows(case: dict[str, Any], settings: dict[str, Any], device: str) -> list[R
     try:
         return _timed(case, settings, batch, device)
     except Exception as error:  # of a compiler
-        if not case["compiled"]:
-            if isinstance(error, Unwritten):
-                raise StepError(f"{case}: {error}; no time of it is kept") from error
-            raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:_LETTERS]
-        return [row(case, FAILED, 1, "of 1", seen=f"torch {torch.__version__}, triton {triton.__version__}: {text}")]
+        return [did_not_run(case, error, may_fail=case["compiled"])]
 
 
 def _timed(case: dict[str, Any], settings: dict[str, Any], batch: Batch, device: str) -> list[Row]:

@@ -143,10 +143,11 @@ class Training:
         """Raise StepError unless all processes go on from the same state: what others wrote is not thrown away where
         one cannot read it."""
         damages = {rank: text for rank, text in enumerate(self.processes.gathered(damage)) if text}
-        for text in damages.values():
+        if damages:
+            ranks, text = ", ".join(map(str, damages)), damages[min(damages)]
             raise StepError(
-                f"{path} {text} (rank {', '.join(map(str, damages))}); nothing was changed: mend that, or remove "
-                f"{path.parent} to start at epoch 1"
+                f"{path} {text} (rank {ranks}); nothing was changed: mend that, or remove {path.parent} to start at "
+                "epoch 1"
             )
         progress = state.progress if state else None
         self.processes.require_equal(progress, f"the state {path}")
