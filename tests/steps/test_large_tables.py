@@ -33,35 +33,58 @@ ROWS, DIM = 40, 4
 LR, DTYPE = 0.05, torch.float16
 
 
+class Ended(Exception):
+    """Another process ended before it gave what this one waits for."""
+
+
+class Exchange:
+    """What processes give to each other, a round at a time: a round that is complete outlives the end of a process."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.ended = size, False
+        self.rounds: list[dict[int, Any]] = []
+        self.joined = [0] * size
+        self.changed = threading.Condition()
+
+    def all(self, rank: int, value: Any) -> list[Any]:
+        """What every process gives in this round, in the order of their ranks."""
+        with self.changed:
+            if self.joined[rank] == len(self.rounds):
+                self.rounds.append({})
+            given = self.rounds[self.joined[rank]]
+            self.joined[rank] += 1
+            given[rank] = value
+            self.changed.notify_all()
+            assert self.changed.wait_for(lambda: len(given) == self.size or self.ended, timeout=300)
+            if len(given) < self.size:
+                raise Ended
+            return [given[other] for other in range(self.size)]
+
+    def end(self) -> None:
+        with self.changed:
+            self.ended = True
+            self.changed.notify_all()
+
+
 class Threads(Processes):
     """A thread that takes part as process `rank` of `size`."""
 
     def sum_(self, tensor: torch.Tensor) -> None:
-        slots, barrier = self.store
-        slots[self.rank] = tensor.clone()
-        barrier.wait(timeout=30)
-        total = sum(slots)
-        barrier.wait(timeout=30)
-        tensor.copy_(total)
+        tensor.copy_(sum(self.store.all(self.rank, tensor.clone())))
 
     def gathered(self, text: str) -> list[str]:
-        slots, barrier = self.store
-        slots[self.rank] = text
-        barrier.wait(timeout=30)
-        found = [*slots]
-        barrier.wait(timeout=30)
-        return found
+        return self.store.all(self.rank, text)
 
 
 def together(size: int, work: Callable[[Threads], Any]) -> list[Any]:
-    """What `work` returns in each of several processes; where one fails, the others end."""
-    store = [None] * size, threading.Barrier(size)
+    """What `work` returns in each of several processes; where one fails, those that wait for it end."""
+    exchange = Exchange(size)
 
     def one(rank: int) -> Any:
         try:
-            return work(Threads(rank, size, store))
+            return work(Threads(rank, size, exchange))
         except BaseException:
-            store[1].abort()
+            exchange.end()
             raise
 
     with ThreadPoolExecutor(size) as pool:
@@ -160,7 +183,7 @@ def test_where_one_process_cannot_write_nothing_is_left(tmp_path: Path) -> None:
             raise StepError("the disk is full")
         write_together(path, tensors, blocks, processes)
 
-    with pytest.raises(threading.BrokenBarrierError):
+    with pytest.raises(Ended):
         together(2, work)
     assert path.read_text() == "before"
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
