@@ -39,7 +39,7 @@ def test_values_and_gradients_are_as_exact_as_torch(tokens: int, width: int, aff
     check(tokens, width, dtype, affine)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(0, 90),
     width=st.integers(2, 130),

@@ -46,17 +46,18 @@ def captured(fails: bool) -> None:
     RunStream.capture = capture  # type: ignore[method-assign, assignment]
 
 
-def joined_for_3_s(join: Callable[..., None], *given: Any, **how: Any) -> None:
+def joined_for_10_s(join: Callable[..., None], *given: Any, **how: Any) -> None:
     join(*given, **how)
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3))
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=10))
 
 
 def slow_to_hash() -> None:
-    """Longer than another process waits in a sum."""
+    """The first time longer than another process waits in a sum."""
     digest = checkpoint._digest
 
     def slowly(*given: Any) -> str:
-        time.sleep(6)
+        checkpoint._digest = digest
+        time.sleep(15)
         return digest(*given)
 
     checkpoint._digest = slowly
@@ -86,7 +87,7 @@ def main() -> None:
     if fault == "capture":
         captured(fails=here)
     if fault == "hash":
-        dist.init_process_group = partial(joined_for_3_s, dist.init_process_group)
+        dist.init_process_group = partial(joined_for_10_s, dist.init_process_group)
     if here:
         if fault == "state":
             read = checkpoint.read_state
