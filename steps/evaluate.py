@@ -26,12 +26,12 @@ from steps.common.processes import (
     ALONE,
     Processes,
     device_of_process,
-    first_to_end,
     joined,
     require_one_run,
     require_one_source,
 )
 from steps.common.provenance import commit, require_trained
+from steps.common.torchrun import first_to_end
 from steps.data.fields import FieldSizes
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import Split, require_split, split_sequences

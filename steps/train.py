@@ -34,12 +34,12 @@ from steps.common.locks import locked
 from steps.common.processes import (
     Processes,
     device_of_process,
-    first_to_end,
     joined,
     require_one_run,
     require_one_source,
 )
 from steps.common.provenance import commit, content_sha256, utc_now, versions
+from steps.common.torchrun import first_to_end
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import require_split, split_sequences
 from steps.models import CountBasedModel, is_count_based

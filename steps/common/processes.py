@@ -1,41 +1,28 @@
-"""The processes that train one run together, as torchrun starts them: what they sum and tell each other, and how they
-end together.
+"""The processes that train one run together, as torchrun starts them: what they sum and tell each other.
 
 Sums go through gloo or NCCL, which give up after minutes. What processes tell goes through torchrun's store, where one
-may wait for another that hashes a large file: if a process ends, torchrun ends the others.
+may wait for another that hashes a large file: if a process ends, all end (steps/common/torchrun.py).
 A process alone needs none of it: it sums nothing and waits for nobody.
 """
 
-import functools
 import itertools
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.constants import default_pg_timeout
-from torch.distributed.rendezvous import rendezvous
 
+from steps.common import torchrun
 from steps.common.cli import StepError
 from steps.common.provenance import commit, content_sha256
 
 _LONG = timedelta(days=30)  # for a lock that another training holds, and for files of any size
-_CONNECTING = timedelta(seconds=20)  # to torchrun's store, which is there before this process, unless it was killed
 _DIGITS, _SHOWN = 8, 300  # characters that are shown: of a hash, and of what gloo and NCCL say
-_UNWINDING_S = 5.0  # from Ctrl-C on, for the main thread to remove what it was writing
-_ENDED = (
-    "another process of this run ended, or torchrun was stopped: all stop; the same command goes on from what is "
-    "saved, also with another number of processes"
-)
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,7 @@ class Processes:
             if isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl")):
                 told = " ".join(str(error).split())[:_SHOWN]  # as by NCCL that finds no memory to share
                 known = "by peer" in told or isinstance(error, dist.DistNetworkError)
-                raise StepError(_ENDED if known else f"{_ENDED} ({told})") from error
+                raise StepError(torchrun.ENDED if known else f"{torchrun.ENDED} ({told})") from error
             raise
 
     def require_equal(self, content: Any, what: str) -> None:
@@ -132,7 +119,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
     All but the one that writes print nothing. Where one fails all end. Raises StepError if WORLD_SIZE says that there
     are several without torchrun.
     """
-    if not _started_by_torchrun():
+    if not torchrun.started():
         if (size_said := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
             raise StepError(
                 f"the environment variable WORLD_SIZE is {size_said}, but there is no store of torchrun: start the "
@@ -141,12 +128,12 @@ def joined(device: torch.device) -> Iterator[Processes]:
         yield ALONE
         return
     with ALONE.explaining():
-        store, rank, size = _main_connection()
-        _end_when_stopped()
+        store, rank, size = torchrun.main_connection()
+        finished = torchrun.end_with_others()
         on_cuda = device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-            store=_connected()[0],  # NCCL's threads use it too
+            store=torchrun.connected()[0],  # NCCL's threads use it too
             rank=rank,
             world_size=size,
             device_id=device if on_cuda else None,
@@ -156,20 +143,8 @@ def joined(device: torch.device) -> Iterator[Processes]:
     processes = Processes(rank, size, store)
     yield processes
     processes.wait()  # for the one that writes, before NCCL ends together
+    finished.set()
     dist.destroy_process_group()
-
-
-def first_to_end(store: Any = None) -> bool:
-    """Whether no other process of this run has failed or printed its help before: it says why, the others nothing.
-
-    store: a connection to torchrun's, if not the one of the main thread.
-    """
-    if not _started_by_torchrun():
-        return True
-    try:
-        return int((store or _main_connection()[0]).add("ended", 1)) == 1
-    except (RuntimeError, ValueError):  # the store has ended too, or there is none
-        return os.environ.get("RANK", "0") == "0"
 
 
 def device_of_process(device: torch.device) -> torch.device:
@@ -177,7 +152,7 @@ def device_of_process(device: torch.device) -> torch.device:
 
     Raises StepError if there are too few, or if `device` has a number.
     """
-    if not _started_by_torchrun() or device.type != "cuda":
+    if not torchrun.started() or device.type != "cuda":
         return device
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if device.index is not None or number >= count:
@@ -201,44 +176,3 @@ def require_one_source(processes: Processes, files: Mapping[str, Any]) -> None:
     if processes.size > 1:
         for what, content in {**files, "the commit of the code": commit()}.items():
             processes.require_equal(content, what)
-
-
-def _started_by_torchrun() -> bool:
-    """Not where a cluster sets the variables that say how many, but nobody keeps a store that outlives a process."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1
-
-
-def _connected() -> tuple[Any, int, int]:
-    """torchrun's store, by a connection that one thread may use at a time; the rank of this process, and how many."""
-    store, rank, size = next(rendezvous("env://", timeout=_CONNECTING))
-    store.set_timeout(default_pg_timeout)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # whose entries are not those of the one before
-    own = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
-    return own, rank, size
-
-
-_main_connection = functools.cache(_connected)
-
-
-def _end_when_stopped() -> None:
-    """End at SIGTERM, which torchrun sends to all others when a process has ended; and at Ctrl-C, if this process has
-    not ended by itself.
-
-    A thread does it: the main one may wait for NCCL or the store, and runs no signal handler meanwhile.
-    """
-    store, _, _ = _connected()  # of its own: the main thread may wait in the other
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-
-    def wait() -> None:
-        while (number := os.read(read, 1)[0]) not in (signal.SIGTERM, signal.SIGINT):
-            pass
-        if number == signal.SIGINT:
-            time.sleep(_UNWINDING_S)
-        if first_to_end(store):
-            print(f"{Path(sys.argv[0]).stem}: {_ENDED}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

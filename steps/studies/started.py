@@ -12,7 +12,8 @@ import torch
 
 from steps.common.cli import StepError
 from steps.common.files import read_json, write_json
-from steps.common.processes import Processes, device_of_process, first_to_end, joined
+from steps.common.processes import Processes, device_of_process, joined
+from steps.common.torchrun import first_to_end
 
 _SAID = "measured: "  # before what a process that fails says
 

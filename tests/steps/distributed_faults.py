@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from steps.common import config
+from steps.common import config, torchrun
 from steps.models import weights
 from steps.training import checkpoint, loop
 from steps.training.checkpoint import StateWriter
@@ -67,13 +67,16 @@ def raised(*_: Any, **how: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def killed_at_the_second_state() -> None:
+def killed_at_the_second_state(mark: Path, *others: int) -> None:
+    """While another process waits for this one at the store. It leaves a mark, and is killed no second time."""
     save, calls = StateWriter.save_together, []
 
     def called(*given: Any) -> None:
         calls.append(given)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) == 2 and not mark.exists():
+            mark.touch()
+            for process in (*others, os.getpid()):
+                os.kill(process, signal.SIGKILL)
         save(*given)
 
     StateWriter.save_together = called  # type: ignore[method-assign]
@@ -84,6 +87,8 @@ def main() -> None:
     rank, fault, *path = sys.argv[1:end]
     sys.argv = ["train", *sys.argv[end + 1 :]]
     here = int(rank) == int(os.environ["RANK"])
+    if fault == "lost":
+        torchrun._SILENT_TICKS = 15
     if fault == "capture":
         captured(fails=here)
     if fault == "hash":
@@ -99,8 +104,10 @@ def main() -> None:
             slow_to_hash()
         if fault == "disk":
             weights._write_own = raised
-        if fault == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            killed_at_the_second_state()
+        if fault == "killed":
+            killed_at_the_second_state(Path(path[0]))
+        if fault == "lost":
+            killed_at_the_second_state(Path(path[0]), os.getppid())
         if fault == "step":
             SharedExecution._add_gradients = raised  # type: ignore[method-assign]
     runpy.run_module("steps.train", run_name="__main__")

@@ -16,6 +16,7 @@ from steps.common import processes
 from steps.common.cli import StepError
 from steps.common.files import read_json, read_jsonl, write_json
 from steps.common.locks import locked
+from steps.common.torchrun import _CONNECTING, first_to_end
 from tests.conftest import write_processed
 from tests.steps.runs import config, planned
 from tests.steps.test_distributed import torchrun
@@ -139,7 +140,7 @@ def test_torchrun_may_start_all_again(data: Path, tmp_path: Path, monkeypatch: p
     """It keeps its store, with what processes told each other there before."""
     monkeypatch.setenv("PET_MAX_RESTARTS", "1")
     run = made(tmp_path / "run", data, model="hstu-rowwise", epochs=3)
-    code, said = train(run, data, 0, "killed")
+    code, said = train(run, data, 0, "killed", tmp_path / "mark")
     assert code == 0, said
     assert said.count("train: another process of this run ended") == 1
     assert len(read_jsonl(run / "history.jsonl")) == 3
@@ -153,8 +154,8 @@ def test_a_process_ends_where_torchrun_was_killed_before_it_began(monkeypatch: p
     started = {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in {**started, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
         monkeypatch.setenv(name, str(value))
-    assert timedelta(seconds=60) >= processes._CONNECTING
-    monkeypatch.setattr(processes, "_CONNECTING", timedelta(seconds=1))
+    assert timedelta(seconds=60) >= _CONNECTING
+    monkeypatch.setattr("steps.common.torchrun._CONNECTING", timedelta(seconds=1))
     start = time.monotonic()
     with pytest.raises(StepError, match="torchrun was stopped"), processes.joined(torch.device("cpu")):
         pass
@@ -167,7 +168,7 @@ def test_several_processes_without_torchrun_are_refused(monkeypatch: pytest.Monk
     refused = pytest.raises(StepError, match="WORLD_SIZE is 2, but there is no store of torchrun")
     with refused, processes.joined(torch.device("cpu")):
         pass
-    assert processes.first_to_end()  # it says so by itself
+    assert first_to_end()  # it says so by itself
     monkeypatch.setenv("WORLD_SIZE", "1")
     with processes.joined(torch.device("cpu")) as found:
         assert found is processes.ALONE
