@@ -30,6 +30,7 @@ PLUMBING = {
     "typed",
     "gpu_record",
     "processes",
+    "torchrun",
 }
 
 

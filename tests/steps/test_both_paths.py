@@ -77,15 +77,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_auc_is_the_same_by_kept_histories_and_by_windows(form: str, data: Path, tmp_path: Path) -> None:
-    """In float32, to the four digits of tables; logits to 1e-5. Histories are longer and shorter than a window."""
+    """In float32: logits to 1e-5. Rounding may then turn one pair of targets, which the four digits of tables may show.
+    Histories are longer and shorter than a window."""
     run = train(tmp_path / "run", data, of_users(epochs=15, **FORMS[form]))
     step("evaluate", "--run", run, "--data", data, "--device", "cpu", cwd=ROOT)
     windows, kept = both_paths(run, data)
     assert torch.equal(windows.label, kept.label)
     torch.testing.assert_close(kept.logit, windows.logit, rtol=0, atol=1e-5)
     assert float(windows.logit.std()) > 0.2
-    reported = f"{read_json(run / 'metrics.json')['test']['auc']:.4f}"
-    assert [f"{float(auc(one.logit, one.label)):.4f}" for one in (windows, kept)] == [reported, reported]
+    reported = read_json(run / "metrics.json")["test"]["auc"]
+    positives = int(windows.label.sum())
+    pair = 1 / (positives * (len(windows.label) - positives))
+    assert [float(auc(one.logit, one.label)) for one in (windows, kept)] == pytest.approx(
+        [reported] * 2, abs=1.01 * pair
+    )
     for part in both_paths(run, data, "valid"):
         assert float(auc(part.logit, part.label)) == pytest.approx(
             read_json(run / "metrics.json")["valid"]["auc"], abs=1e-4
@@ -157,6 +162,6 @@ def test_the_page_compares_both_paths(
     exec(block, {})  # noqa: S102
     windows, kept, largest = capsys.readouterr().out.split()
     assert re.fullmatch(r"0\.\d{4}", windows)
-    assert windows == kept
+    assert abs(float(windows) - float(kept)) < 1.5e-4  # one pair of targets may change places
     assert 0.7 < float(windows) < 0.98
     assert float(largest) < 1e-5
