@@ -141,8 +141,11 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)
     processes = Processes(rank, size, store)
-    yield processes
-    processes.wait()  # for the one that writes, before NCCL ends together
+    try:
+        yield processes
+        processes.wait()  # for the one that writes, before NCCL ends together
+    except KeyboardInterrupt as error:  # other machines do not know of it
+        raise StepError(torchrun.ENDED) from error
     finished.set()
     dist.destroy_process_group()
 

@@ -33,6 +33,7 @@ _BEGINNING_S = 300.0  # for all processes to load their code, which may lie on a
 _POLL_S, _TICK_S = 0.05, 1.0
 _SILENT_TICKS = 60  # of a process that says nothing, until it is taken for ended
 _UNWINDING_S = 5.0  # for the main thread to say why it fails, and to remove what it was writing
+_STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # what torchrun hands on, beside SIGINT
 
 
 def started() -> bool:
@@ -53,7 +54,19 @@ def connected() -> tuple[Any, int, int]:
     return dist.PrefixStore(_attempt(), store), rank, size  # type: ignore[attr-defined]
 
 
-main_connection = functools.cache(connected)
+def main_connection() -> tuple[Any, int, int]:
+    """`connected()` of the main thread, always the same; where it fails, it is tried once: it takes a while."""
+    if isinstance(found := _main_connection(), Exception):
+        raise found
+    return found
+
+
+@functools.cache
+def _main_connection() -> tuple[Any, int, int] | Exception:
+    try:
+        return connected()
+    except (RuntimeError, ValueError, StepError) as error:
+        return error
 
 
 def first_to_end(store: Any = None) -> bool:
@@ -75,6 +88,7 @@ class Others:
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.store, self.rank, self.size = store, rank, size
+        self.torchrun = os.getppid()
         self.asked = 0  # how often there was an answer
         self.ended = False
         self.finished = threading.Event()  # then nothing is asked any more
@@ -82,7 +96,8 @@ class Others:
     def watch(self) -> None:
         """Say each second that this process lives, and ask whether one has failed, or the next one is silent.
 
-        A process looks at the next one alone: where that is silent it ends, says so, and the others see it.
+        A process looks at the next one alone: where that is silent it ends, says so, and the others see it. It looks at
+        its own torchrun too, without which it would go on where the store is of another machine.
         """
         seen, silent = 0, 0
         while not self.finished.wait(_TICK_S):
@@ -94,15 +109,15 @@ class Others:
                 lives = seen
             seen, silent = lives, silent + 1 if lives == seen else 0
             self.asked += 1
-            if ended or silent >= _SILENT_TICKS:
+            if ended or silent >= _SILENT_TICKS or os.getppid() != self.torchrun:
                 self.ended = True
                 return
 
 
 def end_with_others() -> threading.Event:
-    """End at SIGTERM, which torchrun sends when another process of this machine has ended; at Ctrl-C, if this process
-    has not ended by itself; and when a process has failed or fallen silent, here or on another machine: this last
-    until the event is set.
+    """End at SIGTERM, which torchrun sends when another process of this machine has ended, and the other signals that
+    stop it; at Ctrl-C, if this process has not ended by itself; and when a process has failed or fallen silent, here or
+    on another machine, or its torchrun has been killed: this last until the event is set.
 
     A thread does it: the main one may wait for NCCL or the store, and runs no signal handler meanwhile.
     """
@@ -110,7 +125,8 @@ def end_with_others() -> threading.Event:
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in _STOPS:
+        signal.signal(number, lambda *_: None)
 
     def end() -> None:
         wait_for_end(others, read)
@@ -131,7 +147,7 @@ def wait_for_end(others: Others, signals: int) -> None:
             number = os.read(signals, 1)[0]
             if number == signal.SIGINT:
                 time.sleep(_UNWINDING_S)
-            if number in (signal.SIGTERM, signal.SIGINT):
+            if number in (*_STOPS, signal.SIGINT):
                 return
         elif others.finished.is_set():
             continue

@@ -4,7 +4,9 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from steps.common import processes
 from steps.common.cli import StepError
 from steps.common.files import read_json, read_jsonl, write_json
 from steps.common.locks import locked
-from steps.common.torchrun import _CONNECTING, first_to_end
+from steps.common.torchrun import _CONNECTING, _main_connection, first_to_end
 from tests.conftest import write_processed
 from tests.steps.runs import config, planned
 from tests.steps.test_distributed import torchrun
@@ -146,6 +148,15 @@ def test_torchrun_may_start_all_again(data: Path, tmp_path: Path, monkeypatch: p
     assert len(read_jsonl(run / "history.jsonl")) == 3
 
 
+@pytest.fixture
+def unconnected() -> Iterator[None]:
+    """A process that remembers no connection to torchrun, before and after."""
+    _main_connection.cache_clear()
+    yield
+    _main_connection.cache_clear()
+
+
+@pytest.mark.usefixtures("unconnected")
 def test_a_process_ends_where_torchrun_was_killed_before_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch would try for half an hour to reach a store that is gone."""
     with socket.socket() as unused:
@@ -160,6 +171,20 @@ def test_a_process_ends_where_torchrun_was_killed_before_it_began(monkeypatch: p
     with pytest.raises(StepError, match="torchrun was stopped"), processes.joined(torch.device("cpu")):
         pass
     assert time.monotonic() - start < 30
+    monkeypatch.setattr("steps.common.torchrun.rendezvous", lambda *_, **how: pytest.fail("it tries a second time"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not first_to_end()
+
+
+def test_a_process_that_ctrl_c_ends_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else those of another machine, to which nobody sent it, would wait for a minute."""
+    monkeypatch.setattr("steps.common.torchrun.started", lambda: True)
+    for name in ("main_connection", "connected"):
+        monkeypatch.setattr(f"steps.common.torchrun.{name}", lambda: (None, 0, 2))
+    monkeypatch.setattr("steps.common.torchrun.end_with_others", threading.Event)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **how: None)
+    with pytest.raises(StepError, match="torchrun was stopped"), processes.joined(torch.device("cpu")):
+        raise KeyboardInterrupt
 
 
 def test_several_processes_without_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,9 +200,9 @@ def test_several_processes_without_torchrun_are_refused(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_processes_that_wait_end_when_they_are_stopped(number: signal.Signals, data: Path, tmp_path: Path) -> None:
-    """torchrun gets either signal, and hands it on: its processes have sessions of their own."""
+    """torchrun gets the signal, and hands it on: its processes have sessions of their own."""
     run = made(tmp_path / "run", data)
     with locked(run):
         command = torchrun(2, "steps.train", "--run", run, "--data", data, "--device", "cpu", start_new_session=True)
@@ -194,5 +219,4 @@ def test_processes_that_wait_end_when_they_are_stopped(number: signal.Signals, d
     assert command.returncode != 0
     assert time.monotonic() - start < 20  # torchrun kills after 30 s
     ended = said.count("train: another process of this run ended, or torchrun was stopped")
-    assert ended == said.count("train: ")
-    assert ended == 1 or (ended == 0 and number == signal.SIGINT)  # where none waits any more all end by Ctrl-C alone
+    assert ended == said.count("train: ") == 1
