@@ -39,6 +39,7 @@ LONGEST = (
     "test_pipeline.py",
     "test_distributed.py",
     "test_distributed_faults.py",
+    "test_several_machines.py",
     "test_orchestrators.py",
     "test_clusters.py",
     "test_train.py",
