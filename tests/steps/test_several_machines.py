@@ -1,6 +1,5 @@
 """Several machines train one run: a torchrun on each, here all on one. They start together and end together."""
 
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from steps.common.cli import StepError
-from steps.common.files import read_jsonl, write_json
+from steps.common.files import read_json, read_jsonl, write_json
 from steps.common.torchrun import Others, agreed, wait_for_end
 from tests.conftest import ROOT, write_processed
 from tests.steps.runs import config, planned
@@ -62,7 +61,7 @@ def train(run: Path, data: Path, *fault: object, restarts: int = 0) -> list[tupl
 def test_two_machines_train_to_the_bytes_of_two_processes(run: Path, data: Path, tmp_path: Path) -> None:
     for code, said in train(run, data):
         assert code == 0, said
-    write_json(tmp_path / "one/config.json", json.loads((run / "config.json").read_text()))
+    write_json(tmp_path / "one/config.json", read_json(run / "config.json"))
     one = torchrun(2, "steps.train", "--run", tmp_path / "one", "--data", data, "--device", "cpu")
     _, said = one.communicate(timeout=120)
     assert one.returncode == 0, said
