@@ -1,8 +1,8 @@
 """A load test, no evaluation: lookups and updates of a large rowwise table that processes share by rows.
 
 The item ids are those of a fractal expansion of a data set: they have its long tail, no times, and no order that means
-anything. torchrun starts the processes of a case, a GPU each, and `measured` is what each of them does. All is
-done by the torch version of the table, also where TorchRec or fbgemm_gpu are installed.
+anything. torchrun starts the processes of a case, a GPU each, and `measured` is what each of them does, by
+the torch version of the table or by fbgemm_gpu's, which TorchRec shares out among several processes.
 """
 
 import time
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from kernels.jagged import fbgemm as fbgemm_gpu
 from kernels.rowwise_table import RowwiseTable, fbgemm, torchrec
 from kernels.rowwise_table.sharded import ShardedRowwiseTable
+from steps.common.cli import StepError
 from steps.common.processes import Processes
 from steps.data.generators.draws import below, bits
 from steps.data.generators.fractal import Expansion
@@ -23,24 +25,34 @@ from steps.data.sequences import load_sequences
 from steps.studies.rows import PART, Row, row
 from steps.studies.started import found_by_processes, require_devices
 
+TORCH, FBGEMM = "torch", "fbgemm"
+PARTS = ("lookup", "all-to-all", "update")
 _WARM_UP = 2
 _WHO = 300  # the stream of draws of a step's users
 
 
 def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """Data, expansion, and processes."""
+    """Data, expansion, whose table, and processes."""
     given = plan["settings"]
     return [
-        {"data": data, **expansion, "processes": processes}
+        {"data": data, **expansion, "by": by, "processes": processes}
         for data in plan["data"]["processed"]
         for expansion in given["expansions"]
+        for by in expansion["by"]
         for processes in given["processes"]
     ]
 
 
 def require(cases: list[dict[str, Any]], plan: dict[str, Any]) -> None:
-    """Raise StepError unless there is a GPU for every process."""
+    """Raise StepError unless there is a GPU for every process, and what the cases' tables are by."""
     require_devices(cases, plan)
+    most = max((case["processes"] for case in cases if case["by"] == FBGEMM), default=0)
+    for needed, name, there in ((1, "fbgemm_gpu", fbgemm_gpu.available), (2, "TorchRec", torchrec.available)):
+        if most >= needed and not there():
+            raise StepError(
+                f"{name} is not installed, or does not load; install the extra `distributed`, or measure the torch "
+                "version alone, as by --only by=torch"
+            )
 
 
 def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]:
@@ -103,8 +115,9 @@ class Watch:
 def measured(asked: dict[str, Any], device: torch.device, processes: Processes) -> dict[str, Any]:
     """What a case's rows are made of: values and units by their names, and the hash of the data."""
     case, given = asked["case"], asked["plan"]["settings"]
-    for other in (fbgemm, torchrec):
-        setattr(other, "fits", lambda *_: False)  # noqa: B010  (mypy knows no other way)
+    if case["by"] == TORCH:
+        for other in (fbgemm, torchrec):
+            setattr(other, "fits", lambda *_: False)  # noqa: B010  (mypy knows no other way)
     sequences, digest = load_sequences(Path(asked["data"], "processed", case["data"]), torch.device("cpu"))
     arrays = sequences.offsets.numpy(), sequences.item.numpy()
     expansion = Expansion(*arrays, sequences.num_items, case["rows"], case["columns"], given["length"])
@@ -117,7 +130,8 @@ def measured(asked: dict[str, Any], device: torch.device, processes: Processes) 
     step, watch, seconds = 0.0, Watch(device), [0.0, 0.0, 0.0]
     for ids in batches[_WARM_UP:]:
         step += seconds_of_step(table, ids, given["dim"], Watch(device))
-    for ids in batches[_WARM_UP:]:  # apart, as the host waits between the parts
+    watched = batches[_WARM_UP:] if case["by"] == TORCH else []  # TorchRec exchanges where `Watch` does not see it
+    for ids in watched:  # apart, as the host waits between the parts
         found = parts_of_step(table, ids, given["dim"], watch)
         seconds = [one + more for one, more in zip(seconds, found, strict=True)]
     times = torch.tensor([step, *seconds, making], dtype=torch.float64)
@@ -127,19 +141,17 @@ def measured(asked: dict[str, Any], device: torch.device, processes: Processes) 
         dist.all_reduce(sizes, dist.ReduceOp.MAX)
     ms = [round(1e3 * value / given["steps"], 4) for value in times.tolist()]
     counts = [round(value / given["steps"], 1) for value in sizes.tolist()]
-    return {
+    told = {
         "table rows": (expansion.num_items + 1, "rows"),
         "table": (int(sizes[2]), "B"),
         "ids": (counts[0], "rows"),
-        "sent": (counts[1], "B"),
         "step": (ms[0], "ms"),
-        **{
-            f"{PART}{name}": (value, "ms")
-            for name, value in zip(("lookup", "all-to-all", "update"), ms[1:4], strict=True)
-        },
         "making ids": (round(1e3 * float(times[4]) / len(batches), 4), "ms"),
-        "data_sha256": digest,
     }
+    if watched:
+        told["sent"] = (counts[1], "B")
+        told |= {f"{PART}{name}": (value, "ms") for name, value in zip(PARTS, ms[1:4], strict=True)}
+    return told | {"data_sha256": digest}
 
 
 def seconds_of_step(table: torch.nn.Module, ids: torch.Tensor, dim: int, watch: Watch) -> float:

@@ -30,17 +30,18 @@ class Replayed:
 
 
 def captured(fails: bool) -> None:
-    """Steps are captured, as on CUDA, if that does not fail."""
+    """Steps are captured, on a CPU as on CUDA, if that does not fail."""
     init = SharedExecution.__init__
+    on_cuda = RunStream.capture
 
     def begun(self: Any, *given: Any) -> None:
         init(self, *given)
         self.capture = True
 
-    def capture(self: RunStream, work: Callable[[], Any], *_: Any, **how: Any) -> Any:
+    def capture(self: RunStream, work: Callable[[], Any], *given: Any, **how: Any) -> Any:
         if fails:
             raise RuntimeError("operation not permitted when stream is capturing")
-        return Replayed(work), None
+        return on_cuda(self, work, *given, **how) if self.device.type == "cuda" else (Replayed(work), None)
 
     SharedExecution.__init__ = begun  # type: ignore[method-assign]
     RunStream.capture = capture  # type: ignore[method-assign, assignment]

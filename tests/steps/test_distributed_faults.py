@@ -148,6 +148,50 @@ def test_torchrun_may_start_all_again(data: Path, tmp_path: Path, monkeypatch: p
     assert len(read_jsonl(run / "history.jsonl")) == 3
 
 
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.gpu
+@two_devices
+def test_a_device_without_a_graph_takes_the_same_steps(data: Path, tmp_path: Path) -> None:
+    every, some = (made(tmp_path / name, data, model="hstu-rowwise", epochs=2) for name in ("every", "some"))
+    for run in (every, some):
+        config = read_json(run / "config.json")
+        config["training"]["dropout"] = 0.0
+        write_json(run / "config.json", config)
+    assert train(every, data, device="cuda")[0] == 0
+    code, said = train(some, data, 1, "capture", device="cuda")
+    assert code == 0, said
+    assert "rank 1: training without a CUDA graph, which does not take Retrieval: operation not permitted" in said
+    captured = [read_json(run / "training.json")["captured"] for run in (every, some)]
+    assert captured == [True, False]
+    losses = [[line["train/loss"] for line in read_jsonl(run / "history.jsonl")] for run in (every, some)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.gpu
+@two_devices
+def test_a_device_whose_process_fails_in_a_step_ends_the_one_that_waits(data: Path, tmp_path: Path) -> None:
+    """Which waits in NCCL: `train` gives all 120 seconds, from start to end; NCCL would give up after ten minutes."""
+    run = made(tmp_path / "run", data)
+    assert "No space left on device" in the_line(train(run, data, 1, "step", device="cuda"))
+
+
+@pytest.mark.gpu
+@two_devices
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_device_whose_process_is_killed_ends_the_other_and_both_go_on(
+    killed: int, data: Path, tmp_path: Path
+) -> None:
+    run = made(tmp_path / "run", data, model="hstu-rowwise", epochs=3)
+    code, said = train(run, data, killed, "killed", tmp_path / "mark", device="cuda")
+    assert code != 0
+    assert said.count("train: another process of this run ended") == 1, said
+    code, said = train(run, data, device="cuda")
+    assert code == 0, said
+    assert [line["epoch"] for line in read_jsonl(run / "history.jsonl")] == [1, 2, 3]
+
+
 @pytest.fixture
 def unconnected() -> Iterator[None]:
     """A process that remembers no connection to torchrun, before and after."""

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.rowwise_table import torchrec
 from steps.common.cli import StepError
 from steps.common.processes import Processes
 from steps.data.generators.fractal import Expansion
@@ -15,7 +16,7 @@ from steps.studies.table_load import ids_of, measure, require, table_of
 from tests.conftest import write_processed
 
 SETTINGS = {"dim": 8, "lr": 0.05, "length": 40, "users": 3, "steps": 2}
-CASE = {"data": "t", "rows": 2, "columns": 5, "processes": 2}
+CASE = {"data": "t", "rows": 2, "columns": 5, "by": "torch", "processes": 2}
 PLAN: dict[str, Any] = {"device": "cpu", "settings": SETTINGS}
 
 
@@ -50,6 +51,22 @@ def test_two_processes_look_up_an_expansion_and_send_what_one_counts(
     assert all(found[name] > 0 for name in ("step", "part: lookup", "part: all-to-all", "part: update", "making ids"))
 
 
+@pytest.mark.parametrize(
+    "processes",
+    [1, pytest.param(2, marks=pytest.mark.skipif(not torchrec.available(), reason="TorchRec is not installed"))],
+)
+def test_a_table_of_fbgemm_gpu_is_timed_as_a_whole(
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(table_load.__file__).parents[2]))
+    write_processed(tmp_path / "processed/t", [9] * 12, 30)
+    by = {name: measure(CASE | {"by": name, "processes": processes}, PLAN, tmp_path) for name in ("torch", "fbgemm")}
+    torchs, fbgemms = ({one["metric"]: one["value"] for one in rows} for rows in by.values())
+    assert torchs.keys() - fbgemms.keys() == {"sent", "part: lookup", "part: all-to-all", "part: update"}
+    assert all(torchs[name] == fbgemms[name] for name in ("table rows", "table", "ids"))
+    assert fbgemms["step"] > 0
+
+
 def test_a_step_updates_the_rows_that_it_looks_up_and_no_others() -> None:
     table = table_of(20, 8, 0.05, torch.device("cpu"), Processes())
     before = table.weight.clone()
@@ -68,6 +85,10 @@ def test_what_cannot_be_measured_is_said_in_one_line(tmp_path: Path, monkeypatch
     ):
         require([CASE, CASE | {"processes": 1}], PLAN | {"device": "cuda"})
     require([CASE | {"processes": 1}], PLAN | {"device": "cuda"})
+    monkeypatch.setattr(torchrec, "available", lambda: False)
+    with pytest.raises(StepError, match=r"TorchRec is not installed, .*extra `distributed`, .* --only by=torch"):
+        require([CASE | {"by": "fbgemm"}], PLAN)
+    require([CASE | {"by": "fbgemm", "processes": 1}], PLAN)
     monkeypatch.setenv("PYTHONPATH", str(Path(table_load.__file__).parents[2]))
     with pytest.raises(StepError, match=r"a process ended with an error; it said: .*manifest.json") as refused:
         measure(CASE | {"processes": 1}, PLAN, tmp_path)
