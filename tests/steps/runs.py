@@ -11,6 +11,7 @@ from steps.common.files import read_json, sha256, write_json
 from steps.common.provenance import content_sha256
 from steps.data.sequences import load_sequences
 from steps.data.split import split_sequences, split_sha256
+from steps.training.loop import Training
 from tests.conftest import ROOT, step
 
 STRICT = {"name": "strict", "split": "leave-last-out", "report": "best", "candidates": "rated", "exclude": "history"}
@@ -128,3 +129,15 @@ def add_record(folder: Path, row: str, seed: int, config: dict[str, Any], metric
         rows = [*pl.read_parquet(folder / RUNS).iter_rows(named=True), *rows]
     folder.mkdir(parents=True, exist_ok=True)
     pl.DataFrame(rows, schema=RUNS_SCHEMA).write_parquet(folder / RUNS)
+
+
+def states(run: Path, settings: dict[str, Any], data: Path) -> tuple[Training, Path]:
+    """A training that was interrupted after its second epoch, and the state that it left."""
+    found, digest = load_sequences(data, torch.device("cpu"))
+    begun = Training(planned(settings, data), found, digest, run)
+    steps = begun.epochs()
+    while begun.done < 2:
+        next(steps)
+    steps.close()
+    begun._states.finish()
+    return begun, run / "resume" / "state.safetensors"

@@ -20,9 +20,8 @@ from steps.common.files import read_json, read_jsonl, write_json
 from steps.common.locks import locked
 from steps.common.torchrun import _CONNECTING, _main_connection, first_to_end
 from tests.conftest import write_processed
-from tests.steps.runs import config, planned
+from tests.steps.runs import config, planned, states
 from tests.steps.test_distributed import torchrun
-from tests.steps.test_train import states
 
 
 @pytest.fixture(scope="module")

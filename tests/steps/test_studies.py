@@ -307,6 +307,21 @@ import steps.studies.convergence, steps.studies.scaling_law, steps.studies.train
     run("python", "-c", code, cwd=ROOT)
 
 
+def test_a_bare_gpu_machine_can_run_the_tests_that_need_one() -> None:
+    marked = [path for path in (ROOT / "tests").glob("*/test_*.py") if "pytest.mark.gpu" in path.read_text("utf-8")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in marked if path != Path(__file__)}
+    assert modules > {"tests.kernels.test_hstu_attention", "tests.steps.test_distributed_faults"}
+    code = f"""
+import importlib, sys
+sys.path.append("tests/kernels")  # as pytest does
+for name in ("jsonschema", "polars", "pandera", "pyarrow", "mlflow", "rapidfuzz", "rocrate"):
+    sys.modules[name] = None
+for name in {sorted(modules)}:
+    importlib.import_module(name)
+"""
+    run("python", "-c", code, cwd=ROOT)
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_small_run_of_every_study_becomes_a_report(study: str, tmp_path: Path) -> None:
     write_json(tmp_path / "settings.json", small(study, tmp_path / "data"))

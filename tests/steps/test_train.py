@@ -27,7 +27,7 @@ from steps.tasks import build
 from steps.training.checkpoint import State, read_state, write_state
 from steps.training.loop import Training, doubt, reported_epoch
 from tests.conftest import ROOT, step, write_processed
-from tests.steps.runs import PAPER, config, planned, processed_by_its_steps, reproducible
+from tests.steps.runs import PAPER, config, planned, processed_by_its_steps, reproducible, states
 
 
 def command(name: str, run: Path, data: Path, *more: str) -> list[str]:
@@ -159,18 +159,6 @@ def test_a_device_that_is_not_there_is_one_clear_line(data: Path, tmp_path: Path
     failed = step("train", "--run", run, "--data", data, "--device", "cuda", check=False, cwd=ROOT)
     assert (failed.returncode, len(failed.stderr.splitlines())) == (1, 1)
     assert "no CUDA device" in failed.stderr
-
-
-def states(run: Path, settings: dict[str, Any], data: Path) -> tuple[Training, Path]:
-    """A training that was interrupted after its second epoch, and the state that it left."""
-    found, digest = load_sequences(data, torch.device("cpu"))
-    begun = Training(planned(settings, data), found, digest, run)
-    steps = begun.epochs()
-    while begun.done < 2:
-        next(steps)
-    steps.close()
-    begun._states.finish()
-    return begun, run / "resume" / "state.safetensors"
 
 
 @pytest.mark.parametrize(
