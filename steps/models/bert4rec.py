@@ -50,27 +50,23 @@ class BERTBlock(nn.Module):
     def forward(self, x: torch.Tensor, layout: Layout, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (T, d) to tokens (T, d), or to the `wanted` (M,) of them (M, d): the layout's queries."""
         width = x.shape[-1] // self.heads
+        weight = _pad_heads(self.qkv.weight.T, width).T.unflatten(0, (3, -1))
+        bias = _pad_heads(self.qkv.bias, width).unflatten(0, (3, -1))
         if wanted is None:
-            q, k, v = self._heads(self.qkv(x))
+            q, k, v = self._project(x, weight, bias)
         else:
-            (weight_q, weight_kv), (bias_q, bias_kv) = (
-                parameter.split([x.shape[-1], 2 * x.shape[-1]]) for parameter in (self.qkv.weight, self.qkv.bias)
-            )
-            k, v = self._heads(F.linear(x, weight_kv, bias_kv))
+            k, v = self._project(x, weight[1:], bias[1:])
             x = x.index_select(0, wanted)
-            (q,) = self._heads(F.linear(x, weight_q, bias_q))
-        attention_output = self.attention(q, k, v, width**-0.5, layout)[..., :width].flatten(1)
-        x = self.attention_norm(x + self.dropout(self.output(attention_output)))
+            (q,) = self._project(x, weight[:1], bias[:1])
+        attention_output = self.attention(q, k, v, width**-0.5, layout).flatten(1)
+        output = F.linear(attention_output, _pad_heads(self.output.weight, width), self.output.bias)
+        x = self.attention_norm(x + self.dropout(output))
         return self.feed_forward_norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
 
-    def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """n tensors (T, heads, width) of the columns of x (T, n d), padded to a width that is a multiple of 8.
-
-        FlashAttention needs it; for other widths torch has no fused kernel that takes a mask either, and makes all
-        N x N scores in float32.
-        """
-        width = self.output.in_features // self.heads
-        return F.pad(x.unflatten(-1, (-1, self.heads, width)), (0, -width % 8)).unbind(1)
+    def _project(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tokens (T, d) to n tensors (T, heads, width), by weights (n, heads width, d) and biases (n, heads width)."""
+        projected = F.linear(x, weight.flatten(0, 1), bias.flatten())
+        return projected.unflatten(-1, (len(weight), self.heads, -1)).unbind(1)
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layout: Layout
@@ -80,6 +76,17 @@ class BERTBlock(nn.Module):
         if _flash_fits(q, k, v, dropout):
             return flash_attention(q, k, v, scale, dropout, layout)
         return padded_attention(q, k, v, scale, dropout, layout)
+
+
+def _pad_heads(parameter: torch.Tensor, width: int) -> torch.Tensor:
+    """A parameter (..., n width) with zeros behind every head: (..., n width'), width' the next multiple of 8.
+
+    FlashAttention needs such widths; for others torch has no fused kernel that takes a mask either, and makes all N x N
+    scores in float32. To pad queries, keys and values themselves would copy them.
+    """
+    if width % 8 == 0:
+        return parameter
+    return F.pad(parameter.unflatten(-1, (-1, width)), (0, -width % 8)).flatten(-2)
 
 
 def padded_attention(

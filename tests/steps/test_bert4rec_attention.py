@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from steps.models import bert4rec
-from steps.models.bert4rec import BERT4Rec, Layout, flash_attention, padded_attention
+from steps.models.bert4rec import BERT4Rec, BERTBlock, Layout, flash_attention, padded_attention
 from steps.training.stream import RunStream
 from tests.kernels.tolerance import assert_no_worse
 from tests.steps.test_models import make
@@ -68,6 +69,24 @@ def test_states_of_wanted_tokens_are_those_of_all(blocks: int) -> None:
         found.append([states, *torch.autograd.grad((states * weight).sum(), [embeddings, *encoder.parameters()])])
     for ours, whole in zip(*found, strict=True):
         torch.testing.assert_close(ours, whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("wanted", [None, WANTED])
+@pytest.mark.parametrize(("dim", "heads"), [(6, 2), (16, 2), (50, 1)])
+def test_a_block_with_padded_heads_is_one_without(dim: int, heads: int, wanted: list[int] | None) -> None:
+    block = BERTBlock(dim, heads, 0.0).double()
+    x = torch.randn(sum(LENGTHS), dim, dtype=torch.float64, requires_grad=True)
+    parts = []
+    for sequence in block.qkv(x).unflatten(-1, (3, heads, -1)).transpose(0, 2).split(LENGTHS, dim=2):
+        parts.append(F.scaled_dot_product_attention(*sequence.unbind(1)).transpose(0, 1).flatten(1))
+    whole = block.attention_norm(x + block.output(torch.cat(parts)))
+    whole = block.feed_forward_norm(whole + block.outer(F.gelu(block.inner(whole))))
+    rows = None if wanted is None else torch.tensor(wanted)
+    found = []
+    for states in (block(x, layout_of(LENGTHS, LONGEST, wanted), rows), whole if rows is None else whole[rows]):
+        found.append([states, *torch.autograd.grad(states.pow(3).sum(), [x, *block.parameters()])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("wanted", [None, torch.tensor(WANTED)])
