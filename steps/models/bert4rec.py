@@ -4,6 +4,7 @@ Post-norm blocks with GELU and width 4 d.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,21 @@ from kernels import jagged
 from kernels.jagged.naive import sequence_and_position
 from steps.data.sequences import Batch
 from steps.models.base import Encoder, HeadsConfig, LayerNorm, embedding_lookup
+
+
+class Layout(NamedTuple):
+    """Where tokens and the queries of attention are in their sequences. The queries are some of the tokens, or all."""
+
+    offsets: torch.Tensor  # (S + 1,) int64, of the tokens
+    place: torch.Tensor  # (T,) int64, where each token is in the flattened padded batch
+    query_offsets: torch.Tensor  # (S + 1,) int64
+    query_place: torch.Tensor  # (M,) int64
+    max_len: int  # which no sequence exceeds
+
+    def of_queries(self, wanted: torch.Tensor) -> "Layout":
+        """With the tokens `wanted` (M,) as queries: int64, ascending, none twice."""
+        query_offsets = torch.searchsorted(wanted, self.offsets)
+        return self._replace(query_offsets=query_offsets, query_place=self.place.index_select(0, wanted))
 
 
 class BERTBlock(nn.Module):
@@ -31,62 +47,94 @@ class BERTBlock(nn.Module):
         self.feed_forward_norm = LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor, max_len: int, index: torch.Tensor) -> torch.Tensor:
-        """Tokens (T, d) to tokens (T, d). index: (T,) int64, where each token is in the flattened padded batch."""
-        # Padded to a multiple of 8, as FlashAttention needs it; for other widths torch has no fused kernel that takes a
-        # mask either, and makes all N x N scores in float32.
+    def forward(self, x: torch.Tensor, layout: Layout, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (T, d) to tokens (T, d), or to the `wanted` (M,) of them (M, d): the layout's queries."""
         width = x.shape[-1] // self.heads
-        qkv = F.pad(self.qkv(x).unflatten(-1, (3, self.heads, width)), (0, -width % 8))
-        attention_output = self.attention(qkv, width**-0.5, offsets, max_len, index)[..., :width].flatten(1)
-        x = self.attention_norm(x + self.dropout(self.output(attention_output)))
+        weight = _pad_heads(self.qkv.weight.T, width).T.unflatten(0, (3, -1))
+        bias = _pad_heads(self.qkv.bias, width).unflatten(0, (3, -1))
+        if wanted is None:
+            q, k, v = self._project(x, weight, bias)
+        else:
+            k, v = self._project(x, weight[1:], bias[1:])
+            x = x.index_select(0, wanted)
+            (q,) = self._project(x, weight[:1], bias[:1])
+        attention_output = self.attention(q, k, v, width**-0.5, layout).flatten(1)
+        output = F.linear(attention_output, _pad_heads(self.output.weight, width), self.output.bias)
+        x = self.attention_norm(x + self.dropout(output))
         return self.feed_forward_norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
 
+    def _project(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tokens (T, d) to n tensors (T, heads, width), by weights (n, heads width, d) and biases (n, heads width)."""
+        projected = F.linear(x, weight.flatten(0, 1), bias.flatten())
+        return projected.unflatten(-1, (len(weight), self.heads, -1)).unbind(1)
+
     def attention(
-        self, qkv: torch.Tensor, scale: float, offsets: torch.Tensor, max_len: int, index: torch.Tensor
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, layout: Layout
     ) -> torch.Tensor:
-        """Queries, keys and values (T, 3, heads, width) to the attention output (T, heads, width)."""
+        """Queries (M, heads, width), keys and values (T, heads, width) to the attention output (M, heads, width)."""
         dropout = self.dropout_prob if self.training else 0.0
-        if _flash_fits(qkv, dropout):
-            return flash_attention(qkv, scale, dropout, offsets, max_len)
-        return padded_attention(qkv, scale, dropout, offsets, max_len, index)
+        if _flash_fits(q, k, v, dropout):
+            return flash_attention(q, k, v, scale, dropout, layout)
+        return padded_attention(q, k, v, scale, dropout, layout)
+
+
+def _pad_heads(parameter: torch.Tensor, width: int) -> torch.Tensor:
+    """A parameter (..., n width) with zeros behind every head: (..., n width'), width' the next multiple of 8.
+
+    FlashAttention needs such widths; for others torch has no fused kernel that takes a mask either, and makes all N x N
+    scores in float32. To pad queries, keys and values themselves would copy them.
+    """
+    if width % 8 == 0:
+        return parameter
+    return F.pad(parameter.unflatten(-1, (-1, width)), (0, -width % 8)).flatten(-2)
 
 
 def padded_attention(
-    qkv: torch.Tensor, scale: float, dropout: float, offsets: torch.Tensor, max_len: int, index: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float, layout: Layout
 ) -> torch.Tensor:
-    """Softmax attention within each sequence: the twin of `flash_attention`, for any device and type.
-
-    index: (T,) int64, where each token is in the flattened padded batch.
-    """
-    padded = jagged.to_padded(qkv.flatten(1), offsets, max_len, index).unflatten(-1, qkv.shape[1:])
-    q, k, v = (part.transpose(1, 2) for part in padded.unbind(2))
-    token_mask = torch.arange(max_len, device=qkv.device) < offsets.diff()[:, None]  # (S, N)
+    """Softmax attention within each sequence: the twin of `flash_attention`, for any device and type."""
+    offsets, max_len = layout.offsets, layout.max_len
+    padded = (
+        jagged.to_padded(k.flatten(1), offsets, max_len, layout.place),
+        jagged.to_padded(v.flatten(1), offsets, max_len, layout.place),
+        jagged.naive.to_padded(q.flatten(1), offsets, max_len, layout.query_place),  # each where its token is
+    )
+    k, v, q = (part.unflatten(-1, k.shape[1:]).transpose(1, 2) for part in padded)  # (S, heads, N, width)
+    token_mask = torch.arange(max_len, device=q.device) < offsets.diff()[:, None]  # (S, N)
     attention_output = F.scaled_dot_product_attention(
         q, k, v, attn_mask=token_mask[:, None, None, :], dropout_p=dropout, scale=scale
     )
-    return attention_output.transpose(1, 2).flatten(0, 1).index_select(0, index)
+    return attention_output.transpose(1, 2).flatten(0, 1).index_select(0, layout.query_place)
 
 
 def flash_attention(
-    qkv: torch.Tensor, scale: float, dropout: float, offsets: torch.Tensor, max_len: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float, layout: Layout
 ) -> torch.Tensor:
     """Softmax attention within each sequence, without padding: torch's FlashAttention-2 (arXiv 2307.08691).
 
-    qkv: queries, keys and values (T, 3, heads, width) in half precision on a GPU, width a multiple of 8. offsets:
-    (S + 1,) int64 of sequences of at most `max_len` tokens, or none. Returns (T, heads, width). Weights are dropped by
-    8 bits of a random number: of dropout 0.2 it keeps 205/256.
+    q: (M, heads, width); k, v: (T, heads, width); in half precision on a GPU, width a multiple of 8. Returns
+    (M, heads, width). Weights are dropped by 8 bits of a random number: of dropout 0.2 it keeps 205/256.
     """
-    cumulative = offsets.int()
     # Not torch.nn.attention.varlen, which has no dropout.
     attention_output: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        *qkv.unbind(1), cumulative, cumulative, max_len, max_len, dropout, False, False, scale=scale
+        q,
+        k,
+        v,
+        layout.query_offsets.int(),
+        layout.offsets.int(),
+        layout.max_len,
+        layout.max_len,
+        dropout,
+        False,
+        False,
+        scale=scale,
     )[0]
     return attention_output
 
 
-def _flash_fits(qkv: torch.Tensor, dropout: float) -> bool:
+def _flash_fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> bool:
     """Whether torch has FlashAttention for these types, widths and this device."""
-    q, k, v = (part.transpose(0, 1)[None] for part in qkv.unbind(1))  # (1, heads, T, width)
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))  # (1, heads, T, width)
     return can_use_flash_attention(SDPAParams(q, k, v, None, dropout, False, False))
 
 
@@ -106,15 +154,23 @@ class BERT4Rec(Encoder):
     def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self.states(embeddings, batch.offsets, batch.max_len)
 
-    def states(self, embeddings: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
-        """The hidden states (T, d) of jagged sequences (S + 1 offsets) of at most `max_len` tokens."""
+    def states(
+        self, embeddings: torch.Tensor, offsets: torch.Tensor, max_len: int, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The hidden states (T, d) of jagged sequences (S + 1 offsets) of at most `max_len` tokens.
+
+        With `wanted` (M,) int64, ascending, none twice: the states (M, d) of these tokens, for which alone the last
+        block then has more than keys and values.
+        """
         sequence_id, position = sequence_and_position(offsets, len(embeddings))
-        index = sequence_id * max_len + position
+        place = sequence_id * max_len + position
+        layout = Layout(offsets, place, offsets, place, max_len)
         x = self.input_dropout(self.input_norm(embeddings + embedding_lookup(self.position, position)))
+        *blocks, last = self.blocks
         with self.autocast(x.device):
-            for block in self.blocks:
-                x = block(x, offsets, max_len, index)
-        return x
+            for block in blocks:
+                x = block(x, layout)
+            return last(x, layout) if wanted is None else last(x, layout.of_queries(wanted), wanted)
 
 
 @functools.cache

@@ -91,9 +91,9 @@ class MaskedItems(Task, Recommender):
         """Full cross-entropy of the masked items, over windows of the history and its next item."""
         item, offsets = append_next_item(batch)
         masked = self._sample_mask(offsets, len(item))
-        states = self._encode(item, masked, offsets, batch.max_len + 1)
         index, targets = self._masked_items(item, masked, len(offsets) - 1)
-        return self.output(states.index_select(0, index), self.items.weight, targets)
+        states = self._encode(item, masked, offsets, batch.max_len + 1, index)
+        return self.output(states, self.items.weight, targets)
 
     def score(self, batch: Batch) -> torch.Tensor:
         """The output at a mask behind each window."""
@@ -101,7 +101,8 @@ class MaskedItems(Task, Recommender):
         last = offsets[1:] - 1
         none = torch.zeros_like(item, dtype=torch.bool)
         masked = none.index_fill(0, last, True)  # hides the next item from the model
-        return self.output.logits(self._encode(item, masked, offsets, batch.max_len + 1)[last], self.items.weight)
+        states = self._encode(item, masked, offsets, batch.max_len + 1, last)
+        return self.output.logits(states, self.items.weight)
 
     def _sample_mask(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
         """The mask (T,) bool of items to predict: at least one of every sequence."""
@@ -117,12 +118,16 @@ class MaskedItems(Task, Recommender):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the masked items (T,): where they are, and which items, both (M,) int64; M is known beforehand.
 
-        Behind them, and for padding, the target is 0.
+        Items that are not masked, from the first on, make them M. Of these and of padding the target is 0. Every index
+        is another one, so that no sequence has more than it has items.
         """
+        num_wanted = self._max_masked(len(item), num_sequences)
         count = masked.cumsum(0)
-        number = torch.arange(1, self._max_masked(len(item), num_sequences) + 1, device=item.device)
-        index = torch.searchsorted(count, number).clamp(max=len(item) - 1)  # of the first, second, ... masked item
-        return index, item[index] * (number <= count[-1])
+        others = torch.arange(1, len(item) + 1, device=item.device) - count
+        wanted = count + torch.minimum(others, (num_wanted - count[-1]).clamp(min=0))
+        number = torch.arange(1, num_wanted + 1, device=item.device)
+        index = torch.searchsorted(wanted, number)  # of the first, second, ... wanted item
+        return index, item[index] * masked[index]
 
     def _max_masked(self, total: int, num_sequences: int) -> int:
         """An upper bound, known beforehand, of how many of `total` items are masked.
@@ -133,9 +138,16 @@ class MaskedItems(Task, Recommender):
         expected = total * self.mask_prob
         return min(total, num_sequences + int(expected + 6 * (expected * (1 - self.mask_prob)) ** 0.5) + 1)
 
-    def _encode(self, item: torch.Tensor, masked: torch.Tensor, offsets: torch.Tensor, max_len: int) -> torch.Tensor:
+    def _encode(
+        self,
+        item: torch.Tensor,
+        masked: torch.Tensor,
+        offsets: torch.Tensor,
+        max_len: int,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         embeddings = torch.where(masked[:, None], self.mask, embedding_lookup(self.items, item))
-        return self.encoder.states(embeddings, offsets, max_len)
+        return self.encoder.states(embeddings, offsets, max_len, wanted)
 
 
 def append_next_item(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

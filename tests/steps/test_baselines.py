@@ -178,6 +178,26 @@ def test_bert4rec_without_last_only_masks_items_independently() -> None:
     assert float(masked[:, -1].double().mean()) == pytest.approx(0.2, abs=0.04)  # the last one as any other
 
 
+def test_bert4rec_fills_the_masked_items_up_to_a_number_known_beforehand() -> None:
+    model = bert()
+    torch.manual_seed(0)
+    for lengths in ([7, 1, 40, 200, 3, 90], [1, 1, 1]):
+        total = sum(lengths)
+        item, offsets = torch.randint(1, ITEMS + 1, (total,)), torch.tensor([0, *lengths]).cumsum(0)
+        item[-3:] = 0  # padding
+        number = model._max_masked(total, len(lengths))
+        for masked in (model._sample_mask(offsets, total), torch.zeros(total, dtype=torch.bool), item > 0):
+            index, targets = model._masked_items(item, masked, len(lengths))
+            (places,) = masked.nonzero(as_tuple=True)
+            assert len(index) == number
+            assert (index.diff() > 0).all()
+            if len(places) <= number:
+                assert torch.equal(index[masked[index]], places)
+            else:
+                assert torch.equal(index, places[:number])
+            assert torch.equal(targets, item[index].where(masked[index], 0))
+
+
 @pytest.mark.parametrize("output_layer", [True, False])
 def test_bert4rec_trains_on_the_window_with_its_next_item(output_layer: bool) -> None:
     data = batch([4, 2])

@@ -5,14 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from steps.models import bert4rec
-from steps.models.bert4rec import BERT4Rec, flash_attention, padded_attention
+from steps.models.bert4rec import BERT4Rec, BERTBlock, Layout, flash_attention, padded_attention
 from steps.training.stream import RunStream
 from tests.kernels.tolerance import assert_no_worse
 from tests.steps.test_models import make
 
 LENGTHS, LONGEST, SCALE = [5, 0, 130, 1, 0, 64, 33, 0], 140, 0.3
+# Of the first sequence its last token, of the third all, of the fourth its only one, of the sixth every third, of the
+# seventh none.
+WANTED = [4, *range(5, 135), 135, *range(136, 200, 3)]
 HALF = 0.5  # a dropout that 8 bits have exactly
 
 
@@ -20,41 +24,85 @@ def offsets_of(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
-def index_of(lengths: list[int], max_len: int) -> torch.Tensor:
-    """Where each token is in the flattened padded batch."""
-    return torch.cat([sequence * max_len + torch.arange(length) for sequence, length in enumerate(lengths)])
+def layout_of(lengths: list[int], max_len: int, wanted: list[int] | None = None) -> Layout:
+    offsets = offsets_of(lengths)
+    place = torch.cat([sequence * max_len + torch.arange(length) for sequence, length in enumerate(lengths)])
+    layout = Layout(offsets, place, offsets, place, max_len)
+    return layout if wanted is None else layout.of_queries(torch.tensor(wanted))
 
 
-def inputs(dtype: torch.dtype, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """On the GPU: qkv with gradients, the offsets, the index, the output's gradient."""
+def inputs(
+    dtype: torch.dtype, width: int, wanted: list[int] | None = None
+) -> tuple[list[torch.Tensor], Layout, torch.Tensor]:
+    """On the GPU: q, k and v with gradients, the layout, the output's gradient."""
     tokens = sum(LENGTHS)
-    qkv = torch.randn(tokens, 3, 2, width).to("cuda", dtype).requires_grad_()
-    gradient = torch.randn(tokens, 2, width).to("cuda", dtype)
-    return qkv, offsets_of(LENGTHS).cuda(), index_of(LENGTHS, LONGEST).cuda(), gradient
+    queries = tokens if wanted is None else len(wanted)
+    qkv = [torch.randn(rows, 2, width).to("cuda", dtype).requires_grad_() for rows in (queries, tokens, tokens)]
+    layout = layout_of(LENGTHS, LONGEST, wanted)
+    on_gpu = Layout(*(part.cuda() for part in layout[:-1]), layout.max_len)
+    return qkv, on_gpu, torch.randn(queries, 2, width).to("cuda", dtype)
 
 
-def same_dropout(qkv: torch.Tensor, output: torch.Tensor, dqkv: torch.Tensor, gradient: torch.Tensor) -> bool:
+def same_dropout(v: torch.Tensor, output: torch.Tensor, dv: torch.Tensor, gradient: torch.Tensor) -> bool:
     """Whether both passes dropped the same weights W: then output = W v, dv = W^T gradient and v.dv = output.gradient.
 
     Up to rounding. With other weights the two differ by about the root of the sum of squares.
     """
     terms = (output.double() * gradient).detach()
-    difference = (qkv[:, 2].detach().double() * dqkv[:, 2]).sum() - terms.sum()
+    difference = (v.detach().double() * dv).sum() - terms.sum()
     return bool(difference.abs() < 0.03 * terms.square().sum().sqrt())
 
 
-def test_flash_attention_is_called_as_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_states_of_wanted_tokens_are_those_of_all(blocks: int) -> None:
+    """In values and gradients. The gradient of some of the wanted states is 0, as where the target is padding."""
+    encoder, offsets, wanted = make("bert4rec", blocks=blocks).encoder, offsets_of(LENGTHS), torch.tensor(WANTED)
+    assert isinstance(encoder, BERT4Rec)
+    embeddings = torch.randn(sum(LENGTHS), 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(len(wanted), 6, dtype=torch.float64)
+    weight[::5] = 0
+    found = []
+    for states in (
+        encoder.states(embeddings, offsets, LONGEST, wanted),
+        encoder.states(embeddings, offsets, LONGEST).index_select(0, wanted),
+    ):
+        found.append([states, *torch.autograd.grad((states * weight).sum(), [embeddings, *encoder.parameters()])])
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("wanted", [None, WANTED])
+@pytest.mark.parametrize(("dim", "heads"), [(6, 2), (16, 2), (50, 1)])
+def test_a_block_with_padded_heads_is_one_without(dim: int, heads: int, wanted: list[int] | None) -> None:
+    block = BERTBlock(dim, heads, 0.0).double()
+    x = torch.randn(sum(LENGTHS), dim, dtype=torch.float64, requires_grad=True)
+    parts = []
+    for sequence in block.qkv(x).unflatten(-1, (3, heads, -1)).transpose(0, 2).split(LENGTHS, dim=2):
+        parts.append(F.scaled_dot_product_attention(*sequence.unbind(1)).transpose(0, 1).flatten(1))
+    whole = block.attention_norm(x + block.output(torch.cat(parts)))
+    whole = block.feed_forward_norm(whole + block.outer(F.gelu(block.inner(whole))))
+    rows = None if wanted is None else torch.tensor(wanted)
+    found = []
+    for states in (block(x, layout_of(LENGTHS, LONGEST, wanted), rows), whole if rows is None else whole[rows]):
+        found.append([states, *torch.autograd.grad(states.pow(3).sum(), [x, *block.parameters()])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("wanted", [None, torch.tensor(WANTED)])
+def test_flash_attention_is_called_as_its_twin(wanted: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a loop in the place of torch's operation, which has no CPU version."""
     calls = []
 
     def loop(q: Any, k: Any, v: Any, offsets: Any, offsets_k: Any, *others: Any, scale: float) -> tuple[torch.Tensor]:
         assert offsets.dtype == offsets_k.dtype == torch.int32
-        assert torch.equal(offsets, offsets_k)
+        assert (int(offsets[-1]), int(offsets_k[-1])) == (len(q), len(k))
         calls.append(others)
         parts = []
-        for start, end in itertools.pairwise(offsets.tolist()):
-            scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * scale
-            parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[start:end]))
+        for query, key in zip(*(itertools.pairwise(x.tolist()) for x in (offsets, offsets_k)), strict=True):
+            queries, keys = slice(*query), slice(*key)
+            scores = torch.einsum("qhd,khd->hqk", q[queries], k[keys]) * scale
+            parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[keys]))
         return (torch.cat(parts),)
 
     encoder, offsets = make("bert4rec").encoder, offsets_of(LENGTHS)
@@ -64,69 +112,75 @@ def test_flash_attention_is_called_as_its_twin(monkeypatch: pytest.MonkeyPatch) 
     found = []
     for fits in (False, True):
         monkeypatch.setattr(bert4rec, "_flash_fits", lambda *_, fits=fits: fits)
-        states = encoder.states(embeddings, offsets, LONGEST)
+        states = encoder.states(embeddings, offsets, LONGEST, wanted)
         (gradient,) = torch.autograd.grad(states.square().sum(), embeddings)
         found.append((states, gradient))
     for padded, flash in zip(*found, strict=True):
         torch.testing.assert_close(flash, padded, rtol=0, atol=1e-9)
-    encoder.train().states(embeddings, offsets, LONGEST)
+    encoder.train().states(embeddings, offsets, LONGEST, wanted)
     #                                 longest query and key, dropout, causal, debug mask
     assert calls == [(LONGEST, LONGEST, dropout, False, False) for dropout in (0.0, 0.0, 0.2, 0.2)]
 
 
 def test_torch_has_flash_attention_with_these_arguments_and_its_gradient() -> None:
     """On the meta device, which knows sizes alone."""
-    qkv = torch.zeros(sum(LENGTHS), 3, 2, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    output = flash_attention(qkv, SCALE, HALF, offsets_of(LENGTHS).to("meta"), LONGEST)
-    assert (output.shape, output.dtype) == ((sum(LENGTHS), 2, 8), torch.bfloat16)
-    assert torch.autograd.grad(output.sum(), qkv)[0].shape == qkv.shape
+    layout = layout_of(LENGTHS, LONGEST, WANTED)
+    on_meta = Layout(*(part.to("meta") for part in layout[:-1]), layout.max_len)
+    q, k, v = (
+        torch.zeros(rows, 2, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for rows in (len(WANTED), sum(LENGTHS), sum(LENGTHS))
+    )
+    output = flash_attention(q, k, v, SCALE, HALF, on_meta)
+    assert (output.shape, output.dtype) == (q.shape, torch.bfloat16)
+    for x, gradient in zip((q, k, v), torch.autograd.grad(output.sum(), (q, k, v)), strict=True):
+        assert gradient.shape == x.shape
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_flash_attention_is_taken_in_half_precision_on_a_gpu(device: str) -> None:
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        qkv = torch.zeros(4, 3, 2, 8, dtype=dtype, device=device, requires_grad=True)
-        assert bert4rec._flash_fits(qkv, 0.2) is (device == "cuda" and dtype.itemsize == 2)
+    for dtype, queries in itertools.product((torch.float16, torch.bfloat16, torch.float32, torch.float64), (4, 2)):
+        q, k = (torch.zeros(rows, 2, 8, dtype=dtype, device=device, requires_grad=True) for rows in (queries, 4))
+        assert bert4rec._flash_fits(q, k, k, 0.2) is (device == "cuda" and dtype.itemsize == 2)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [8, 16, 56, 64])
-def test_flash_attention_is_attention_of_padded_sequences(dtype: torch.dtype, width: int) -> None:
-    qkv, offsets, index, gradient = inputs(dtype, width)
-    exact_qkv = qkv.detach().double().requires_grad_()
+@pytest.mark.parametrize("wanted", [None, WANTED, [4, 134, 135, 199, 232]])
+def test_flash_attention_is_attention_of_padded_sequences(
+    dtype: torch.dtype, width: int, wanted: list[int] | None
+) -> None:
+    qkv, layout, gradient = inputs(dtype, width, wanted)
+    exact = [x.detach().double().requires_grad_() for x in qkv]
     results = []
-    for output, x in (
-        (flash_attention(qkv, SCALE, 0.0, offsets, LONGEST), qkv),
-        (padded_attention(qkv, SCALE, 0.0, offsets, LONGEST, index), qkv),
-        (padded_attention(exact_qkv, SCALE, 0.0, offsets, LONGEST, index), exact_qkv),
-    ):
-        (dqkv,) = torch.autograd.grad(output, x, gradient.to(x.dtype))
-        results.append([output.detach(), *dqkv.unbind(1)])
+    for attention, arguments in ((flash_attention, qkv), (padded_attention, qkv), (padded_attention, exact)):
+        output = attention(*arguments, SCALE, 0.0, layout)
+        results.append([output.detach(), *torch.autograd.grad(output, arguments, gradient.to(output.dtype))])
     assert_no_worse(*results, ["output", "dq", "dk", "dv"])
 
 
 @pytest.mark.gpu
 def test_dropout_of_flash_attention_keeps_the_mean_and_is_that_of_its_gradient() -> None:
-    qkv, offsets, index, gradient = inputs(torch.bfloat16, 32)
-    exact = padded_attention(qkv.detach().double(), SCALE, 0.0, offsets, LONGEST, index)
+    qkv, layout, gradient = inputs(torch.bfloat16, 32)
+    exact = padded_attention(*(x.detach().double() for x in qkv), SCALE, 0.0, layout)
     draws = []
     for _ in range(1000):
-        output = flash_attention(qkv, SCALE, HALF, offsets, LONGEST)
+        output = flash_attention(*qkv, SCALE, HALF, layout)
         draws.append(output.detach())
-    assert same_dropout(qkv, output, torch.autograd.grad(output, qkv, gradient)[0], gradient)
+    assert same_dropout(qkv[2], output, torch.autograd.grad(output, qkv[2], gradient)[0], gradient)
     deviation, mean = torch.std_mean(torch.stack(draws).double(), dim=0)
     assert ((mean - exact).abs() <= 6 * deviation / 1000**0.5).all()
 
 
 @pytest.mark.gpu
-def test_a_graph_of_flash_attention_draws_another_dropout_at_every_replay() -> None:
-    qkv, offsets, _, gradient = inputs(torch.bfloat16, 32)
+@pytest.mark.parametrize("wanted", [None, WANTED])
+def test_a_graph_of_flash_attention_draws_another_dropout_at_every_replay(wanted: list[int] | None) -> None:
+    qkv, layout, gradient = inputs(torch.bfloat16, 32, wanted)
     stream = RunStream(torch.device("cuda"))
 
     def work() -> tuple[torch.Tensor, torch.Tensor]:
-        output = flash_attention(qkv, SCALE, HALF, offsets, LONGEST)
-        return output.detach(), torch.autograd.grad(output, qkv, gradient)[0]
+        output = flash_attention(*qkv, SCALE, HALF, layout)
+        return output.detach(), torch.autograd.grad(output, qkv[2], gradient)[0]
 
     replays = []
     with stream.active():
@@ -141,5 +195,35 @@ def test_a_graph_of_flash_attention_draws_another_dropout_at_every_replay() -> N
     first, second, again = (output for output, _ in replays)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
-    for output, dqkv in replays:
-        assert same_dropout(qkv, output, dqkv, gradient)
+    for output, dv in replays:
+        assert same_dropout(qkv[2], output, dv, gradient)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_wanted_states_follows_what_is_wanted() -> None:
+    """With other windows and wanted tokens a replay has the states and gradients of the whole computation."""
+    encoder = make("bert4rec", torch.float32).cuda().encoder
+    assert isinstance(encoder, BERT4Rec)
+    encoder.compute_dtype = torch.bfloat16
+    embeddings = torch.randn(sum(LENGTHS), 6, device="cuda", requires_grad=True)
+    offsets, wanted = offsets_of(LENGTHS).cuda(), torch.tensor(WANTED, device="cuda")
+    weight = torch.randn(len(WANTED), 6, device="cuda")
+    weight[::5] = 0
+    stream = RunStream(torch.device("cuda"))
+
+    def work() -> tuple[torch.Tensor, torch.Tensor]:
+        states = encoder.states(embeddings, offsets, LONGEST, wanted)
+        return states.detach(), torch.autograd.grad((states * weight).sum(), embeddings)[0]
+
+    with stream.active():
+        work()
+        graph, results = stream.capture(work)
+        offsets.copy_(offsets_of(LENGTHS[::-1]))
+        wanted.copy_(torch.arange(sum(LENGTHS) - len(WANTED), sum(LENGTHS)))
+        graph.replay()
+        states = encoder.states(embeddings, offsets, LONGEST).index_select(0, wanted)
+        (gradient,) = torch.autograd.grad((states * weight).sum(), embeddings)
+    stream.wait()
+    for ours, whole in zip(results, (states.detach(), gradient), strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, whole, rtol=0, atol=0.03 * float(whole.abs().max()))
