@@ -154,6 +154,14 @@ def test_links_of_pages_lead_somewhere() -> None:
             assert not anchor or anchor in anchors(path), f"{page.name} links to {target}#{anchor}"
 
 
+def test_commands_of_pages_go_until_one_rule() -> None:
+    """Of two rules, one of which needs the other, Snakemake ends before the later one, and fails."""
+    texts = [path.read_text("utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    until = [found for text in texts for found in re.findall(r"snakemake [^\n`]*--until ([\w ]+)", text)]
+    assert until
+    assert all(len(rules.split()) == 1 for rules in until), until
+
+
 def test_figures_of_pages_are_committed() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     pages = [ROOT / name for name in listed.split("\0") if name.endswith(".md")]
