@@ -75,6 +75,12 @@ def table_of(
     return table
 
 
+def _fits_fbgemm(table: RowwiseTable | ShardedRowwiseTable) -> bool:
+    if isinstance(table, ShardedRowwiseTable):
+        return torchrec.fits(table.weight, table.rows)
+    return fbgemm.fits(table.weight)
+
+
 def ids_of(expansion: Expansion, users: int, step: int, processes: Processes) -> torch.Tensor:
     """The items, each once, that one process looks up in a step: those of some users' sequences."""
     index = torch.arange(users).numpy() + (step * processes.size + processes.rank) * users
@@ -125,12 +131,17 @@ def measured(asked: dict[str, Any], device: torch.device, processes: Processes) 
     batches = [ids_of(expansion, given["users"], step, processes) for step in range(_WARM_UP + given["steps"])]
     making = time.perf_counter() - begun
     table = table_of(expansion.num_items + 1, given["dim"], given["lr"], device, processes)
+    if case["by"] == FBGEMM and not _fits_fbgemm(table):
+        raise StepError(
+            f"fbgemm_gpu takes no float16 table of width {given['dim']} on {device.type}; measure the torch version "
+            "alone, as by --only by=torch"
+        )
     for ids in batches[:_WARM_UP]:
-        parts_of_step(table, ids, given["dim"], Watch(device))
+        seconds_of_step(table, ids, given["dim"], Watch(device))
     step, watch, seconds = 0.0, Watch(device), [0.0, 0.0, 0.0]
     for ids in batches[_WARM_UP:]:
         step += seconds_of_step(table, ids, given["dim"], Watch(device))
-    watched = batches[_WARM_UP:] if case["by"] == TORCH else []  # TorchRec exchanges where `Watch` does not see it
+    watched = batches[_WARM_UP:] if case["by"] == TORCH else []  # `Watch` knows no exchanges of TorchRec
     for ids in watched:  # apart, as the host waits between the parts
         found = parts_of_step(table, ids, given["dim"], watch)
         seconds = [one + more for one, more in zip(seconds, found, strict=True)]

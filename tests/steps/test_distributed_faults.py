@@ -38,7 +38,10 @@ def train(run: Path, data: Path, *fault: object, processes: int = 2, device: str
     """Exit code and stderr of a training by several processes, one of which has the fault."""
     module = ["tests.steps.distributed_faults", *fault, "--"] if fault else ["steps.train"]
     command = torchrun(processes, *module, "--run", run, "--data", data, "--device", device)
-    _, said = command.communicate(timeout=120)
+    try:
+        _, said = command.communicate(timeout=120)
+    finally:
+        command.kill()  # with which its processes end, also where they wait for each other
     return command.returncode, said
 
 

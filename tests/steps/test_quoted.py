@@ -104,16 +104,23 @@ def test_sasrec_s_weights_are_as_many_as_theirs_and_start_as_they_do() -> None:
 
 def test_the_finding_stands_on_its_page_once_it_is_recorded(tmp_path: Path) -> None:
     for path in (ROOT / "reports").iterdir():
-        (tmp_path / path.name).symlink_to(path)
+        if path.name != "quoted-baselines":
+            (tmp_path / path.name).symlink_to(path)
     template = ROOT / "docs/templates/findings.md.j2"
     words = "Trained as it is there"
     assert words not in render_page(template, tmp_path)
     (tmp_path / "quoted-baselines").mkdir()
     rows = [("bert4rec-quoted", 0.15), ("bert4rec", 0.14), ("gru4rec-quoted", 0.16), ("gru4rec", 0.17)]
+    rows += [("sasrec-quoted", 0.18)]
     of_table = {"dataset": "ml-1m-5-core", "protocol": "strict"}
     table = pl.DataFrame([of_table | {"model": model, "test/ndcg@10": value} for model, value in rows])
     table.write_csv(tmp_path / "quoted-baselines/table.csv")
+    pair: dict[str, Any] = {"better": "bert4rec-quoted", "worse": "bert4rec", "difference": 0.01, "p_holm": 1e-5}
+    pair |= {"low": 0.005, "high": 0.015, "seeds": 5, "seeds_sd": 0.001}
+    pl.DataFrame([of_table | pair]).write_csv(tmp_path / "quoted-baselines/comparisons.csv")
     page = render_page(template, tmp_path)
     assert words in page
     assert "| the same, run here | 0.1500 (97.6 %) | 0.1600 (97.1 %) |" in page  # of 0.1537 and 0.1648
     assert "| settings of ours | 0.1400 | 0.1700 |" in page
+    assert "theirs are +0.0100 above ours on the same data\n(p 1e-05)" in page
+    assert "full softmax has 0.1800" in page

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.jagged import fbgemm as fbgemm_gpu
 from kernels.rowwise_table import torchrec
 from steps.common.cli import StepError
 from steps.common.processes import Processes
@@ -51,9 +52,16 @@ def test_two_processes_look_up_an_expansion_and_send_what_one_counts(
     assert all(found[name] > 0 for name in ("step", "part: lookup", "part: all-to-all", "part: update", "making ids"))
 
 
+def without(name: str, available: bool) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not available, reason=f"{name} is not installed")
+
+
 @pytest.mark.parametrize(
     "processes",
-    [1, pytest.param(2, marks=pytest.mark.skipif(not torchrec.available(), reason="TorchRec is not installed"))],
+    [
+        pytest.param(1, marks=without("fbgemm_gpu", fbgemm_gpu.available())),
+        pytest.param(2, marks=without("TorchRec", fbgemm_gpu.available() and torchrec.available())),
+    ],
 )
 def test_a_table_of_fbgemm_gpu_is_timed_as_a_whole(
     processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -65,6 +73,16 @@ def test_a_table_of_fbgemm_gpu_is_timed_as_a_whole(
     assert torchs.keys() - fbgemms.keys() == {"sent", "part: lookup", "part: all-to-all", "part: update"}
     assert all(torchs[name] == fbgemms[name] for name in ("table rows", "table", "ids"))
     assert fbgemms["step"] > 0
+
+
+def test_a_table_that_fbgemm_gpu_does_not_take_is_not_timed_as_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(table_load.__file__).parents[2]))
+    write_processed(tmp_path / "processed/t", [9] * 12, 30)
+    plan = PLAN | {"settings": SETTINGS | {"dim": 6}}
+    with pytest.raises(StepError, match=r"no float16 table of width 6 on cpu; .* --only by=torch"):
+        measure(CASE | {"by": "fbgemm", "processes": 1}, plan, tmp_path)
 
 
 def test_a_step_updates_the_rows_that_it_looks_up_and_no_others() -> None:
