@@ -6,6 +6,7 @@ import math
 import random
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from steps.common import gpu_record, params, studies, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import read_json, write_json
 from steps.studies import kernels
-from steps.studies.rows import FIELDS, Row, cases, merged, read_rows, row, write_rows
+from steps.studies.rows import FIELDS, Row, case_of, cases, merged, read_rows, row, write_rows
 from steps.study import digests_of, kept
 from tests.conftest import ROOT, run, step, write_processed
 from tests.steps.runs import add_tables
@@ -432,9 +433,11 @@ def test_committed_reports_are_those_of_the_committed_rows(study: str, tmp_path:
 
 
 def texts_and_numbers(rows: list[Row], study: dict[str, Any]) -> tuple[list[str], set[str]]:
-    """What a report may show that is not measured: axes and origins of rows, and the study's own settings."""
+    """What a report may show that is not measured: axes and origins of rows, how many repetitions they are of, and the
+    study's own settings."""
     found: list[Any] = [value for one in rows for key, value in one.items() if key not in FIELDS[:3]]
     found += [one["commit"][:9] for one in rows]
+    found += Counter(json.dumps([case_of(one), one["metric"]]) for one in rows if "repetition" in one).values()
     queue: list[Any] = [study.get("published", {}), study["measure"]["settings"], *found]
     texts, numbers = {study["title"], "1 MB = 10^6 bytes", "1.00x", "100.0%", "figure.svg"}, {"0"}
     while queue:
