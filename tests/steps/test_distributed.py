@@ -36,6 +36,7 @@ ROWWISE_BY_TORCHREC = pytest.param(
     "torchrec",
     marks=pytest.mark.skipif(not torchrec.available(), reason="TorchRec is not installed"),
 )
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
 def torchrun(processes: int, *command: object, **options: Any) -> subprocess.Popen[str]:
@@ -245,7 +246,7 @@ def test_processes_take_the_steps_of_one_and_rank_as_one(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@two_devices
 @pytest.mark.parametrize(
     ("model", "by"), [("hstu", ""), ("sasrec", ""), ("hstu-rowwise", "torch"), ROWWISE_BY_TORCHREC]
 )

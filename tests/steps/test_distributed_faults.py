@@ -21,7 +21,7 @@ from steps.common.locks import locked
 from steps.common.torchrun import _CONNECTING, _main_connection, first_to_end
 from tests.conftest import write_processed
 from tests.steps.runs import config, planned, states
-from tests.steps.test_distributed import torchrun
+from tests.steps.test_distributed import torchrun, two_devices
 
 
 @pytest.fixture(scope="module")
@@ -150,17 +150,14 @@ def test_torchrun_may_start_all_again(data: Path, tmp_path: Path, monkeypatch: p
     assert len(read_jsonl(run / "history.jsonl")) == 3
 
 
-two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-
-
 @pytest.mark.gpu
 @two_devices
 def test_a_device_without_a_graph_takes_the_same_steps(data: Path, tmp_path: Path) -> None:
     every, some = (made(tmp_path / name, data, model="hstu-rowwise", epochs=2) for name in ("every", "some"))
     for run in (every, some):
-        config = read_json(run / "config.json")
-        config["training"]["dropout"] = 0.0
-        write_json(run / "config.json", config)
+        settings = read_json(run / "config.json")
+        settings["training"]["dropout"] = 0.0
+        write_json(run / "config.json", settings)
     assert train(every, data, device="cuda")[0] == 0
     code, said = train(some, data, 1, "capture", device="cuda")
     assert code == 0, said

@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from steps.common.files import read_json, read_jsonl
-from steps.data.sequences import load_sequences
-from steps.training.loop import Training
 from steps.training.mllog import mllog
 from tests.conftest import ROOT, step, write_processed
-from tests.steps.runs import PAPER, config, planned
+from tests.steps.runs import PAPER, config, states
 from tests.steps.test_train import finish, make_run
 
 PREFIX = ":::MLLOG "
@@ -140,13 +137,7 @@ def test_a_resumed_training_has_one_coherent_log(tmp_path: Path) -> None:
     data = write_processed(tmp_path / "data", [9 + user % 17 for user in range(60)], 80)
     settings = config(epochs=4)
     run = make_run(tmp_path / "run", settings, data)
-    sequences, digest = load_sequences(data, torch.device("cpu"))
-    begun = Training(planned(settings, data), sequences, digest, run)
-    steps = begun.epochs()
-    while begun.done < 2:
-        next(steps)
-    steps.close()
-    begun._states.finish()
+    states(run, settings, data)
     assert "resuming after epoch 2" in step("train", "--run", run, "--data", data, "--device", "cpu", cwd=ROOT).stdout
     found = events((run / "mllog.txt").read_text())
     check(found)
