@@ -53,7 +53,7 @@ def fits(tensor: torch.Tensor) -> bool:
 def _fits_device(device: str) -> bool:
     if not available():
         return False
-    return device != "cuda" or torch._C._dispatch_has_kernel_for_dispatch_key("fbgemm::dense_to_jagged", "CUDA")
+    return device != "cuda" or torch._C._dispatch_has_kernel_for_dispatch_key("fbgemm::dense_to_jagged_forward", "CUDA")
 
 
 # As torch.compiler.assume_constant_result does, whose import takes a second.
