@@ -11,6 +11,8 @@ from . import fbgemm
 
 _TABLE, _FEATURE = "item_vectors", "rows"  # a table called `items` collides with a method of the module that holds it
 
+_BAGS = 2**14  # into which the rows of a lookup are dealt
+
 
 @functools.cache
 def available() -> bool:
@@ -93,8 +95,9 @@ def look_up(table: Any, rows: torch.Tensor) -> torch.Tensor:
     """Vectors (n, d) float32 of `rows` (n,), whose gradient updates the table."""
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-    # All rows as one bag, since TorchRec wants equally many bags of all processes.
-    lengths = torch.full((1,), len(rows), device=rows.device)
+    # As many bags in all processes, as TorchRec wants; not one alone, as a thread of the GPU reads a bag row by row.
+    lengths = torch.full((_BAGS,), len(rows) // _BAGS, device=rows.device)
+    lengths[: len(rows) % _BAGS] += 1
     found: torch.Tensor = table(KeyedJaggedTensor(keys=[_FEATURE], values=rows, lengths=lengths))[_FEATURE].values()
     return found
 
