@@ -66,20 +66,11 @@ class RowwiseTable(nn.Module):
         return fused
 
 
-def unique(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def unique(index: torch.Tensor, behind: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """The unique values of `index` (n,) in order; and the inverse (n,), each entry's position among them.
 
-    On CUDA zeros stand behind them to (n,), a size that is known beforehand: the host need not wait for the device.
+    On CUDA `behind` stands behind them to (n,), a size that is known beforehand: the host need not wait for the device.
     """
     if not index.is_cuda:
         return torch.unique(index, return_inverse=True)
-    return _padded_unique(index)
-
-
-def _padded_unique(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    ordered, order = index.sort(stable=True)
-    new = torch.ones_like(ordered, dtype=torch.bool)
-    new[1:] = ordered[1:] != ordered[:-1]
-    position = new.cumsum(0) - 1
-    values = torch.zeros_like(index).index_put((position,), ordered)
-    return values, torch.empty_like(index).index_put((order,), position)
+    return naive.padded_unique(index, behind)

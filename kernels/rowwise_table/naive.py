@@ -40,10 +40,29 @@ def update(
     """One step of rowwise Adagrad (Duchi et al. 2011, with one sum a row) on unique rows."""
     if not gradient.numel():  # no rows, or no columns to take a mean of
         return
-    sums.index_add_(0, rows, gradient.square().mean(1))
-    rate = lr / (sums.index_select(0, rows).sqrt() + eps)
-    value = weight.index_select(0, rows).float() - rate[:, None] * gradient
-    weight.index_copy_(0, rows, stochastically(value, weight.dtype) if weight.is_cuda else value.to(weight.dtype))
+    value, total = learnt(weight.index_select(0, rows), sums.index_select(0, rows), gradient, lr, eps)
+    sums.index_copy_(0, rows, total)
+    weight.index_copy_(0, rows, value)
+
+
+def learnt(
+    weight: torch.Tensor, sums: torch.Tensor, gradient: torch.Tensor, lr: float, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rows (n, d) and their sums (n,) are after a step with this gradient (n, d) float32."""
+    sums = sums + gradient.square().mean(1)
+    rate = lr / (sums.sqrt() + eps)
+    value = weight.float() - rate[:, None] * gradient
+    return stochastically(value, weight.dtype) if weight.is_cuda else value.to(weight.dtype), sums
+
+
+def padded_unique(index: torch.Tensor, behind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unique values of `index` (n,) in order, with `behind` behind them to (n,); and the inverse (n,)."""
+    ordered, order = index.sort(stable=True)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    position = new.cumsum(0) - 1
+    values = torch.full_like(index, behind).index_put((position,), ordered)
+    return values, torch.empty_like(index).index_put((order,), position)
 
 
 def stochastically(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -36,11 +36,12 @@ class ShardedRowwiseTable(nn.Module):
         self._fused: tuple[Any] | None = None  # in a tuple, so that it is no submodule
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Vectors (n, dim) float32 of `rows` (n,) int64, of which only 0 may stand there twice in one process.
+        """Vectors (n, dim) float32 of `rows` (n,) int64, in ascending order and each once in one process.
 
-        n may differ between the processes, and be 0. Row 0 is padding: zeros.
+        n may differ between the processes, and be 0. Row 0 is padding: zeros. So are numbers behind the last row, of
+        which any may stand there: so n need not depend on how many rows a step wants.
         """
-        return torch.where((rows > 0)[:, None], self._look_up(rows), 0.0)
+        return torch.where(((rows > 0) & (rows < self.rows))[:, None], self._look_up(rows), 0.0)
 
     def whole(self) -> RowwiseTable:
         """The whole table, gathered into every process, on the same device."""
@@ -51,12 +52,16 @@ class ShardedRowwiseTable(nn.Module):
     def _look_up(self, rows: torch.Tensor) -> torch.Tensor:
         if not torchrec.fits(self.weight, self.rows):
             anchor = self.sums.new_zeros((), requires_grad=True)
-            found: torch.Tensor = _LookUp.apply(anchor, self.weight, self.sums, rows, self.first, self.block, self.lr)
+            # Where each process's rows begin among all, and where the last one's end.
+            edges = torch.arange(dist.get_world_size() + 1, device=rows.device).mul_(self.block).clamp_(max=self.rows)
+            found: torch.Tensor = _LookUp.apply(anchor, self.weight, self.sums, rows, edges, self.first, self.lr)
             return found
         if self._fused is None or not torchrec.holds(self._fused[0], self.weight):
             table, self.weight, self.sums = torchrec.take_over(self.weight, self.sums, self.rows, self.lr, EPS)
             self._fused = (table,)
-        return torchrec.look_up(self._fused[0], rows)
+        wanted = rows[: int((rows < self.rows).sum())]
+        found = torchrec.look_up(self._fused[0], wanted)
+        return nn.functional.pad(found, (0, 0, 0, len(rows) - len(wanted)))
 
     def _own(self, whole: torch.Tensor) -> torch.Tensor:
         return whole[self.first : self.first + self.block]
@@ -81,34 +86,51 @@ class _LookUp(torch.autograd.Function):
         weight: torch.Tensor,
         sums: torch.Tensor,
         rows: torch.Tensor,
+        edges: torch.Tensor,
         first: int,
-        block: int,
         lr: float,
     ) -> torch.Tensor:
         """anchor: requires a gradient, so that there is a backward pass."""
-        owner = rows // block
-        order = owner.argsort(stable=True)
-        asked = torch.bincount(owner, minlength=dist.get_world_size())
+        asked = torch.searchsorted(rows, edges).diff()
         answered = torch.empty_like(asked)  # how many rows each other process asks of this one
         dist.all_to_all_single(answered, asked)
-        ctx.counts = asked.tolist(), answered.tolist()
-        own = _exchange(rows[order], *ctx.counts) - first
-        vectors = _exchange(weight.index_select(0, own).float(), *reversed(ctx.counts))
-        ctx.table = weight, sums, own, order, lr
-        return torch.empty_like(vectors).index_copy_(0, order, vectors)
+        sent, received = torch.stack([asked, answered]).tolist()  # the one wait for the device
+        own = _exchange(rows, sent, received) - first
+        vectors = _exchange(weight.index_select(0, own), received, sent)
+        ctx.table, ctx.counts = (weight, sums, own, lr), (sent, received)
+        found = torch.empty(len(rows), weight.shape[1], device=rows.device)
+        found[: len(vectors)] = vectors
+        return found
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:
-        weight, sums, own, order, lr = ctx.table
-        sent = _exchange(gradient.index_select(0, order), *ctx.counts)
-        rows, inverse = torch.unique(own, return_inverse=True)
-        total = sent.new_zeros(len(rows), sent.shape[1]).index_add_(0, inverse, sent)
-        naive.update(weight, sums, rows, total, lr, EPS)
+        weight, sums, own, lr = ctx.table
+        _update(weight, sums, own, _exchange(gradient, *ctx.counts), lr)
         return (None,) * 7
 
 
 def _exchange(values: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-    """Of `values` (n, ...), sent[p] go to each process p in order; what comes, received[p] from each, in order too."""
+    """Of `values` (n, ...), sent[p] go to each process p in order; what comes, received[p] from each, in order too.
+
+    What is behind the last that is sent stays here.
+    """
     found = values.new_empty(sum(received), *values.shape[1:])
-    dist.all_to_all_single(found, values.contiguous(), received, sent)
+    dist.all_to_all_single(found, values[: sum(sent)].contiguous(), received, sent)
     return found
+
+
+def _update(weight: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
+    """One step of rowwise Adagrad on rows (n,) that may stand there several times: their gradients (n, d) are added up.
+
+    The host does not wait for how many rows there are: n are computed, and those behind the last are the first again.
+    """
+    if not gradient.numel():
+        return
+    distinct, inverse = naive.padded_unique(rows, 0)
+    total = torch.zeros_like(gradient).index_add_(0, inverse, gradient)
+    value, sum_ = naive.learnt(weight.index_select(0, distinct), sums.index_select(0, distinct), total, lr, EPS)
+    place = torch.arange(len(rows), device=rows.device)
+    place = torch.where(place <= inverse.max(), place, 0)
+    distinct = distinct.index_select(0, place)
+    sums.index_copy_(0, distinct, sum_.index_select(0, place))
+    weight.index_copy_(0, distinct, value.index_select(0, place))

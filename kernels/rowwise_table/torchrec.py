@@ -30,7 +30,7 @@ def fits(weight: torch.Tensor, rows: int) -> bool:
 
     All processes answer alike: it depends on the table's type, width and device alone.
     """
-    return rows > 0 and weight.shape[1] > 0 and fbgemm.fits(weight.new_empty(1, weight.shape[1])) and available()
+    return rows > 0 and weight.shape[1] > 0 and fbgemm.takes(weight.new_empty(1, weight.shape[1])) and available()
 
 
 def take_over(

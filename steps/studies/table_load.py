@@ -75,10 +75,12 @@ def table_of(
     return table
 
 
-def _fits_fbgemm(table: RowwiseTable | ShardedRowwiseTable) -> bool:
+def _by_fbgemm(table: RowwiseTable | ShardedRowwiseTable) -> bool:
+    """Whether fbgemm_gpu can hold the table, as it does from now on."""
     if isinstance(table, ShardedRowwiseTable):
         return torchrec.fits(table.weight, table.rows)
-    return fbgemm.fits(table.weight)
+    fbgemm.fits = fbgemm.takes  # also on CUDA, where trainings of one process have the torch version
+    return fbgemm.takes(table.weight)
 
 
 def ids_of(expansion: Expansion, users: int, step: int, processes: Processes) -> torch.Tensor:
@@ -131,7 +133,7 @@ def measured(asked: dict[str, Any], device: torch.device, processes: Processes) 
     batches = [ids_of(expansion, given["users"], step, processes) for step in range(_WARM_UP + given["steps"])]
     making = time.perf_counter() - begun
     table = table_of(expansion.num_items + 1, given["dim"], given["lr"], device, processes)
-    if case["by"] == FBGEMM and not _fits_fbgemm(table):
+    if case["by"] == FBGEMM and not _by_fbgemm(table):
         raise StepError(
             f"fbgemm_gpu takes no float16 table of width {given['dim']} on {device.type}; measure the torch version "
             "alone, as by --only by=torch"

@@ -13,10 +13,11 @@ import functools
 import heapq
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from kernels.rowwise_table import unique
 from steps.common.cli import StepError
 from steps.common.processes import Processes
 from steps.data.sequences import Batch, Part
@@ -110,15 +111,20 @@ def balanced(costs: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(part) for part in found]
 
 
-#: What a process does by itself: from a step's inputs, vectors (u, d) of the items and each token's index among them,
-#: or None, to the gradient of the vectors, or None.
-_Own = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor | None]
+class _Own(NamedTuple):
+    """What a process does by itself in steps of one shape."""
+
+    #: From a step's inputs to the items (n,) of a table that processes share: those that it wants vectors of, each once
+    #: and in order, and numbers behind the last row; and the index of each of its `wanted_items` among them.
+    wanted: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    #: From a step's inputs, the vectors (n, d) and the index, or None, to the gradient of the vectors, or None.
+    gradients: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor | None]
 
 
 class SharedExecution(Execution):
     """Takes this process's part of every step; all processes update their weights by the same sums.
 
-    In mode `graph` what a process does by itself is a CUDA graph for each static shape, and the update is another one.
+    In mode `graph` what a process does by itself are CUDA graphs for each static shape, and the update is another one.
     Between them is what processes do together, and no graph holds: lookups in a table that they share, and the sums.
     """
 
@@ -151,95 +157,118 @@ class SharedExecution(Execution):
         torch.manual_seed(seed ^ (self.processes.rank + 1) * _RANK_STRIDE)  # dropout differs between processes
         with self.processes.explaining():
             if self.task.is_sharded:
-                self._with_lookup(own, shape, inputs)
+                items, index = own.wanted(inputs)
+                vectors = self.task.items(items)
+                vectors.backward(own.gradients(inputs, vectors.detach(), index))
             else:
-                own(inputs, None, None)
+                own.gradients(inputs, None, None)
         self.processes.sum_(self._sums)
         if self._update is None:
             self._update = self._capture_update() if self.capture else self.optimizer.step
         self._update()
         self.total += self._sums[-1]
 
-    def _with_lookup(self, own: _Own, shape: Hashable, inputs: torch.Tensor) -> None:
-        wanted = torch.zeros(0, dtype=torch.int64, device=inputs.device)
-        if inputs.shape[1]:
-            wanted = self.task.wanted_items(self.schedule.batch(shape, inputs))
-        items, inverse = torch.unique(wanted, return_inverse=True)  # no zeros behind them, which one process would get
-        vectors = self.task.items(items)
-        vectors.backward(own(inputs, vectors.detach(), inverse))
-
     def _own(self, shape: Hashable, inputs: torch.Tensor) -> _Own:
         """What this process does in a step of this shape."""
         if not inputs.shape[1]:
-            return self._idle
+            nothing = torch.zeros(0, dtype=torch.int64, device=inputs.device)
+            return _Own(lambda _: (nothing, nothing), self._idle)
         key = (shape, inputs.shape)
         if self.capture and key not in self._captured:
             self._captured[key] = self._capture_own(shape, inputs)
-        return self._captured[key] if self.capture else functools.partial(self._eager, shape)
+        return self._captured[key] if self.capture else self._eager(shape)
 
     def _idle(
-        self, inputs: torch.Tensor, vectors: torch.Tensor | None, inverse: torch.Tensor | None
+        self, inputs: torch.Tensor, vectors: torch.Tensor | None, index: torch.Tensor | None
     ) -> torch.Tensor | None:
         self._sums.zero_()
         return vectors  # (0, d): its own gradient
 
-    def _eager(
-        self, shape: Hashable, inputs: torch.Tensor, vectors: torch.Tensor | None, inverse: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        table = None if vectors is None else vectors.requires_grad_()
-        self._add_gradients(shape, inputs, table, inverse)
-        return None if table is None else table.grad
+    def _eager(self, shape: Hashable) -> _Own:
+        def gradients(
+            inputs: torch.Tensor, vectors: torch.Tensor | None, index: torch.Tensor | None
+        ) -> torch.Tensor | None:
+            table = None if vectors is None else vectors.requires_grad_()
+            self._add_gradients(shape, inputs, table, index)
+            return None if table is None else table.grad
+
+        return _Own(functools.partial(self._wanted, shape), gradients)
+
+    def _wanted(self, shape: Hashable, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return unique(self.task.wanted_items(self.schedule.batch(shape, inputs)), behind=self.task.num_items + 1)
 
     def _add_gradients(
-        self, shape: Hashable, inputs: torch.Tensor, table: torch.Tensor | None, inverse: torch.Tensor | None
+        self, shape: Hashable, inputs: torch.Tensor, table: torch.Tensor | None, index: torch.Tensor | None
     ) -> None:
         """Put the gradients of this part's share of the batch's mean loss, and the share, into the sums."""
         self._sums.zero_()
         batch = self.schedule.batch(shape, inputs)
-        loss = self.task.loss(batch) if table is None else self.task.loss_of(batch, table, inverse)
+        loss = self.task.loss(batch) if table is None else self.task.loss_of(batch, table, index)
         loss = loss * self.schedule.share(batch, inputs)
         loss.backward()
         self._sums[-1] = loss.detach()
 
     def _capture_own(self, shape: Any, inputs: torch.Tensor) -> _Own:
-        """What this process does in a step as a graph that reads from buffers; uncaptured if no graph can hold it."""
-        buffer = inputs.clone()
-        table = inverse = None
+        """What this process does in a step as graphs that read from buffers; uncaptured if no graph can hold it."""
         if self.task.is_sharded:
-            most = len(self.task.wanted_items(self.schedule.batch(shape, buffer)))
-            inverse = torch.zeros(most, dtype=torch.int64, device=inputs.device)
-            table = torch.zeros(most, self.task.dim, device=inputs.device, requires_grad=True)
-            table.grad = torch.zeros_like(table)
+            return self._capture_sharded(shape, inputs)
+        buffer, eager = inputs.clone(), self._eager(shape)
+        graph = self._graph(lambda: self._add_gradients(shape, buffer, None, None))
+        if graph is None:
+            return eager
 
-        def work() -> None:
-            if table is not None and table.grad is not None:
-                table.grad.zero_()
-            self._add_gradients(shape, buffer, table, inverse)
+        def gradients(inputs: torch.Tensor, *_: Any) -> None:
+            buffer.copy_(inputs)
+            graph.replay()
 
-        work()  # which compiles kernels and fills caches; the sums are made again
+        return _Own(eager.wanted, gradients)
+
+    def _capture_sharded(self, shape: Any, inputs: torch.Tensor) -> _Own:
+        """The same with a table that processes share: one graph before the lookup, and one behind it."""
+        buffer = inputs.clone()
+        items, index = self._wanted(shape, buffer)
+        table = torch.zeros(len(items), self.task.dim, device=inputs.device, requires_grad=True)
+        gradient = table.grad = torch.zeros_like(table)
+
+        def want() -> None:
+            for kept, found in zip((items, index), self._wanted(shape, buffer), strict=True):
+                kept.copy_(found)
+
+        def add_gradients() -> None:
+            gradient.zero_()
+            self._add_gradients(shape, buffer, table, index)
+
+        before = self._graph(want)
+        behind = None if before is None else self._graph(add_gradients)
+        if before is None or behind is None:
+            return self._eager(shape)
+
+        def wanted(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            buffer.copy_(inputs)
+            before.replay()
+            return items, index
+
+        def gradients(_: torch.Tensor, vectors: torch.Tensor | None, __: torch.Tensor | None) -> torch.Tensor:
+            """After `wanted`, which fills the other buffers."""
+            if vectors is None:
+                raise TypeError("a table that processes share needs its vectors")
+            with torch.no_grad():
+                table.copy_(vectors)
+            behind.replay()
+            return gradient
+
+        return _Own(wanted, gradients)
+
+    def _graph(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """`work` as a graph; if none can hold it, a line says so, and nothing is captured from now on."""
+        work()  # which compiles kernels and fills caches; what it leaves is made again
         try:
-            graph, _ = self.stream.capture(work, generators=(self.schedule.draws,))
+            return self.stream.capture(work, generators=(self.schedule.draws,))[0]
         except (RuntimeError, AttributeError) as error:
             self._report_without("a CUDA graph", error)
             self.capture = False
-            self.schedule.draws = torch.Generator(inputs.device)  # the other may be taken for one in capture
-            return functools.partial(self._eager, shape)
-
-        def replay(
-            inputs: torch.Tensor, vectors: torch.Tensor | None, index: torch.Tensor | None
-        ) -> torch.Tensor | None:
-            buffer.copy_(inputs)
-            if table is None or inverse is None or vectors is None or index is None:
-                graph.replay()
-                return None
-            with torch.no_grad():
-                table.zero_()
-                table[: len(vectors)] = vectors
-                inverse.copy_(index)
-            graph.replay()
-            return None if table.grad is None else table.grad[: len(vectors)]
-
-        return replay
+            self.schedule.draws = torch.Generator(self.stream.device)  # the other may be taken for one in capture
+            return None
 
     def _say(self, line: str) -> None:
         self.processes.say(line)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.rowwise_table import EPS, RowwiseTable, _padded_unique, fbgemm, naive, unique
+from kernels.rowwise_table import EPS, RowwiseTable, fbgemm, naive, unique
 
 ROWS, DIM, LR = 40, 8, 0.05
 Find = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -99,7 +99,11 @@ def test_nothing_is_a_size_like_others(rows: int, dim: int, make: Callable[[torc
     torch.testing.assert_close(table.weight.clone(), weights.contiguous())
 
 
-@pytest.mark.parametrize("find", [unique, _padded_unique])
+def padded(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return naive.padded_unique(index, 99)
+
+
+@pytest.mark.parametrize("find", [unique, padded])
 def test_no_entries_have_no_unique_values(find: Find) -> None:
     for found in find(torch.tensor([], dtype=torch.int64)):
         assert found.shape == (0,)
@@ -128,7 +132,7 @@ def test_a_changed_rate_counts_from_the_next_lookup(make: Callable[[torch.dtype]
 
 
 @pytest.mark.parametrize(
-    ("find", "expected"), [(unique, [0, 3, 5, 9]), (_padded_unique, [0, 3, 5, 9, 0, 0, 0])], ids=["cpu", "padded"]
+    ("find", "expected"), [(unique, [0, 3, 5, 9]), (padded, [0, 3, 5, 9, 99, 99, 99])], ids=["cpu", "padded"]
 )
 def test_unique_values_and_their_inverse(find: Find, expected: list[int]) -> None:
     index = torch.tensor([5, 0, 5, 3, 9, 3, 3])

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kernels.rowwise_table import RowwiseTable, torchrec
-from kernels.rowwise_table.sharded import ShardedRowwiseTable
+from kernels.rowwise_table import EPS, RowwiseTable, torchrec
+from kernels.rowwise_table.sharded import ShardedRowwiseTable, _update
 
 ROWS, DIM, LR = 40, 8, 0.05
 
@@ -38,9 +38,10 @@ def test_it_learns_as_the_whole_table(
         pytest.skip("TorchRec is not installed")
     one = whole(dtype)
     sharded = ShardedRowwiseTable(one)
-    for rows in ([3, 7, 39, 0, 0], [], [7, 1, 0, 38, 39]):
-        gradient = torch.randn(len(rows), DIM)
-        found = [table(torch.tensor(rows, dtype=torch.int64)) for table in (one, sharded)]
+    for rows in ([0, 3, 7, 39, 40, 40], [], [0, 1, 7, 38, 39], [40, 99]):
+        gradient, rows = torch.randn(len(rows), DIM), torch.tensor(rows, dtype=torch.int64)
+        # Behind the last row there are none: zeros, as row 0.
+        found = [one(torch.where(rows < ROWS, rows, 0)), sharded(rows)]
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=tolerance)
         assert found[1].dtype == torch.float32
         for vectors in found:
@@ -49,6 +50,19 @@ def test_it_learns_as_the_whole_table(
     assert gathered.weight.dtype == dtype
     torch.testing.assert_close(gathered.weight, one.weight, rtol=0, atol=tolerance)
     torch.testing.assert_close(gathered.sums, one.sums, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [[], [4], [0, 3, 3, 0, 9, 0], [7, 2, 7]])
+def test_an_owner_updates_a_row_once_by_the_sum_of_its_gradients(rows: list[int]) -> None:
+    found, expected = whole(torch.float32), whole(torch.float32)
+    gradient = torch.randn(len(rows), DIM)
+    _update(found.weight, found.sums, torch.tensor(rows, dtype=torch.int64), gradient, LR)
+    for row in set(rows):
+        total = sum(one for other, one in zip(rows, gradient, strict=True) if other == row)
+        expected.sums[row] += total.square().mean()
+        expected.weight[row] -= LR * total / (expected.sums[row].sqrt() + EPS)
+    torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-6, atol=1e-9)
 
 
 def test_it_takes_its_rows_of_a_whole_state(group: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from kernels.rowwise_table import naive
 from steps.common import config, torchrun
 from steps.models import weights
-from steps.training import checkpoint, loop
+from steps.training import checkpoint, distributed, loop
 from steps.training.checkpoint import StateWriter
 from steps.training.distributed import SharedExecution
 from steps.training.stream import RunStream
@@ -43,6 +44,7 @@ def captured(fails: bool) -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
         return on_cuda(self, work, *given, **how) if self.device.type == "cuda" else (Replayed(work), None)
 
+    distributed.unique = naive.padded_unique  # as on CUDA, in a size that is known beforehand
     SharedExecution.__init__ = begun  # type: ignore[method-assign]
     RunStream.capture = capture  # type: ignore[method-assign, assignment]
 

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernels.rowwise_table import sharded
+from kernels.rowwise_table import naive, sharded
 from steps.common.files import read_json
 from steps.common.processes import ALONE, Processes, device_of_process, joined
 from steps.data.sequences import load_sequences
 from steps.evaluation.exact_ranks import Ranker, Rules
 from steps.models.weights import save_weights
+from steps.training import distributed
 from steps.training.loop import Training
 
 STEPS = 20
@@ -65,8 +66,10 @@ def main() -> None:
     device = device_of_process(torch.device(sys.argv[4]))
     torch.set_num_threads(1)
     sharded.ShardedRowwiseTable.whole = None  # nobody may gather a table
-    if sys.argv[3] == "torch":
+    if sys.argv[3] in ("torch", "padded"):
         sharded.torchrec.fits = lambda *_: False
+    if sys.argv[3] == "padded":  # as on CUDA, where the host does not wait for the number of items
+        distributed.unique = naive.padded_unique
     with joined(device) as processes:
         found = steps(read_json(folder / "config.json"), data, folder, device, processes)
         save_file(found, folder / f"found-{processes.rank}.safetensors")

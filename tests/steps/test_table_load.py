@@ -46,7 +46,7 @@ def test_two_processes_look_up_an_expansion_and_send_what_one_counts(
         for rank in (0, 1):
             ids[rank] += len(asked[rank])
             sent[rank] += 8 + 8 * of_other[rank]  # how many, and which
-            sent[rank] += 4 * 8 * (of_other[1 - rank] + of_other[rank])  # vectors in answer, and gradients
+            sent[rank] += 8 * (2 * of_other[1 - rank] + 4 * of_other[rank])  # vectors in answer, and gradients
     assert found["ids"] == max(ids) / 2
     assert found["sent"] == max(sent) / 2
     assert all(found[name] > 0 for name in ("step", "part: lookup", "part: all-to-all", "part: update", "making ids"))
