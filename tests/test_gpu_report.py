@@ -93,6 +93,22 @@ def test_failures_alone_are_run_again_once_their_tests_are_mended(workers: str, 
     assert "gpu.json is of another state of kernels; run all tests" in printed
 
 
+def test_a_failure_whose_test_is_there_no_more_is_withdrawn_without_a_gpu(tmp_path: Path) -> None:
+    _, _, first = reported(tmp_path)
+    one, other = "test_it.py::test_fails", "test_it.py::test_fails_at_its_end"
+    fewer = TESTS.replace("def test_fails(): assert False", "")
+    code, printed, unchanged = reported(tmp_path, "--gpu-report-again", tests=fewer, cuda=False)
+    assert (code, unchanged) == (4, first)  # as the other one is still there
+    assert "needs a CUDA device" in printed
+    code, _, report = reported(tmp_path, "--gpu-report-again", tests=fewer)
+    assert (code, report["exit"], report["failures"], report["failed"]) == (1, 1, [other], 1)
+    assert report["again"][-1]["withdrawn"] == [one]
+    fewer = fewer.replace("def test_fails_at_its_end(broken): pass", "")
+    code, _, report = reported(tmp_path, "--gpu-report-again", tests=fewer, cuda=False)
+    assert (report["exit"], report["failures"], report["failed"], report["passed"]) == (0, [], 0, first["passed"])
+    assert [again.get("withdrawn") for again in report["again"]] == [[one], [other]]
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_file_that_does_not_load_is_a_failure(workers: str, tmp_path: Path) -> None:
     code, _, report = reported(tmp_path, "-n", workers, tests="import nothing_of_this_name")
@@ -102,7 +118,11 @@ def test_a_file_that_does_not_load_is_a_failure(workers: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("arguments", "cuda", "said"),
-    [((), False, "needs a CUDA device"), (("-k", "passes"), True, "is of whole files: leave -k")],
+    [
+        ((), False, "needs a CUDA device"),
+        (("-k", "passes"), True, "is of whole files: leave -k"),
+        (("test_it.py::test_passes",), True, "is of whole files: leave -k"),
+    ],
 )
 def test_what_would_be_no_report_of_a_gpu_is_refused(
     arguments: tuple[str, ...], cuda: bool, said: str, tmp_path: Path

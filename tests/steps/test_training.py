@@ -431,15 +431,13 @@ def test_a_run_continues_where_no_graph_can_hold_its_evaluation(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*MODELS, "gru4rec"])
+@pytest.mark.parametrize("name", [*(name for name in MODELS if name != "gru"), "gru4rec"])
 def test_compiled_blocks_are_eager_blocks(name: str) -> None:
+    """Of all but the GRU of a kernel of cuDNN's, which has no blocks to compile."""
     model, on_cpu = make(name, torch.float32).cuda(), sequences([9, 3, 14, 5, 5, 7, 2])
     data = Sequences(on_cpu.offsets.cuda(), on_cpu.item.cuda(), on_cpu.timestamp.cuda(), on_cpu.num_items)
     schedule = schedule_of(model, data, torch.zeros(7, dtype=torch.int64, device="cuda"), batch=7)
     shape, inputs = schedule.steps(torch.arange(7))[0]
-    for module in model.modules():
-        if isinstance(module, torch.nn.GRU):  # cudnn has gradients of it in training alone
-            module.train()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compare_compiled(model, schedule, shape, inputs, 1e-3)
