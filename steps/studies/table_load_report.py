@@ -49,7 +49,7 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"Half-precision vectors of {given['dim']}, rowwise Adagrad; of the process that takes longest, the mean of a "
         "step. A step looks up the rows of some users' sequences, each once, and learns from a gradient of all. Its "
         "parts are timed apart, with the host waiting between them: their sum may be more than the step. Lookup has "
-        "sorting by owner, update has the adding up of gradients; making ids is not part of a step. Of fbgemm_gpu's "
+        "finding the owners, update has the adding up of gradients; making ids is not part of a step. Of fbgemm_gpu's "
         f"table, which TorchRec shares out, whole steps are timed alone. Hash of the data: {digests}."
     )
     markdown = render(table, headers, tablefmt="github", disable_numparse=True)
