@@ -93,6 +93,10 @@ def check_operations() -> list[str]:
         lengths = torch.tensor([2, 0, 3], device=device)
         offsets = naive.offsets_from_lengths(lengths)
         values = torch.arange(10.0, device=device).view(5, 2)
+        if not fbgemm.fits(values):
+            said = f"fbgemm's operations are not used on {device}, though installed"
+            problems.append(f"{said}; install {_build()}=={pinned(_build())}")
+            continue
         padded = naive.to_padded(values, offsets, 4)
         cases: dict[str, tuple[Callable[..., torch.Tensor], tuple[Any, ...], torch.Tensor]] = {
             "asynchronous_complete_cumsum": (fbgemm.offsets_from_lengths, (lengths,), offsets),

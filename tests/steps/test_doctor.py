@@ -65,6 +65,12 @@ def test_an_operation_that_computes_wrong_is_named(monkeypatch: pytest.MonkeyPat
     assert len(problems) == 1
 
 
+def test_a_device_that_fbgemm_is_never_used_on_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fbgemm, "_fits_device", lambda device: False)
+    (problem,) = doctor.check_operations()
+    assert problem.startswith("fbgemm's operations are not used on cpu, though installed; install fbgemm-gpu")
+
+
 def test_every_operation_in_use_is_tried() -> None:
     source = (ROOT / "kernels/jagged/fbgemm.py").read_text()
     assert sorted(fbgemm.OPERATIONS) == sorted({name.split("(")[0] for name in source.split("torch.ops.fbgemm.")[1:]})
