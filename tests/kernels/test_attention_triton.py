@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -860,6 +861,30 @@ def test_an_attention_scale_of_zero_is_one() -> None:
     arguments = launch._arguments(call, op.BiasTables(call), call.configuration("forward"), True, output=call.v)
     assert arguments["attention_scale"] == 0.0
     assert not arguments["FLAGS"].BY_LENGTH
+
+
+@pytest.mark.parametrize(("dim", "described"), [(32, True), (25, False)])
+def test_tokens_go_through_descriptors_where_the_table_says_so(dim: int, described: bool) -> None:
+    inputs = Case(lengths=(5, 3), bias="none", dqk=dim, dv=dim).inputs(torch.float32)
+    grad = inputs.pop("grad")
+    call = op.Inputs(**inputs, softmax=False)
+    for wanted in (0, 1):
+        config = call.configuration("bwd_dkdv") | {"descriptor": wanted}
+        arguments = launch._arguments(call, op.BiasTables(call), config, True, grad=op.token_rows(grad))
+        assert arguments["FLAGS"].DESCRIPTOR is (bool(wanted) and described)
+
+
+def test_score_tiles_of_one_warp_above_the_other_are_read_as_tensor_cores_hold_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On Hopper; of 16 rows a warp, and not in float32 without TF32."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(launch, "has_mma_layout", lambda _: True)
+    monkeypatch.setattr(launch, "tf32_allowed", lambda: False)
+    config = {"block_m": 64, "block_n": 32, "num_warps": 4}
+    for dtype, expected in ((torch.bfloat16, [True, False]), (torch.float32, [False, False])):
+        call: Any = SimpleNamespace(q=SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda"))
+        assert [launch._mma_layout(call, config, rows_are_queries) for rows_are_queries in (True, False)] == expected
 
 
 @pytest.mark.parametrize("rows_are_queries", [True, False])

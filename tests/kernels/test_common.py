@@ -1,13 +1,17 @@
 """What does not fit the kernels is left to torch, with a word."""
 
+import json
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from kernels import common
+import kernels
+from kernels import common, layer_norm, norm_gate, projection, sampled_softmax
+from kernels import hstu_attention as attention
 from kernels.common import _warn, do_without, fits_triton, tf32_allowed, triton_available
 from kernels.hstu_attention import hstu_attention, runs_in_triton
 
@@ -82,6 +86,57 @@ def test_wide_float32_heads_need_a_large_shared_memory(
         assert runs_in_triton(q, q, q) is fits
         assert runs_in_triton(q.half(), q.half(), q.half())
     assert ["shared memory" in str(warning.message) for warning in seen] == ([] if fits else [True])
+
+
+#: Operations, each as one call on tokens (5, 16), their offsets and numbers.
+OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]] = {
+    "layer_norm": lambda x, *_: layer_norm.layer_norm(x, 1e-6),
+    "norm_gate": lambda x, *_: norm_gate.norm_gate(x, x, 0.1, True),
+    "projection": lambda x, *_: projection.projection(x, x.new_ones(16, 24)),
+    "sampled_softmax": lambda x, _, i: sampled_softmax.sampled_softmax(x, x, i, i.flip(0)[:, None], 0.05),
+    "hstu_attention": lambda x, o, _: attention.hstu_attention(*[x[:, None]] * 3, o, 5),
+    "softmax_attention": lambda x, o, _: attention.softmax_attention(*[x[:, None]] * 3, o, 5),
+    "cached_attention": lambda x, o, _: attention.cached_attention(*[x[:, None]] * 3, o, *[x[:, None]] * 2, o, 5, 5),
+    "appended_attention": lambda x, o, _: attention.appended_attention(*[x[:, None]] * 3, o, o, 5, 5),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_on_cuda_triton_does_the_work(
+    name: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not torch, which gives the same. On a CPU: of tensors that fit, as those on CUDA do."""
+    pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
+    module = attention if name.endswith("_attention") else getattr(kernels, name)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("torch does the work")
+
+    for twin in (module.naive, sampled_softmax.dense):
+        if hasattr(twin, name):
+            monkeypatch.setattr(twin, name, refuse)
+    if device == "cpu":
+        monkeypatch.setattr(module, "fits_triton", lambda *_: True)
+    monkeypatch.setattr(projection, "tf32_allowed", lambda: True)  # else a projection in float32 is torch's
+    numbers = torch.arange(5, device=device)
+    found = OPERATIONS[name](torch.ones(5, 16, device=device, dtype=dtype), numbers.new_tensor([0, 5]), numbers)
+    assert found.isfinite().all()
+
+
+def test_a_launch_has_what_the_table_says_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And every entry of a capability is of a class that the default has, as others are never asked for."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    common._capability.cache_clear()
+    try:
+        for operation, rows in json.loads(common.TABLE.read_text()).items():
+            for shape_class, own in rows.get("sm_90", {}).items():
+                assert shape_class in rows["default"]
+                found = common.configuration(operation, shape_class, torch.device("cuda", 0))
+                assert found == rows["default"][shape_class] | own
+    finally:
+        common._capability.cache_clear()
 
 
 @pytest.mark.parametrize("newer", [False, True], ids=["allow_tf32", "fp32_precision"])

@@ -165,8 +165,13 @@ def test_rows_grouped_by_length_give_the_same(name: str, masks: bool) -> None:
         torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-9)
 
 
-def test_rows_of_like_length_are_not_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, offsets, *_ = inputs([9, 10, 10, 9])
+@pytest.mark.parametrize(
+    ("lengths", "padded_to"), [([9, 10, 10, 9], [10]), ([10, 1, 6, 3], [1, 3, 6, 10])], ids=["like", "unlike"]
+)
+def test_on_a_cpu_rows_are_grouped_unless_they_are_of_like_length(
+    lengths: list[int], padded_to: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v, offsets, *_ = inputs(lengths)
     attend, calls = naive.hstu_attention, []
 
     def counted(*args, **named):
@@ -174,8 +179,8 @@ def test_rows_of_like_length_are_not_grouped(monkeypatch: pytest.MonkeyPatch) ->
         return attend(*args, **named)
 
     monkeypatch.setattr(naive, "hstu_attention", counted)
-    assert torch.equal(hstu_attention(q, k, v, offsets, 10), attend(q, k, v, offsets, 10))
-    assert calls == [10]
+    torch.testing.assert_close(hstu_attention(q, k, v, offsets, 10), attend(q, k, v, offsets, 10))
+    assert calls == padded_to
 
 
 def test_what_fits_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:

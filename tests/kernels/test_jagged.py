@@ -89,6 +89,26 @@ def test_fbgemm_equals_its_twin_in_values_and_gradients(lengths: list[int], dim:
         assert torch.equal(ours, twin)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_where_it_is_installed_fbgemm_does_the_work(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All four operations; its twin would give the same, so that nobody saw that it never does."""
+    with fbgemm.root_logger_kept():
+        library = pytest.importorskip("fbgemm_gpu")
+    if device == "cuda" and library.__variant__ == "cpu":
+        pytest.skip("fbgemm_gpu is the CPU build")
+    for name in ("offsets_from_lengths", "to_padded", "to_jagged", "select_rows"):
+        monkeypatch.setattr(naive, name, lambda *_: pytest.fail("torch does the work"))
+    values = torch.ones(5, 2, device=device).to(dtype)
+    assert fbgemm.fits(values)
+    offsets = jagged.offsets_from_lengths(torch.tensor([2, 0, 3], device=device))
+    padded = jagged.to_padded(values, offsets, 3)
+    assert torch.equal(jagged.to_jagged(padded, offsets, 5), values)
+    assert len(jagged.select_rows(values, offsets, torch.tensor([2, 0], device=device))[0]) == 5
+
+
 def test_types_fbgemm_lacks_go_to_the_twin() -> None:
     offsets = torch.tensor([0, 2, 3])
     values = torch.randn(3, 2, dtype=torch.float64)

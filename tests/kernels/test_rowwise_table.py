@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from kernels import jagged
 from kernels.rowwise_table import EPS, RowwiseTable, fbgemm, naive, unique
 
 ROWS, DIM, LR = 40, 8, 0.05
@@ -21,7 +22,7 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
         made = RowwiseTable(ROWS, DIM, LR, dtype)
         torch.manual_seed(0)
         made.weight.copy_(0.1 * torch.randn(ROWS, DIM))
-        if request.param == "fbgemm" and not fbgemm.fits(made.weight):
+        if request.param == "fbgemm" and not jagged.fbgemm.available():
             pytest.skip("fbgemm_gpu is not installed")
         return made
 
@@ -54,6 +55,18 @@ def test_it_learns_by_the_rule(
     torch.testing.assert_close(table.weight.double(), weight, rtol=0, atol=tolerance)
     torch.testing.assert_close(table.sums.double(), sums, rtol=1e-6, atol=1e-9)
     assert table.weight.dtype == dtype
+
+
+@pytest.mark.skipif(not jagged.fbgemm.available(), reason="fbgemm_gpu is not installed")
+@pytest.mark.parametrize(
+    ("dim", "dtype", "held"),
+    [(8, torch.float32, True), (8, torch.float16, True), (6, torch.float32, False), (8, torch.bfloat16, False)],
+)
+def test_fbgemm_holds_what_it_can_of_tables_on_a_cpu(dim: int, dtype: torch.dtype, held: bool) -> None:
+    table = RowwiseTable(ROWS, dim, LR, dtype)
+    table.weight.fill_(0.1)
+    learn(table, [3, 4], torch.ones(2, dim))
+    assert (table._fused is not None) is held
 
 
 def test_it_stays_as_it_is_without_a_backward_pass_and_when_frozen(

@@ -1,5 +1,6 @@
 """A sharded table of one process, against a table that is not sharded. Of several: tests/steps/test_distributed.py."""
 
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
@@ -34,7 +35,7 @@ def test_it_learns_as_the_whole_table(
 ) -> None:
     if by == "torch":
         monkeypatch.setattr(torchrec, "fits", lambda weight, rows: False)
-    elif not torchrec.available():
+    elif importlib.util.find_spec("torchrec") is None:
         pytest.skip("TorchRec is not installed")
     one = whole(dtype)
     sharded = ShardedRowwiseTable(one)
@@ -46,6 +47,7 @@ def test_it_learns_as_the_whole_table(
         assert found[1].dtype == torch.float32
         for vectors in found:
             vectors.backward(gradient)
+    assert (sharded._fused is not None) == (by == "torchrec")
     gathered = sharded.whole()
     assert gathered.weight.dtype == dtype
     torch.testing.assert_close(gathered.weight, one.weight, rtol=0, atol=tolerance)

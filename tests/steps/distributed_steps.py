@@ -41,6 +41,8 @@ def steps(
                         losses.append(float(training.execution.total))
                         training.execution.total.zero_()
         training.stream.wait()
+        if isinstance(training.model.items, sharded.ShardedRowwiseTable):
+            assert (training.model.items._fused is not None) == (sys.argv[3] == "torchrec")
         name = f"saved-{processes.size}.safetensors"
         save_weights(training.model, folder / name, processes)
         processes.wait()  # until all of it is there

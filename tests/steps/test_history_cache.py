@@ -585,6 +585,7 @@ def test_a_request_does_not_wait_for_the_gpu(time: str, case: Case) -> None:
         cache.encode(list(LENGTHS), candidates, own, asked, micro_batch=5)
         torch.cuda.set_sync_debug_mode("default")
         cache.encode(list(LENGTHS), candidates, own, asked, micro_batch=5)  # captured
+        assert cache._repeated._graphs
         torch.cuda.set_sync_debug_mode("error")
         cache.encode(list(LENGTHS), candidates, own, asked, micro_batch=5)
     finally:

@@ -336,7 +336,7 @@ def test_a_number_of_rows_in_memory_that_is_none_is_refused(project: Path, rows:
 
 
 @pytest.mark.parametrize("span", [3, 10**9, 2**61, 2**63 - 1])
-def test_users_and_times_as_one_number_are_in_the_order_of_both(span: int) -> None:
+def test_users_and_times_as_one_number_are_in_the_order_of_both(span: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the sort by columns, which is taken where a span of times leaves no bits for the users."""
     random = np.random.default_rng(0)
     rows = pl.DataFrame(
@@ -346,8 +346,22 @@ def test_users_and_times_as_one_number_are_in_the_order_of_both(span: int) -> No
             "row": np.arange(500),
         }
     )
+    by_columns = []
+    monkeypatch.setattr(build_module, "sorted_rows", lambda *given: by_columns.append(given) or sorted_rows(*given))
     user, time, order = build_module._sorted(rows, "file-order")
+    assert len(by_columns) == (span >= 2**61)
     expected = sorted_rows(rows, "file-order")
     assert order.tolist() == expected["index"].to_list()
     assert user.tolist() == expected["user"].to_list()
     assert time.tolist() == expected["timestamp"].to_list()
+
+
+@pytest.mark.parametrize(("raw", "joined"), [([5, 7, 100], 0), ([5, 7, 2**40], 1), (["a", "b", "c"], 1)])
+def test_numbers_near_each_other_are_looked_up_in_a_table(
+    raw: list[Any], joined: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, join = [], pl.DataFrame.join
+    monkeypatch.setattr(pl.DataFrame, "join", lambda *given, **how: calls.append(how) or join(*given, **how))
+    look_up = build_module._ids(pl.DataFrame({"user": raw, "id": [1, 2, 3]}), "user")
+    assert look_up(pl.Series("user", [raw[2], raw[0]])).to_list() == [3, 1]
+    assert len(calls) == joined

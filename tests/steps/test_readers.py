@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from steps.common.cli import StepError
+from steps.data import delimited
 from steps.data.readers import read_blocks, read_table
 from steps.data.values import as_ids
 
@@ -110,6 +111,17 @@ def test_ids_are_numbers_only_if_all_of_them_are(late: str, tmp_path: Path) -> N
 def test_a_missing_id_stays_missing_among_numbers(tmp_path: Path) -> None:
     write(tmp_path, HEADER + "1,2,3,4\n1,,3,5\n")
     assert ids(tmp_path).to_list() == [2, None]
+
+
+@pytest.mark.parametrize("separator", [",", "::"])
+def test_lines_without_quotes_are_not_counted_field_by_field(
+    separator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes longer and gives the same."""
+    monkeypatch.setattr(delimited, "_parsed_by_line", lambda *_: pytest.fail("lines are taken one by one"))
+    write(tmp_path, (HEADER + "1,2,3,4\n1,,3,5\n").replace(",", separator))
+    found = read_table(tmp_path, table(separator=separator))
+    assert found.frame["item"].to_list() == ["2", None]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 30, 1 << 24])

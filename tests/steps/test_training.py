@@ -4,12 +4,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from steps.common.device import pick_precision
 from steps.common.files import read_json, write_json
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import HeldOut
@@ -20,7 +22,7 @@ from steps.tasks import Task, losses
 from steps.tasks.sessions import Sessions
 from steps.training import checkpoint
 from steps.training.loop import Training, train_together
-from steps.training.optimizers import Adagrad
+from steps.training.optimizers import Adagrad, make_optimizer
 from steps.training.schedule import Schedule, Windows, bucket_size
 from steps.training.validation import Validation
 from tests.conftest import ROOT, write_processed
@@ -339,6 +341,51 @@ def test_evaluating_less_often_changes_only_the_history(data: Path, tmp_path: Pa
         assert line["test/hr@10"] == often.history[line["epoch"] - 1]["test/hr@10"]
 
 
+@pytest.mark.parametrize(
+    ("device", "long", "exact", "mode"),
+    [
+        ("cpu", True, False, "eager"),
+        ("cuda", False, False, "graph"),
+        ("cuda", True, False, "compiled"),
+        ("cuda", True, True, "graph"),
+    ],
+)
+def test_a_training_takes_the_fastest_mode(
+    device: str, long: bool, exact: bool, mode: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = training(data, tmp_path / "run")
+    modes = []
+    monkeypatch.setattr(run, "device", torch.device(device))
+    monkeypatch.setattr("steps.training.loop.Execution", lambda *given: modes.append(given[-1]))
+    monkeypatch.setattr("steps.training.loop._COMPILE_FROM_STEPS", 3 * run.schedule.num_updates + (not long))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: exact)
+    run._execution(None)
+    assert modes == [mode]
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "adagrad"])
+def test_on_cuda_the_optimiser_is_one_kernel_and_a_graph_can_hold_it(name: str, on_cuda: bool) -> None:
+    task: Any = SimpleNamespace(
+        optimizer=name,
+        optimizer_config=SimpleNamespace(lr=0.1, betas=(0.9, 0.98), weight_decay=0.0),
+        items=SimpleNamespace(weight=SimpleNamespace(is_cuda=on_cuda)),
+        parameters=lambda: [torch.nn.Parameter(torch.ones(2))],
+    )
+    optimizer = make_optimizer(task)
+    if name == "adagrad":
+        assert isinstance(optimizer, Adagrad) is on_cuda
+    else:
+        assert [bool(optimizer.defaults[key]) for key in ("fused", "capturable")] == [on_cuda] * 2
+
+
+def test_matrix_products_are_in_bfloat16_on_cuda() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert pick_precision(None, cuda) == ("bf16", torch.bfloat16)
+    assert pick_precision("tf32", cuda) == ("tf32", None)
+    assert pick_precision("bf16", cpu) == ("float32", None)
+
+
 @pytest.fixture
 def deterministic() -> Iterator[None]:
     """CUBLAS_WORKSPACE_CONFIG=:4096:8 has to be set."""
@@ -502,6 +549,7 @@ def test_ranking_does_not_wait_for_the_device_and_agrees_with_the_cpu(data: Path
     held_out = one.split.held_out["valid"]
     rules = [Rules("rated", "history"), Rules("catalogue", "window")]
     ranker = Ranker(one.sequences, held_out, rules, 20, 16)
+    assert len(ranker._batches) == 1  # of 16 users at once on a CPU
     ranker.rank(one.model)  # kernels are compiled
     torch.cuda.set_sync_debug_mode("error")
     try:
