@@ -115,6 +115,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(tmp_path: Path, monkeypatch
     ):
         require([CASE, CASE | {"processes": 1}], PLAN | {"device": "cuda"})
     require([CASE | {"processes": 1}], PLAN | {"device": "cuda"})
+    monkeypatch.setattr(fbgemm_gpu, "available", lambda: True)
     monkeypatch.setattr(torchrec, "available", lambda: False)
     with pytest.raises(StepError, match=r"TorchRec is not installed, .*extra `distributed`, .* --only by=torch"):
         require([CASE | {"by": "fbgemm"}], PLAN)
