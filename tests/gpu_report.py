@@ -2,7 +2,8 @@
 
 With `--gpu-report-again`, only the failures that FILE names are run, after their tests were mended, and FILE has their
 outcomes in place of the old ones. The code that is tested must be the same. Tests that are no longer in their files are
-withdrawn: FILE says which, and if no others failed, no GPU is needed.
+withdrawn, and FILE says which. Where the whole function is gone and no other test failed, no GPU is needed. Parameters
+may depend on the machine: they are withdrawn on the one that FILE is of.
 
 A plugin, which tests/conftest.py names. CI has no GPU: there a test reads the committed report.
 """
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 
+_ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-report", metavar="FILE", type=Path, help="write what the tests said on this GPU")
@@ -25,16 +28,18 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--gpu-report")
     if path is None or hasattr(config, "workerinput"):  # of pytest-xdist, whose controller hears of every test
         return
-    if not config.getoption("--gpu-report-again"):
-        _require_cuda()
-    chosen = any(config.getoption(name) for name in ("keyword", "markexpr", "deselect"))
+    if not config.getoption("--gpu-report-again") and (problem := _no_cuda()):
+        raise pytest.UsageError(f"--gpu-report {problem}")
+    chosen = any(config.getoption(name, None) for name in ("keyword", "markexpr", "deselect", "lf", "stepwise"))
     if chosen or any("::" in argument for argument in config.args):
-        raise pytest.UsageError("--gpu-report is of whole files: leave -k, -m, --deselect and names of tests out")
+        raise pytest.UsageError(
+            "--gpu-report is of whole files: leave -k, -m, --deselect, --lf, --sw and names of tests out"
+        )
     path, before = config.invocation_params.dir / path, None
     if config.getoption("--gpu-report-again"):
         before = json.loads(path.read_text(encoding="utf-8"))
         if problem := _not_again(before):
-            raise pytest.UsageError(f"--gpu-report-again: {path} {problem}; run all tests")
+            raise pytest.UsageError(f"--gpu-report-again: {path} {problem}")
     config.pluginmanager.register(_Report(path, before))
 
 
@@ -47,25 +52,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     failures, files = set(before["failures"]), {_file_of(item.nodeid) for item in items}
     kept = [item for item in items if {item.nodeid, _file_of(item.nodeid)} & failures]
     withdrawn = {name for name in failures - {item.nodeid for item in items} - files if _file_of(name) in files}
-    if failures - withdrawn:
-        _require_cuda()
-        if problem := _of_another_machine(before):
-            raise pytest.UsageError(f"--gpu-report-again: {path} {problem}; run all tests")
+    functions = {_function_of(item.nodeid) for item in items}
+    problem = None
+    if failures - withdrawn or any(_function_of(name) in functions for name in withdrawn):
+        problem = _no_cuda() or _of_another_machine(before)
+        problem = problem and f"--gpu-report-again: {path} {problem}"
+    items[:] = [] if problem else kept
+    if hasattr(config, "workeroutput"):  # of pytest-xdist, whose controller collects nothing itself
+        config.workeroutput["gpu_report"] = sorted(withdrawn), problem
+    elif problem:
+        raise pytest.UsageError(problem)
     for plugin in config.pluginmanager.get_plugins():
         if isinstance(plugin, _Report):
             plugin.withdrawn = withdrawn
-    items[:] = kept
 
 
 def _file_of(test: str) -> str:
     return test.partition("::")[0]
 
 
-def _require_cuda() -> None:
+def _function_of(test: str) -> str:
+    return test.partition("[")[0]
+
+
+def _no_cuda() -> str | None:
     import torch
 
-    if not torch.cuda.is_available():
-        raise pytest.UsageError("--gpu-report needs a CUDA device, and there is none here")
+    return None if torch.cuda.is_available() else "needs a CUDA device, and there is none here"
 
 
 def _not_again(report: dict[str, Any]) -> str | None:
@@ -74,7 +87,9 @@ def _not_again(report: dict[str, Any]) -> str | None:
 
     if problem := _differing(contents(ROOT), report["sha256"]):
         return problem
-    return None if report["failures"] else "names no failure"
+    if report["exit"] not in _ENDED:
+        return f"is of tests that did not end (pytest said {report['exit']}); run all tests"
+    return None if report["failures"] else "names no failure; run all tests"
 
 
 def _of_another_machine(report: dict[str, Any]) -> str | None:
@@ -87,16 +102,24 @@ def _of_another_machine(report: dict[str, Any]) -> str | None:
 
 def _differing(now: dict[str, Any], then: dict[str, Any]) -> str | None:
     others = sorted(key for key in now if key != "tests/kernels" and now[key] != then.get(key))
-    return f"is of another state of {', '.join(others)}" if others else None
+    return f"is of another state of {', '.join(others)}; run all tests" if others else None
 
 
 class _Report:
-    """before: the report whose failures alone are run. withdrawn: those of its tests that are there no more."""
+    """before: the report whose failures alone are run. withdrawn: those of its tests that are there no more. problem:
+    why they cannot be run, as a worker of pytest-xdist found."""
 
     def __init__(self, path: Path, before: dict[str, Any] | None) -> None:
         self.path, self.before, self.begun = path, before, time.monotonic()
         self.outcomes: dict[str, str] = {}
         self.withdrawn: set[str] = set()
+        self.problem: str | None = None
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        withdrawn, problem = getattr(node, "workeroutput", {}).get("gpu_report", ((), None))
+        self.withdrawn |= set(withdrawn)
+        self.problem = self.problem or problem
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -111,8 +134,13 @@ class _Report:
             self.outcomes[report.nodeid] = report.outcome
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.USAGE_ERROR:
+        if self.problem:
+            print(f"ERROR: {self.problem}")
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
             return
+        ended = (*_ENDED, pytest.ExitCode.NO_TESTS_COLLECTED)
+        if exitstatus == pytest.ExitCode.USAGE_ERROR or (self.before and exitstatus not in ended):
+            return  # FILE remains as it is
         import torch
 
         from steps.common.gpu_record import ROOT, contents
@@ -123,13 +151,14 @@ class _Report:
         seconds = round(time.monotonic() - self.begun, 1)
         content: dict[str, Any]
         if self.before:
-            # A failure that was not run once more remains one, unless its test is there no more.
-            failures = sorted({*failures, *(set(self.before["failures"]) - set(self.outcomes) - self.withdrawn)})
+            # A failure that was not run once more remains one, unless its test is there no more, or its file loads now.
+            loaded = {_file_of(name) for name in self.outcomes if name != _file_of(name)}
+            others = set(self.before["failures"]) - set(self.outcomes) - self.withdrawn - loaded
+            failures = sorted({*failures, *others})
             again = {"commit": commit(), "tests": self.before["failures"], "seconds": seconds}
             if self.withdrawn:
                 again["withdrawn"] = sorted(self.withdrawn)
-            if not failures and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
-                exitstatus = 0
+            session.exitstatus = exitstatus = int(bool(failures))
             content = self.before | {
                 "sha256": contents(ROOT),
                 "exit": int(exitstatus),

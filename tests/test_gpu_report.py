@@ -93,20 +93,67 @@ def test_failures_alone_are_run_again_once_their_tests_are_mended(workers: str, 
     assert "gpu.json is of another state of kernels; run all tests" in printed
 
 
-def test_a_failure_whose_test_is_there_no_more_is_withdrawn_without_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_failure_whose_test_is_there_no_more_is_withdrawn_without_a_gpu(workers: str, tmp_path: Path) -> None:
     _, _, first = reported(tmp_path)
+    again = "-n", workers, "--gpu-report-again"
     one, other = "test_it.py::test_fails", "test_it.py::test_fails_at_its_end"
     fewer = TESTS.replace("def test_fails(): assert False", "")
-    code, printed, unchanged = reported(tmp_path, "--gpu-report-again", tests=fewer, cuda=False)
+    code, printed, unchanged = reported(tmp_path, *again, tests=fewer, cuda=False)
     assert (code, unchanged) == (4, first)  # as the other one is still there
     assert "needs a CUDA device" in printed
-    code, _, report = reported(tmp_path, "--gpu-report-again", tests=fewer)
+    code, _, report = reported(tmp_path, *again, tests=fewer)
     assert (code, report["exit"], report["failures"], report["failed"]) == (1, 1, [other], 1)
     assert report["again"][-1]["withdrawn"] == [one]
     fewer = fewer.replace("def test_fails_at_its_end(broken): pass", "")
-    code, _, report = reported(tmp_path, "--gpu-report-again", tests=fewer, cuda=False)
-    assert (report["exit"], report["failures"], report["failed"], report["passed"]) == (0, [], 0, first["passed"])
+    code, _, report = reported(tmp_path, *again, tests=fewer, cuda=False)
+    assert (code, report["exit"], report["failures"], report["failed"]) == (0, 0, [], 0)
+    assert report["passed"] == first["passed"]
     assert [again.get("withdrawn") for again in report["again"]] == [[one], [other]]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_parameter_is_withdrawn_on_the_machine_of_the_report_alone(workers: str, tmp_path: Path) -> None:
+    """Elsewhere it may be missing as the machine has no GPU, or not the library."""
+    tests = """
+import pytest, torch
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_it(device): assert device == "cpu"
+"""
+    _, _, first = reported(tmp_path, tests=tests)
+    assert first["failures"] == ["test_it.py::test_it[cuda]"]
+    again = "-n", workers, "--gpu-report-again"
+    code, printed, unchanged = reported(tmp_path, *again, tests=tests, cuda=False)
+    assert (code, unchanged) == (4, first)
+    assert "needs a CUDA device" in printed
+    code, _, report = reported(tmp_path, *again, tests=tests.replace('["cuda"] if', "[] if"))
+    assert (code, report["exit"], report["failures"]) == (0, 0, [])
+    assert report["again"][-1]["withdrawn"] == first["failures"]
+
+
+def test_failures_of_another_file_remain_where_one_is_withdrawn(tmp_path: Path) -> None:
+    (tmp_path / "test_other.py").write_text("def test_other(): assert False")
+    reported(tmp_path, "test_other.py", tests="def test_fails(): assert False")
+    code, _, report = reported(tmp_path, "--gpu-report-again", tests="def test_passes(): pass")
+    assert (code, report["exit"], report["failures"]) == (1, 1, ["test_other.py::test_other"])
+    assert report["again"][-1]["withdrawn"] == ["test_it.py::test_fails"]
+
+
+def test_a_file_that_loads_again_is_no_failure_and_its_tests_are_run(tmp_path: Path) -> None:
+    _, _, first = reported(tmp_path, "-n", "2", tests="import nothing_of_this_name")
+    assert (first["exit"], first["failures"]) == (1, ["test_it.py"])
+    code, _, report = reported(tmp_path, "--gpu-report-again", tests="import nothing_of_this_name")
+    assert (code, report) == (2, first)
+    code, _, report = reported(tmp_path, "--gpu-report-again", tests="def test_passes(): pass")
+    assert (code, report["exit"], report["failures"], report["passed"]) == (0, 0, [], 1)
+
+
+def test_a_report_of_tests_that_did_not_end_is_made_anew(tmp_path: Path) -> None:
+    _, _, first = reported(tmp_path, tests="import nothing_of_this_name")  # so pytest runs none of the others
+    code, printed, unchanged = reported(tmp_path, "--gpu-report-again", tests="def test_passes(): pass")
+    assert (first["exit"], code, unchanged) == (2, 4, first)
+    assert "is of tests that did not end (pytest said 2); run all tests" in printed
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -121,6 +168,7 @@ def test_a_file_that_does_not_load_is_a_failure(workers: str, tmp_path: Path) ->
     [
         ((), False, "needs a CUDA device"),
         (("-k", "passes"), True, "is of whole files: leave -k"),
+        (("--lf",), True, "is of whole files: leave -k"),
         (("test_it.py::test_passes",), True, "is of whole files: leave -k"),
     ],
 )

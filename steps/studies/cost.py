@@ -122,14 +122,15 @@ def step(shape: Shape, gpus: int, alpha: float, value: dict[str, Any]) -> dict[s
     rows = round((value["parameters"] - shape.parameters) / shape.dim)
     own = -(-rows // gpus)
     asked = tokens * value["lookups"] * value["distinct"]
-    vectors = asked * shape.dim * value["wire_bytes"]
+    vectors = asked * shape.dim * value["weight_bytes"]
+    of_vectors = asked * shape.dim * value["gradient_bytes"]
     gradient = _FLOAT * shape.parameters
     activations = shape.activations(tokens, value["kept"])
     wires = gpus, value["gpus_a_machine"], value["nvlink"], value["network"]
     table = table_bytes(own, shape.dim, value["weight_bytes"], value["sum_bytes"])
     encoder = DENSE_BYTES * shape.parameters
     # A row that is asked for is read; its vector and gradient pass; the update reads and writes it and its sum.
-    looked_up = asked * (3 * shape.dim * value["weight_bytes"] + 2 * shape.dim * _FLOAT + 2 * value["sum_bytes"])
+    looked_up = 3 * asked * shape.dim * value["weight_bytes"] + vectors + of_vectors + 2 * asked * value["sum_bytes"]
     return {
         "tokens": tokens,
         "table rows": rows,
@@ -142,12 +143,12 @@ def step(shape: Shape, gpus: int, alpha: float, value: dict[str, Any]) -> dict[s
         "in all": table + encoder + activations,
         "ids": sent(asked * ID_BYTES, gpus),
         "vectors": sent(vectors, gpus),
-        "gradients of vectors": sent(vectors, gpus),
+        "gradients of vectors": sent(of_vectors, gpus),
         "gradients of the encoder": ring(gradient, gpus),
         "projections": shape.projections(tokens),
         "attention": shape.attention(pairs),
         "traffic": 2 * activations + _UPDATE_BYTES * shape.parameters + looked_up,
-        "all-to-all": 1e3 * seconds_to_all(asked * ID_BYTES + 2 * vectors, *wires),
+        "all-to-all": 1e3 * seconds_to_all(asked * ID_BYTES + vectors + of_vectors, *wires),
         "all-reduce": 1e3 * seconds_around(gradient, *wires),
     }
 

@@ -124,7 +124,8 @@ def test_bytes_of_a_sharded_lookup_are_those_that_two_processes_send(tmp_path: P
     assert counts == 8  # how many rows are asked for: one number for the other, which the study leaves out
     assert first[:4] == second[:4]
     assert ids == sent(8 * cost.ID_BYTES, 2)
-    assert vectors == gradients == sent(8 * 6 * 4, 2)
+    assert vectors == sent(8 * 6 * 2, 2)  # as the table has them
+    assert gradients == sent(8 * 6 * 4, 2)
     assert table == table_bytes(11, 6, 2, 4)  # of 21 rows the first process has 11, the other 10
     assert second[4] == table_bytes(10, 6, 2, 4)
 
@@ -153,19 +154,19 @@ def test_wires_by_hand() -> None:
 def test_a_step_by_hand() -> None:
     """3 rows of 12 tokens on 2 GPUs of a machine; a table that has the rest of the parameters, 100 rows of 16."""
     value: dict[str, Any] = {"parameters": SHAPE.parameters + 1600, "rows": 3, "kept": 14, "kept_here": 24}
-    value |= {"weight_bytes": 2, "sum_bytes": 4, "adam_bytes": 12, "lookups": 2, "distinct": 0.5, "wire_bytes": 4}
+    value |= {"weight_bytes": 2, "sum_bytes": 4, "adam_bytes": 12, "lookups": 2, "distinct": 0.5, "gradient_bytes": 4}
     found = step(SHAPE, 2, 2.0, value | {"gpus_a_machine": 8, "nvlink": 1e3, "network": 1.0})
     assert (found["tokens"], found["table rows"]) == (36, 100)
     assert found["table"] == 50 * (2 * 16 + 4)
     assert found["table by Adam"] == 50 * 12 * 16
     assert found["activations"] == 14 * 16 * 36 * 2
     assert found["in all"] == found["table"] + 16 * SHAPE.parameters + found["activations"]
-    assert (found["ids"], found["vectors"]) == (36 * 8 / 2, 36 * 16 * 4 / 2)
+    assert (found["ids"], found["vectors"], found["gradients of vectors"]) == (36 * 4, 36 * 16, 36 * 32)  # half of all
     assert found["attention"] == 12 * 16 * 2 * 3 * 78  # 78 pairs a row
     assert found["projections"] == 30 * 16 * 16 * 2 * 36
     # Rows: read, and read and written; vector and gradient; a sum, read and written.
-    assert found["traffic"] == 2 * found["activations"] + 28 * SHAPE.parameters + 36 * (3 * 32 + 2 * 64 + 2 * 4)
-    assert found["all-to-all"] == 36 * (8 + 2 * 64) / 2  # ms at a thousand bytes a second
+    assert found["traffic"] == 2 * found["activations"] + 28 * SHAPE.parameters + 36 * (3 * 32 + 32 + 64 + 2 * 4)
+    assert found["all-to-all"] == 36 * (8 + 32 + 64) / 2  # ms at a thousand bytes a second
 
 
 def test_every_number_has_a_source() -> None:

@@ -1,13 +1,14 @@
 """The load test of a sharded table: what two processes look up and send, counted apart; and how it is refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from kernels.jagged import fbgemm as fbgemm_gpu
-from kernels.rowwise_table import torchrec
+from kernels.rowwise_table import fbgemm, torchrec
 from steps.common.cli import StepError
 from steps.common.processes import Processes
 from steps.data.generators.fractal import Expansion
@@ -85,6 +86,17 @@ def test_a_table_that_fbgemm_gpu_does_not_take_is_not_timed_as_its_own(
         measure(CASE | {"by": "fbgemm", "processes": 1}, plan, tmp_path)
 
 
+def test_the_study_alone_has_fbgemm_gpu_hold_a_table_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fbgemm_gpu, "fits", lambda _: True)
+    monkeypatch.setattr(fbgemm, "fits", fbgemm.fits)  # which the study sets
+    weight = torch.zeros(3, 8, dtype=torch.float16)
+    on_cuda: Any = SimpleNamespace(is_cuda=True, shape=weight.shape, dtype=weight.dtype, numel=weight.numel)
+    assert fbgemm.fits(weight)
+    assert not fbgemm.fits(on_cuda)
+    assert table_load._by_fbgemm(SimpleNamespace(weight=on_cuda))
+    assert fbgemm.fits(on_cuda)
+
+
 def test_a_step_updates_the_rows_that_it_looks_up_and_no_others() -> None:
     table = table_of(20, 8, 0.05, torch.device("cpu"), Processes())
     before = table.weight.clone()
@@ -103,6 +115,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(tmp_path: Path, monkeypatch
     ):
         require([CASE, CASE | {"processes": 1}], PLAN | {"device": "cuda"})
     require([CASE | {"processes": 1}], PLAN | {"device": "cuda"})
+    monkeypatch.setattr(fbgemm_gpu, "available", lambda: True)
     monkeypatch.setattr(torchrec, "available", lambda: False)
     with pytest.raises(StepError, match=r"TorchRec is not installed, .*extra `distributed`, .* --only by=torch"):
         require([CASE | {"by": "fbgemm"}], PLAN)
