@@ -149,6 +149,11 @@ class SharedExecution(Execution):
             parameter.grad = piece.view_as(parameter)  # the backward pass adds to it
         self._captured: dict[Hashable, _Own] = {}
         self._update: Callable[[], Any] | None = None
+        self._update_captured = True
+
+    @property
+    def captured(self) -> bool:
+        return super().captured and self._update_captured
 
     def __call__(self, step: Step, seed: int) -> None:
         shape, inputs = step
@@ -278,5 +283,6 @@ class SharedExecution(Execution):
             graph, _ = self.stream.capture(self.optimizer.step, uses_random=False)
         except RuntimeError as error:
             self._report_without("a CUDA graph of the update", error)
+            self._update_captured = False
             return self.optimizer.step
         return graph.replay

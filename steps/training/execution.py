@@ -42,6 +42,11 @@ class Execution:
         if self.compiled:
             task.compile_blocks()
 
+    @property
+    def captured(self) -> bool:
+        """Whether all that a step does is in CUDA graphs, but for what processes do together."""
+        return self.capture
+
     def __call__(self, step: Step, seed: int) -> None:
         """Take one step with the random numbers of `seed`."""
         shape, inputs = step

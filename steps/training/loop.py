@@ -256,7 +256,7 @@ class Training:
             "steps_per_second": round(1 / step, 1) if step else None,
             "parameters": self.model.num_parameters(),
             "item_bytes_per_float": round(self.model.item_bytes(self.optimizer), 3),
-            "captured": not self.processes.any(not self.execution.capture),
+            "captured": not self.processes.any(not self.execution.captured),
             "compiled": self.execution.compiled,
             "commit": "+".join(self.commits),
             "threads": "+".join(map(str, self.threads)),

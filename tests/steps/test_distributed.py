@@ -144,16 +144,21 @@ def test_captured_steps_are_those_that_are_not(
     monkeypatch.setattr(distributed, "unique", naive.padded_unique)  # as on CUDA, in a size that is known beforehand
     found = test_ranking.sequences() if case == "ranking" else load_sequences(data, torch.device("cpu"))[0]
     results = []
-    for captured in (False, True):
+    for captured in ("nothing", "all", "all but the update"):
         training = of_part(settings, found, tmp_path, 0, 2)
         captures: list[Replayed] = []
+        fails = captured == "all but the update"
 
-        def capture(work: Callable[[], Any], *_: Any, made: list[Replayed] = captures, **how: Any) -> Any:
+        def capture(
+            work: Callable[[], Any], made: list[Replayed] = captures, fails: bool = fails, **how: Any
+        ) -> tuple[Replayed, None]:
+            if fails and not how.get("uses_random", True):
+                raise RuntimeError("operation not permitted when stream is capturing")
             made.append(Replayed(work))
             return made[-1], None
 
         monkeypatch.setattr(training.stream, "capture", capture)
-        training.execution.capture = captured
+        training.execution.capture = captured != "nothing"
         training.model.train()
         torch.manual_seed(4)
         steps = training.schedule.epoch()
@@ -161,10 +166,13 @@ def test_captured_steps_are_those_that_are_not(
             training.execution(step, number)
         shapes = {(step.shape, step.inputs.shape) for step in steps}
         of_shape = 2 if case == "hstu-rowwise" else 1  # before the lookup, and behind it
-        assert len(captures) == (of_shape * len(shapes) + 1 if captured else 0)  # and the update
+        made = {"nothing": 0, "all": of_shape * len(shapes) + 1, "all but the update": of_shape * len(shapes)}
+        assert len(captures) == made[captured]
+        assert training.execution.captured is (captured == "all")
         results.append([*training.model.state_dict().values(), training.execution.total])
     assert len(steps) > len(shapes)
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    for first, *others in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in others)
 
 
 DOT = {"similarity": "dot", "temperature": 1.0}
