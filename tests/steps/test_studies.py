@@ -455,7 +455,7 @@ def texts_and_numbers(rows: list[Row], study: dict[str, Any]) -> tuple[list[str]
 
 @pytest.mark.parametrize("study", MEASURED)
 def test_every_number_of_a_report_comes_from_its_rows(study: str) -> None:
-    """Other values make every number another one, but for names of cases, and flags, whose unit is `of 1`."""
+    """Other values make every number another one, but for names of cases, and flags: 0 and 1 `of 1`."""
     rows = read_rows(ROOT / "reports/studies" / study / "rows.json", study)
     content = params.load(f"studies/{study}", ROOT / "params")
     report = importlib.import_module(f"steps.studies.{content['module']}_report").report
@@ -470,7 +470,8 @@ def test_every_number_of_a_report_comes_from_its_rows(study: str) -> None:
         found = []
         for one in rows:
             scale = math.exp(factor.uniform(-3, 3))
-            keys = [key for key in ("value", "low", "high") if key in one and one["unit"] != "of 1"]
+            flag = one["unit"] == "of 1" and one["value"] in (0, 1)
+            keys = [key for key in ("value", "low", "high") if key in one and not flag]
             found.append(one | {key: one[key] * scale for key in keys})
         return found
 
