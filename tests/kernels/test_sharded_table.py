@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kernels.rowwise_table import EPS, RowwiseTable, torchrec
-from kernels.rowwise_table.sharded import ShardedRowwiseTable, _update
+from kernels.rowwise_table import EPS, RowwiseTable, naive, torchrec
+from kernels.rowwise_table.sharded import ShardedRowwiseTable
 
 ROWS, DIM, LR = 40, 8, 0.05
 
@@ -58,7 +58,7 @@ def test_it_learns_as_the_whole_table(
 def test_an_owner_updates_a_row_once_by_the_sum_of_its_gradients(rows: list[int]) -> None:
     found, expected = whole(torch.float32), whole(torch.float32)
     gradient = torch.randn(len(rows), DIM)
-    _update(found.weight, found.sums, torch.tensor(rows, dtype=torch.int64), gradient, LR)
+    naive.update_repeated(found.weight, found.sums, torch.tensor(rows, dtype=torch.int64), gradient, LR, EPS)
     for row in set(rows):
         total = sum(one for other, one in zip(rows, gradient, strict=True) if other == row)
         expected.sums[row] += total.square().mean()
