@@ -2,7 +2,8 @@
 
 AdamW with float32 weights keeps twelve bytes a float. Here the optimiser has one number a row, the running sum of the
 mean square of its gradients, and updates only the rows that a step looked up, as soon as their gradient is known.
-fbgemm_gpu's table-batched embeddings do it where they fit; the torch twin in `naive` elsewhere.
+On CUDA the kernel in `triton_op` does it; on a CPU fbgemm_gpu's table-batched embeddings where they fit; the torch twin
+in `naive` elsewhere.
 """
 
 from typing import Any
