@@ -37,10 +37,12 @@ class ShardedRowwiseTable(nn.Module):
         self._fused: tuple[Any] | None = None  # in a tuple, so that it is no submodule
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Vectors (n, dim) float32 of `rows` (n,) int64, in ascending order and each once in one process.
+        """Vectors (n, dim) float32 of `rows` (n,) int64.
 
-        n may differ between the processes, and be 0. Row 0 is padding: zeros. So are numbers behind the last row, of
-        which any may stand there: so n need not depend on how many rows a step wants.
+        Each process gives row numbers of its own choice, which ascend; n may differ between the processes, and be 0.
+        Processes may ask for the same row, but one process asks for a row once. Row 0 is padding: zeros. So are numbers
+        from the table's number of rows on, which may be repeated: with them behind the rows that a step wants, n need
+        not depend on how many these are.
         """
         return torch.where(((rows > 0) & (rows < self.rows))[:, None], self._look_up(rows), 0.0)
 
@@ -99,7 +101,7 @@ class _LookUp(torch.autograd.Function):
         own = _exchange(rows, sent, received) - first
         vectors = _exchange(weight.index_select(0, own), received, sent)
         ctx.table, ctx.counts = (weight, sums, own, lr), (sent, received)
-        found = torch.empty(len(rows), weight.shape[1], device=rows.device)
+        found = torch.empty(len(rows), weight.shape[1], dtype=torch.float32, device=rows.device)
         found[: len(vectors)] = vectors
         return found
 

@@ -54,6 +54,16 @@ def test_it_learns_as_the_whole_table(
     torch.testing.assert_close(gathered.sums, one.sums, rtol=1e-6, atol=1e-9)
 
 
+def test_vectors_are_float32_whatever_torchs_default_is(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchrec, "fits", lambda weight, rows: False)
+    sharded = ShardedRowwiseTable(whole(torch.float16))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert sharded(torch.tensor([0, 3, 40])).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("rows", [[], [4], [0, 3, 3, 0, 9, 0], [7, 2, 7]])
 def test_an_owner_updates_a_row_once_by_the_sum_of_its_gradients(rows: list[int]) -> None:
     found, expected = whole(torch.float32), whole(torch.float32)
