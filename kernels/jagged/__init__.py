@@ -40,4 +40,5 @@ def select_rows(values: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor)
 
     Differentiable in the values; one may be given more than once.
     """
-    return (fbgemm if fbgemm.fits(values) else naive).select_rows(values, offsets, rows)
+    by_fbgemm = fbgemm.fits(values) and fbgemm.selects(values)
+    return (fbgemm if by_fbgemm else naive).select_rows(values, offsets, rows)

@@ -13,6 +13,7 @@ from . import naive
 
 #: Every fbgemm operation this project calls; `steps.doctor` tries each.
 OPERATIONS = ("asynchronous_complete_cumsum", "jagged_to_padded_dense", "dense_to_jagged", "jagged_index_select")
+_MOST_THREADS = 1024  # of a block on CUDA
 _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64)  # float64 is missing in jagged_to_padded_dense
 
 
@@ -48,6 +49,12 @@ def root_logger_kept() -> Iterator[None]:
 def fits(tensor: torch.Tensor) -> bool:
     """Whether fbgemm can take `tensor`: its type, and its device (a CPU build knows no CUDA)."""
     return tensor.dtype in _TYPES and _fits_device(tensor.device.type)
+
+
+def selects(values: torch.Tensor) -> bool:
+    """Whether fbgemm can select rows of `values` (T, D), where it fits: on CUDA a block has a thread for each column,
+    so that its launch fails without columns, and for more than 1,024."""
+    return not values.is_cuda or 0 < values.shape[1] <= _MOST_THREADS
 
 
 def _fits_device(device: str) -> bool:

@@ -2,7 +2,8 @@
 
 AdamW with float32 weights keeps twelve bytes a float. Here the optimiser has one number a row, the running sum of the
 mean square of its gradients, and updates only the rows that a step looked up, as soon as their gradient is known.
-fbgemm_gpu's table-batched embeddings do it where they fit; the torch twin in `naive` elsewhere.
+On CUDA the kernel in `triton_op` does it; on a CPU fbgemm_gpu's table-batched embeddings where they fit; the torch twin
+in `naive` elsewhere.
 """
 
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common import fits_triton
 from . import fbgemm, naive
 
-__all__ = ["RowwiseTable", "unique"]
+__all__ = ["RowwiseTable", "unique", "update", "update_repeated"]
 
 EPS = 1e-8
+_WIDEST = 8192  # a row is one tile of the Triton kernel
 
 
 class RowwiseTable(nn.Module):
@@ -49,7 +52,7 @@ class RowwiseTable(nn.Module):
         if self.frozen:
             return self.weight.index_select(0, rows).float().requires_grad_()
         if fused is None:
-            return naive.look_up(self.weight, self.sums, rows, self.lr, EPS)
+            return naive.look_up(self.weight, self.sums, rows, self.lr, EPS, update)
         return fbgemm.look_up(fused, rows)
 
     def _by_fbgemm(self) -> Any:
@@ -64,6 +67,33 @@ class RowwiseTable(nn.Module):
             fbgemm.set_rate(fused, self.lr)
             self._fused = (fused, self.lr)
         return fused
+
+
+def update(
+    weight: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor, lr: float, eps: float
+) -> None:
+    """A step of rowwise Adagrad in place: the gradients (n, d) of unique `rows` (n,) of weight (V, d), with sums (V,).
+
+    Of rows that stand there several times, which row 0 may, all gradients are 0.
+    """
+    _updates(weight, sums, gradient).update(weight, sums, rows, gradient, lr, eps)
+
+
+def update_repeated(
+    weight: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor, lr: float, eps: float
+) -> None:
+    """`update` of rows (n,) that may stand there several times: their gradients (n, d) are added up."""
+    _updates(weight, sums, gradient).update_repeated(weight, sums, rows, gradient, lr, eps)
+
+
+def _updates(weight: torch.Tensor, sums: torch.Tensor, gradient: torch.Tensor) -> Any:
+    """The module whose functions do an update: Triton's changes contiguous tensors in place."""
+    fits = weight.shape[1] <= _WIDEST and weight.is_contiguous() and sums.is_contiguous()
+    if fits_triton(weight, sums, gradient) and fits and not torch.compiler.is_compiling():
+        from . import triton_op  # late: importing Triton takes time that runs on a CPU need not spend
+
+        return triton_op
+    return naive
 
 
 def unique(index: torch.Tensor, behind: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ _MULTIPLE = 4  # of floats that a row must have
 def fits(weight: torch.Tensor) -> bool:
     """Whether fbgemm is to hold the table of one process: it can, and on a CPU.
 
-    On CUDA the torch version takes less time, and a CUDA graph can hold it.
+    On CUDA a kernel of this package updates it, which a CUDA graph can hold.
     """
     return takes(weight) and not weight.is_cuda
 

@@ -1,15 +1,27 @@
 """Rowwise Adagrad in torch, in shapes that a CUDA graph can hold."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-_DROPPED = 13  # bits of float32's mantissa that float16 has not
+#: Bits of float32's mantissa that float16 has not.
+DROPPED = 13
 
 
-def look_up(weight: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, lr: float, eps: float) -> torch.Tensor:
-    """Vectors (n, d) float32 of unique rows (n,), whose gradient updates `weight` (V, d) and `sums` (V,) in place."""
-    return _LookUp.apply(sums.new_zeros((), requires_grad=True), weight, sums, rows, lr, eps)
+def look_up(
+    weight: torch.Tensor,
+    sums: torch.Tensor,
+    rows: torch.Tensor,
+    lr: float,
+    eps: float,
+    learn: Callable[..., None],
+) -> torch.Tensor:
+    """Vectors (n, d) float32 of unique rows (n,), whose gradient updates `weight` (V, d) and `sums` (V,) in place.
+
+    learn: `update`, or what does the same faster.
+    """
+    return _LookUp.apply(sums.new_zeros((), requires_grad=True), weight, sums, rows, lr, eps, learn)
 
 
 class _LookUp(torch.autograd.Function):
@@ -22,16 +34,17 @@ class _LookUp(torch.autograd.Function):
         rows: torch.Tensor,
         lr: float,
         eps: float,
+        learn: Callable[..., None],
     ) -> torch.Tensor:
         """anchor: requires a gradient, so that there is a backward pass."""
-        ctx.table = weight, sums, rows, lr, eps
+        ctx.table, ctx.learn = (weight, sums, rows, lr, eps), learn
         return weight.index_select(0, rows).float()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:
         weight, sums, rows, lr, eps = ctx.table
-        update(weight, sums, rows, gradient, lr, eps)
-        return (None,) * 6
+        ctx.learn(weight, sums, rows, gradient, lr, eps)
+        return (None,) * 7
 
 
 def update(
@@ -43,6 +56,25 @@ def update(
     value, total = learnt(weight.index_select(0, rows), sums.index_select(0, rows), gradient, lr, eps)
     sums.index_copy_(0, rows, total)
     weight.index_copy_(0, rows, value)
+
+
+def update_repeated(
+    weight: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor, lr: float, eps: float
+) -> None:
+    """`update` of rows (n,) that may stand there several times: their gradients (n, d) are added up.
+
+    The host does not wait for how many rows there are: n are computed, and those behind the last are the first again.
+    """
+    if not gradient.numel():
+        return
+    distinct, inverse = padded_unique(rows, 0)
+    total = torch.zeros_like(gradient).index_add_(0, inverse, gradient)
+    value, sum_ = learnt(weight.index_select(0, distinct), sums.index_select(0, distinct), total, lr, eps)
+    place = torch.arange(len(rows), device=rows.device)
+    place = torch.where(place <= inverse.max(), place, 0)
+    distinct = distinct.index_select(0, place)
+    sums.index_copy_(0, distinct, sum_.index_select(0, place))
+    weight.index_copy_(0, distinct, value.index_select(0, place))
 
 
 def learnt(
@@ -70,5 +102,6 @@ def stochastically(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype != torch.float16:
         return value.to(dtype)
     bits = value.view(torch.int32)
-    bits = bits + torch.randint_like(bits, 2**_DROPPED)
-    return ((bits >> _DROPPED) << _DROPPED).view(torch.float32).half()
+    bits = bits + torch.randint_like(bits, 2**DROPPED)
+    rounded = ((bits >> DROPPED) << DROPPED).view(torch.float32)
+    return torch.where(value.isnan(), value, rounded).half()  # more bits would make a number of the GPU's NaN

@@ -2,7 +2,8 @@
 
 A lookup sends row numbers to their owners and gets vectors back; its backward pass sends gradients the same way. So
 each owner adds up what all processes learned of a row, and updates it once. TorchRec does it where it is installed and
-fits; the torch twin in this file elsewhere. All processes of torch.distributed's default group take part in all of it.
+fits; elsewhere all-to-alls in this file, and `update_repeated`. All processes of torch.distributed's default group take
+part in all of it.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import EPS, RowwiseTable, naive, torchrec
+from . import EPS, RowwiseTable, torchrec, update_repeated
 
 
 class ShardedRowwiseTable(nn.Module):
@@ -36,10 +37,12 @@ class ShardedRowwiseTable(nn.Module):
         self._fused: tuple[Any] | None = None  # in a tuple, so that it is no submodule
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Vectors (n, dim) float32 of `rows` (n,) int64, in ascending order and each once in one process.
+        """Vectors (n, dim) float32 of `rows` (n,) int64.
 
-        n may differ between the processes, and be 0. Row 0 is padding: zeros. So are numbers behind the last row, of
-        which any may stand there: so n need not depend on how many rows a step wants.
+        Each process gives row numbers of its own choice, which ascend; n may differ between the processes, and be 0.
+        Processes may ask for the same row, but one process asks for a row once. Row 0 is padding: zeros. So are numbers
+        from the table's number of rows on, which may be repeated: with them behind the rows that a step wants, n need
+        not depend on how many these are.
         """
         return torch.where(((rows > 0) & (rows < self.rows))[:, None], self._look_up(rows), 0.0)
 
@@ -98,14 +101,14 @@ class _LookUp(torch.autograd.Function):
         own = _exchange(rows, sent, received) - first
         vectors = _exchange(weight.index_select(0, own), received, sent)
         ctx.table, ctx.counts = (weight, sums, own, lr), (sent, received)
-        found = torch.empty(len(rows), weight.shape[1], device=rows.device)
+        found = torch.empty(len(rows), weight.shape[1], dtype=torch.float32, device=rows.device)
         found[: len(vectors)] = vectors
         return found
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:
         weight, sums, own, lr = ctx.table
-        _update(weight, sums, own, _exchange(gradient, *ctx.counts), lr)
+        update_repeated(weight, sums, own, _exchange(gradient, *ctx.counts), lr, EPS)
         return (None,) * 7
 
 
@@ -117,20 +120,3 @@ def _exchange(values: torch.Tensor, sent: list[int], received: list[int]) -> tor
     found = values.new_empty(sum(received), *values.shape[1:])
     dist.all_to_all_single(found, values[: sum(sent)].contiguous(), received, sent)
     return found
-
-
-def _update(weight: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
-    """One step of rowwise Adagrad on rows (n,) that may stand there several times: their gradients (n, d) are added up.
-
-    The host does not wait for how many rows there are: n are computed, and those behind the last are the first again.
-    """
-    if not gradient.numel():
-        return
-    distinct, inverse = naive.padded_unique(rows, 0)
-    total = torch.zeros_like(gradient).index_add_(0, inverse, gradient)
-    value, sum_ = naive.learnt(weight.index_select(0, distinct), sums.index_select(0, distinct), total, lr, EPS)
-    place = torch.arange(len(rows), device=rows.device)
-    place = torch.where(place <= inverse.max(), place, 0)
-    distinct = distinct.index_select(0, place)
-    sums.index_copy_(0, distinct, sum_.index_select(0, place))
-    weight.index_copy_(0, distinct, value.index_select(0, place))

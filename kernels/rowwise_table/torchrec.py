@@ -1,6 +1,7 @@
 """Row-wise sharded tables by TorchRec, whose shards are fbgemm_gpu's table-batched embeddings."""
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ _BAGS = 2**14  # into which the rows of a lookup are dealt
 
 @functools.cache
 def available() -> bool:
-    """Whether TorchRec is installed and loads."""
+    """Whether TorchRec is installed and loads; one that is installed and does not load warns, once."""
     try:
         with root_logger_kept():
             import torchrec.distributed.embedding  # noqa: F401
-    except (ImportError, OSError, AttributeError, RuntimeError):  # or it does not fit fbgemm_gpu
+    except Exception as error:  # what a library built for another torch or fbgemm_gpu raises is not its to choose
+        if not (isinstance(error, ModuleNotFoundError) and error.name == "torchrec"):
+            warnings.warn(f"TorchRec does not load, using torch instead: {error}", stacklevel=2)
         return False
     return True
 

@@ -79,7 +79,7 @@ def _by_fbgemm(table: RowwiseTable | ShardedRowwiseTable) -> bool:
     """Whether fbgemm_gpu can hold the table, as it does from now on."""
     if isinstance(table, ShardedRowwiseTable):
         return torchrec.fits(table.weight, table.rows)
-    fbgemm.fits = fbgemm.takes  # also on CUDA, where trainings of one process have the torch version
+    fbgemm.fits = fbgemm.takes  # also on CUDA, where trainings of one process have a kernel instead
     return fbgemm.takes(table.weight)
 
 

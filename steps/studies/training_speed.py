@@ -39,7 +39,7 @@ PARTS = {
     "norms and gate": ["norm_gate_", "layer_norm", "LayerNorm", "GammaBeta"],
     "loss": ["softmax_", "SoftMax", "nll_loss", "radixSort", "RadixSort", "DeviceScan", "DeviceRadix"],
     "matrix products": ["gemm", "cutlass", "nvjet", "cublas"],
-    "item vectors": ["embedding", "indexSelect", "index_elementwise", "krn_partial", "sum_and_scatter"],
+    "item vectors": ["embedding", "indexSelect", "index_elementwise", "krn_partial", "sum_and_scatter", "rowwise_"],
     "optimiser": ["multi_tensor", "FusedAdam", "fused_adam"],
     "random numbers": ["distribution", "random"],
 }

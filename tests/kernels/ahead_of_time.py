@@ -34,6 +34,7 @@ from kernels.hstu_attention import op as hstu_attention
 from kernels.layer_norm import triton_op as layer_norm
 from kernels.norm_gate import triton_op as norm_gate
 from kernels.projection import triton_op as projection
+from kernels.rowwise_table import triton_op as rowwise_table
 from kernels.sampled_softmax import triton_op as sampled_softmax
 from kernels.tools.cases import attention_inputs
 
@@ -302,6 +303,16 @@ def _projection(dtype: torch.dtype, width: int, ranking: bool = False) -> Case:
     return Case(call, _SHORT)
 
 
+def _rowwise_table(dtype: torch.dtype, width: int, repeated: bool = False) -> Case:
+    def call(lengths: torch.Tensor) -> None:
+        rows = torch.arange(int(lengths.sum()))
+        table, gradient = torch.empty(1000, width, dtype=dtype), torch.empty(len(rows), width)
+        update = rowwise_table.update_repeated if repeated else rowwise_table.update
+        update(table, torch.zeros(1000), rows, gradient, 0.1, 1e-8)
+
+    return Case(call, _SHORT)
+
+
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _WINDOW = {"max_attn_len": 64, "contextual_seq_len": 8}
 _ALL_MASKS = Masks(_WINDOW | {"min_full_attn_seq_len": 9, "num_sink_tokens": 5, "target_group_size": 3}, targets=True)
@@ -368,6 +379,12 @@ CASES = {
     "projection d 50, ranking, fp32": _projection(_FP32, 50, ranking=True),
     "projection d 64, ranking": _projection(_BF16, 64, ranking=True),
     "projection d 512, ranking": _projection(_BF16, 512, ranking=True),
+    "rowwise table d 50": _rowwise_table(_FP16, 50),
+    "rowwise table d 50, fp32, repeated": _rowwise_table(_FP32, 50, repeated=True),
+    "rowwise table d 256": _rowwise_table(_FP16, 256),
+    "rowwise table d 256, repeated": _rowwise_table(_FP16, 256, repeated=True),
+    "rowwise table d 8192, repeated": _rowwise_table(_FP16, 8192, repeated=True),
+    "rowwise table d 8192, fp32": _rowwise_table(_FP32, 8192),
 }
 
 

@@ -4,7 +4,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +108,40 @@ def test_where_it_is_installed_fbgemm_does_the_work(
     padded = jagged.to_padded(values, offsets, 3)
     assert torch.equal(jagged.to_jagged(padded, offsets, 5), values)
     assert len(jagged.select_rows(values, offsets, torch.tensor([2, 0], device=device))[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("columns", "device", "by"),
+    [
+        (0, "cuda", "torch"),
+        (1, "cuda", "fbgemm"),
+        (1024, "cuda", "fbgemm"),
+        (1025, "cuda", "torch"),
+        (1025, "cpu", "fbgemm"),
+    ],
+)
+def test_widths_at_which_fbgemm_selects_no_rows_on_cuda_go_to_the_twin(
+    columns: int, device: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fbgemm, "_fits_device", lambda _: True)
+    for module, name in ((fbgemm, "fbgemm"), (naive, "torch")):
+        monkeypatch.setattr(module, "select_rows", lambda *_, name=name: name)
+    values: Any = SimpleNamespace(
+        is_cuda=device == "cuda", device=torch.device(device), dtype=torch.float32, shape=(3, columns)
+    )
+    assert jagged.select_rows(values, OFFSETS, ROWS) == by
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [0, 1024, 1025])
+def test_rows_of_any_width_are_selected_on_cuda(columns: int) -> None:
+    values = torch.randn(3, columns, device="cuda", requires_grad=True)
+    offsets, rows = OFFSETS.cuda(), ROWS.cuda()
+    selected, starts = jagged.select_rows(values, offsets, rows)
+    assert torch.equal(selected, values[[2, 0, 1, 0, 1]])
+    assert starts.tolist() == [0, 1, 3, 5]
+    (gradient,) = torch.autograd.grad(selected.sum(), values)
+    assert torch.equal(gradient, torch.tensor([2.0, 2.0, 1.0], device="cuda")[:, None].expand(3, columns))
 
 
 def test_types_fbgemm_lacks_go_to_the_twin() -> None:

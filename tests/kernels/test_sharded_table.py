@@ -1,5 +1,6 @@
 """A sharded table of one process, against a table that is not sharded. Of several: tests/steps/test_distributed.py."""
 
+import builtins
 import importlib.util
 from collections.abc import Iterator
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kernels.rowwise_table import EPS, RowwiseTable, torchrec
-from kernels.rowwise_table.sharded import ShardedRowwiseTable, _update
+from kernels.rowwise_table import EPS, RowwiseTable, naive, torchrec
+from kernels.rowwise_table.sharded import ShardedRowwiseTable
 
 ROWS, DIM, LR = 40, 8, 0.05
 
@@ -54,11 +55,52 @@ def test_it_learns_as_the_whole_table(
     torch.testing.assert_close(gathered.sums, one.sums, rtol=1e-6, atol=1e-9)
 
 
+def test_vectors_are_float32_whatever_torchs_default_is(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchrec, "fits", lambda weight, rows: False)
+    sharded = ShardedRowwiseTable(whole(torch.float16))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert sharded(torch.tensor([0, 3, 40])).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("error", "warned"),
+    [
+        (ModuleNotFoundError("No module named 'torchrec'", name="torchrec"), False),
+        (ModuleNotFoundError("No module named 'tensordict'", name="tensordict"), True),
+        (OSError("undefined symbol: _ZN3c10"), True),
+        (AttributeError("module 'fbgemm_gpu' has no attribute 'x'"), True),
+    ],
+    ids=["not installed", "lacks a package", "another torch", "another fbgemm_gpu"],
+)
+def test_torchrec_is_left_out_without_a_word_only_where_it_is_not_installed(
+    error: Exception, warned: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    real = builtins.__import__
+
+    def broken(name: str, *arguments: object, **options: object) -> object:
+        if name.startswith("torchrec"):
+            raise error
+        return real(name, *arguments, **options)
+
+    torchrec.available.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", broken)
+    try:
+        assert not torchrec.available()
+        assert not torchrec.available()
+    finally:
+        monkeypatch.undo()
+        torchrec.available.cache_clear()
+    assert ["TorchRec does not load" in str(warning.message) for warning in recwarn] == [True] * warned
+
+
 @pytest.mark.parametrize("rows", [[], [4], [0, 3, 3, 0, 9, 0], [7, 2, 7]])
 def test_an_owner_updates_a_row_once_by_the_sum_of_its_gradients(rows: list[int]) -> None:
     found, expected = whole(torch.float32), whole(torch.float32)
     gradient = torch.randn(len(rows), DIM)
-    _update(found.weight, found.sums, torch.tensor(rows, dtype=torch.int64), gradient, LR)
+    naive.update_repeated(found.weight, found.sums, torch.tensor(rows, dtype=torch.int64), gradient, LR, EPS)
     for row in set(rows):
         total = sum(one for other, one in zip(rows, gradient, strict=True) if other == row)
         expected.sums[row] += total.square().mean()

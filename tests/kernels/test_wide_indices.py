@@ -17,6 +17,7 @@ prepare = pytest.importorskip("kernels.hstu_attention.prepare", exc_type=ImportE
 layer_norm = pytest.importorskip("kernels.layer_norm.triton_op", exc_type=ImportError)
 norm_gate = pytest.importorskip("kernels.norm_gate.triton_op", exc_type=ImportError)
 projection = pytest.importorskip("kernels.projection.triton_op", exc_type=ImportError)
+rowwise_table = pytest.importorskip("kernels.rowwise_table.triton_op", exc_type=ImportError)
 sampled_softmax = pytest.importorskip("kernels.sampled_softmax.triton_op", exc_type=ImportError)
 
 ROWS = 65_535
@@ -155,6 +156,41 @@ def test_projections_of_many_tokens() -> None:
         part = out[-3:] if program else out[:3]
         expected = projection_by_torch(x[-3:].float(), weight.float())
         torch.testing.assert_close(part.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["update", "update_repeated"])
+def test_rows_of_a_table_beyond_32_bits(name: str, dtype: torch.dtype) -> None:
+    """2^31 and more of them, and more elements than that."""
+    torch.manual_seed(0)
+    count, width = 2**31 + 5, 2
+    weight, sums = sparse(count, width, dtype=dtype), sparse(count)
+    rows, gradient = torch.tensor([3, count - 1, count - 4]), torch.tensor([[0.25, 0.5], [1.0, -2.0], [3.0, 4.0]])
+    getattr(rowwise_table, name)(weight, sums, rows, gradient, 0.5, 1e-8)
+    assert torch.equal(sums[rows], gradient.square().mean(1))
+    expected = -0.5 * gradient / sums[rows].sqrt()[:, None]
+    torch.testing.assert_close(weight[rows].float(), expected, rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=0)
+    assert not weight[-3:-1].any()
+
+
+@interpreted
+def test_gradients_of_a_table_beyond_32_bits() -> None:
+    """The last program of a lookup of 2^31 elements and more."""
+    torch.manual_seed(0)
+    n, width, rows = 2**26 + 3, 32, 32
+    last = (n - 1) // rows
+    gradient, index, order = sparse(n, width), sparse(n, dtype=torch.int64), sparse(n, dtype=torch.int64)
+    gradient[-3:] = torch.randn(3, width)
+    index[-3:], order[-3:] = torch.tensor([5, 6, 6]), torch.tensor([n - 1, n - 3, n - 2])
+    for given, expected in ((None, [gradient[-3]]), (order, [gradient[-1], gradient[-3] + gradient[-2]])):
+        weight, sums = torch.zeros(9, width), torch.zeros(9)
+        with as_program((last,), (last + 1,)):
+            rowwise_table.rowwise_adagrad_kernel[(1,)](
+                weight, sums, index, given, gradient, None, n, 1.0, 1e-8, D=width, ROWS=rows, COLUMNS=width,
+                REPEATED=given is not None, STOCHASTIC=False,
+            )  # fmt: skip
+        torch.testing.assert_close(sums[5 : 5 + len(expected)], torch.stack(expected).square().mean(1))
 
 
 def projection_by_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
