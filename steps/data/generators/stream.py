@@ -1,7 +1,8 @@
 """The paper's synthetic stream (arXiv 2402.17152, table 2): in every record categories follow a Dirichlet process.
 
 Each item belongs to a category drawn at random. Item ids open up: at record r of R the largest open one is
-(0.4 + 0.6 r/R) of all. A record has up to 5 categories, a prior H over them, and a concentration a from 1 to 500. At
+(0.4 + 0.6 r/R) of all. A record has up to 5 categories, a prior H over them, and a concentration a from 1 to 500, both
+uniform. Other streams open another share of the items, or have other concentrations. At
 position n, counted from 1, its category is drawn from H with probability a / (a + n - 1), else category c with
 probability n_c / (a + n - 1), where n_c of the record's earlier positions have it. The item is any open one of it.
 
@@ -30,10 +31,8 @@ from steps.data.generators.lines import digits, lines, write_archive
 T = TypeVar("T")
 
 _BLOCK_ROWS = 1 << 17  # of records made at once: what is computed of them fits a core's cache
-_OPEN_AT_FIRST, _OPENED, _OF = 2, 3, 5  # 0.4 and 0.6
 _MOST_CATEGORIES = 5  # of a record
 _UNIT = 1 << 10  # a concentration is a whole number of its parts
-_LEAST_A, _MOST_A = 1, 500
 _PRIOR = 1 << 20  # H is in whole numbers of its parts
 # The streams of draws.
 _CATEGORY, _NUMBER, _CHOSEN, _CUT, _A, _POSITION, _ITEM = range(7)
@@ -43,7 +42,8 @@ _CATEGORY, _NUMBER, _CHOSEN, _CUT, _A, _POSITION, _ITEM = range(7)
 class Stream:
     """The settings of the archive: `records` of `length` positions each, of `items` items in `categories`.
 
-    Raises ValueError, which names the settings that do not fit.
+    opened: percent of the items that open after the first record, evenly. least_a, most_a: the range of a. Raises
+    ValueError, which names the settings that do not fit.
     """
 
     seed: int
@@ -51,6 +51,9 @@ class Stream:
     length: int
     items: int
     categories: int
+    opened: int = 60
+    least_a: int = 1
+    most_a: int = 500
 
     def __post_init__(self) -> None:
         number = np.bincount(self.category[: self.open_items(np.zeros(1, np.int64))[0]], minlength=self.categories)
@@ -71,7 +74,7 @@ class Stream:
 
     def open_items(self, record: Array) -> Array:
         """The largest open item (int64) at each record."""
-        return self.items * (_OPEN_AT_FIRST * self.records + _OPENED * record) // (_OF * self.records)
+        return self.items * ((100 - self.opened) * self.records + self.opened * record) // (100 * self.records)
 
     def chosen(self, record: Array) -> Array:
         """The different categories (5, B) of each record (B,), of which it has the first ones that `cuts` leave it."""
@@ -96,8 +99,8 @@ class Stream:
 
     def concentration(self, record: Array) -> Array:
         """The concentration a of each record, in parts of 1/1024."""
-        spread = (_MOST_A - _LEAST_A) * _UNIT + 1
-        return _LEAST_A * _UNIT + below(bits(self.seed, _A, record), spread)
+        spread = (self.most_a - self.least_a) * _UNIT + 1
+        return self.least_a * _UNIT + below(bits(self.seed, _A, record), spread)
 
     def part(self, first: int, last: int) -> Array:
         """The items (last - first, length) int32 of records `first` to `last` - 1, which need no other record."""
