@@ -31,7 +31,7 @@ def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
 def stream_of(plan: dict[str, Any], case: dict[str, Any]) -> Stream:
     """The stream of a case."""
     (form,) = plan["generated"].values()
-    settings = {key: value for key, value in form["synthesize"].items() if key != "form"}
+    settings: dict[str, Any] = {key: value for key, value in form["synthesize"].items() if key != "form"}
     return Stream(**settings | {"records": plan["settings"]["records"]} | case)
 
 
