@@ -11,6 +11,7 @@ from steps.studies.distributed import BALANCE, BY_COST, PARTS, QUALITY, ROWWISE,
 from steps.studies.rows import PART, Row, cases
 
 _Columns = dict[str, str | Callable[[Row], str]]
+_TWO_RUNS = "*"
 _AXES: _Columns = {name: name for name in ("device", "table", "processes", "windows")}
 
 
@@ -31,13 +32,18 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         parts += [
             "## Scaling",
             f"Weak: {given['windows_each']} windows a process; the time of one process over this one. Strong: "
-            f"{given['windows']} windows in all; likewise, which is how many times as fast it is.",
+            f"{given['windows']} windows in all; likewise, which is how many times as fast it is. With {_TWO_RUNS}: "
+            "the two are of different runs, on other cards of the kind or of other commits, and may differ so.",
             _table(
                 _AXES
                 | {"tokens": lambda line: f"{line['tokens']:,.0f}", "step, ms": _number("step")}
                 | {"from Python, ms": _number("step from Python")}
-                | {"weak": lambda line: _shown(_weak(scaling, line)) if _is_weak(line, given) else "-"}
-                | {"strong": lambda line: _shown(_strong(scaling, line)) if _is_strong(line, given) else "-"}
+                | {"weak": lambda line: _beside(_weak_base(scaling, line), line) if _is_weak(line, given) else "-"}
+                | {
+                    "strong": lambda line: (
+                        _beside(_strong_base(scaling, line), line) if _is_strong(line, given) else "-"
+                    )
+                }
                 | {"peak MB a process": lambda line: f"{line['peak'] / 1e6:,.0f}" if "peak" in line else "-"},
                 scaling,
             ),
@@ -103,26 +109,39 @@ def _is_strong(line: Row, given: dict[str, Any]) -> bool:
     return bool(line["windows"] == given["windows"])
 
 
-def _weak(scaling: list[Row], line: Row) -> float | None:
-    one = _like(scaling, line, "table", processes=1, windows=line["windows"] // line["processes"])
-    return _ratio(one, line)
+def _weak_base(scaling: list[Row], line: Row) -> Row | None:
+    return _like(scaling, line, "table", processes=1, windows=line["windows"] // line["processes"])
 
 
-def _strong(scaling: list[Row], line: Row) -> float | None:
-    return _ratio(_like(scaling, line, "table", "windows", processes=1), line)
+def _strong_base(scaling: list[Row], line: Row) -> Row | None:
+    return _like(scaling, line, "table", "windows", processes=1)
+
+
+def _beside(base: Row | None, line: Row) -> str:
+    """The base's time over the line's, marked where they are not of one run."""
+    return _shown(_ratio(base, line)) + _mark(base, line)
+
+
+def _mark(one: Row | None, other: Row) -> str:
+    """_TWO_RUNS unless both cases are of one card and commit."""
+    same = one is None or all(one.get(key) == other.get(key) for key in ("card", "commit"))
+    return "" if same else _TWO_RUNS
 
 
 def _bars(scaling: list[Row], bars: dict[str, float]) -> list[list[str]]:
     """What is asked of several processes, beside what was measured."""
     found = []
     for line in scaling:
-        weak, about = _weak(scaling, line), f"{line['table']}, {line['processes']} processes, {line['device']}"
+        base, about = _weak_base(scaling, line), f"{line['table']}, {line['processes']} processes, {line['device']}"
+        weak, mark = _ratio(base, line), _mark(base, line)
         if line["processes"] > 1 and weak:
             asked = [(f"weak scaling, {about}", weak, f">= {bars['weak']:g}", weak >= bars["weak"])]
             if line["table"] == ROWWISE:
                 met = 1 / weak <= bars["sharded"]
                 asked.append((f"step over one process's, {about}", 1 / weak, f"<= {bars['sharded']:g}", met))
-            found += [[what, f"{value:.2f}", bar, "yes" if met else "no"] for what, value, bar, met in asked]
+            found += [
+                [what, f"{value:.2f}{mark}", bar, ("yes" if met else "no") + mark] for what, value, bar, met in asked
+            ]
     for device, table in dict.fromkeys((line["device"], line["table"]) for line in scaling):
         most = max(line["item bytes"] for line in scaling if (line["device"], line["table"]) == (device, table))
         bar = [f"<= {bars['item_bytes']:g}", "yes" if most <= bars["item_bytes"] else "no"]

@@ -145,3 +145,10 @@ def test_ratios_of_the_report() -> None:
     assert [line[-1] for line in table if line[3:4] in (["by cost"], ["at random"])] == ["1.50", "1.00"]
     (reached,) = [line for line in table if line[:2] == ["H200", "hstu"]]
     assert reached[3:] == ["1 of 2", "3 (3 to 3)", "7.0 (7.0 to 7.0)", "0.3000", "0.1000"]
+    # A ratio to a case of another card is marked, and so is what it says of a bar.
+    for one in rows:
+        one["card"] = "a" if one.get("processes") == 1 else "b"
+    text, *_ = report(rows, {"title": "t", "measure": {"settings": settings}})
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    marked = [[cell for cell in line if cell.endswith("*")] for line in cells]
+    assert [found for found in marked if found] == [["0.80*", "1.44*"], ["0.80*", "no*"], ["1.25*", "yes*"]]

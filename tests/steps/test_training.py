@@ -477,6 +477,10 @@ def test_a_run_continues_where_no_graph_can_hold_its_evaluation(
     same(whole, broken)
 
 
+def test_all_models_but_the_gru_of_cudnn_have_blocks_to_compile() -> None:
+    assert [name for name in MODELS if not make(name).compiled_modules] == ["gru"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*(name for name in MODELS if name != "gru"), "gru4rec"])
 def test_compiled_blocks_are_eager_blocks(name: str) -> None:
