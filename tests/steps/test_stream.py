@@ -18,10 +18,10 @@ from steps.data.generators.stream import Stream
 from steps.data.sequences import load_sequences
 from steps.data.split import split_sequences
 from steps.data.streamed import write_stream
+from steps.studies.stream_ceiling import ceilings
 from tests.conftest import ROOT, step
 from tests.steps.runs import processed_by_its_steps
 from tests.steps.test_models import make, schedule_of
-from tests.stream_ceiling import ceilings
 
 SMALL = {"seed": 7, "records": 600, "length": 30, "items": 240, "categories": 7}
 PAPER = {"seed": 20240221, "records": 1_000_000, "length": 128, "items": 20_000, "categories": 100}

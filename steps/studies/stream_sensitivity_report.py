@@ -1,0 +1,1 @@
+"""What the order of models on the stream depends on."""
