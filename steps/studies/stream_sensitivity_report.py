@@ -81,8 +81,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "Opened: the percent of the items that open after the first record. a: the concentration of a record, which is "
         f"drawn from the range that is given. Each stream has {study['measure']['settings']['records']:,} records. "
         "Metrics are of test: means over seeds, and the lowest and the highest seed. The Transformer is SASRec's. "
-        f"{KNOWN}, {TOLD}: what a predictor expects that knows every category and each record's chances, and one that "
-        "also knows the next category; no model can expect more than the first.",
+        f"Beside them is what a predictor expects that {KNOWN}: every category, and each record's chances. No model "
+        f"can expect more. One that {TOLD} as well expects the other.",
         f"A claim {HOLDS} in a case if all seeds of the one model are above all of the other, {REVERSED} if all are "
         f"below, else it {UNDECIDED}. Ratios are of means. {sources}. Hashes of the data are in table.csv.",
     ]
@@ -226,7 +226,8 @@ def _draw(panel: Panel) -> Figure:
             _draw_models(axis, panel, members, metric)
             axis.set_xticks(range(len(members)), [labels[name](case) for case in members])
             axis.set(xlabel=name, ylabel=f"{metric.upper()}, test")
-    axes[0, 0].legend(frameon=False, fontsize=7)
+    named = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
