@@ -13,9 +13,14 @@ from steps.data.tensors import TensorFile
 class Stream(Protocol):
     """`records` of `length` interactions each, in the order of time, of items 1 to `items`."""
 
-    records: int
-    length: int
-    items: int
+    @property
+    def records(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def items(self) -> int: ...
 
     def parts(self) -> Iterator[np.ndarray]:
         """Their items (B, length), block by block."""

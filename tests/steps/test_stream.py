@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +19,10 @@ from steps.data.generators.stream import Stream
 from steps.data.sequences import load_sequences
 from steps.data.split import split_sequences
 from steps.data.streamed import write_stream
+from steps.studies.stream_ceiling import ceilings
 from tests.conftest import ROOT, step
 from tests.steps.runs import processed_by_its_steps
 from tests.steps.test_models import make, schedule_of
-from tests.stream_ceiling import ceilings
 
 SMALL = {"seed": 7, "records": 600, "length": 30, "items": 240, "categories": 7}
 PAPER = {"seed": 20240221, "records": 1_000_000, "length": 128, "items": 20_000, "categories": 100}
@@ -68,7 +69,17 @@ def plain_category(seed: int, items: int, categories: int) -> list[list[int]]:
     return found
 
 
-def plain_record(record: int, seed: int, records: int, length: int, items: int, categories: int) -> Plain:
+def plain_record(
+    record: int,
+    seed: int,
+    records: int,
+    length: int,
+    items: int,
+    categories: int,
+    opened: int = 60,
+    least_a: int = 1,
+    most_a: int = 500,
+) -> Plain:
     def upto(bound: int, stream: int, index: int) -> int:
         return (random_bits(seed, stream, index) >> 32) * bound >> 32
 
@@ -79,9 +90,8 @@ def plain_record(record: int, seed: int, records: int, length: int, items: int, 
         chosen.append(left.pop(upto(len(left), 2, record * most + place)))
     cuts = sorted(upto(2**20, 3, record * most + place) for place in range(1, number))
     prior = [end - begin for begin, end in zip([0, *cuts], [*cuts, 2**20], strict=True)]
-    a = 1024 + upto(499 * 1024 + 1, 4, record)
-    # 0.4 and 0.6 of the items, in tenths.
-    largest = items * (4 * records + 6 * record) // (10 * records)
+    a = least_a * 1024 + upto((most_a - least_a) * 1024 + 1, 4, record)
+    largest = int(Fraction(items) * (1 - Fraction(opened, 100) * (1 - Fraction(record, records))))
     found: list[int] = []
     drawn_from: list[int] = []
     from_prior = []
@@ -104,7 +114,16 @@ def plain_record(record: int, seed: int, records: int, length: int, items: int, 
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"categories": 3}, {"categories": 1}, {"length": 3, "seed": -1}, {"items": 97}]
+    "changes",
+    [
+        {},
+        {"categories": 3},
+        {"categories": 1},
+        {"length": 3, "seed": -1},
+        {"items": 97},
+        {"opened": 0, "least_a": 7, "most_a": 9},
+        {"opened": 83, "least_a": 1_000_000, "most_a": 1_000_000},
+    ],
 )
 def test_every_record_is_a_plain_loops(changes: dict[str, int]) -> None:
     found = small(**changes).part(0, 600)
@@ -166,9 +185,27 @@ def test_a_plain_processor_makes_the_archive_that_is_named() -> None:
         assert done.stdout.strip() == small_entry()["source"]["sha256"]
 
 
-def test_settings_that_leave_a_category_empty_are_named() -> None:
-    with pytest.raises(ValueError, match="items: 20 are too few for 19 categories: one has no open item at first"):
-        small(items=20, categories=19)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"items": 20, "categories": 19}, "items: 20 are too few for 19 categories: one has no open item at first"),
+        ({"opened": 99}, "items: 240 are too few for 7 categories: one has no open item at first"),
+        ({"opened": 100}, "opened: 100 is no percentage from 0 to 99"),
+        ({"opened": -1}, "opened: -1 is no percentage from 0 to 99"),
+        ({"least_a": 0}, "least_a, most_a: 0 to 500 is no range from 1 to 1000000"),
+        ({"least_a": 9, "most_a": 8}, "least_a, most_a: 9 to 8 is no range from 1 to 1000000"),
+        ({"most_a": 1_000_001}, "least_a, most_a: 1 to 1000001 is no range from 1 to 1000000"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(changes: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        small(**changes)
+
+
+def test_the_papers_settings_are_those_that_are_not_given() -> None:
+    given = small(opened=60, least_a=1, most_a=500)
+    assert given == small()
+    assert (given.part(0, 600) == small().part(0, 600)).all()
 
 
 # What is specified
@@ -194,6 +231,20 @@ def test_items_open_up_from_two_fifths_to_all() -> None:
     assert records.min() == 1
     for first in (0, 10_000, 19_000):  # all that are open do come
         assert records[first : first + 1000].max() == largest[first + 999]
+
+
+@pytest.mark.parametrize("opened", [0, 30, 95])
+def test_the_share_that_opens_later_is_a_setting(opened: int) -> None:
+    paper = Stream(**PAPER, opened=opened)
+    largest = paper.open_items(np.array([0, 500_000, 999_999]))
+    expected = [Fraction(200 * (100 - opened)) + Fraction(200 * opened * r, 10**6) for r in (0, 500_000, 999_999)]
+    assert largest.tolist() == [int(number) for number in expected]
+    many = Stream(seed=11, records=20_000, length=40, items=1000, categories=10, opened=opened)
+    for first, last in ((0, 500), (19_500, 20_000)):  # of each all that are open come, and no other
+        at_most = many.open_items(np.arange(first, last))
+        records = many.part(first, last)
+        assert (records.max(axis=1) <= at_most).all()
+        assert len(np.unique(records)) >= at_most[0] * 0.99
 
 
 def test_items_are_in_categories_at_random() -> None:
@@ -235,6 +286,25 @@ def test_concentrations_are_even_from_1_to_500() -> None:
     assert 1 <= a.min() < 1.2
     assert 499.8 < a.max() <= 500
     assert all(within(count, 2000, (2000 * 0.9) ** 0.5) for count in np.histogram(a, bins=10, range=(1, 500))[0])
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 1), (10, 20), (500, 500), (1_000_000, 1_000_000)])
+def test_concentrations_are_in_the_range_that_is_given(least: int, most: int) -> None:
+    a = Stream(**PAPER, least_a=least, most_a=most).concentration(np.arange(20_000)) / 1024
+    assert least <= a.min() <= least + (most - least) / 100
+    assert most - (most - least) / 100 <= a.max() <= most
+
+
+def test_the_lower_the_concentration_the_more_a_record_repeats_a_category() -> None:
+    def shares(a: int) -> float:
+        """The mean share of the commonest category of records that have five."""
+        stream = Stream(seed=11, records=2000, length=40, items=1000, categories=10, least_a=a, most_a=a)
+        category = stream.category[stream.part(0, 2000) - 1]
+        five = (stream.cuts(np.arange(2000)) < 1 << 20).all(axis=0)
+        return float(np.mean([np.bincount(one).max() / 40 for one in category[five]]))
+
+    found = [shares(a) for a in (1, 10, 500)]
+    assert found[0] > found[1] + 0.1 > found[2] + 0.1
 
 
 def test_the_prior_is_asked_with_probability_a_by_a_and_n_less_1(plain: list[Plain]) -> None:

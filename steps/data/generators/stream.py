@@ -4,6 +4,7 @@ Each item belongs to a category drawn at random. Item ids open up: at record r o
 (0.4 + 0.6 r/R) of all. A record has up to 5 categories, a prior H over them, and a concentration a from 1 to 500. At
 position n, counted from 1, its category is drawn from H with probability a / (a + n - 1), else category c with
 probability n_c / (a + n - 1), where n_c of the record's earlier positions have it. The item is any open one of it.
+The share of the items that open later, here 0.6, and the range of a are settings.
 
 What the paper leaves open is decided so: the number of categories is uniform from 1 to 5; H is uniform over all
 distributions (Dirichlet(1, ..., 1)), which the gaps between sorted uniform cuts are; items may repeat; no category
@@ -30,10 +31,9 @@ from steps.data.generators.lines import digits, lines, write_archive
 T = TypeVar("T")
 
 _BLOCK_ROWS = 1 << 17  # of records made at once: what is computed of them fits a core's cache
-_OPEN_AT_FIRST, _OPENED, _OF = 2, 3, 5  # 0.4 and 0.6
 _MOST_CATEGORIES = 5  # of a record
 _UNIT = 1 << 10  # a concentration is a whole number of its parts
-_LEAST_A, _MOST_A = 1, 500
+_LARGEST_A = 1_000_000  # with the positions added, its parts stay below 2**32, as `below` needs
 _PRIOR = 1 << 20  # H is in whole numbers of its parts
 # The streams of draws.
 _CATEGORY, _NUMBER, _CHOSEN, _CUT, _A, _POSITION, _ITEM = range(7)
@@ -43,7 +43,8 @@ _CATEGORY, _NUMBER, _CHOSEN, _CUT, _A, _POSITION, _ITEM = range(7)
 class Stream:
     """The settings of the archive: `records` of `length` positions each, of `items` items in `categories`.
 
-    Raises ValueError, which names the settings that do not fit.
+    opened: percent of the items that open after the first record, evenly. least_a, most_a: the range of a, in which it
+    is uniform. Raises ValueError, which names the settings that do not fit.
     """
 
     seed: int
@@ -51,8 +52,15 @@ class Stream:
     length: int
     items: int
     categories: int
+    opened: int = 60
+    least_a: int = 1
+    most_a: int = 500
 
     def __post_init__(self) -> None:
+        if not 0 <= self.opened < 100:
+            raise ValueError(f"opened: {self.opened} is no percentage from 0 to 99")
+        if not 1 <= self.least_a <= self.most_a <= _LARGEST_A:
+            raise ValueError(f"least_a, most_a: {self.least_a} to {self.most_a} is no range from 1 to {_LARGEST_A}")
         number = np.bincount(self.category[: self.open_items(np.zeros(1, np.int64))[0]], minlength=self.categories)
         if not number.all():
             raise ValueError(
@@ -71,7 +79,7 @@ class Stream:
 
     def open_items(self, record: Array) -> Array:
         """The largest open item (int64) at each record."""
-        return self.items * (_OPEN_AT_FIRST * self.records + _OPENED * record) // (_OF * self.records)
+        return self.items * ((100 - self.opened) * self.records + self.opened * record) // (100 * self.records)
 
     def chosen(self, record: Array) -> Array:
         """The different categories (5, B) of each record (B,), of which it has the first ones that `cuts` leave it."""
@@ -96,8 +104,8 @@ class Stream:
 
     def concentration(self, record: Array) -> Array:
         """The concentration a of each record, in parts of 1/1024."""
-        spread = (_MOST_A - _LEAST_A) * _UNIT + 1
-        return _LEAST_A * _UNIT + below(bits(self.seed, _A, record), spread)
+        spread = (self.most_a - self.least_a) * _UNIT + 1
+        return self.least_a * _UNIT + below(bits(self.seed, _A, record), spread)
 
     def part(self, first: int, last: int) -> Array:
         """The items (last - first, length) int32 of records `first` to `last` - 1, which need no other record."""
