@@ -3,8 +3,7 @@
 Steps are those of HSTU-large on sequences in MovieLens-20M's form, made in place, with a table that AdamW learns, of
 which all processes have a copy, and one of rowwise Adagrad, of which each has a block. They run as in training, on CUDA
 as graphs; those of one process are compiled too if its training is long, those of several never. torchrun starts the
-processes of a case, a GPU each. All is done by the torch version of the table. Needs torch, numpy and safetensors
-alone.
+processes of a case, a GPU each. The table is ours, not TorchRec's. Needs torch, numpy and safetensors alone.
 """
 
 import gc

@@ -25,7 +25,7 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"# {study['title']}",
         "Steps of HSTU-large on sequences that are generated in MovieLens-20M's form. A step's time is the mean, of "
         "the process that takes longest; on CUDA of graphs, and beside it launched from Python. Not compiled, as a "
-        "long training by one process is. The torch version of the rowwise table. Commits "
+        "long training by one process is. The rowwise table is ours, not TorchRec's. Commits "
         f"{_each(lines, 'commit', 9)}.",
     ]
     if scaling:

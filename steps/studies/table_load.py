@@ -1,8 +1,8 @@
 """A load test, no evaluation: lookups and updates of a large rowwise table that processes share by rows.
 
 The item ids are those of a fractal expansion of a data set: they have its long tail, no times, and no order that means
-anything. torchrun starts the processes of a case, a GPU each, and `measured` is what each of them does, by
-the torch version of the table or by fbgemm_gpu's, which TorchRec shares out among several processes.
+anything. torchrun starts the processes of a case, a GPU each, and `measured` is what each of them does, by our table or
+by fbgemm_gpu's, which TorchRec shares out among several processes.
 """
 
 import time
@@ -25,7 +25,7 @@ from steps.data.sequences import load_sequences
 from steps.studies.rows import PART, Row, row
 from steps.studies.started import found_by_processes, require_devices
 
-TORCH, FBGEMM = "torch", "fbgemm"
+OURS, FBGEMM = "ours", "fbgemm"
 PARTS = ("lookup", "all-to-all", "update")
 _WARM_UP = 2
 _WHO = 300  # the stream of draws of a step's users
@@ -50,8 +50,8 @@ def require(cases: list[dict[str, Any]], plan: dict[str, Any]) -> None:
     for needed, name, there in ((1, "fbgemm_gpu", fbgemm_gpu.available), (2, "TorchRec", torchrec.available)):
         if most >= needed and not there():
             raise StepError(
-                f"{name} is not installed, or does not load; install the extra `distributed`, or measure the torch "
-                "version alone, as by --only by=torch"
+                f"{name} is not installed, or does not load; install the extra `distributed`, or measure our table "
+                "alone, as by --only by=ours"
             )
 
 
@@ -123,7 +123,7 @@ class Watch:
 def measured(asked: dict[str, Any], device: torch.device, processes: Processes) -> dict[str, Any]:
     """What a case's rows are made of: values and units by their names, and the hash of the data."""
     case, given = asked["case"], asked["plan"]["settings"]
-    if case["by"] == TORCH:
+    if case["by"] == OURS:
         for other in (fbgemm, torchrec):
             setattr(other, "fits", lambda *_: False)  # noqa: B010  (mypy knows no other way)
     sequences, digest = load_sequences(Path(asked["data"], "processed", case["data"]), torch.device("cpu"))
@@ -135,15 +135,15 @@ def measured(asked: dict[str, Any], device: torch.device, processes: Processes) 
     table = table_of(expansion.num_items + 1, given["dim"], given["lr"], device, processes)
     if case["by"] == FBGEMM and not _by_fbgemm(table):
         raise StepError(
-            f"fbgemm_gpu takes no float16 table of width {given['dim']} on {device.type}; measure the torch version "
-            "alone, as by --only by=torch"
+            f"fbgemm_gpu takes no float16 table of width {given['dim']} on {device.type}; measure our table "
+            "alone, as by --only by=ours"
         )
     for ids in batches[:_WARM_UP]:
         seconds_of_step(table, ids, given["dim"], Watch(device))
     step, watch, seconds = 0.0, Watch(device), [0.0, 0.0, 0.0]
     for ids in batches[_WARM_UP:]:
         step += seconds_of_step(table, ids, given["dim"], Watch(device))
-    watched = batches[_WARM_UP:] if case["by"] == TORCH else []  # `Watch` knows no exchanges of TorchRec
+    watched = batches[_WARM_UP:] if case["by"] == OURS else []  # `Watch` knows no exchanges of TorchRec
     for ids in watched:  # apart, as the host waits between the parts
         found = parts_of_step(table, ids, given["dim"], watch)
         seconds = [one + more for one, more in zip(seconds, found, strict=True)]

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate as render
 
 from steps.studies.rows import PART, Row, cases
-from steps.studies.table_load import PARTS, TORCH
+from steps.studies.table_load import OURS, PARTS
 
 _WHOLE = "whole step"
 
@@ -80,4 +80,4 @@ def _length(line: Row, part: str) -> float:
 
 
 def _by(line: Row) -> str:
-    return "torch" if line["by"] == TORCH else "TorchRec" if line["processes"] > 1 else "fbgemm_gpu"
+    return "ours" if line["by"] == OURS else "TorchRec" if line["processes"] > 1 else "fbgemm_gpu"

@@ -272,7 +272,7 @@ def small(study: str, data: Path) -> dict[str, Any]:
     if study == "table-load":
         write_processed(data / "processed/ml-1m", [9] * 12, 30)
         settings |= {"dim": 8, "length": 20, "users": 2, "processes": [1, 2], "steps": 2}
-        settings["expansions"] = [{"rows": 2, "columns": 5, "by": ["torch"]}]
+        settings["expansions"] = [{"rows": 2, "columns": 5, "by": ["ours"]}]
     if study == "distributed":
         write_processed(data / "processed/ml-1m", [9] * 12, 30)
         plan["generated"]["ml-20m-form"]["synthesize"] |= {"rows": 6000, "users": 60, "movies": 3000} | {

@@ -18,7 +18,7 @@ from steps.studies.table_load import ids_of, measure, require, table_of
 from tests.conftest import write_processed
 
 SETTINGS = {"dim": 8, "lr": 0.05, "length": 40, "users": 3, "steps": 2}
-CASE = {"data": "t", "rows": 2, "columns": 5, "by": "torch", "processes": 2}
+CASE = {"data": "t", "rows": 2, "columns": 5, "by": "ours", "processes": 2}
 PLAN: dict[str, Any] = {"device": "cpu", "settings": SETTINGS}
 
 
@@ -69,7 +69,7 @@ def test_a_table_of_fbgemm_gpu_is_timed_as_a_whole(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(table_load.__file__).parents[2]))
     write_processed(tmp_path / "processed/t", [9] * 12, 30)
-    by = {name: measure(CASE | {"by": name, "processes": processes}, PLAN, tmp_path) for name in ("torch", "fbgemm")}
+    by = {name: measure(CASE | {"by": name, "processes": processes}, PLAN, tmp_path) for name in ("ours", "fbgemm")}
     torchs, fbgemms = ({one["metric"]: one["value"] for one in rows} for rows in by.values())
     assert torchs.keys() - fbgemms.keys() == {"sent", "part: lookup", "part: all-to-all", "part: update"}
     assert all(torchs[name] == fbgemms[name] for name in ("table rows", "table", "ids"))
@@ -82,7 +82,7 @@ def test_a_table_that_fbgemm_gpu_does_not_take_is_not_timed_as_its_own(
     monkeypatch.setenv("PYTHONPATH", str(Path(table_load.__file__).parents[2]))
     write_processed(tmp_path / "processed/t", [9] * 12, 30)
     plan = PLAN | {"settings": SETTINGS | {"dim": 6}}
-    with pytest.raises(StepError, match=r"no float16 table of width 6 on cpu; .* --only by=torch"):
+    with pytest.raises(StepError, match=r"no float16 table of width 6 on cpu; .* --only by=ours"):
         measure(CASE | {"by": "fbgemm", "processes": 1}, plan, tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(tmp_path: Path, monkeypatch
     require([CASE | {"processes": 1}], PLAN | {"device": "cuda"})
     monkeypatch.setattr(fbgemm_gpu, "available", lambda: True)
     monkeypatch.setattr(torchrec, "available", lambda: False)
-    with pytest.raises(StepError, match=r"TorchRec is not installed, .*extra `distributed`, .* --only by=torch"):
+    with pytest.raises(StepError, match=r"TorchRec is not installed, .*extra `distributed`, .* --only by=ours"):
         require([CASE | {"by": "fbgemm"}], PLAN)
     require([CASE | {"by": "fbgemm", "processes": 1}], PLAN)
     monkeypatch.setenv("PYTHONPATH", str(Path(table_load.__file__).parents[2]))
