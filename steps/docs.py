@@ -43,7 +43,8 @@ class Figures:
 
     def __init__(self, reports: Path) -> None:
         self.reports = reports
-        self.paper: dict[str, Any] = params.load("paper")["public_datasets"]
+        paper = params.load("paper")
+        self.paper: dict[str, Any] = paper["public_datasets"] | {"synthetic_stream": paper["synthetic_stream"]}
         self._csv = cache(self._read)
 
     def recorded(self, experiment: str) -> bool:
