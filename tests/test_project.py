@@ -333,6 +333,24 @@ def test_an_experiment_with_a_wrong_name_gets_no_stages(project: Path) -> None:
     assert "x; touch" not in (project / "workflow/runs.yaml").read_text()
 
 
+def test_commits_that_reports_name_are_of_this_history() -> None:
+    """On a machine without git a variable says the commit, and nothing there can tell whether it exists."""
+    if run("git", "rev-parse", "--is-shallow-repository", cwd=ROOT).stdout.strip() == "true":
+        pytest.skip("the history is not here")
+    texts = []
+    for name in run("git", "ls-files", "reports", cwd=ROOT).stdout.splitlines():
+        if name.endswith(".json"):
+            texts.append((ROOT / name).read_text())
+        elif name.endswith("/runs.parquet"):
+            texts += pl.read_parquet(ROOT / name, columns=["metrics.json"])["metrics.json"].to_list()
+    named = {name for text in texts for name in re.findall(r'"commit": ?"([0-9a-f]{40})', text)}
+    assert named
+    unknown = {
+        name for name in named if run("git", "cat-file", "-e", f"{name}^{{commit}}", cwd=ROOT, check=False).returncode
+    }
+    assert not unknown
+
+
 def test_the_tree_stays_small() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     sizes = {name: (ROOT / name).stat().st_size for name in filter(None, listed.split("\0")) if (ROOT / name).is_file()}
