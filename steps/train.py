@@ -9,7 +9,8 @@ results of a run stay until the new ones are written. If two processes train or 
 Started by torchrun, several processes train one run, each with a part of every batch, as one process would.
 
 With --deterministic, equal runs on one device end with equal bytes. On a CPU they need equal --threads too, as the
-order of the sums in layer norm's gradients depends on the number of threads, which `training.json` names.
+order of the sums in layer norm's gradients depends on the number of threads, which `training.json` names. Without it
+the order of sums is left to chance, on a CPU of several threads too: equal runs differ, at first by rounding.
 
 Needs torch, numpy and safetensors alone; tqdm shows progress where it is installed.
 """

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -169,6 +170,15 @@ def copy_project(folder: Path) -> Path:
     demo["training"]["epochs"] = 3
     path.write_text(yaml_files.dump(datasets))
     return copy
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Sums in one order, as with --deterministic. On a CPU too: there torch's gradient of a large indexing adds from
+    several threads at once."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def write_processed(folder: Path, lengths: list[int], num_items: int, seed: int = 0, ratings: bool = False) -> Path:

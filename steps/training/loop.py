@@ -2,7 +2,7 @@
 
 The random numbers of an epoch follow from the seed and the epoch's number, those of a static step from its own number
 too. A training that is resumed, or shares a GPU with others, therefore ends with the weights of an uninterrupted one
-alone: with the same bytes on CUDA in deterministic mode, otherwise up to the order of additions.
+alone: with the same bytes in deterministic mode (on a CPU of as many threads), otherwise up to the order of additions.
 """
 
 import statistics

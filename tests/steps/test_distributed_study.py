@@ -60,6 +60,7 @@ def test_parts_of_a_timeline_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch
     assert {part: ms for part, ms in found.items() if ms} == {"lookup": 10e3, "all-to-all": 4e3, "rest": 17e3}
 
 
+@pytest.mark.usefixtures("deterministic")  # as weights are compared to the bit
 @pytest.mark.parametrize("table", [{}, ROWWISE])
 def test_a_watched_step_is_that_of_no_watch(table: dict[str, Any], tmp_path: Path) -> None:
     sequences = generated(FORM, 60, torch.device("cpu"))

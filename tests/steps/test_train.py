@@ -326,6 +326,18 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_others(data: Path, tmp_p
     assert first != other
 
 
+@pytest.mark.parametrize("loss", ["sampled-softmax", "in-batch-softmax"])
+def test_equal_runs_on_several_threads_end_with_equal_bytes(loss: str, tmp_path: Path) -> None:
+    """Without --deterministic, four threads add gradients of so many item vectors in an order of chance."""
+    many_items = write_processed(tmp_path / "t", [9 + user % 17 for user in range(150)], 3000)
+    about = {"name": loss, "similarity": "cosine", "temperature": 0.05}
+    runs = [make_run(tmp_path / name, config(epochs=1, loss=about), many_items) for name in ("a", "b", "c")]
+    for run in runs:
+        finish(run, many_items, "--threads", "4")
+        assert read_json(run / "training.json")["threads"] == "4"
+    assert len({(run / "model.safetensors").read_bytes() for run in runs}) == 1
+
+
 def test_divergence_is_one_line_and_leaves_no_weights(data: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", config(optimizer={"lr": 1e30, "betas": [0.9, 0.98], "weight_decay": 0.0}), data)
     result = step("train", "--run", run, "--data", data, check=False, cwd=ROOT)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -384,14 +383,6 @@ def test_matrix_products_are_in_bfloat16_on_cuda() -> None:
     assert pick_precision(None, cuda) == ("bf16", torch.bfloat16)
     assert pick_precision("tf32", cuda) == ("tf32", None)
     assert pick_precision("bf16", cpu) == ("float32", None)
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """CUBLAS_WORKSPACE_CONFIG=:4096:8 has to be set."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu
