@@ -61,6 +61,32 @@ def test_it_updates_as_torch(name: str, given: list[int], dtype: torch.dtype, wi
     assert not torch.equal(weight[3], before[3])
 
 
+def test_the_first_row_learns_where_it_is_no_padding() -> None:
+    """As row 0 of a block does, which a process has of a shared table."""
+    rows = torch.tensor([0, 5, 0], device=DEVICE)
+    weight, sums = table(8, torch.float32)
+    before, gradient = weight.clone(), torch.ones(3, 8, device=DEVICE)
+    sums.zero_()
+    triton_op.update_repeated(weight, sums, rows, gradient, LR, EPS)
+    assert sums[[0, 5]].tolist() == [4.0, 1.0]  # of gradients 2 and 1
+    torch.testing.assert_close(before[[0, 5]] - weight[[0, 5]], torch.full((2, 8), LR, device=DEVICE))
+
+
+def test_epsilon_is_added_to_the_root() -> None:
+    """Of a gradient as small as it, where a row has learnt nothing yet: half the rate."""
+    weight, sums = torch.zeros(2, 8, device=DEVICE), torch.zeros(2, device=DEVICE)
+    triton_op.update(weight, sums, torch.tensor([1], device=DEVICE), torch.full((1, 8), EPS, device=DEVICE), LR, EPS)
+    torch.testing.assert_close(weight[1], torch.full((8,), -LR / 2, device=DEVICE))
+
+
+def test_equal_rows_behind_the_last_one_are_not_read() -> None:
+    """Memory behind the rows may hold anything, that row too."""
+    ordered, gradient = torch.full((8,), 5, device=DEVICE), torch.ones(8, 4, device=DEVICE)
+    weight, sums = torch.zeros(6, 4, device=DEVICE), torch.zeros(6, device=DEVICE)
+    triton_op._launch(weight, sums, ordered[:3], torch.arange(8, device=DEVICE)[:3], gradient[:3], LR, EPS)
+    assert sums[5].item() == 9.0  # of gradient 3
+
+
 @pytest.mark.parametrize("name", ["update", "update_repeated"])
 @pytest.mark.parametrize(("rows", "width"), [(0, 8), (3, 0), (0, 0)])
 def test_nothing_is_a_size_like_others(rows: int, width: int, name: str) -> None:
