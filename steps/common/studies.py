@@ -45,13 +45,13 @@ def plan(study: str, root: Path = params.ROOT) -> dict[str, Any]:
         where = f"{root}/studies/{study}.yaml, key measure.runs.{index}"
         measured["runs"][index] = group.get("with", {}) | {"configs": _configs(group, where, root)}
     for kind, names in measured.get("data", {}).items():
-        entries = {name: params.entry("datasets", name, root) for name in names}
+        entries = {name: deepcopy(params.entry("datasets", name, root)) for name in names}
         measured["data"][kind] = {
             name: {key: entry.get(key, default) for key, default in _READ[kind].items()}
             for name, entry in entries.items()
         }
     if "generated" in measured:
-        entries = {name: params.entry("datasets", name, root) for name in measured["generated"]}
+        entries = {name: deepcopy(params.entry("datasets", name, root)) for name in measured["generated"]}
         measured["generated"] = {name: _generated(entry) for name, entry in entries.items()}
     if "protocols" in measured:
         measured["protocols"] = {name: params.protocol_rules(name, root) for name in measured["protocols"]}

@@ -43,6 +43,11 @@ def test_a_stream_that_cannot_be_made_is_refused_before_anything_is_measured() -
         require([case], plan)
 
 
+def test_a_plan_that_is_changed_changes_no_other() -> None:
+    studies.plan(STUDY, ROOT / "params")["generated"]["stream"]["synthesize"]["items"] = 300
+    assert stream_of(studies.plan(STUDY, ROOT / "params"), {}).items == 20_000
+
+
 def test_the_most_of_many_records_is_the_mean_of_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stream = stream_of(small(STUDY, tmp_path), {})
     whole = ceilings(stream, 10, 75)
