@@ -45,6 +45,7 @@ def plan(study: str, root: Path = params.ROOT) -> dict[str, Any]:
         where = f"{root}/studies/{study}.yaml, key measure.runs.{index}"
         measured["runs"][index] = group.get("with", {}) | {"configs": _configs(group, where, root)}
     for kind, names in measured.get("data", {}).items():
+        # Copies, as here and below: params are read once, and all who read them share an entry.
         entries = {name: deepcopy(params.entry("datasets", name, root)) for name in names}
         measured["data"][kind] = {
             name: {key: entry.get(key, default) for key, default in _READ[kind].items()}
