@@ -12,7 +12,7 @@ With M states, V items and d dimensions:
   Programs that share the states of a tile write sums of their own. No atomics, so gradients repeat bit by bit.
 
 Products: 4 M V d operations forward, as many backward. Saved for the backward pass, in float32: gradients of states
-(M d) and two numbers a state. Scratch: for each program a tile of d columns in float32, where programs share.
+(M d) and three numbers a state. Scratch: for each program a tile of d columns in float32, where programs share.
 Powers and logarithms are of base 2, which the hardware has.
 """
 # A kernel's arguments have no Python types.
@@ -34,6 +34,9 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 # Where a maximum starts: below every logit, and finite, as -inf less -inf is no number.
 _LOWEST = tl.constexpr(-1e38)
+#: Numbers of states and items fill whole tiles, the largest of which has so many.
+_PADDED_TO = 128
+_BLOCK_MEAN = 1024
 
 
 @triton.jit
@@ -44,21 +47,22 @@ def _vectors(pointer, count, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.c
     return operand(tile, tile.dtype, PRECISION)
 
 
-@triton.jit
-def _offsets(bias, numbers, end):
-    """What is added to the logits of items, to the base 2: -inf where there is no item."""
-    inside = (numbers != _PADDING) & (numbers < end)
-    offsets = tl.where(inside, 0.0, float("-inf"))
+@triton.jit(do_not_specialize=["item_count"])
+def cross_entropy_offsets_kernel(bias, offsets, item_count, BLOCK: tl.constexpr):
+    """What is added to the logits of items, to the base 2: -inf for padding, and behind the last item."""
+    numbers = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (numbers != _PADDING) & (numbers < item_count)
+    found = tl.where(inside, 0.0, float("-inf"))
     if bias is not None:
-        offsets += tl.load(bias + numbers, mask=inside, other=0.0).to(tl.float32) * _LOG2E
-    return offsets
+        found += tl.load(bias + numbers, mask=inside, other=0.0).to(tl.float32) * _LOG2E
+    tl.store(offsets + numbers, found)
 
 
 @triton.jit(do_not_specialize=["rows", "item_count", "share"])
 def cross_entropy_forward_kernel(
     states,
     items,
-    bias,  # or None
+    offsets,
     targets,
     maxima,
     sums,
@@ -79,8 +83,8 @@ def cross_entropy_forward_kernel(
     here = tl.arange(0, BLOCK_ROWS)
     state = _vectors(states + first.to(tl.int64) * D, left, D, BLOCK_ROWS, BLOCK_D, PRECISION)
     target = tl.load(targets + first + here, mask=here < left, other=_PADDING).to(tl.int32)
-    begin = tl.program_id(1) * share
-    end = begin + tl.minimum(share, item_count - begin)
+    begin = tl.program_id(1) * share * BLOCK_ITEMS  # the compiler sees that loads are aligned
+    end = begin + tl.minimum(share * BLOCK_ITEMS, item_count - begin)
     # Nothing to do for states that are all padding, as at the end of a padded batch.
     end = tl.where(tl.max(tl.where(target == _PADDING, 0, 1), 0) > 0, end, begin)
     maximum = tl.full([BLOCK_ROWS], _LOWEST, tl.float32)
@@ -88,11 +92,11 @@ def cross_entropy_forward_kernel(
     pull = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     vector = items + begin.to(tl.int64) * D  # what is in memory before a tile may pass 2^31 elements
     for start in range(begin, end, BLOCK_ITEMS):
-        numbers = start + tl.arange(0, BLOCK_ITEMS)
+        numbers = start + tl.arange(0, BLOCK_ITEMS)  # behind the last item nothing is masked: its offset is -inf
         vectors = _vectors(vector, end - start, D, BLOCK_ITEMS, BLOCK_D, PRECISION)
         vector += BLOCK_ITEMS * D
         logit = tl.dot(state, tl.trans(vectors), input_precision=PRECISION)
-        logit = logit * _LOG2E + _offsets(bias, numbers, end)[None, :]
+        logit = logit * _LOG2E + tl.load(offsets + numbers)[None, :]
         logit = tl.where(numbers[None, :] == target[:, None], float("-inf"), logit)
         larger = tl.maximum(maximum, tl.max(logit, 1))
         shrink = tl.exp2(maximum - larger)
@@ -118,10 +122,11 @@ def cross_entropy_join_kernel(
     maxima,
     sums,
     pulls,
-    losses,
     normalisers,
     misses,
+    marks,
     gradients,
+    partial,
     rows,
     item_count,
     programs,
@@ -129,8 +134,9 @@ def cross_entropy_join_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """From what the programs of a tile found and the target's logit: the loss, the logarithm of the sum of all
-    2^logit, the share of all but the target in it, and the loss's gradient by the state."""
+    """From what the programs of a tile found and the target's logit: the logarithm of the sum of all 2^logit, the share
+    of all but the target in it, the target in 32 bits, and the gradient of the loss by the state; of the program's
+    states together, the sum of the losses, and of how many. The first three are written behind the last state too."""
     first = tl.program_id(0) * BLOCK_ROWS
     here = tl.arange(0, BLOCK_ROWS)
     inside = first + here < rows
@@ -164,22 +170,39 @@ def cross_entropy_join_kernel(
     normaliser = maximum + tl.log2(total)
     loss = (tl.log2(total) + (maximum - own)) * _LN2
     gradient = (pull - others[:, None] * vector) / total[:, None]
-    tl.store(losses + first + here, tl.where(counts, loss, 0.0), mask=inside)
     # A state without a target has the weight 2^-inf for every item.
-    tl.store(normalisers + first + here, tl.where(counts, normaliser, float("inf")), mask=inside)
-    tl.store(misses + first + here, tl.where(counts, others / total, 0.0), mask=inside)
+    tl.store(normalisers + first + here, tl.where(counts, normaliser, float("inf")))
+    tl.store(misses + first + here, tl.where(counts, others / total, 0.0))
+    tl.store(marks + first + here, target.to(tl.int32))
     tl.store(gradients + at, tl.where(counts[:, None], gradient, 0.0), mask=within)
+    tl.store(partial + 2 * tl.program_id(0), tl.sum(tl.where(counts, loss, 0.0), 0))
+    tl.store(partial + 2 * tl.program_id(0) + 1, tl.sum(tl.where(counts, 1.0, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["count"])
+def cross_entropy_mean_kernel(partial, loss, inverse, count, BLOCK: tl.constexpr):
+    """The mean, NaN over nothing; and by what gradients of the sum are multiplied, 0 over nothing."""
+    here = tl.arange(0, BLOCK)
+    total, number = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        pair = partial + 2 * (start + here)
+        total += tl.load(pair, mask=start + here < count, other=0.0)
+        number += tl.load(pair + 1, mask=start + here < count, other=0.0)
+    all_of_them = tl.sum(number, 0)
+    mean = tl.sum(total, 0) / tl.maximum(all_of_them, 1.0)
+    tl.store(loss, tl.where(all_of_them > 0, mean, float("nan")))
+    tl.store(inverse, tl.where(all_of_them > 0, 1 / tl.maximum(all_of_them, 1.0), 0.0))
 
 
 @triton.jit(do_not_specialize=["rows", "item_count", "share"])
 def cross_entropy_items_kernel(
     states,
     items,
-    bias,  # or None
-    targets,
+    offsets,
     normalisers,
     misses,
-    scales,
+    marks,
+    scale,
     item_gradients,
     bias_gradients,  # or None
     rows,
@@ -191,39 +214,39 @@ def cross_entropy_items_kernel(
     BLOCK_ITEMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of a tile of items and of their bias, from the program's share of the states, whose losses have the
-    gradients `scales`. Outputs are (programs of a tile, items, ...)."""
+    """Gradients of a tile of items and of their bias, from the program's share of the states, each of whose losses has
+    the gradient `scale`. Outputs are (programs of a tile, items, ...)."""
     first = tl.program_id(0) * BLOCK_ITEMS
     left = tl.minimum(item_count - first, BLOCK_ITEMS)
     here = tl.arange(0, BLOCK_ITEMS)
     numbers = first + here
     vectors = _vectors(items + first.to(tl.int64) * D, left, D, BLOCK_ITEMS, BLOCK_D, PRECISION)
-    offset = _offsets(bias, numbers, item_count)[:, None]
-    begin = tl.program_id(1) * share
-    end = begin + tl.minimum(share, rows - begin)
+    offset = tl.load(offsets + numbers)[:, None]
+    begin = tl.program_id(1) * share * BLOCK_ROWS
+    end = begin + tl.minimum(share * BLOCK_ROWS, rows - begin)
     total = tl.zeros([BLOCK_ITEMS], tl.float32)
     gradient = tl.zeros([BLOCK_ITEMS, BLOCK_D], tl.float32)
     vector = states + begin.to(tl.int64) * D
     for start in range(begin, end, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
+        row = start + tl.arange(0, BLOCK_ROWS)  # behind the last state nothing is masked: its weight is 0
         state = _vectors(vector, end - start, D, BLOCK_ROWS, BLOCK_D, PRECISION)
         vector += BLOCK_ROWS * D
-        target = tl.load(targets + row, mask=row < end, other=_PADDING).to(tl.int32)[None, :]
-        normaliser = tl.load(normalisers + row, mask=row < end, other=float("inf"))[None, :]
-        miss = tl.load(misses + row, mask=row < end, other=0.0)[None, :]
-        scale = tl.load(scales + row, mask=row < end, other=0.0)[None, :]
+        target = tl.load(marks + row)[None, :]
+        normaliser = tl.load(normalisers + row)[None, :]
+        miss = tl.load(misses + row)[None, :]
         logit = tl.dot(vectors, tl.trans(state), input_precision=PRECISION)
         weight = tl.exp2(logit * _LOG2E + (offset - normaliser))
-        weight = tl.where(numbers[:, None] == target, -miss, weight) * scale
+        weight = tl.where(numbers[:, None] == target, -miss, weight)
         total += tl.sum(weight, 1)
         weight = operand(weight, state.dtype, PRECISION)
         gradient = tl.dot(weight, state, gradient, input_precision=PRECISION)
+    factor = tl.load(scale)
     place = tl.program_id(1).to(tl.int64) * item_count + first
     columns = tl.arange(0, BLOCK_D)[None, :]
     inside = (here < left)[:, None] & (columns < D)
-    tl.store(item_gradients + place * D + here[:, None] * D + columns, gradient, mask=inside)
+    tl.store(item_gradients + place * D + here[:, None] * D + columns, gradient * factor, mask=inside)
     if bias_gradients is not None:
-        tl.store(bias_gradients + place + here, total, mask=here < left)
+        tl.store(bias_gradients + place + here, total * factor, mask=here < left)
 
 
 @triton.jit(do_not_specialize=["item_count", "programs"])
@@ -261,62 +284,76 @@ def cross_entropy_sum_kernel(
 @torch.library.custom_op("hstu::linear_cross_entropy_forward", mutates_args=())
 def _forward(
     states: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses (M,), 0 where the target is; and what is saved: logarithms of the sums of 2^logit (M,), shares of all but
-    the target (M,), gradients of the states (M, d); float32."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean loss (), and what is saved: what is added to the logits of Q items, V and some, (Q,); of P states, M and
+    some, logarithms of the sums of 2^logit (P,), shares of all but the target (P,) and targets in 32 bits (P,); the
+    gradients of the sum of losses by the states (M, d), and by what they are those of the mean (). All in float32 but
+    for the targets."""
     (rows, dim), item_count = states.shape, len(items)
     _check_counts(rows, item_count)
     outputs = _forward_outputs(states, items, targets, bias)
-    inputs = (states.contiguous(), items.contiguous(), None if bias is None else bias.contiguous())
-    inputs = (*inputs, targets.contiguous())
+    loss, offsets, *saved, inverse = outputs
+    states, items, targets = states.contiguous(), items.contiguous(), targets.contiguous()
+    bias = None if bias is None else bias.contiguous()
     launch = configuration("linear_cross_entropy_forward", _shape_class(dim, states.dtype), states.device)
     split = _split(rows, launch["block_rows"], item_count, launch["block_items"], launch["programs"])
     maxima, sums = (states.new_empty(split.programs, rows, dtype=torch.float32) for _ in range(2))
-    pulls = states.new_empty(split.programs, rows, dim, dtype=torch.float32)
-    parts, counts = (maxima, sums, pulls), (rows, item_count)
+    parts = (maxima, sums, states.new_empty(split.programs, rows, dim, dtype=torch.float32))
+    sizes = _elementwise_sizes(dim, states)
+    joins = len(saved[0]) // sizes["BLOCK_ROWS"]
+    partial = states.new_empty(joins, 2, dtype=torch.float32)
     with torch.cuda.device_of(states):
-        cross_entropy_forward_kernel[split.grid](*inputs, *parts, *counts, split.share, **_sizes(dim, launch))
-        sizes = _elementwise_sizes(dim, states)
-        grid = (triton.cdiv(rows, sizes["BLOCK_ROWS"]),)
-        cross_entropy_join_kernel[grid](*inputs, *parts, *outputs, *counts, split.programs, **sizes)
+        cross_entropy_offsets_kernel[(len(offsets) // _PADDED_TO,)](bias, offsets, item_count, BLOCK=_PADDED_TO)
+        cross_entropy_forward_kernel[split.grid](
+            states, items, offsets, targets, *parts, rows, item_count, split.share, **_sizes(dim, launch)
+        )
+        cross_entropy_join_kernel[(joins,)](
+            states, items, bias, targets, *parts, *saved, partial, rows, item_count, split.programs, **sizes
+        )
+        cross_entropy_mean_kernel[(1,)](partial, loss, inverse, joins, BLOCK=_BLOCK_MEAN)
     return outputs
 
 
 @_forward.register_fake
 def _forward_outputs(
     states: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, dim = states.shape
-    losses, normalisers, misses = (states.new_empty(rows, dtype=torch.float32) for _ in range(3))
-    return losses, normalisers, misses, states.new_empty(rows, dim, dtype=torch.float32)
+    loss, inverse = (states.new_empty((), dtype=torch.float32) for _ in range(2))
+    offsets = states.new_empty(_padded(items.shape[0]), dtype=torch.float32)
+    normalisers, misses = (states.new_empty(_padded(rows), dtype=torch.float32) for _ in range(2))
+    marks = states.new_empty(_padded(rows), dtype=torch.int32)
+    return loss, offsets, normalisers, misses, marks, states.new_empty(rows, dim, dtype=torch.float32), inverse
 
 
 @torch.library.custom_op("hstu::linear_cross_entropy_item_gradients", mutates_args=())
 def _item_gradients(
     states: torch.Tensor,
     items: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
+    offsets: torch.Tensor,
     normalisers: torch.Tensor,
     misses: torch.Tensor,
-    scales: torch.Tensor,
+    marks: torch.Tensor,
+    scale: torch.Tensor,
+    biased: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the items (V, d) and of the bias (V,), or (0,) where there is none. `scales` (M,) are those of the
-    losses, float32, 0 where the target is."""
+    """Gradients of the items (V, d) and, where they are `biased`, of the bias (V,), else (0,). `scale` (), float32, is
+    that of every state's loss."""
     (rows, dim), item_count = states.shape, len(items)
     _check_counts(rows, item_count)
-    gradients = _item_gradient_outputs(states, items, targets, bias, normalisers, misses, scales)
-    inputs = (states.contiguous(), items.contiguous(), None if bias is None else bias.contiguous())
-    inputs = (*inputs, targets.contiguous(), normalisers, misses, scales.contiguous())
+    gradients = _item_gradient_outputs(states, items, offsets, normalisers, misses, marks, scale, biased)
     launch = configuration("linear_cross_entropy_items", _shape_class(dim, states.dtype), states.device)
     split = _split(item_count, launch["block_items"], rows, launch["block_rows"], launch["programs"])
-    written: list[torch.Tensor | None] = [gradients[0], None if bias is None else gradients[1]]
+    written: list[torch.Tensor | None] = [gradients[0], gradients[1] if biased else None]
     parts = written
     if split.programs > 1:
         shape = (split.programs, *items.shape)
         parts = [None if x is None else x.new_empty(shape[: x.ndim + 1], dtype=torch.float32) for x in written]
+    saved, counts = (offsets, normalisers, misses, marks), (rows, item_count, split.share)
     with torch.cuda.device_of(states):
-        cross_entropy_items_kernel[split.grid](*inputs, *parts, rows, item_count, split.share, **_sizes(dim, launch))
+        cross_entropy_items_kernel[split.grid](
+            states.contiguous(), items.contiguous(), *saved, scale, *parts, *counts, **_sizes(dim, launch)
+        )
         if split.programs > 1:
             sizes = _elementwise_sizes(dim, states)
             grid = (triton.cdiv(item_count, sizes["BLOCK_ROWS"]),)
@@ -326,30 +363,41 @@ def _item_gradients(
 
 @_item_gradients.register_fake
 def _item_gradient_outputs(
-    states: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, *_: torch.Tensor
+    states: torch.Tensor,
+    items: torch.Tensor,
+    offsets: torch.Tensor,
+    normalisers: torch.Tensor,
+    misses: torch.Tensor,
+    marks: torch.Tensor,
+    scale: torch.Tensor,
+    biased: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return items.new_empty(items.shape), items.new_empty(0 if bias is None else items.shape[0])
+    return items.new_empty(items.shape), items.new_empty(items.shape[0] if biased else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    states, items, _, bias = inputs
     _, *saved = output
-    ctx.save_for_backward(*inputs, *saved)
+    ctx.biased = bias is not None
+    ctx.save_for_backward(states, items, *saved)
     ctx.set_materialize_grads(False)  # no zeros for the outputs that only the backward pass uses
 
 
-def _backward(ctx: Any, gradient: torch.Tensor, *of_saved: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    reverse_mode_only("linear_cross_entropy", gradient)
+def _backward(
+    ctx: Any, gradient: torch.Tensor | None, *of_saved: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     # Only a derivative of this function itself sends gradients to what it saved.
-    if any(other is not None for other in of_saved):
+    if gradient is None or any(other is not None for other in of_saved):
         raise RuntimeError("linear_cross_entropy in Triton has first derivatives only")
-    states, items, targets, bias, normalisers, misses, state_gradients = ctx.saved_tensors
-    scales = torch.where(targets == PADDING, 0.0, gradient)  # the mean over no target has an infinite gradient
+    reverse_mode_only("linear_cross_entropy", gradient)
+    states, items, *saved, state_gradients, inverse = ctx.saved_tensors
+    scale = gradient * inverse
     of_states = of_items = of_bias = None
     if ctx.needs_input_grad[0]:
-        of_states = (scales[:, None] * state_gradients).to(states.dtype)
+        of_states = (scale * state_gradients).to(states.dtype)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-        of_items, of_bias = _item_gradients(states, items, targets, bias, normalisers, misses, scales)
-    return of_states, of_items, None, None if bias is None else of_bias
+        of_items, of_bias = _item_gradients(states, items, *saved, scale, ctx.biased)
+    return of_states, of_items, None, of_bias if ctx.biased else None
 
 
 _forward.register_autograd(_backward, setup_context=_save)
@@ -363,12 +411,11 @@ def linear_cross_entropy(
 
     Derivatives are first ones only, and a second one raises RuntimeError.
     """
-    losses = _forward(states, items, targets, bias)[0]
-    return losses.sum() / (targets != PADDING).sum()
+    return _forward(states, items, targets, bias)[0]
 
 
 class _Split(NamedTuple):
-    """A grid of tiles and, for each, `programs`, of which each has `share` of what its tile goes through."""
+    """A grid of tiles and, for each, `programs`, each of which has `share` steps of what its tile goes through."""
 
     grid: tuple[int, int]
     programs: int
@@ -379,8 +426,8 @@ def _split(count: int, block: int, through: int, step: int, at_once: int) -> _Sp
     """At most as many programs as run at once, unless there are more tiles; by sizes alone, so that sums repeat."""
     tiles, steps = triton.cdiv(count, block), max(1, triton.cdiv(through, step))
     programs = min(max(1, at_once // max(1, tiles)), steps)
-    share = triton.cdiv(steps, programs) * step
-    programs = max(1, triton.cdiv(through, share))
+    share = triton.cdiv(steps, programs)
+    programs = triton.cdiv(steps, share)
     return _Split((tiles, programs), programs, share)
 
 
@@ -398,7 +445,7 @@ def _shape_class(dim: int, dtype: torch.dtype) -> str:
 def _sizes(dim: int, launch: Mapping[str, int]) -> dict[str, Any]:
     """What a kernel with products is compiled for: its constants, in capitals, and the compiler's options."""
     constants = {name.upper(): value for name, value in launch.items() if name.startswith("block_")}
-    options = {name: value for name, value in launch.items() if name.startswith("num_")}
+    options = {name: value for name, value in launch.items() if name.startswith("num_") or name == "maxnreg"}
     precision = "tf32" if tf32_allowed() else "ieee"
     return {"D": dim, "BLOCK_D": _block_d(dim), "PRECISION": precision, **constants, **options}
 
@@ -406,8 +453,12 @@ def _sizes(dim: int, launch: Mapping[str, int]) -> dict[str, Any]:
 def _elementwise_sizes(dim: int, tensor: torch.Tensor) -> dict[str, int]:
     launch = configuration("linear_cross_entropy_sums", "256", tensor.device)
     block_d = _block_d(dim)
-    rows = max(1, launch["block_elements"] // block_d)
+    rows = min(launch["block_elements"] // block_d, _PADDED_TO)
     return {"D": dim, "BLOCK_D": block_d, "BLOCK_ROWS": rows, "num_warps": launch["num_warps"]}
+
+
+def _padded(count: int) -> int:
+    return (count + _PADDED_TO - 1) // _PADDED_TO * _PADDED_TO
 
 
 def _block_d(dim: int) -> int:
