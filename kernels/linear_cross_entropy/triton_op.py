@@ -346,7 +346,7 @@ def _item_gradients(
     split = _split(item_count, launch["block_items"], rows, launch["block_rows"], launch["programs"])
     written: list[torch.Tensor | None] = [gradients[0], gradients[1] if biased else None]
     parts = written
-    if split.programs > 1:
+    if not split.alone:  # even of one program: kernels are compiled for the type that they write
         shape = (split.programs, *items.shape)
         parts = [None if x is None else x.new_empty(shape[: x.ndim + 1], dtype=torch.float32) for x in written]
     saved, counts = (offsets, normalisers, misses, marks), (rows, item_count, split.share)
@@ -354,7 +354,7 @@ def _item_gradients(
         cross_entropy_items_kernel[split.grid](
             states.contiguous(), items.contiguous(), *saved, scale, *parts, *counts, **_sizes(dim, launch)
         )
-        if split.programs > 1:
+        if not split.alone:
             sizes = _elementwise_sizes(dim, states)
             grid = (triton.cdiv(item_count, sizes["BLOCK_ROWS"]),)
             cross_entropy_sum_kernel[grid](*parts, *written, item_count, split.programs, **sizes)
@@ -415,20 +415,22 @@ def linear_cross_entropy(
 
 
 class _Split(NamedTuple):
-    """A grid of tiles and, for each, `programs`, each of which has `share` steps of what its tile goes through."""
+    """A grid of tiles and, for each, `programs`, each of which has `share` steps of what its tile goes through. `alone`:
+    whether there are so many tiles that a tile has one program, however much it goes through."""
 
     grid: tuple[int, int]
     programs: int
     share: int
+    alone: bool
 
 
 def _split(count: int, block: int, through: int, step: int, at_once: int) -> _Split:
     """At most as many programs as run at once, unless there are more tiles; by sizes alone, so that sums repeat."""
     tiles, steps = triton.cdiv(count, block), max(1, triton.cdiv(through, step))
-    programs = min(max(1, at_once // max(1, tiles)), steps)
-    share = triton.cdiv(steps, programs)
+    most = max(1, at_once // max(1, tiles))
+    share = triton.cdiv(steps, min(most, steps))
     programs = triton.cdiv(steps, share)
-    return _Split((tiles, programs), programs, share)
+    return _Split((tiles, programs), programs, share, most == 1)
 
 
 def _check_counts(rows: int, item_count: int) -> None:

@@ -147,6 +147,13 @@ def test_padding_is_no_item_and_has_no_gradient(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(counted[1], of_states[kept])
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_items_enough_for_every_program_have_their_gradients_written_at_once(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(triton_op, "cross_entropy_sum_kernel", None)
+    use_blocks(monkeypatch, 16, 16, 5)
+    assert_as_exact_as_naive(*inputs(40, 16 * 2 + 3, 20, dtype))
+
+
 @pytest.mark.parametrize("implementation", [naive, triton_op], ids=["naive", "triton"])
 @pytest.mark.parametrize("rows", [0, 5])
 def test_the_mean_over_no_target_is_no_number_and_has_gradients_of_zero(implementation, rows: int) -> None:
