@@ -415,8 +415,10 @@ def linear_cross_entropy(
 
 
 class _Split(NamedTuple):
-    """A grid of tiles and, for each, `programs`, each of which has `share` steps of what its tile goes through. `alone`:
-    whether there are so many tiles that a tile has one program, however much it goes through."""
+    """A grid of tiles and, for each, `programs`, each of which has `share` steps of what its tile goes through.
+
+    alone: whether there are so many tiles that a tile has one program, however much it goes through.
+    """
 
     grid: tuple[int, int]
     programs: int
