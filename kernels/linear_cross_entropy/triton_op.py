@@ -443,7 +443,9 @@ def _check_counts(rows: int, item_count: int) -> None:
 def _shape_class(dim: int, dtype: torch.dtype) -> str:
     """The name of the launch parameters for vectors of this width and type."""
     width = next(limit for limit in (64, 128, 256) if dim <= limit)
-    return f"{width} {'single' if dtype == torch.float32 else 'half'}"
+    if dtype != torch.float32:
+        return f"{width} half"
+    return f"{width} {'single' if tf32_allowed() else 'ieee'}"  # IEEE products keep their factors in registers
 
 
 def _sizes(dim: int, launch: Mapping[str, int]) -> dict[str, Any]:

@@ -294,6 +294,15 @@ def test_inputs_that_make_no_sense_are_refused() -> None:
             linear_cross_entropy(*arguments)
 
 
+@pytest.mark.parametrize("dim", [50, 128])
+def test_with_the_tiles_of_tf32(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which an interpreter rounds the factors alone."""
+    monkeypatch.setattr(triton_op, "tf32_allowed", lambda: True)
+    ours, _, exact = versions(*inputs(200, 150, dim))
+    for found, right in zip(ours, exact, strict=True):
+        assert 0 < (found.double() - right).norm() <= 2e-3 * right.norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "items", "dim", "biased"), [(5700, 3884, 50, True), (700, 20_000, 128, False)])
 def test_tf32_where_torch_uses_it(
