@@ -13,6 +13,8 @@ import torch
 
 from ..layer_norm import layer_norm
 from ..layer_norm import naive as layer_norm_naive
+from ..linear_cross_entropy import naive as cross_entropy_naive
+from ..linear_cross_entropy import triton_op as cross_entropy_op
 from ..norm_gate import naive as norm_gate_naive
 from ..norm_gate import norm_gate
 from ..projection import naive as projection_naive
@@ -57,6 +59,36 @@ def softmax_rows(device: str, dim: int, dtype: str, items: int, tokens: int, neg
             return module.sampled_softmax(x, vectors, positives, drawn, 0.05, None)
 
         found = _forward_backward(loss, states, table)
+        rows.append({"implementation": name, "pass": "fwd+bwd", **shape, **found, "flops": flop, "bytes": least})
+    return rows
+
+
+def cross_entropy_rows(device: str, dim: int, dtype: str, items: int, tokens: int) -> list[Row]:
+    """The loss of `tokens` states against all items, with a bias of items: in Triton, in torch, and in torch compiled.
+    Operations are those of three products, of which the kernels do one twice."""
+    states = torch.randn(tokens, dim, device=device, dtype=getattr(torch, dtype))
+    table = torch.randn(items, dim, device=device, dtype=getattr(torch, dtype)) * dim**-0.5
+    bias = torch.zeros(items, device=device, dtype=getattr(torch, dtype))
+    targets = torch.randint(1, items, (tokens,), device=device)
+    shape = {"dtype": dtype, "tokens": tokens, "items": items, "dim": dim}
+    least = 2 * ((tokens + items) * dim + items) * states.element_size() + 8 * tokens
+    torch.compiler.reset()
+    functions: dict[str, Callable[..., torch.Tensor]] = {
+        "ours": cross_entropy_op.linear_cross_entropy,
+        "torch": cross_entropy_naive.linear_cross_entropy,
+    }
+    if device != "cpu":
+        functions["torch, compiled"] = torch.compile(cross_entropy_naive.linear_cross_entropy, dynamic=False)
+    rows = []
+    for name, function in functions.items():
+
+        def loss(
+            x: torch.Tensor, vectors: torch.Tensor, offsets: torch.Tensor, f: Callable[..., torch.Tensor] = function
+        ) -> torch.Tensor:
+            return f(x, vectors, targets, offsets)
+
+        found = _forward_backward(loss, states, table, bias)
+        flop = 6.0 * tokens * items * dim
         rows.append({"implementation": name, "pass": "fwd+bwd", **shape, **found, "flops": flop, "bytes": least})
     return rows
 
@@ -115,6 +147,7 @@ def projection_rows(device: str, tokens: int, dim: int, columns: int, dtype: str
 #: `flops`, `bytes` and `peak_bytes`, each of which may be None; or, where nothing could be measured, with `seen`.
 OPERATIONS: dict[str, Callable[..., list[Row]]] = {
     "sampled_softmax": softmax_rows,
+    "linear_cross_entropy": cross_entropy_rows,
     "norm_gate": norm_gate_rows,
     "layer_norm": layer_norm_rows,
     "projection": projection_rows,

@@ -37,7 +37,16 @@ PARTS = {
     "attention, bias gradients": ["bias_gradient", "band_gradient", "diagonal_sum", "position_gradient"],
     "projection": ["projection_"],
     "norms and gate": ["norm_gate_", "layer_norm", "LayerNorm", "GammaBeta"],
-    "loss": ["softmax_", "SoftMax", "nll_loss", "radixSort", "RadixSort", "DeviceScan", "DeviceRadix"],
+    "loss": [
+        "softmax_",
+        "cross_entropy_",
+        "SoftMax",
+        "nll_loss",
+        "radixSort",
+        "RadixSort",
+        "DeviceScan",
+        "DeviceRadix",
+    ],
     "matrix products": ["gemm", "cutlass", "nvjet", "cublas"],
     "item vectors": ["embedding", "indexSelect", "index_elementwise", "krn_partial", "sum_and_scatter", "rowwise_"],
     "optimiser": ["multi_tensor", "FusedAdam", "fused_adam"],
@@ -45,7 +54,13 @@ PARTS = {
 }
 _SHAPE = ("blocks", "dim", "heads", "dqk", "dv")
 _KERNELS, _NAME = 25, 100  # the longest, by as many letters of their names
-_OWN = ("projection_", "norm_gate_", "layer_norm_", "softmax_")  # whose forward kernels are not attention's
+_OWN = (
+    "projection_",
+    "norm_gate_",
+    "layer_norm_",
+    "softmax_",
+    "cross_entropy_",
+)  # whose forward kernels are not attention's
 
 
 def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:

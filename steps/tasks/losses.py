@@ -11,13 +11,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.sampled_softmax import sampled_softmax
 from kernels.sampled_softmax.naive import NORM_EPS
 from steps.common.cli import StepError
 from steps.common.typed import Count, EntryError, Positive, Share, read
 from steps.data.sequences import Part
-
-_PADDING = 0
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,11 @@ def next_item_loss(
         case "in-batch-softmax":
             return in_batch_softmax(states, table, targets, config.negatives, config.temperature, token_mask)
         case "softmax":
-            logits = scores(config.similarity, states, table) / config.temperature
-            logits[:, _PADDING] = -torch.inf
-            return F.cross_entropy(logits, targets, ignore_index=_PADDING)
+            if config.similarity == "cosine":
+                states, table = (F.normalize(vectors, dim=-1, eps=NORM_EPS) for vectors in (states, table))
+            if config.temperature != 1:
+                states = states / config.temperature
+            return linear_cross_entropy(states, table, targets)
         case "bce":
             negatives = _sample_negatives(len(targets), config.negatives, table, None, part)
             return binary_cross_entropy(*_logits(config, states, table, targets, negatives), token_mask=token_mask)

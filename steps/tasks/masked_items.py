@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.jagged.naive import sequence_and_position
+from kernels.linear_cross_entropy import linear_cross_entropy
 from steps.common.config import TrainingConfig
 from steps.common.typed import Inside01, read
 from steps.data.sequences import Batch
@@ -37,17 +38,24 @@ class _MaskConfig:
 class TiedOutput(nn.Module):
     """softmax(E h) over all items, of states h (M, d)."""
 
+    bias: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("bias", None)
+
     def logits(self, states: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """(M, V + 1), given the item embeddings (V + 1, d), of which row 0 is padding."""
-        return self._linear(states, items, items.new_zeros(len(items)))
+        bias = items.new_zeros(len(items)) if self.bias is None else self.bias
+        bias = bias.index_fill(0, torch.zeros(1, dtype=torch.int64, device=states.device), -1e9)
+        return F.linear(self._transformed(states), items, bias)
 
     def forward(self, states: torch.Tensor, items: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean cross-entropy of the targets (M,) that are not 0."""
-        return F.cross_entropy(self.logits(states, items), targets, ignore_index=0)
+        return linear_cross_entropy(self._transformed(states), items, targets, self.bias)
 
-    def _linear(self, states: torch.Tensor, items: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        bias = bias.index_fill(0, torch.zeros(1, dtype=torch.int64, device=states.device), -1e9)
-        return F.linear(states, items, bias)
+    def _transformed(self, states: torch.Tensor) -> torch.Tensor:
+        return states
 
 
 class Output(TiedOutput):
@@ -59,8 +67,8 @@ class Output(TiedOutput):
         self.norm = LayerNorm(dim)
         self.bias = nn.Parameter(torch.zeros(num_items + 1))
 
-    def logits(self, states: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        return self._linear(self.norm(F.gelu(self.transform(states))), items, self.bias)
+    def _transformed(self, states: torch.Tensor) -> torch.Tensor:
+        return self.norm(F.gelu(self.transform(states)))
 
 
 class MaskedItems(Task, Recommender):

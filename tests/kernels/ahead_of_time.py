@@ -32,6 +32,7 @@ from kernels.hstu_attention import appended, cached, mma_layout
 from kernels.hstu_attention import launch as attention_launch
 from kernels.hstu_attention import op as hstu_attention
 from kernels.layer_norm import triton_op as layer_norm
+from kernels.linear_cross_entropy import triton_op as linear_cross_entropy
 from kernels.norm_gate import triton_op as norm_gate
 from kernels.projection import triton_op as projection
 from kernels.rowwise_table import triton_op as rowwise_table
@@ -267,6 +268,18 @@ def _sampled_softmax(dtype: torch.dtype, dim: int, corrected: bool) -> Case:
     return Case(call, _SHORT)
 
 
+def _linear_cross_entropy(dtype: torch.dtype, dim: int, items: int, biased: bool = True) -> Case:
+    """items: few, so that programs share rows; or many."""
+
+    def call(lengths: torch.Tensor) -> None:
+        rows = int(lengths.sum())
+        states, table = (torch.randn(n, dim).to(dtype).requires_grad_() for n in (rows, items))
+        bias = torch.randn(items).to(dtype).requires_grad_() if biased else None
+        linear_cross_entropy.linear_cross_entropy(states, table, torch.randint(items, (rows,)), bias).backward()
+
+    return Case(call, _SHORT)
+
+
 def _norm_gate(
     dtype: torch.dtype, width: int, dropout: float, entries: int = 0, heads: int | None = None, concat_ux: bool = False
 ) -> Case:
@@ -363,6 +376,12 @@ CASES = {
     "layout of tensor cores, fp32": _mma_layout(_FP32, 32, 32, 2, True),
     "sampled softmax d 50, fp32": _sampled_softmax(_FP32, 50, True),
     "sampled softmax d 256": _sampled_softmax(_BF16, 256, False),
+    "linear cross-entropy d 50, fp32": _linear_cross_entropy(_FP32, 50, 1000),
+    "linear cross-entropy d 64": _linear_cross_entropy(_BF16, 64, 1000),
+    "linear cross-entropy d 128, no bias, fp32": _linear_cross_entropy(_FP32, 128, 40_000, biased=False),
+    "linear cross-entropy d 128": _linear_cross_entropy(_BF16, 128, 40_000),
+    "linear cross-entropy d 256, fp32": _linear_cross_entropy(_FP32, 256, 1000),
+    "linear cross-entropy d 256, no bias": _linear_cross_entropy(_BF16, 256, 1000, biased=False),
     "norm gate D 50, fp32": _norm_gate(_FP32, 50, 0.2),
     "norm gate D 256": _norm_gate(_BF16, 256, 0.2),
     "norm gate D 512, no dropout": _norm_gate(_BF16, 512, 0.0),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import common, layer_norm, norm_gate, projection, sampled_softmax
+from kernels import common, layer_norm, linear_cross_entropy, norm_gate, projection, sampled_softmax
 from kernels import hstu_attention as attention
 from kernels.common import _warn, do_without, fits_triton, tf32_allowed, triton_available
 from kernels.hstu_attention import hstu_attention, runs_in_triton
@@ -91,6 +91,7 @@ def test_wide_float32_heads_need_a_large_shared_memory(
 #: Operations, each as one call on tokens (5, 16), their offsets and numbers.
 OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]] = {
     "layer_norm": lambda x, *_: layer_norm.layer_norm(x, 1e-6),
+    "linear_cross_entropy": lambda x, _, i: linear_cross_entropy.linear_cross_entropy(x, x, i, x[:, 0]),
     "norm_gate": lambda x, *_: norm_gate.norm_gate(x, x, 0.1, True),
     "projection": lambda x, *_: projection.projection(x, x.new_ones(16, 24)),
     "sampled_softmax": lambda x, _, i: sampled_softmax.sampled_softmax(x, x, i, i.flip(0)[:, None], 0.05),
@@ -121,7 +122,8 @@ def test_on_cuda_triton_does_the_work(
             monkeypatch.setattr(twin, name, refuse)
     if device == "cpu":
         monkeypatch.setattr(module, "fits_triton", lambda *_: True)
-    monkeypatch.setattr(projection, "tf32_allowed", lambda: True)  # else a projection in float32 is torch's
+    for one in (projection, linear_cross_entropy):
+        monkeypatch.setattr(one, "tf32_allowed", lambda: True)  # else float32 is torch's
     numbers = torch.arange(5, device=device)
     found = OPERATIONS[name](torch.ones(5, 16, device=device, dtype=dtype), numbers.new_tensor([0, 5]), numbers)
     assert found.isfinite().all()

@@ -29,6 +29,8 @@ REPRESENTATIVE = [
     "attention d 256, fp32",
     "attention d 256, fp32, deterministic",
     "sampled softmax d 50, fp32",
+    "linear cross-entropy d 50, fp32",
+    "linear cross-entropy d 256, fp32",
     "attention d 64, all masks",
     "attention d 64, both ways",
     "attention d 64, keys",

@@ -1,5 +1,6 @@
 """Operations that go to Triton have first derivatives in reverse mode, and no other: these are refused, not zero."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from kernels import hstu_attention as attention
-from kernels import layer_norm, norm_gate, projection, sampled_softmax
+from kernels import layer_norm, linear_cross_entropy, norm_gate, projection, sampled_softmax
 
 pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 
@@ -51,11 +52,23 @@ def _sample(x: torch.Tensor) -> torch.Tensor:
     )
 
 
+def _all_items(x: torch.Tensor, which: int) -> torch.Tensor:
+    """Of states, items and bias, x's beginning is one."""
+    tensors = [numbers(TOKENS, DIM), numbers(9, DIM), numbers(9)]
+    shape = tensors[which].shape
+    tensors[which] = x.flatten()[: shape.numel()].view(shape)
+    return linear_cross_entropy.linear_cross_entropy(*tensors[:2], torch.arange(TOKENS, device=DEVICE), tensors[2])
+
+
 OPERATIONS = {
     "layer_norm": lambda x: layer_norm.layer_norm(x, 1e-6),
     "norm_gate": lambda x: norm_gate.norm_gate(x.flip(1), x, 0.0, True),
     "projection": lambda x: projection.projection(x, numbers(DIM, 24)),
     "sampled_softmax": _sample,
+    **{
+        f"linear_cross_entropy, {name}": functools.partial(_all_items, which=which)
+        for which, name in enumerate(("states", "items", "bias"))
+    },
     **{f"hstu_attention, {name}": _attend("hstu_attention", place) for place, name in ((0, "q"), (2, "v"), (3, "p"))},
     "softmax_attention, k": _attend("softmax_attention", 1),
     "softmax_attention, w": _attend("softmax_attention", 4),
@@ -69,9 +82,10 @@ TRAINED = {name: call for name, call in OPERATIONS.items() if "cached" not in na
 
 @pytest.fixture(autouse=True)
 def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (layer_norm, norm_gate, projection, sampled_softmax, attention):
+    for module in (layer_norm, linear_cross_entropy, norm_gate, projection, sampled_softmax, attention):
         monkeypatch.setattr(module, "fits_triton", lambda *_: True)
-    monkeypatch.setattr(projection, "_fused", lambda _: True)
+    for module in (projection, linear_cross_entropy):
+        monkeypatch.setattr(module, "_fused", lambda _: True)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -106,7 +120,7 @@ def test_a_second_derivative_is_refused(name: str) -> None:
         torch.autograd.grad(first.square().sum(), x)
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "sampled_softmax", "hstu_attention, q"])
+@pytest.mark.parametrize("name", ["layer_norm", "sampled_softmax", "linear_cross_entropy, items", "hstu_attention, q"])
 def test_the_check_is_traced_in_one_graph(name: str) -> None:
     """With fake tensors, too. (Inside torch.compile, layer_norm is torch's.)"""
     torch.compiler.reset()

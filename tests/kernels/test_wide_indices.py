@@ -15,6 +15,7 @@ op = pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 inputs = pytest.importorskip("kernels.hstu_attention.inputs", exc_type=ImportError)
 prepare = pytest.importorskip("kernels.hstu_attention.prepare", exc_type=ImportError)
 layer_norm = pytest.importorskip("kernels.layer_norm.triton_op", exc_type=ImportError)
+linear_cross_entropy = pytest.importorskip("kernels.linear_cross_entropy.triton_op", exc_type=ImportError)
 norm_gate = pytest.importorskip("kernels.norm_gate.triton_op", exc_type=ImportError)
 projection = pytest.importorskip("kernels.projection.triton_op", exc_type=ImportError)
 rowwise_table = pytest.importorskip("kernels.rowwise_table.triton_op", exc_type=ImportError)
@@ -193,6 +194,61 @@ def test_gradients_of_a_table_beyond_32_bits() -> None:
         torch.testing.assert_close(sums[5 : 5 + len(expected)], torch.stack(expected).square().mean(1))
 
 
+@interpreted
+def test_cross_entropy_of_states_and_items_beyond_32_bits() -> None:
+    """2^31 and more elements of each: the last states with the last items, and the other way round."""
+    torch.manual_seed(0)
+    dim, few, block = 256, 16, 16
+    count = 2**31 // dim + few
+    sizes = {"D": dim, "BLOCK_D": dim, "BLOCK_ROWS": block, "PRECISION": "ieee"}
+    states, items = sparse(count, dim), sparse(count, dim)
+    states[-few:], items[-few:] = torch.randn(2, few, dim) / dim**0.5
+    last, programs = count // block - 1, 2
+    share = count // block - 1  # of the second program, one step
+    targets, offsets = sparse(count, dtype=torch.int64), sparse(count)
+    targets[-few:] = count - 1 - torch.arange(few)
+    maxima, sums, pulls = sparse(programs, count), sparse(programs, count), sparse(programs, count, dim)
+    with as_program((last, 1), (last + 1, programs)):
+        linear_cross_entropy.cross_entropy_forward_kernel[(1,)](
+            states, items, offsets, targets, maxima, sums, pulls, count, count, share, BLOCK_ITEMS=block, **sizes
+        )
+    logits = states[-few:] @ items[-few:].T
+    others = logits.exp() * (1 - torch.eye(few).flip(0))
+    found = sums[1, -few:] * 2 ** maxima[1, -few:]
+    torch.testing.assert_close(found, others.sum(1))
+    torch.testing.assert_close(pulls[1, -few:] / sums[1, -few:, None], others @ items[-few:] / found[:, None])
+    marks, normalisers, misses, partial = sparse(count, dtype=torch.int32), sparse(count), sparse(count), sparse(count)
+    with as_program((last,), (last + 1,)):
+        sizes_of_sums = {"D": dim, "BLOCK_D": dim, "BLOCK_ROWS": block}
+        outputs = (normalisers, misses, marks, gradients := sparse(count, dim), partial)
+        linear_cross_entropy.cross_entropy_join_kernel[(1,)](
+            states, items, None, targets, maxima, sums, pulls, *outputs, count, count, programs, **sizes_of_sums
+        )
+    # The first program's part is empty: zeros, of which a weight of 2^0 is as it is.
+    expected = torch.autograd.functional.jacobian(
+        lambda x: torch.nn.functional.cross_entropy(x @ items[-few:].T, targets[-few:] - count + few, reduction="sum"),
+        states[-few:],
+    )
+    torch.testing.assert_close(gradients[-few:], expected)
+    of_items, of_bias = sparse(programs, count, dim), sparse(programs, count)
+    with as_program((last, 1), (last + 1, programs)):
+        linear_cross_entropy.cross_entropy_items_kernel[(1,)](
+            states, items, offsets, normalisers, misses, marks, torch.tensor(2.0), of_items, of_bias,
+            count, count, share, BLOCK_ITEMS=block, **sizes,
+        )  # fmt: skip
+    one_hot = torch.eye(few).flip(0)
+    weight = 2 * (logits.softmax(1) - one_hot)
+    torch.testing.assert_close(of_items[1, -few:], weight.T @ states[-few:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(of_bias[1, -few:], weight.sum(0), rtol=1e-5, atol=1e-6)
+    summed, summed_bias = sparse(count, dim), sparse(count)
+    with as_program((last,), (last + 1,)):
+        linear_cross_entropy.cross_entropy_sum_kernel[(1,)](
+            of_items, of_bias, summed, summed_bias, count, programs, **sizes_of_sums
+        )
+    torch.testing.assert_close(summed[-few:], of_items[1, -few:])
+    torch.testing.assert_close(summed_bias[-few:], of_bias[1, -few:])
+
+
 def projection_by_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(torch.nn.functional.layer_norm(x, x.shape[1:], eps=1e-6) @ weight)
 
@@ -229,6 +285,12 @@ def test_what_is_counted_in_32_bits_is_refused_beyond() -> None:
         )
     with pytest.raises(ValueError, match="32 bits"):
         sampled_softmax._forward._init_fn(empty(1, 4), empty(1).expand(2**31, 4), scalars, draws, 0.05, None)
+
+    for rows, items in ((2**31, 9), (1, 2**31)):
+        with pytest.raises(ValueError, match="32 bits"):
+            linear_cross_entropy._forward._init_fn(
+                empty(1, 4).expand(rows, 4), empty(1, 4).expand(items, 4), empty(1).expand(rows), None
+            )
 
 
 @pytest.mark.gpu

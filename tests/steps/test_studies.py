@@ -182,6 +182,7 @@ def small(study: str, data: Path) -> dict[str, Any]:
             "norm_gate": [sizes],
             "projection": [sizes | {"columns": 16}],
             "sampled_softmax": [sizes | {"items": 20, "negatives": 4}],
+            "linear_cross_entropy": [sizes | {"items": 20}],
             "hstu_attention": [attention | kind for kind in kinds],
         }
     if study == "cost":
