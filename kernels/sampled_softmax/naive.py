@@ -17,9 +17,10 @@ def sampled_softmax(
     temperature: float,
     log_frequency: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    # On a CPU the gradient of table[negatives] is added up by atomics, in another order each time; this one's is not.
     queries = F.normalize(states, dim=-1, eps=NORM_EPS)
-    positive_vectors = F.normalize(table[positives], dim=-1, eps=NORM_EPS)  # (T, d)
-    negative_vectors = F.normalize(table[negatives], dim=-1, eps=NORM_EPS)  # (T, R, d)
+    positive_vectors = F.normalize(F.embedding(positives, table), dim=-1, eps=NORM_EPS)  # (T, d)
+    negative_vectors = F.normalize(F.embedding(negatives, table), dim=-1, eps=NORM_EPS)  # (T, R, d)
     positive_logits = (queries * positive_vectors).sum(-1, keepdim=True) / temperature
     negative_logits = torch.einsum("td,trd->tr", queries, negative_vectors) / temperature
     if log_frequency is not None:
