@@ -159,7 +159,7 @@ class SharedExecution(Execution):
         shape, inputs = step
         own = self._own(shape, inputs)
         self.schedule.draws.manual_seed(seed)
-        torch.manual_seed(seed ^ (self.processes.rank + 1) * _RANK_STRIDE)  # dropout differs between processes
+        self.stream.seed(seed ^ (self.processes.rank + 1) * _RANK_STRIDE)  # dropout differs between processes
         with self.processes.explaining():
             if self.task.is_sharded:
                 items, index = own.wanted(inputs)

@@ -53,7 +53,7 @@ class Execution:
         key = (shape, inputs.shape)
         if self.capture and key not in self._graphs:
             self._graphs[key] = self._capture(shape, inputs)
-        torch.manual_seed(seed)
+        self.stream.seed(seed)
         if self.capture:
             self._graphs[key](inputs)
         else:

@@ -238,7 +238,7 @@ class Training:
         """Queue the steps of an epoch; yields after each how many updates of the weights it has."""
         self.model.train()
         seed = self.config["seed"] * SEED_STRIDE + epoch
-        torch.manual_seed(seed)
+        self.stream.seed(seed)
         for number, step in enumerate(progress(self.schedule.epoch(), desc=title, unit="step")):
             self.execution(step, seed * _STEP_STRIDE + number)
             yield len(self.schedule.micro_steps(step.inputs))

@@ -1,5 +1,6 @@
-"""What a run's stream leaves behind where a CUDA graph cannot be captured."""
+"""What a run's stream leaves behind where a CUDA graph cannot be captured, and its random numbers."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,3 +55,19 @@ def test_after_a_capture_that_failed_others_have_another_pool(cuda: set[int]) ->
             stream.capture(fails, uses_random=False)
         assert stream.capture(lambda: 2)[1] == 2
     assert cuda == {1, 2}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_its_seed_is_that_of_torch_without_a_stack_trace(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draws() -> list[torch.Tensor]:
+        return [torch.randn(9), torch.randn(9, device=device), torch.randperm(9)]
+
+    stream = RunStream(torch.device(device))
+    with stream.active():
+        torch.manual_seed(2**41 + 7)
+        expected = draws()
+        monkeypatch.setattr(traceback, "format_stack", lambda *_: pytest.fail("a stack trace was formatted"))
+        stream.seed(2**41 + 7)
+        assert all(map(torch.equal, draws(), expected))
+        stream.seed(2**41 + 8)
+        assert not any(map(torch.equal, draws(), expected))
