@@ -263,7 +263,8 @@ def test_what_fits_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "linear_cross_entropy", lambda *_, name=name: used.append(name))
     targets = torch.zeros(2, dtype=torch.int64)
     for dim, dtype, allowed in (
-        (256, torch.float32, True), (256, torch.float32, False), (256, torch.float16, False), (257, torch.float16, True)
+        (64, torch.float32, True), (64, torch.float32, False), (65, torch.float32, True),
+        (256, torch.float16, False), (257, torch.float16, True),
     ):  # fmt: skip
         monkeypatch.setattr("kernels.linear_cross_entropy.tf32_allowed", lambda allowed=allowed: allowed)
         _warn.cache_clear()
@@ -271,7 +272,7 @@ def test_what_fits_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             warnings.simplefilter("always")
             linear_cross_entropy(torch.zeros(2, dim, dtype=dtype), torch.zeros(3, dim, dtype=dtype), targets)
         assert ["at most 256 dimensions" in str(warning.message) for warning in seen] == [True] * (dim == 257)
-    assert used == ["triton", "torch", "triton", "torch"]
+    assert used == ["triton", "torch", "torch", "triton", "torch"]
 
 
 def test_on_the_cpu_it_is_torch() -> None:
