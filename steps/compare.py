@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
         if sentences:
             orders += [f"## {dataset}, protocol {protocol}", "\n".join(sentences)]
     if len(orders) == 2:
-        orders.append("No pair of models of this experiment has a published ordering.")
+        orders.append(f"No pair of models of this experiment has a published ordering by {printed(metric)}.")
     shown = Shown(records, titles, groups_of_rows(experiment, records), paper)
     drawn = {
         (row["dataset"], row["protocol"], row["model"]): (row["mean"], row["low"], row["high"])
@@ -143,9 +143,9 @@ _ORDERS = (
     "said in [the comparisons](comparisons.md)."
 )
 _PARITY = (
-    "Protocol paper. Rerun: the authors' code as it is, one run. Published figures lie nearer to the best epoch on "
-    "test than to the last, so each is compared with its like. What is higher or lower is explained beside "
-    "[the claims](../claims.md)."
+    "Protocols whose figures stand beside published ones. Rerun: the authors' code, one run. Published figures "
+    "lie nearer to the best epoch on test than to the last, so each is compared with its like. What is higher or lower "
+    "is explained beside [the claims](../claims.md)."
 )
 _INDEPENDENT = (
     "Other people's runs, each under its own protocol, beside ours under protocol strict. Not a comparison of models: "

@@ -44,7 +44,7 @@ class Figures:
     def __init__(self, reports: Path) -> None:
         self.reports = reports
         paper = params.load("paper")
-        self.paper: dict[str, Any] = paper["public_datasets"] | {"synthetic_stream": paper["synthetic_stream"]}
+        self.paper: dict[str, Any] = paper["public_datasets"]
         self._csv = cache(self._read)
 
     def recorded(self, experiment: str) -> bool:

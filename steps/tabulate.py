@@ -86,11 +86,11 @@ def sections(
         about = params.entry("protocols", protocol)
         published = paper["public_datasets"].get(dataset, {}) if about.get("published") else {}
         published = {model: figures for model, figures in published.items() if model in set(rows["model"])}
+        told = [name for name in headline if any(name in figures for figures in published.values())]
         best = _has(rows, task, "test_best")
         if best:
             headers += [f"best epoch {printed(name)}" for name in headline]
-        if published:
-            headers += [f"published {printed(name)}" for name in headline]
+        headers += [f"published {printed(name)}" for name in told]
         table = []
         for row in rows.iter_rows(named=True):
             line = [
@@ -101,9 +101,8 @@ def sections(
             line += [_cell(row, f"test/{name}") for name in task.tables]
             if best:
                 line += [_cell(row, f"test_best/{name}") for name in headline]
-            if published:
-                reported = published.get(row["model"], {})
-                line += [f"{reported[name]:.4f}" if name in reported else "" for name in headline]
+            reported = published.get(row["model"], {})
+            line += [f"{reported[name]:.4f}" if name in reported else "" for name in told]
             table.append(line)
         note = about.get("note", f"Protocol {protocol}.")
         note += _REPEATS[repeats[dataset]] if task.name == "retrieval" else ""

@@ -8,7 +8,7 @@ from steps.reporting.tables import Section
 from steps.reporting.task import load_task
 
 _NOTE = (
-    "Laid out as the paper's tables 4 and 12. Ours: the last epoch of protocol {protocol}, mean ± standard deviation "
+    "Laid out as the paper's tables. Ours: the last epoch of protocol {protocol}, mean ± standard deviation "
     "over seeds. In brackets: relative to SASRec of the same column's source. "
 )
 

@@ -28,6 +28,8 @@ def parity_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str
         rerun = paper["reruns"].get(dataset, {}).get(model, {"best": {}, "epochs": {}})
         last = rerun["epochs"].get(seeds[0].history[-1]["epoch"], {})
         for metric in load_task().headline:
+            if not any(metric in figures for figures in (published, rerun["best"], last)):
+                continue
             ours_last = mean_and_sd(seed.metrics["test"][metric] for seed in seeds)
             ours_best = mean_and_sd(seed.metrics["test_best"][metric] for seed in seeds)
             lines.append(
@@ -86,7 +88,10 @@ def orderings(published: dict[str, Any], models: dict[str, np.ndarray], pairs: l
     """A sentence per published pair that is in the table: whether it holds here, and with what certainty."""
     by_pair = {(row["better"], row["worse"]): row for row in pairs}
     sentences, metric = [], load_task().compared
-    shown = sorted((name for name in published if name in models), key=lambda name: -published[name][metric])
+    shown = sorted(
+        (name for name in published if name in models and metric in published[name]),
+        key=lambda name: -published[name][metric],
+    )
     for higher, lower in combinations(shown, 2):
         said = f"{higher} > {lower} (published {published[higher][metric]:.4f} > {published[lower][metric]:.4f})"
         row = by_pair.get((higher, lower))

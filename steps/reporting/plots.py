@@ -56,9 +56,14 @@ class Shown:
         return {model: found[key] for model, key in keys.items() if key in found}
 
     def others(self, kind: str, dataset: str, protocol: str) -> dict[str, Any]:
-        """What others reported of a data set, by the row; nothing beside a protocol of ours. kind: a key of `paper`."""
-        beside = params.entry("protocols", protocol).get("published", False)
-        return self.paper[kind].get(dataset, {}) if beside else {}
+        """What others reported of a data set, by the row; nothing beside a protocol of ours. kind: a key of `paper`.
+
+        Published figures without the compared metric are left out.
+        """
+        if not params.entry("protocols", protocol).get("published"):
+            return {}
+        found: dict[str, Any] = self.paper[kind].get(dataset, {})
+        return {row: figures for row, figures in found.items() if kind == "reruns" or self.task.compared in figures}
 
     def label(self, model: str, group: str = "") -> str:
         """Of a row, without what the group's title says; the beginning of a long one."""

@@ -6,7 +6,8 @@ import numpy as np
 
 from steps.common.params import Run
 from steps.reporting.outcomes import TestRanks
-from steps.reporting.parity import curve_table, independent_table, parity_table
+from steps.reporting.parity import curve_table, independent_table, orderings, parity_table
+from steps.reporting.plots import Shown
 from steps.reporting.records import Record
 
 PAPER: dict[str, Any] = {
@@ -42,7 +43,7 @@ def record(
     }
     return Record(
         Run("e", "d", model, protocol, seed),
-        {},
+        {"protocol": {"name": protocol}},
         history,
         metrics,
         {},
@@ -85,3 +86,14 @@ def test_models_nobody_reported_are_left_out() -> None:
 def test_independent_runs_stand_beside_strict() -> None:
     (line,) = independent_table([record(0, 0.24, 0.29), record(0, 0.3, 0.3, "strict")], PAPER)[1]
     assert line == ["d", "their HSTU", "another team", "0.3100", "0.3000", "0.2100", "0.1500"]
+
+
+def test_a_metric_that_nobody_reported_has_no_line_and_no_order() -> None:
+    paper = PAPER | {"public_datasets": {"d": {"hstu": {"hr@10": 0.3}, "sasrec": {"hr@10": 0.1}}}, "reruns": {}}
+    ours = [record(0, 0.24, 0.29)]
+    _, lines = parity_table(ours, paper)
+    assert [line[2] for line in lines] == ["HR@10"]
+    ranks = {"hstu": np.ones(3), "sasrec": np.ones(3)}
+    assert orderings(paper["public_datasets"]["d"], ranks, []) == []  # of NDCG@10
+    for told, seen in ((paper, {}), (PAPER, PAPER["public_datasets"]["d"])):
+        assert Shown(ours, {}, {}, told).others("public_datasets", "d", "paper") == seen
