@@ -5,6 +5,9 @@ outcomes in place of the old ones. The code that is tested must be the same. Tes
 withdrawn, and FILE says which. Where the whole function is gone and no other test failed, no GPU is needed. Parameters
 may depend on the machine: they are withdrawn on the one that FILE is of.
 
+With `--gpu-report-add`, FILE keeps what it has of other files' tests: for a machine that is there for minutes at a
+time. Commit, device and versions must be the same.
+
 A plugin, which tests/conftest.py names. CI has no GPU: there a test reads the committed report.
 """
 
@@ -22,11 +25,16 @@ _ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-report", metavar="FILE", type=Path, help="write what the tests said on this GPU")
     parser.addoption("--gpu-report-again", action="store_true", help="run what failed once more, and correct FILE")
+    parser.addoption("--gpu-report-add", action="store_true", help="add the tests of other files to FILE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--gpu-report")
-    if path is None or hasattr(config, "workerinput"):  # of pytest-xdist, whose controller hears of every test
+    if hasattr(config, "workerinput"):  # of pytest-xdist, whose controller hears of every test
+        return
+    if path is None:
+        if config.getoption("--gpu-report-again") or config.getoption("--gpu-report-add"):
+            raise pytest.UsageError("--gpu-report-again and --gpu-report-add want --gpu-report FILE, which they change")
         return
     if not config.getoption("--gpu-report-again") and (problem := _no_cuda()):
         raise pytest.UsageError(f"--gpu-report {problem}")
@@ -35,12 +43,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "--gpu-report is of whole files: leave -k, -m, --deselect, --lf, --sw and names of tests out"
         )
-    path, before = config.invocation_params.dir / path, None
+    path, before, others = config.invocation_params.dir / path, None, None
     if config.getoption("--gpu-report-again"):
         before = json.loads(path.read_text(encoding="utf-8"))
         if problem := _not_again(before):
             raise pytest.UsageError(f"--gpu-report-again: {path} {problem}")
-    config.pluginmanager.register(_Report(path, before))
+    elif config.getoption("--gpu-report-add"):
+        others = json.loads(path.read_text(encoding="utf-8"))
+        if problem := _not_added_to(others, config.args):
+            raise pytest.UsageError(f"--gpu-report-add: {path} {problem}")
+    config.pluginmanager.register(_Report(path, before, others))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -92,6 +104,20 @@ def _not_again(report: dict[str, Any]) -> str | None:
     return None if report["failures"] else "names no failure; run all tests"
 
 
+def _not_added_to(report: dict[str, Any], tests: list[str]) -> str | None:
+    """Why tests of other files cannot stand in a report, if so."""
+    from steps.common.gpu_record import ROOT, contents
+    from steps.common.provenance import commit
+
+    if report["exit"] not in _ENDED:
+        return f"is of tests that did not end (pytest said {report['exit']}); run them first"
+    if both := sorted(set(tests) & set(report["tested"])):
+        return f"has the tests of {' '.join(both)} already"
+    if report["commit"] != commit() or report["sha256"] != contents(ROOT):
+        return f"is of {report['commit'][:9]}, not of the code as it is here; run all tests"
+    return _of_another_machine(report)
+
+
 def _of_another_machine(report: dict[str, Any]) -> str | None:
     import torch
 
@@ -106,11 +132,12 @@ def _differing(now: dict[str, Any], then: dict[str, Any]) -> str | None:
 
 
 class _Report:
-    """before: the report whose failures alone are run. withdrawn: those of its tests that are there no more. problem:
-    why they cannot be run, as a worker of pytest-xdist found."""
+    """before: the report whose failures alone are run. others: the one of other files' tests, which are kept.
+    withdrawn: those of its tests that are there no more. problem: why they cannot be run, as a worker of pytest-xdist
+    found."""
 
-    def __init__(self, path: Path, before: dict[str, Any] | None) -> None:
-        self.path, self.before, self.begun = path, before, time.monotonic()
+    def __init__(self, path: Path, before: dict[str, Any] | None, others: dict[str, Any] | None) -> None:
+        self.path, self.before, self.others, self.begun = path, before, others, time.monotonic()
         self.outcomes: dict[str, str] = {}
         self.withdrawn: set[str] = set()
         self.problem: str | None = None
@@ -180,5 +207,8 @@ class _Report:
                 "failures": failures,
                 "seconds": seconds,
             }
+            for name in ("tested", "passed", "failed", "skipped", "failures", "seconds") if self.others else ():
+                content[name] = self.others[name] + content[name]
+            content["exit"] = max(content["exit"], self.others["exit"]) if self.others else content["exit"]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

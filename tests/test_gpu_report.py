@@ -157,6 +157,43 @@ def test_a_report_of_tests_that_did_not_end_is_made_anew(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_tests_of_other_files_are_added(workers: str, tmp_path: Path) -> None:
+    _, _, first = reported(tmp_path, "-n", workers)
+    (tmp_path / "test_it.py").rename(tmp_path / "test_first.py")
+    passing = "def test_passes(): pass"
+    code, printed, unchanged = reported(tmp_path, "--gpu-report-add", tests=passing)
+    assert (code, unchanged) == (4, first)
+    assert "has the tests of test_it.py already" in printed
+    path = tmp_path / "out/gpu.json"
+    for change, why in (
+        ({"commit": "b" * 40}, "is of bbbbbbbbb, not of the code as it is here"),
+        ({"sha256": {}}, "is of aaaaaaaaa, not of the code as it is here"),
+        ({"device": "NVIDIA H1"}, "is of another state of device"),
+        ({"exit": 2}, "is of tests that did not end"),
+        ({}, ""),
+    ):
+        other = first | {"tested": ["test_first.py"]} | change
+        path.write_text(json.dumps(other))
+        code, printed, report = reported(tmp_path, "-n", workers, "--gpu-report-add", tests=passing)
+        assert why in printed
+        assert (code, report == other) == ((4, True) if why else (0, False))
+    assert report["tested"] == ["test_first.py", "test_it.py"]
+    counts = (report["passed"], report["failed"], report["skipped"], report["exit"])
+    assert counts == (first["passed"] + 1, first["failed"], first["skipped"], 1)
+    assert report["failures"] == first["failures"]
+    assert report["seconds"] > first["seconds"]
+
+
+@pytest.mark.parametrize("option", ["--gpu-report-again", "--gpu-report-add"])
+def test_an_option_that_changes_a_report_wants_its_name(option: str, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS)
+    command = ["python", "-m", "pytest", "-p", "tests.gpu_report", "-c", "/dev/null", "--rootdir", ".", option]
+    variables = {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    found = run(*command, cwd=tmp_path, check=False, **variables)
+    assert (found.returncode, "want --gpu-report FILE" in found.stderr) == (4, True)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_file_that_does_not_load_is_a_failure(workers: str, tmp_path: Path) -> None:
     code, _, report = reported(tmp_path, "-n", workers, tests="import nothing_of_this_name")
     assert code == report["exit"] != 0
