@@ -167,7 +167,7 @@ class Training:
         return self.done - reported_epoch(self.config, self.history) >= self.settings.patience
 
     def epochs(self) -> Iterator[None]:
-        """Train; yields whenever steps are queued, so that other runs can queue theirs.
+        """Train; yields whenever steps are queued, or not yet done, so that other runs can queue theirs.
 
         After every `eval_every` epochs, and after the last, the model is evaluated and the history gets a line.
         """
@@ -185,7 +185,11 @@ class Training:
                 for queued in self._epoch(epoch, title):
                     num_steps += queued
                     yield
-            loss = float(self.execution.total) / num_steps  # the one wait for the device
+            # The next line waits for the device, and no other run could queue steps meanwhile. Processes that train
+            # several runs together take their turns in one order.
+            while self.processes.size == 1 and not self.stream.is_idle:
+                yield
+            loss = float(self.execution.total) / num_steps
             if loss != loss:
                 raise StepError(f"the loss is not a number in {title}: training diverged; lower the learning rate")
             seconds = time.perf_counter() - start

@@ -66,6 +66,11 @@ class RunStream:
         if self.device.type == "cuda":
             _default_generator(self.device).manual_seed(seed)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all work of the run is done. Does not wait."""
+        return self.device.type != "cuda" or bool(self.stream.query())
+
     def wait(self) -> None:
         """Wait until all work of the run is done, so that other streams may read its results."""
         if self.device.type == "cuda":

@@ -273,6 +273,21 @@ def test_a_run_that_ends_need_not_wait_for_the_others(data: Path, tmp_path: Path
     assert runs[0].done < 4
 
 
+def test_a_run_whose_steps_are_not_done_lets_the_others_queue_theirs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, other = (training(data, tmp_path / name, settings=config(epochs=2)) for name in ("slow", "other"))
+    idle = property(lambda stream: stream is not slow.stream or other.done == 2)
+    monkeypatch.setattr(type(slow.stream), "is_idle", idle)
+    ends = train_together([slow, other])
+    assert next(ends) == (1, None)
+    assert (slow.done, other.done) == (0, 2)
+    assert list(ends) == [(0, None)]
+    alone = training(data, tmp_path / "alone", settings=config(epochs=2))
+    train(alone)
+    same(alone, slow)
+
+
 def resumes_to_the_same_end(data: Path, folder: Path, device: str, settings: dict[str, Any]) -> None:
     whole = training(data, folder / "whole", device, settings=settings)
     train(whole)
