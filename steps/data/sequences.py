@@ -9,11 +9,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from kernels.jagged import offsets_from_lengths, to_padded
-from kernels.jagged.naive import sequence_and_position
+from kernels.jagged import naive, offsets_from_lengths, to_padded
 from steps.common.files import read_json, reading
 from steps.common.provenance import require_files
 from steps.data.stochastic_length import Rule, chosen_positions
+
+
+def sequence_and_position(offsets: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.jagged.naive.sequence_and_position` in operations that torch.compile fuses, whatever the sizes.
+
+    For each of the `total` tokens of jagged sequences: the sequence it belongs to, and its position there.
+    """
+    token = torch.arange(total, device=offsets.device)
+    sequence_id = torch.bucketize(token, offsets, right=True) - 1
+    return sequence_id, token - offsets[sequence_id]
 
 
 @dataclass(frozen=True)
@@ -191,8 +200,15 @@ class Sequences:
     def window_lengths(self, users: torch.Tensor, num_dropped: torch.Tensor, max_len: int) -> torch.Tensor:
         """How many tokens (B,) int64 the windows of `users` (B,) have without their last `num_dropped` (B,)
         interactions."""
-        kept = self.offsets[users + 1] - num_dropped - self.offsets[users]
-        return torch.minimum(kept, torch.full_like(kept, max_len + 1)) - 1
+        return self._windows(users, num_dropped, max_len)[1]
+
+    def _windows(
+        self, users: torch.Tensor, num_dropped: torch.Tensor, max_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the windows of `users` (B,) begin, and how many tokens they have: both (B,) int64."""
+        end = self.offsets[users + 1] - num_dropped
+        kept = (end - self.offsets[users]).clamp(max=max_len + 1)
+        return end - kept, kept - 1
 
     def batch(self, users: torch.Tensor, num_dropped: torch.Tensor, max_len: int, size: Size | None = None) -> Batch:
         """The latest windows of `users` (B,), without their last `num_dropped` (B,) interactions.
@@ -201,11 +217,11 @@ class Sequences:
         predict. Training drops the held-out interactions. To predict one held-out interaction, drop those after it.
         Without `size` the host has to wait for the device.
         """
-        lengths = self.window_lengths(users, num_dropped, max_len)
+        start, lengths = self._windows(users, num_dropped, max_len)
         offsets = offsets_from_lengths(lengths)
         size = size or Size(int(offsets[-1]), int(lengths.max()))
         sequence_id, position = sequence_and_position(offsets, size.num_tokens)
-        index = (self.offsets[users + 1] - num_dropped - lengths - 1)[sequence_id] + position
+        index = start[sequence_id] + position
         return Batch(
             item=self.item[index],
             timestamp=self.timestamp[index],
@@ -232,8 +248,7 @@ class Sequences:
 
         kept: of each window so many tokens (B,), which `rule` chooses; each still predicts the user's next item.
         """
-        lengths = self.window_lengths(users, num_dropped, shape.max_len)
-        start = self.offsets[users + 1] - num_dropped - lengths - 1
+        start, lengths = self._windows(users, num_dropped, shape.max_len)
         chosen = None
         if kept is not None:
             times = None
@@ -242,22 +257,20 @@ class Sequences:
                 times = self.timestamp[place.clamp(max=len(self.timestamp) - 1)]
             chosen = chosen_positions(rule, lengths, kept, shape.max_len, times)
             lengths = kept
-        offsets = offsets_from_lengths(lengths)
-        total = offsets[-1]
-        padding = torch.arange(1, shape.num_sequences - shape.num_users + 1, device=offsets.device)
-        offsets = torch.cat([offsets, (total + padding * shape.max_len).clamp(max=shape.num_tokens)])
+        padding = (0, shape.num_sequences - shape.num_users)
+        lengths = torch.nn.functional.pad(lengths, padding, value=shape.max_len)
+        offsets = naive.offsets_from_lengths(lengths).clamp(max=shape.num_tokens)
         sequence_id, position = sequence_and_position(offsets, shape.num_tokens)
-        token_mask = torch.arange(shape.num_tokens, device=offsets.device) < total
-        first = torch.nn.functional.pad(start, (0, len(padding)))
-        place = position
-        if chosen is not None:
-            place = chosen[sequence_id.clamp(max=len(users) - 1), position.clamp(max=shape.max_len - 1)]
-        index = torch.where(token_mask, first[sequence_id] + place, 0)
+        token_mask = sequence_id < len(users)
+        user = sequence_id.clamp(max=len(users) - 1)
+        place = position if chosen is None else chosen[user, position.clamp(max=shape.max_len - 1)]
+        index = torch.where(token_mask, start[user] + place, 0)
+        next_index = index + 1
         return Batch(
             item=self.item[index] * token_mask,
             timestamp=self.timestamp[index] * token_mask,
-            next_item=self.item[index + 1] * token_mask,
-            next_timestamp=self.timestamp[index + 1] * token_mask,
+            next_item=self.item[next_index] * token_mask,
+            next_timestamp=self.timestamp[next_index] * token_mask,
             offsets=offsets,
             sequence_id=sequence_id,
             position=position,

@@ -4,7 +4,7 @@ Post-norm blocks with GELU and width 4 d.
 """
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,24 +12,36 @@ from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from kernels import jagged
-from kernels.jagged.naive import sequence_and_position
-from steps.data.sequences import Batch
+from steps.data.sequences import Batch, sequence_and_position
 from steps.models.base import Encoder, HeadsConfig, LayerNorm, embedding_lookup
 
 
-class Layout(NamedTuple):
-    """Where tokens and the queries of attention are in their sequences. The queries are some of the tokens, or all."""
+@dataclass(frozen=True)
+class Layout:
+    """Where tokens are in their sequences, and which of them are the queries of attention."""
 
-    offsets: torch.Tensor  # (S + 1,) int64, of the tokens
-    place: torch.Tensor  # (T,) int64, where each token is in the flattened padded batch
-    query_offsets: torch.Tensor  # (S + 1,) int64
-    query_place: torch.Tensor  # (M,) int64
+    offsets: torch.Tensor  # (S + 1,) int32, as FlashAttention takes them
+    sequence_id: torch.Tensor  # (T,) int64
+    position: torch.Tensor  # (T,) int64, in the sequence
     max_len: int  # which no sequence exceeds
+    query_offsets: torch.Tensor  # (S + 1,) int32
+    wanted: torch.Tensor | None = None  # (M,) int64, the queries, ascending, none twice; None: all tokens
+
+    @classmethod
+    def of(cls, offsets: torch.Tensor, total: int, max_len: int) -> "Layout":
+        """Of `total` tokens in sequences (S + 1 offsets, int64) of at most `max_len`; all are queries."""
+        sequence_id, position = sequence_and_position(offsets, total)
+        offsets = offsets.int()
+        return cls(offsets, sequence_id, position, max_len, offsets)
 
     def of_queries(self, wanted: torch.Tensor) -> "Layout":
-        """With the tokens `wanted` (M,) as queries: int64, ascending, none twice."""
-        query_offsets = torch.searchsorted(wanted, self.offsets)
-        return self._replace(query_offsets=query_offsets, query_place=self.place.index_select(0, wanted))
+        """With the tokens `wanted` (M,) alone as queries: int64, ascending, none twice."""
+        return replace(self, wanted=wanted, query_offsets=torch.bucketize(self.offsets, wanted, out_int32=True))
+
+    @property
+    def whole(self) -> "Layout":
+        """With all tokens as queries."""
+        return replace(self, wanted=None, query_offsets=self.offsets)
 
 
 class BERTBlock(nn.Module):
@@ -47,16 +59,16 @@ class BERTBlock(nn.Module):
         self.feed_forward_norm = LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, layout: Layout, wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens (T, d) to tokens (T, d), or to the `wanted` (M,) of them (M, d): the layout's queries."""
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Tokens (T, d) to the layout's queries (M, d)."""
         width = x.shape[-1] // self.heads
         weight = _pad_heads(self.qkv.weight.T, width).T.unflatten(0, (3, -1))
         bias = _pad_heads(self.qkv.bias, width).unflatten(0, (3, -1))
-        if wanted is None:
+        if layout.wanted is None:
             q, k, v = self._project(x, weight, bias)
         else:
             k, v = self._project(x, weight[1:], bias[1:])
-            x = x.index_select(0, wanted)
+            x = x.index_select(0, layout.wanted)
             (q,) = self._project(x, weight[:1], bias[:1])
         attention_output = self.attention(q, k, v, width**-0.5, layout).flatten(1)
         output = F.linear(attention_output, _pad_heads(self.output.weight, width), self.output.bias)
@@ -93,18 +105,20 @@ def padded_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float, layout: Layout
 ) -> torch.Tensor:
     """Softmax attention within each sequence: the twin of `flash_attention`, for any device and type."""
-    offsets, max_len = layout.offsets, layout.max_len
+    offsets, max_len = layout.offsets.long(), layout.max_len
+    place = layout.sequence_id * max_len + layout.position
+    query_place = place if layout.wanted is None else place.index_select(0, layout.wanted)
     padded = (
-        jagged.to_padded(k.flatten(1), offsets, max_len, layout.place),
-        jagged.to_padded(v.flatten(1), offsets, max_len, layout.place),
-        jagged.naive.to_padded(q.flatten(1), offsets, max_len, layout.query_place),  # each where its token is
+        jagged.to_padded(k.flatten(1), offsets, max_len, place),
+        jagged.to_padded(v.flatten(1), offsets, max_len, place),
+        jagged.naive.to_padded(q.flatten(1), offsets, max_len, query_place),  # each where its token is
     )
     k, v, q = (part.unflatten(-1, k.shape[1:]).transpose(1, 2) for part in padded)  # (S, heads, N, width)
     token_mask = torch.arange(max_len, device=q.device) < offsets.diff()[:, None]  # (S, N)
     attention_output = F.scaled_dot_product_attention(
         q, k, v, attn_mask=token_mask[:, None, None, :], dropout_p=dropout, scale=scale
     )
-    return attention_output.transpose(1, 2).flatten(0, 1).index_select(0, layout.query_place)
+    return attention_output.transpose(1, 2).flatten(0, 1).index_select(0, query_place)
 
 
 def flash_attention(
@@ -120,8 +134,8 @@ def flash_attention(
         q,
         k,
         v,
-        layout.query_offsets.int(),
-        layout.offsets.int(),
+        layout.query_offsets,
+        layout.offsets,
         layout.max_len,
         layout.max_len,
         dropout,
@@ -152,25 +166,20 @@ class BERT4Rec(Encoder):
         _compile_without_attention()
 
     def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return self.states(embeddings, batch.offsets, batch.max_len)
+        return self.states(embeddings, Layout.of(batch.offsets, len(embeddings), batch.max_len))
 
-    def states(
-        self, embeddings: torch.Tensor, offsets: torch.Tensor, max_len: int, wanted: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The hidden states (T, d) of jagged sequences (S + 1 offsets) of at most `max_len` tokens.
+    def states(self, embeddings: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """The hidden states (M, d) of the layout's queries, of the embeddings (T, d) of its tokens.
 
-        With `wanted` (M,) int64, ascending, none twice: the states (M, d) of these tokens, for which alone the last
-        block then has more than keys and values.
+        The last block alone has no more than keys and values of the other tokens.
         """
-        sequence_id, position = sequence_and_position(offsets, len(embeddings))
-        place = sequence_id * max_len + position
-        layout = Layout(offsets, place, offsets, place, max_len)
-        x = self.input_dropout(self.input_norm(embeddings + embedding_lookup(self.position, position)))
+        x = self.input_dropout(self.input_norm(embeddings + embedding_lookup(self.position, layout.position)))
         *blocks, last = self.blocks
         with self.autocast(x.device):
             for block in blocks:
-                x = block(x, layout)
-            return last(x, layout) if wanted is None else last(x, layout.of_queries(wanted), wanted)
+                x = block(x, layout.whole)
+            states: torch.Tensor = last(x, layout)
+        return states
 
 
 @functools.cache

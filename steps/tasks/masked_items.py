@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.jagged.naive import sequence_and_position
 from kernels.linear_cross_entropy import linear_cross_entropy
 from steps.common.config import TrainingConfig
 from steps.common.typed import Inside01, read
 from steps.data.sequences import Batch
 from steps.models.base import LayerNorm, Recommender, embedding_lookup
-from steps.models.bert4rec import BERT4Rec
+from steps.models.bert4rec import BERT4Rec, Layout
 from steps.tasks.base import Task
 from steps.tasks.losses import WithLoss, read_cross_entropy
 
@@ -71,6 +70,49 @@ class Output(TiedOutput):
         return self.norm(F.gelu(self.transform(states)))
 
 
+class Masking(nn.Module):
+    """Chooses the items to mask. It has no weights: as a module it is compiled, being many small operations."""
+
+    def __init__(self, mask_prob: float, last_only_prob: float) -> None:
+        super().__init__()
+        self.mask_prob, self.last_only_prob = mask_prob, last_only_prob
+
+    def forward(
+        self, batch: Batch, draws: tuple[torch.Tensor, torch.Tensor], num_wanted: int
+    ) -> tuple[torch.Tensor, torch.Tensor, Layout, torch.Tensor]:
+        """The windows with their next items (T,), of which some are masked (T,) bool, and the targets (M,).
+
+        The layout's queries, `num_wanted` M, are where the targets are. draws: uniform from 0 to 1, of every sequence
+        and of every item.
+        """
+        item, last, layout = append_next_item(batch)
+        masked = self.sample(last, layout, *draws)
+        wanted = masked_places(masked, num_wanted)
+        return item, masked, layout.of_queries(wanted), item[wanted] * masked[wanted]
+
+    def sample(
+        self, last: torch.Tensor, layout: Layout, of_sequence: torch.Tensor, of_item: torch.Tensor
+    ) -> torch.Tensor:
+        """The mask (T,) bool of items to predict: at least one of every sequence, by its draw (S,) and its items' (T,).
+
+        last: (T,) bool, the last item of every sequence.
+        """
+        sequence_id = layout.sequence_id
+        drawn = (of_item < self.mask_prob) & (of_sequence >= self.last_only_prob)[sequence_id]
+        count = F.pad(drawn.cumsum(0), (1, 0))
+        none_drawn = count[layout.offsets].diff() == 0
+        return drawn | (last & none_drawn[sequence_id])
+
+    def max_masked(self, total: int, num_sequences: int) -> int:
+        """An upper bound, known beforehand, of how many of `total` items are masked.
+
+        It is the expectation plus six standard deviations, plus one item per sequence. If it were exceeded, the loss of
+        that step would lack a few of its terms.
+        """
+        expected = total * self.mask_prob
+        return min(total, num_sequences + int(expected + 6 * (expected * (1 - self.mask_prob)) ** 0.5) + 1)
+
+
 class MaskedItems(Task, Recommender):
     """An encoder that sees both ways, with a mask token and an output layer that is tied to the item embeddings."""
 
@@ -81,8 +123,7 @@ class MaskedItems(Task, Recommender):
         super().__init__(settings, training, num_items)
         read_cross_entropy(settings)
         config = read(_MaskConfig, settings, "model.", others=True)
-        self.mask_prob = config.mask_prob
-        self.last_only_prob = _LAST_ONLY_PROB if config.last_only else 0.0
+        self.masking = Masking(config.mask_prob, _LAST_ONLY_PROB if config.last_only else 0.0)
         self.mask = nn.Parameter(torch.empty(self.dim))
         self.output = Output(self.dim, num_items) if config.output_layer else TiedOutput()
         for name, parameter in self.named_parameters():
@@ -93,79 +134,51 @@ class MaskedItems(Task, Recommender):
 
     @property
     def compiled_modules(self) -> list[nn.Module]:
-        return [*super().compiled_modules, self.output]
+        return [*super().compiled_modules, self.masking, self.output]
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Full cross-entropy of the masked items, over windows of the history and its next item."""
-        item, offsets = append_next_item(batch)
-        masked = self._sample_mask(offsets, len(item))
-        index, targets = self._masked_items(item, masked, len(offsets) - 1)
-        states = self._encode(item, masked, offsets, batch.max_len + 1, index)
-        return self.output(states, self.items.weight, targets)
+        num_sequences, device = len(batch.offsets) - 1, batch.offsets.device
+        total = len(batch.item) + num_sequences
+        draws = torch.rand(num_sequences, device=device), torch.rand(total, device=device)
+        num_wanted = self.masking.max_masked(total, num_sequences)
+        item, masked, layout, targets = self.masking(batch, draws, num_wanted)
+        return self.output(self._encode(item, masked, layout), self.items.weight, targets)
 
     def score(self, batch: Batch) -> torch.Tensor:
         """The output at a mask behind each window."""
-        item, offsets = append_next_item(batch)
-        last = offsets[1:] - 1
-        none = torch.zeros_like(item, dtype=torch.bool)
-        masked = none.index_fill(0, last, True)  # hides the next item from the model
-        states = self._encode(item, masked, offsets, batch.max_len + 1, last)
+        item, last, layout = append_next_item(batch)
+        layout = layout.of_queries(layout.offsets[1:].long() - 1)
+        states = self._encode(item, last, layout)  # the next item is hidden from the model
         return self.output.logits(states, self.items.weight)
 
-    def _sample_mask(self, offsets: torch.Tensor, total: int) -> torch.Tensor:
-        """The mask (T,) bool of items to predict: at least one of every sequence."""
-        sequence_id, position = sequence_and_position(offsets, total)
-        last = position == (offsets.diff() - 1)[sequence_id]
-        last_only = torch.rand(len(offsets) - 1, device=offsets.device) < self.last_only_prob
-        drawn = (torch.rand(total, device=offsets.device) < self.mask_prob) & ~last_only[sequence_id]
-        none_drawn = torch.zeros(len(offsets) - 1, device=offsets.device).index_add_(0, sequence_id, drawn.float()) == 0
-        return drawn | (last & none_drawn[sequence_id])
-
-    def _masked_items(
-        self, item: torch.Tensor, masked: torch.Tensor, num_sequences: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the masked items (T,): where they are, and which items, both (M,) int64; M is known beforehand.
-
-        Items that are not masked, from the first on, make them M. Of these and of padding the target is 0. Every index
-        is another one, so that no sequence has more than it has items.
-        """
-        num_wanted = self._max_masked(len(item), num_sequences)
-        count = masked.cumsum(0)
-        others = torch.arange(1, len(item) + 1, device=item.device) - count
-        wanted = count + torch.minimum(others, (num_wanted - count[-1]).clamp(min=0))
-        number = torch.arange(1, num_wanted + 1, device=item.device)
-        index = torch.searchsorted(wanted, number)  # of the first, second, ... wanted item
-        return index, item[index] * masked[index]
-
-    def _max_masked(self, total: int, num_sequences: int) -> int:
-        """An upper bound, known beforehand, of how many of `total` items are masked.
-
-        It is the expectation plus six standard deviations, plus one item per sequence. If it were exceeded, the loss of
-        that step would lack a few of its terms.
-        """
-        expected = total * self.mask_prob
-        return min(total, num_sequences + int(expected + 6 * (expected * (1 - self.mask_prob)) ** 0.5) + 1)
-
-    def _encode(
-        self,
-        item: torch.Tensor,
-        masked: torch.Tensor,
-        offsets: torch.Tensor,
-        max_len: int,
-        wanted: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def _encode(self, item: torch.Tensor, masked: torch.Tensor, layout: Layout) -> torch.Tensor:
         embeddings = torch.where(masked[:, None], self.mask, embedding_lookup(self.items, item))
-        return self.encoder.states(embeddings, offsets, max_len, wanted)
+        return self.encoder.states(embeddings, layout)
 
 
-def append_next_item(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The windows, each with the next item appended: items (T + S,), offsets (S + 1,).
+def append_next_item(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Layout]:
+    """The windows, each with the next item appended: items (T + S,), which of them are appended (T + S,) bool, and
+    their layout.
 
     Padding sequences get one more token of padding.
     """
-    num_sequences = len(batch.offsets) - 1
-    offsets = batch.offsets + torch.arange(num_sequences + 1, device=batch.offsets.device)
-    item = batch.item.new_zeros(len(batch.item) + num_sequences)
-    item[offsets[batch.sequence_id] + batch.position] = batch.item
-    item[offsets[1 : len(batch.user) + 1] - 1] = batch.next_item[batch.last]
-    return item, offsets
+    num_sequences, device = len(batch.offsets) - 1, batch.offsets.device
+    total = len(batch.item) + num_sequences
+    offsets = batch.offsets + torch.arange(num_sequences + 1, device=device)
+    layout = Layout.of(offsets, total, batch.max_len + 1)
+    last = layout.position == batch.offsets.diff()[layout.sequence_id]
+    token = torch.arange(total, device=device) - layout.sequence_id - last.long()  # the last one before a next item
+    next_item = batch.next_item[token] * (layout.sequence_id < len(batch.user))
+    return torch.where(last, next_item, batch.item[token]), last, layout
+
+
+def masked_places(masked: torch.Tensor, number: int) -> torch.Tensor:
+    """Where the masked items (T,) are: (number,) int64, ascending, none twice.
+
+    If they are fewer, then items that are not masked, from the first on, are among them.
+    """
+    count = masked.cumsum(0)
+    others = torch.arange(1, len(masked) + 1, device=masked.device) - count
+    wanted = count + torch.minimum(others, (number - count[-1]).clamp(min=0))
+    return torch.bucketize(torch.arange(1, number + 1, device=masked.device), wanted)  # the first, second, ...

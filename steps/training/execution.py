@@ -6,7 +6,7 @@ torch.compile fuses kernels first.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -38,9 +38,12 @@ class Execution:
         self.capture, self.compiled = mode != "eager", mode == "compiled"
         self.total = torch.zeros((), device=stream.device)
         self._graphs: dict[Hashable, Callable[[torch.Tensor], None]] = {}
+        self._batch: Callable[[Any, torch.Tensor], Any] = schedule.batch
         init_state(optimizer)
         if self.compiled:
             task.compile_blocks()
+            if schedule.compiles:
+                self._batch = torch.compile(schedule.batch, dynamic=True)
 
     @property
     def captured(self) -> bool:
@@ -61,7 +64,7 @@ class Execution:
 
     def _gradients(self, shape: Hashable, inputs: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.task.loss(self.schedule.batch(shape, inputs))
+        loss = self.task.loss(self._batch(shape, inputs))
         loss.backward()
         return loss.detach()
 
@@ -95,6 +98,7 @@ class Execution:
     def _uncompile(self) -> None:
         self.compiled = False
         self.task.uncompile_blocks()
+        self._batch = self.schedule.batch
         if isinstance(self.optimizer, Adagrad):
             self.optimizer.uncompile()
 

@@ -67,6 +67,11 @@ class Schedule(ABC):
     def num_updates(self) -> int:
         """About how many updates of the weights an epoch has."""
 
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile is to fuse what makes a batch: many small operations, none of which draws."""
+        return False
+
     @abstractmethod
     def steps(self, order: torch.Tensor) -> list[Step]:
         """The steps over the windows `order`, indices on the host."""
@@ -94,6 +99,10 @@ class Windows(Schedule):
     @property
     def num_updates(self) -> int:
         return -(-len(self.lengths) // self.config.batch)
+
+    @property
+    def compiles(self) -> bool:
+        return self.config.stochastic_length is None
 
     def steps(self, order: torch.Tensor) -> list[Step]:
         found = []

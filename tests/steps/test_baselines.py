@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from steps.data.sequences import Batch, Sequences
+from steps.data.sequences import Batch, Sequences, StaticShape
+from steps.models.bert4rec import Layout
 from steps.models.item_knn import ItemKNN, ItemKNNConfig
 from steps.models.markov import Markov
 from steps.models.transformer_pp import rotate
 from steps.tasks import Task, build
-from steps.tasks.masked_items import MaskedItems, append_next_item
+from steps.tasks.masked_items import MaskedItems, append_next_item, masked_places
 from steps.tasks.sessions import Sessions
 from steps.training.optimizers import make_optimizer
 from tests.steps import twins
@@ -158,22 +159,57 @@ def test_bert4rec_attends_both_ways_but_never_to_the_target() -> None:
     assert not torch.isclose(model.score(data), model.score(changed)).all()
 
 
+def sampled(model: MaskedItems, lengths: list[int]) -> torch.Tensor:
+    """A mask of sequences of these lengths."""
+    ends = torch.tensor(lengths).cumsum(0)
+    layout = Layout.of(torch.nn.functional.pad(ends, (1, 0)), sum(lengths), max(lengths))
+    last = torch.zeros(sum(lengths), dtype=torch.bool).index_fill(0, ends - 1, True)
+    return model.masking.sample(last, layout, torch.rand(len(lengths)), torch.rand(sum(lengths)))
+
+
+@pytest.mark.parametrize("num_tokens", [21, 24, 28, 30])  # of them 21 are the windows'; no padding is longer than 8
+def test_bert4rec_masks_padded_windows_as_a_loop_over_them_does(num_tokens: int) -> None:
+    model, data, users = bert(), sequences([9, 3, 40, 2, 4]), torch.tensor([2, 4, 0, 3, 1])
+    shape = StaticShape(5, num_tokens, 7, 8)
+    batch = data.padded_batch(users, torch.tensor([5, 0, 1, 0, 0]), shape)
+    number = model.masking.max_masked(num_tokens + 7, 7)
+    for seed in range(30):
+        torch.manual_seed(seed)
+        of_sequence, of_item = draws = torch.rand(7), torch.rand(num_tokens + 7)
+        item, masked, layout, targets = model.masking(batch, draws, number)
+        expected, mask = [], []
+        for sequence, (start, end) in enumerate(itertools.pairwise(batch.offsets.tolist())):
+            window = batch.item[start:end].tolist() + ([int(batch.next_item[end - 1])] if sequence < 5 else [0])
+            drawn = (of_item[len(mask) : len(mask) + len(window)] < 0.2).tolist()
+            if of_sequence[sequence] < 1 / 11 or not any(drawn):
+                drawn = [False] * (len(window) - 1) + [True]
+            expected, mask = expected + window, mask + drawn
+        assert (item.tolist(), masked.tolist()) == (expected, mask)
+        assert (layout.offsets - batch.offsets).tolist() == list(range(8))
+        wanted = masked_places(masked, number)
+        assert layout.wanted is not None
+        assert torch.equal(layout.wanted, wanted)
+        assert torch.equal(targets, item[wanted].where(masked[wanted], 0))
+        for sequence, (start, end) in enumerate(itertools.pairwise(layout.query_offsets.tolist())):
+            assert (layout.sequence_id[wanted[start:end]] == sequence).all()
+        assert int(layout.query_offsets[-1]) == number
+
+
 def test_bert4rec_masks_a_fifth_and_at_least_one_item() -> None:
     model = bert()
     torch.manual_seed(0)
-    offsets = torch.arange(0, 40_001, 40)
-    masked = model._sample_mask(offsets, 40_000).view(1000, 40)
+    masked = sampled(model, [40] * 1000).view(1000, 40)
     assert bool(masked.any(1).all())
     last_only = masked[:, -1] & (masked.sum(1) == 1)
     assert 0.06 < float(last_only.double().mean()) < 0.13  # one in eleven, and the rare sequence with no other
     assert float(masked[~last_only].double().mean()) == pytest.approx(0.2, abs=0.01)
-    short = model._sample_mask(torch.arange(1001), 1000)
+    short = sampled(model, [1] * 1000)
     assert bool(short.all())
 
 
 def test_bert4rec_without_last_only_masks_items_independently() -> None:
     torch.manual_seed(0)
-    masked = bert(last_only=False)._sample_mask(torch.arange(0, 40_001, 40), 40_000).view(1000, 40)
+    masked = sampled(bert(last_only=False), [40] * 1000).view(1000, 40)
     assert float(masked.double().mean()) == pytest.approx(0.2, abs=0.01)
     assert float(masked[:, -1].double().mean()) == pytest.approx(0.2, abs=0.04)  # the last one as any other
 
@@ -183,11 +219,10 @@ def test_bert4rec_fills_the_masked_items_up_to_a_number_known_beforehand() -> No
     torch.manual_seed(0)
     for lengths in ([7, 1, 40, 200, 3, 90], [1, 1, 1]):
         total = sum(lengths)
-        item, offsets = torch.randint(1, ITEMS + 1, (total,)), torch.tensor([0, *lengths]).cumsum(0)
-        item[-3:] = 0  # padding
-        number = model._max_masked(total, len(lengths))
-        for masked in (model._sample_mask(offsets, total), torch.zeros(total, dtype=torch.bool), item > 0):
-            index, targets = model._masked_items(item, masked, len(lengths))
+        none, most = torch.zeros(total, dtype=torch.bool), torch.arange(total) < total - 3
+        number = model.masking.max_masked(total, len(lengths))
+        for masked in (sampled(model, lengths), none, most):
+            index = masked_places(masked, number)
             (places,) = masked.nonzero(as_tuple=True)
             assert len(index) == number
             assert (index.diff() > 0).all()
@@ -195,14 +230,13 @@ def test_bert4rec_fills_the_masked_items_up_to_a_number_known_beforehand() -> No
                 assert torch.equal(index[masked[index]], places)
             else:
                 assert torch.equal(index, places[:number])
-            assert torch.equal(targets, item[index].where(masked[index], 0))
 
 
 @pytest.mark.parametrize("output_layer", [True, False])
 def test_bert4rec_trains_on_the_window_with_its_next_item(output_layer: bool) -> None:
     data = batch([4, 2])
-    item, offsets = append_next_item(data)
-    assert offsets.tolist() == [0, 4, 6]
+    item, _, layout = append_next_item(data)
+    assert layout.offsets.tolist() == [0, 4, 6]
     expected = sequences([4, 2]).item.tolist()
     assert item.tolist() == expected
     model = bert(output_layer=output_layer)
@@ -214,10 +248,10 @@ def test_bert4rec_trains_on_the_window_with_its_next_item(output_layer: bool) ->
 
 def test_bert4rec_without_an_output_layer_scores_by_dot_products_of_the_mask_s_state() -> None:
     model, data = bert(output_layer=False), batch([5, 20])
-    item, offsets = append_next_item(data)
+    item, _, layout = append_next_item(data)
     masked = torch.zeros_like(item, dtype=torch.bool)
     masked[[4, 24]] = True  # in place of each user's last item
-    state = model._encode(item, masked, offsets, MAX_LEN + 1)[[4, 24]]
+    state = model._encode(item, masked, layout)[[4, 24]]
     torch.testing.assert_close(model.score(data)[:, 1:], state @ model.items.weight[1:].T)
     assert not [name for name, _ in model.named_parameters() if name.startswith("output.")]
 

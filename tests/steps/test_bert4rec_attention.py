@@ -1,6 +1,7 @@
 """BERT4Rec's attention by FlashAttention is its attention of padded sequences."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,10 +26,13 @@ def offsets_of(lengths: list[int]) -> torch.Tensor:
 
 
 def layout_of(lengths: list[int], max_len: int, wanted: list[int] | None = None) -> Layout:
-    offsets = offsets_of(lengths)
-    place = torch.cat([sequence * max_len + torch.arange(length) for sequence, length in enumerate(lengths)])
-    layout = Layout(offsets, place, offsets, place, max_len)
+    layout = Layout.of(offsets_of(lengths), sum(lengths), max_len)
     return layout if wanted is None else layout.of_queries(torch.tensor(wanted))
+
+
+def moved(layout: Layout, device: str) -> Layout:
+    tensors = {key: part.to(device) for key, part in vars(layout).items() if isinstance(part, torch.Tensor)}
+    return replace(layout, **tensors)
 
 
 def inputs(
@@ -39,8 +43,7 @@ def inputs(
     queries = tokens if wanted is None else len(wanted)
     qkv = [torch.randn(rows, 2, width).to("cuda", dtype).requires_grad_() for rows in (queries, tokens, tokens)]
     layout = layout_of(LENGTHS, LONGEST, wanted)
-    on_gpu = Layout(*(part.cuda() for part in layout[:-1]), layout.max_len)
-    return qkv, on_gpu, torch.randn(queries, 2, width).to("cuda", dtype)
+    return qkv, moved(layout, "cuda"), torch.randn(queries, 2, width).to("cuda", dtype)
 
 
 def same_dropout(v: torch.Tensor, output: torch.Tensor, dv: torch.Tensor, gradient: torch.Tensor) -> bool:
@@ -56,15 +59,15 @@ def same_dropout(v: torch.Tensor, output: torch.Tensor, dv: torch.Tensor, gradie
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_states_of_wanted_tokens_are_those_of_all(blocks: int) -> None:
     """In values and gradients. The gradient of some of the wanted states is 0, as where the target is padding."""
-    encoder, offsets, wanted = make("bert4rec", blocks=blocks).encoder, offsets_of(LENGTHS), torch.tensor(WANTED)
+    encoder, wanted = make("bert4rec", blocks=blocks).encoder, torch.tensor(WANTED)
     assert isinstance(encoder, BERT4Rec)
     embeddings = torch.randn(sum(LENGTHS), 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(len(wanted), 6, dtype=torch.float64)
     weight[::5] = 0
     found = []
     for states in (
-        encoder.states(embeddings, offsets, LONGEST, wanted),
-        encoder.states(embeddings, offsets, LONGEST).index_select(0, wanted),
+        encoder.states(embeddings, layout_of(LENGTHS, LONGEST, WANTED)),
+        encoder.states(embeddings, layout_of(LENGTHS, LONGEST)).index_select(0, wanted),
     ):
         found.append([states, *torch.autograd.grad((states * weight).sum(), [embeddings, *encoder.parameters()])])
     for ours, whole in zip(*found, strict=True):
@@ -81,16 +84,15 @@ def test_a_block_with_padded_heads_is_one_without(dim: int, heads: int, wanted: 
         parts.append(F.scaled_dot_product_attention(*sequence.unbind(1)).transpose(0, 1).flatten(1))
     whole = block.attention_norm(x + block.output(torch.cat(parts)))
     whole = block.feed_forward_norm(whole + block.outer(F.gelu(block.inner(whole))))
-    rows = None if wanted is None else torch.tensor(wanted)
     found = []
-    for states in (block(x, layout_of(LENGTHS, LONGEST, wanted), rows), whole if rows is None else whole[rows]):
+    for states in (block(x, layout_of(LENGTHS, LONGEST, wanted)), whole if wanted is None else whole[wanted]):
         found.append([states, *torch.autograd.grad(states.pow(3).sum(), [x, *block.parameters()])])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("wanted", [None, torch.tensor(WANTED)])
-def test_flash_attention_is_called_as_its_twin(wanted: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wanted", [None, WANTED])
+def test_flash_attention_is_called_as_its_twin(wanted: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a loop in the place of torch's operation, which has no CPU version."""
     calls = []
 
@@ -105,19 +107,19 @@ def test_flash_attention_is_called_as_its_twin(wanted: torch.Tensor | None, monk
             parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[keys]))
         return (torch.cat(parts),)
 
-    encoder, offsets = make("bert4rec").encoder, offsets_of(LENGTHS)
+    encoder, layout = make("bert4rec").encoder, layout_of(LENGTHS, LONGEST, wanted)
     assert isinstance(encoder, BERT4Rec)
     embeddings = torch.randn(sum(LENGTHS), 6, dtype=torch.float64, requires_grad=True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", loop)
     found = []
     for fits in (False, True):
         monkeypatch.setattr(bert4rec, "_flash_fits", lambda *_, fits=fits: fits)
-        states = encoder.states(embeddings, offsets, LONGEST, wanted)
+        states = encoder.states(embeddings, layout)
         (gradient,) = torch.autograd.grad(states.square().sum(), embeddings)
         found.append((states, gradient))
     for padded, flash in zip(*found, strict=True):
         torch.testing.assert_close(flash, padded, rtol=0, atol=1e-9)
-    encoder.train().states(embeddings, offsets, LONGEST, wanted)
+    encoder.train().states(embeddings, layout)
     #                                 longest query and key, dropout, causal, debug mask
     assert calls == [(LONGEST, LONGEST, dropout, False, False) for dropout in (0.0, 0.0, 0.2, 0.2)]
 
@@ -125,7 +127,7 @@ def test_flash_attention_is_called_as_its_twin(wanted: torch.Tensor | None, monk
 def test_torch_has_flash_attention_with_these_arguments_and_its_gradient() -> None:
     """On the meta device, which knows sizes alone."""
     layout = layout_of(LENGTHS, LONGEST, WANTED)
-    on_meta = Layout(*(part.to("meta") for part in layout[:-1]), layout.max_len)
+    on_meta = moved(layout, "meta")
     q, k, v = (
         torch.zeros(rows, 2, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
         for rows in (len(WANTED), sum(LENGTHS), sum(LENGTHS))
@@ -212,7 +214,8 @@ def test_a_graph_of_wanted_states_follows_what_is_wanted() -> None:
     stream = RunStream(torch.device("cuda"))
 
     def work() -> tuple[torch.Tensor, torch.Tensor]:
-        states = encoder.states(embeddings, offsets, LONGEST, wanted)
+        layout = Layout.of(offsets, len(embeddings), LONGEST).of_queries(wanted)
+        states = encoder.states(embeddings, layout)
         return states.detach(), torch.autograd.grad((states * weight).sum(), embeddings)[0]
 
     with stream.active():
@@ -221,7 +224,7 @@ def test_a_graph_of_wanted_states_follows_what_is_wanted() -> None:
         offsets.copy_(offsets_of(LENGTHS[::-1]))
         wanted.copy_(torch.arange(sum(LENGTHS) - len(WANTED), sum(LENGTHS)))
         graph.replay()
-        states = encoder.states(embeddings, offsets, LONGEST).index_select(0, wanted)
+        states = encoder.states(embeddings, Layout.of(offsets, len(embeddings), LONGEST)).index_select(0, wanted)
         (gradient,) = torch.autograd.grad((states * weight).sum(), embeddings)
     stream.wait()
     for ours, whole in zip(results, (states.detach(), gradient), strict=True):

@@ -12,7 +12,7 @@ from steps.common.yaml_files import read as read_yaml
 from steps.data.sequences import Batch, Sequences
 from steps.models import ENCODERS
 from steps.tasks import losses
-from steps.tasks.masked_items import MaskedItems
+from steps.tasks.masked_items import Masking
 from steps.tasks.sessions import Sessions
 from steps.training.optimizers import make_optimizer
 from steps.training.schedule import OnePass, Schedule
@@ -112,9 +112,11 @@ def test_an_epoch_ends_with_the_weights_of_the_readable_loop(name: str, monkeypa
     monkeypatch.setattr(torch, "multinomial", lambda *_, **__: popular)
     monkeypatch.setattr(torch, "searchsorted", _with_samples(torch.searchsorted, popular))
     monkeypatch.setattr(
-        MaskedItems,
-        "_sample_mask",
-        lambda _, offsets, total: (torch.arange(total) % 3 == 0) & (torch.arange(total) < int(offsets[-1])),
+        Masking,
+        "sample",
+        lambda _, last, layout, *__: (
+            (torch.arange(len(last)) % 3 == 0) & (torch.arange(len(last)) < int(layout.offsets[-1]))
+        ),
     )
     ends = []
     for padded in (True, False):

@@ -22,9 +22,9 @@ def window_losses(
 
 def masked_loss(task: MaskedItems, batch: Batch) -> torch.Tensor:
     """Full cross-entropy of the masked items."""
-    item, offsets = append_next_item(batch)
-    masked = task._sample_mask(offsets, len(item))
-    states = task._encode(item, masked, offsets, batch.max_len + 1)[masked]
+    item, last, layout = append_next_item(batch)
+    masked = task.masking.sample(last, layout, torch.rand(len(batch.user)), torch.rand(len(item)))
+    states = task._encode(item, masked, layout)[masked]
     if isinstance(task.output, Output):
         hidden = task.output.norm(F.gelu(task.output.transform(states)))
         logits = (hidden @ task.items.weight.T + task.output.bias)[:, 1:]
