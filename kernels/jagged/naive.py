@@ -9,10 +9,9 @@ def offsets_from_lengths(lengths: torch.Tensor) -> torch.Tensor:
 
 def sequence_and_position(offsets: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
     """For each of the `total` values: the sequence it belongs to, and its position there; both (T,) int64."""
-    lengths = offsets[1:] - offsets[:-1]
-    index = torch.arange(lengths.shape[0], device=offsets.device)
-    sequence_id = torch.repeat_interleave(index, lengths, output_size=total)
-    return sequence_id, torch.arange(total, device=offsets.device) - offsets[sequence_id]
+    token = torch.arange(total, device=offsets.device)
+    sequence_id = torch.bucketize(token, offsets, right=True) - 1  # torch.compile fuses it, whatever the sizes
+    return sequence_id, token - offsets[sequence_id]
 
 
 def to_padded(

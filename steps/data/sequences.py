@@ -10,19 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from kernels.jagged import naive, offsets_from_lengths, to_padded
+from kernels.jagged.naive import sequence_and_position
 from steps.common.files import read_json, reading
 from steps.common.provenance import require_files
 from steps.data.stochastic_length import Rule, chosen_positions
-
-
-def sequence_and_position(offsets: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kernels.jagged.naive.sequence_and_position` in operations that torch.compile fuses, whatever the sizes.
-
-    For each of the `total` tokens of jagged sequences: the sequence it belongs to, and its position there.
-    """
-    token = torch.arange(total, device=offsets.device)
-    sequence_id = torch.bucketize(token, offsets, right=True) - 1
-    return sequence_id, token - offsets[sequence_id]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from kernels import jagged
-from steps.data.sequences import Batch, sequence_and_position
+from kernels.jagged.naive import sequence_and_position
+from steps.data.sequences import Batch
 from steps.models.base import Encoder, HeadsConfig, LayerNorm, embedding_lookup
 
 

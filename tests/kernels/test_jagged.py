@@ -40,6 +40,15 @@ def test_padded_rows_hold_their_values_and_zeros_behind(lengths: list[int], dim:
         assert torch.equal(module.to_jagged(padded, offsets, len(values)), values)
 
 
+@given(lengths=lengths_lists)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_sequences_and_positions_of_values_are_counted(lengths: list[int]) -> None:
+    sequence_id, position = naive.sequence_and_position(naive.offsets_from_lengths(torch.tensor(lengths)), sum(lengths))
+    assert sequence_id.tolist() == [number for number, length in enumerate(lengths) for _ in range(length)]
+    assert position.tolist() == [place for length in lengths for place in range(length)]
+    assert sequence_id.dtype == position.dtype == torch.int64
+
+
 @given(lengths=lengths_lists, dim=st.integers(1, 5))
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_padding_with_a_given_index_is_padding_in_values_and_gradients(lengths: list[int], dim: int) -> None:

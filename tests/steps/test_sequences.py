@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from kernels.jagged import naive
 from steps.common.cli import StepError
 from steps.common.files import sha256, write_json
-from steps.data.sequences import Sequences, StaticShape, load_sequences, sequence_and_position
+from steps.data.sequences import Sequences, StaticShape, load_sequences
 from tests.conftest import write_processed
 
 
@@ -20,15 +19,6 @@ def make(lengths: list[int]) -> tuple[Sequences, list[list[int]]]:
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     item = torch.arange(1, sum(lengths) + 1)
     return Sequences(offsets, item, item * 10, sum(lengths)), [part.tolist() for part in item.split(lengths)]
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
-def test_sequences_and_positions_of_tokens_are_those_of_the_kernels_twin(lengths: list[int]) -> None:
-    offsets = naive.offsets_from_lengths(torch.tensor(lengths))
-    expected = naive.sequence_and_position(offsets, sum(lengths))
-    for ours, theirs in zip(sequence_and_position(offsets, sum(lengths)), expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
 
 
 @given(st.lists(st.integers(4, 12), min_size=1, max_size=6), st.integers(0, 2), st.integers(1, 6), st.randoms())
