@@ -6,7 +6,7 @@ import numpy as np
 
 from steps.common.params import Run
 from steps.reporting.outcomes import TestRanks
-from steps.reporting.parity import curve_table, independent_table, orderings, parity_table
+from steps.reporting.parity import compared_protocols, curve_table, independent_table, orderings, parity_table
 from steps.reporting.plots import Shown
 from steps.reporting.records import Record
 
@@ -81,6 +81,17 @@ def test_the_curve_has_the_epochs_that_both_have() -> None:
 def test_models_nobody_reported_are_left_out() -> None:
     assert parity_table([record(0, 0.2, 0.2, model="markov")], PAPER)[1] == []
     assert curve_table([record(0, 0.2, 0.2, model="sasrec")], PAPER)[1] == []
+
+
+def test_the_protocols_of_a_parity_table_are_named_once() -> None:
+    runs = [record(0, 0.2, 0.3), record(0, 0.1, 0.1, model="sasrec"), record(0, 0.2, 0.3, "strict")]
+    assert compared_protocols(runs, PAPER) == ["paper"]
+
+
+def test_a_metric_that_the_rerun_alone_has_keeps_its_line() -> None:
+    paper = PAPER | {"public_datasets": {"d": {"hstu": {"hr@10": 0.3}}}}
+    _, lines = parity_table([record(0, 0.24, 0.29)], paper)
+    assert [line[2] for line in lines] == ["HR@10", "NDCG@10"]
 
 
 def test_independent_runs_stand_beside_strict() -> None:
