@@ -5,9 +5,9 @@ interval and every pair of models a paired difference with its interval, a Wilco
 Holm's correction over the pairs of the table; the difference's standard deviation over seeds stands beside it. Of
 ranking it is each user's influence on AUC. Writes `comparisons.csv`, `comparisons.md` and `.html`, the figure
 `intervals`, `intervals.csv` (every metric of the paper, and each model's gain over the baseline, with intervals), and
-`parity.md`, which says where a published ordering holds, and how near protocol `paper` comes to the published figures
-and to the authors' code. Reads runs or their records. Trials of a search, an experiment with `points`, are not
-compared: its files have no rows.
+`parity.md`, which says where a published ordering holds, and how near ours comes to the published figures and to the
+authors' code. Reads runs or their records. Trials of a search, an experiment with `points`, are not compared: its files
+have no rows.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from steps.common import params
 from steps.common.cli import run_step
 from steps.common.files import atomic_path, write_text
 from steps.reporting.figures import save_figure
-from steps.reporting.parity import curve_table, independent_table, orderings, parity_table
+from steps.reporting.parity import compared_protocols, curve_table, independent_table, orderings, parity_table
 from steps.reporting.plots import Shown, draw_intervals, groups_of_rows
 from steps.reporting.records import Record, by_row, labels, read_records
 from steps.reporting.statistics import (
@@ -42,7 +42,11 @@ def parity(records: list[Record], paper: dict[str, Any]) -> list[str]:
     """Paragraphs: ours beside what others published and ran; none where nobody did."""
     parts = []
     for heading, note, (headers, lines) in (
-        ("# Parity", _PARITY, parity_table(records, paper)),
+        (
+            "# Parity",
+            _PARITY.format(protocols=" and ".join(compared_protocols(records, paper))),
+            parity_table(records, paper),
+        ),
         (
             "## Learning curves",
             "Test figures after an epoch, ours as the mean over seeds.",
@@ -143,9 +147,9 @@ _ORDERS = (
     "said in [the comparisons](comparisons.md)."
 )
 _PARITY = (
-    "Protocols whose figures stand beside published ones. Rerun: the authors' code, one run. Published figures "
-    "lie nearer to the best epoch on test than to the last, so each is compared with its like. What is higher or lower "
-    "is explained beside [the claims](../claims.md)."
+    "Ours under protocol {protocols}. Rerun: the authors' code, one run. A published figure is compared with our best "
+    "epoch on test: figures of public data lie nearer to that than to the last. The last epoch of a rerun is compared "
+    "with our last. What is higher or lower is explained beside [the claims](../claims.md)."
 )
 _INDEPENDENT = (
     "Other people's runs, each under its own protocol, beside ours under protocol strict. Not a comparison of models: "

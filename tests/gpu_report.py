@@ -6,7 +6,7 @@ withdrawn, and FILE says which. Where the whole function is gone and no other te
 may depend on the machine: they are withdrawn on the one that FILE is of.
 
 With `--gpu-report-add`, FILE keeps what it has of other files' tests: for a machine that is there for minutes at a
-time. Commit, device and versions must be the same.
+time. Commit, device and versions must be the same. Of tests that do not end nothing is added.
 
 A plugin, which tests/conftest.py names. CI has no GPU: there a test reads the committed report.
 """
@@ -44,13 +44,17 @@ def pytest_configure(config: pytest.Config) -> None:
             "--gpu-report is of whole files: leave -k, -m, --deselect, --lf, --sw and names of tests out"
         )
     path, before, others = config.invocation_params.dir / path, None, None
+    if config.getoption("--gpu-report-again") and config.getoption("--gpu-report-add"):
+        raise pytest.UsageError("--gpu-report-again and --gpu-report-add exclude each other")
     if config.getoption("--gpu-report-again"):
         before = json.loads(path.read_text(encoding="utf-8"))
         if problem := _not_again(before):
             raise pytest.UsageError(f"--gpu-report-again: {path} {problem}")
     elif config.getoption("--gpu-report-add"):
+        if not path.is_file():
+            raise pytest.UsageError(f"--gpu-report-add: {path} is missing; leave the option out to begin it")
         others = json.loads(path.read_text(encoding="utf-8"))
-        if problem := _not_added_to(others, config.args):
+        if problem := _not_added_to(others, config.args, config.invocation_params.dir):
             raise pytest.UsageError(f"--gpu-report-add: {path} {problem}")
     config.pluginmanager.register(_Report(path, before, others))
 
@@ -104,18 +108,24 @@ def _not_again(report: dict[str, Any]) -> str | None:
     return None if report["failures"] else "names no failure; run all tests"
 
 
-def _not_added_to(report: dict[str, Any], tests: list[str]) -> str | None:
+def _not_added_to(report: dict[str, Any], tests: list[str], folder: Path) -> str | None:
     """Why tests of other files cannot stand in a report, if so."""
     from steps.common.gpu_record import ROOT, contents
     from steps.common.provenance import commit
 
     if report["exit"] not in _ENDED:
         return f"is of tests that did not end (pytest said {report['exit']}); run them first"
-    if both := sorted(set(tests) & set(report["tested"])):
-        return f"has the tests of {' '.join(both)} already"
+    tested = [(folder / name).resolve() for name in report["tested"]]
+    if both := sorted(test for test in tests if any(_overlap((folder / test).resolve(), path) for path in tested)):
+        return f"has tests of {' '.join(both)} already"
     if report["commit"] != commit() or report["sha256"] != contents(ROOT):
         return f"is of {report['commit'][:9]}, not of the code as it is here; run all tests"
     return _of_another_machine(report)
+
+
+def _overlap(path: Path, other: Path) -> bool:
+    """Whether both are one file or folder, or one is within the other."""
+    return path.is_relative_to(other) or other.is_relative_to(path)
 
 
 def _of_another_machine(report: dict[str, Any]) -> str | None:
@@ -168,6 +178,9 @@ class _Report:
         ended = (*_ENDED, pytest.ExitCode.NO_TESTS_COLLECTED)
         if exitstatus == pytest.ExitCode.USAGE_ERROR or (self.before and exitstatus not in ended):
             return  # FILE remains as it is
+        if self.others and exitstatus not in _ENDED:
+            print(f"ERROR: nothing was added to {self.path}: these tests did not end (pytest says {int(exitstatus)})")
+            return
         import torch
 
         from steps.common.gpu_record import ROOT, contents
@@ -207,8 +220,11 @@ class _Report:
                 "failures": failures,
                 "seconds": seconds,
             }
-            for name in ("tested", "passed", "failed", "skipped", "failures", "seconds") if self.others else ():
-                content[name] = self.others[name] + content[name]
-            content["exit"] = max(content["exit"], self.others["exit"]) if self.others else content["exit"]
+            if self.others:
+                for name in ("tested", "passed", "failed", "skipped"):
+                    content[name] = self.others[name] + content[name]
+                content["failures"] = sorted(self.others["failures"] + failures)
+                content["seconds"] = round(self.others["seconds"] + seconds, 1)
+                content = self.others | content | {"exit": max(int(exitstatus), self.others["exit"])}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

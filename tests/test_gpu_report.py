@@ -163,7 +163,7 @@ def test_the_tests_of_other_files_are_added(workers: str, tmp_path: Path) -> Non
     passing = "def test_passes(): pass"
     code, printed, unchanged = reported(tmp_path, "--gpu-report-add", tests=passing)
     assert (code, unchanged) == (4, first)
-    assert "has the tests of test_it.py already" in printed
+    assert "has tests of test_it.py already" in printed
     path = tmp_path / "out/gpu.json"
     for change, why in (
         ({"commit": "b" * 40}, "is of bbbbbbbbb, not of the code as it is here"),
@@ -182,6 +182,39 @@ def test_the_tests_of_other_files_are_added(workers: str, tmp_path: Path) -> Non
     assert counts == (first["passed"] + 1, first["failed"], first["skipped"], 1)
     assert report["failures"] == first["failures"]
     assert report["seconds"] > first["seconds"]
+
+
+def test_what_cannot_be_added_leaves_a_report_as_it_is(tmp_path: Path) -> None:
+    passing = "def test_passes(): pass"
+    code, printed, _ = reported(tmp_path, "--gpu-report-add", tests=passing)
+    assert code == 4
+    assert "gpu.json is missing; leave the option out to begin it" in printed
+    _, _, first = reported(tmp_path)
+    path = tmp_path / "out/gpu.json"
+    for tested, options, tests, why in (
+        ("./test_it.py", [], passing, "has tests of test_it.py already"),
+        (".", [], passing, "has tests of test_it.py already"),
+        ("test_first.py", ["--gpu-report-again"], passing, "exclude each other"),
+        ("test_first.py", [], "def test_ends(): raise KeyboardInterrupt", "did not end (pytest says 2)"),
+        ("test_first.py", [], "", "did not end (pytest says 5)"),
+    ):
+        other = first | {"tested": [tested]}
+        path.write_text(json.dumps(other))
+        code, printed, report = reported(tmp_path, "--gpu-report-add", *options, tests=tests)
+        assert why in printed
+        assert code
+        assert report == other
+
+
+def test_a_report_that_is_added_to_keeps_what_was_run_again(tmp_path: Path) -> None:
+    _, _, first = reported(tmp_path)
+    again = [{"commit": "b" * 40, "tests": ["test_a.py::test_b"], "seconds": 1.0}]
+    other = first | {"tested": ["test_first.py"], "again": again, "failures": ["test_z.py::test_z"], "seconds": 0.3}
+    (tmp_path / "out/gpu.json").write_text(json.dumps(other))
+    _, _, report = reported(tmp_path, "--gpu-report-add")
+    assert report["again"] == again
+    assert report["failures"] == [*first["failures"], "test_z.py::test_z"]
+    assert report["seconds"] == round(report["seconds"], 1)
 
 
 @pytest.mark.parametrize("option", ["--gpu-report-again", "--gpu-report-add"])

@@ -1,4 +1,4 @@
-"""The paper's tables of public data, with its rows and columns: ours and theirs, each relative to its own SASRec."""
+"""The paper's tables of retrieval, with its rows and columns: ours and theirs, each relative to its own SASRec."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Protocol `paper` beside the published figures and the authors' code, and `strict` beside other people's runs."""
+"""Ours beside the published figures and the authors' code, and protocol `strict` beside other people's runs."""
 
 import math
 from itertools import combinations
@@ -105,6 +105,11 @@ def orderings(published: dict[str, Any], models: dict[str, np.ndarray], pairs: l
             verdict = f"{strength}: {-row['difference']:.4f}, {certainty(row)}"
         sentences.append(f"- {said}: {verdict}")
     return sentences
+
+
+def compared_protocols(records: list[Record], paper: dict[str, Any]) -> list[str]:
+    """The names of the protocols that `parity_table` has lines of."""
+    return list(dict.fromkeys(seeds[0].row[1] for seeds in _compared(records, paper).values()))
 
 
 def _compared(records: list[Record], paper: dict[str, Any]) -> dict[tuple[str, str], list[Record]]:

@@ -13,7 +13,7 @@ from steps.models.item_knn import ItemKNN, ItemKNNConfig
 from steps.models.markov import Markov
 from steps.models.transformer_pp import rotate
 from steps.tasks import Task, build
-from steps.tasks.masked_items import MaskedItems, append_next_item, masked_places
+from steps.tasks.masked_items import MaskedItems, Masking, append_next_item, masked_places
 from steps.tasks.sessions import Sessions
 from steps.training.optimizers import make_optimizer
 from tests.steps import twins
@@ -212,6 +212,17 @@ def test_bert4rec_without_last_only_masks_items_independently() -> None:
     masked = sampled(bert(last_only=False), [40] * 1000).view(1000, 40)
     assert float(masked.double().mean()) == pytest.approx(0.2, abs=0.01)
     assert float(masked[:, -1].double().mean()) == pytest.approx(0.2, abs=0.04)  # the last one as any other
+
+
+@pytest.mark.parametrize("mask_prob", [0.01, 0.2, 0.9])
+def test_bert4rec_masks_no_more_items_than_it_has_room_for(mask_prob: float) -> None:
+    masking, total = Masking(mask_prob, 0.0), 2000
+    layout = Layout.of(torch.tensor([0, total]), total, total)
+    last = layout.position == total - 1
+    torch.manual_seed(0)
+    counts = [int(masking.sample(last, layout, torch.rand(1), torch.rand(total)).sum()) for _ in range(200)]
+    assert max(counts) <= masking.max_masked(total, 1) <= min(total, max(counts) + 100)
+    assert masking.max_masked(3, 3) == 3
 
 
 def test_bert4rec_fills_the_masked_items_up_to_a_number_known_beforehand() -> None:

@@ -3,12 +3,15 @@
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from steps.common.params import Run
 from steps.reporting.outcomes import TestRanks
-from steps.reporting.parity import curve_table, independent_table, orderings, parity_table
+from steps.reporting.parity import compared_protocols, curve_table, independent_table, orderings, parity_table
 from steps.reporting.plots import Shown
 from steps.reporting.records import Record
+from steps.reporting.task import load_task
+from steps.tabulate import sections
 
 PAPER: dict[str, Any] = {
     "public_datasets": {"d": {"hstu": {"hr@10": 0.3, "ndcg@10": 0.2}, "sasrec": {"hr@10": 0.1, "ndcg@10": 0.1}}},
@@ -83,6 +86,17 @@ def test_models_nobody_reported_are_left_out() -> None:
     assert curve_table([record(0, 0.2, 0.2, model="sasrec")], PAPER)[1] == []
 
 
+def test_the_protocols_of_a_parity_table_are_named_once() -> None:
+    runs = [record(0, 0.2, 0.3), record(0, 0.1, 0.1, model="sasrec"), record(0, 0.2, 0.3, "strict")]
+    assert compared_protocols(runs, PAPER) == ["paper"]
+
+
+def test_a_metric_that_the_rerun_alone_has_keeps_its_line() -> None:
+    paper = PAPER | {"public_datasets": {"d": {"hstu": {"hr@10": 0.3}}}}
+    _, lines = parity_table([record(0, 0.24, 0.29)], paper)
+    assert [line[2] for line in lines] == ["HR@10", "NDCG@10"]
+
+
 def test_independent_runs_stand_beside_strict() -> None:
     (line,) = independent_table([record(0, 0.24, 0.29), record(0, 0.3, 0.3, "strict")], PAPER)[1]
     assert line == ["d", "their HSTU", "another team", "0.3100", "0.3000", "0.2100", "0.1500"]
@@ -97,3 +111,15 @@ def test_a_metric_that_nobody_reported_has_no_line_and_no_order() -> None:
     assert orderings(paper["public_datasets"]["d"], ranks, []) == []  # of NDCG@10
     for told, seen in ((paper, {}), (PAPER, PAPER["public_datasets"]["d"])):
         assert Shown(ours, {}, {}, told).others("public_datasets", "d", "paper") == seen
+
+
+def test_a_table_has_a_column_of_each_metric_that_somebody_reported() -> None:
+    task = load_task()
+    names = [f"{part}/{name}{end}" for part in ("test", "test_best") for name in task.tables for end in ("", "/sd")]
+    row = {"dataset": "d", "protocol": "paper", "model": "hstu", "seeds": 2} | dict.fromkeys(names, 0.5)
+    texts = [{"d": "D"}, {"hstu": "HSTU"}, {"d": "none"}]
+    for figures, seen in (({"hr@10": 0.3}, ["published HR@10"]), ({"hr@50": 0.3}, [])):
+        paper = PAPER | {"public_datasets": {"d": {"hstu": figures | {"source": "us"}}}}
+        (section,) = sections(pl.DataFrame([row]), paper, *texts, task)
+        assert [name for name in section.headers if name.startswith("published")] == seen
+        assert {len(line) for line in section.rows} == {len(section.headers)}

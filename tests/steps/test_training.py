@@ -23,6 +23,7 @@ from steps.training import checkpoint
 from steps.training.loop import Training, train_together
 from steps.training.optimizers import Adagrad, make_optimizer
 from steps.training.schedule import Schedule, Windows, bucket_size
+from steps.training.stream import RunStream
 from steps.training.validation import Validation
 from tests.conftest import ROOT, write_processed
 from tests.steps import twins
@@ -289,6 +290,31 @@ def test_a_run_whose_steps_are_not_done_lets_the_others_queue_theirs(
     alone = training(data, tmp_path / "alone", settings=config(epochs=2))
     train(alone)
     same(alone, slow)
+
+
+def test_a_run_that_fails_is_no_matter_to_one_that_waits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, failing, third = (training(data, tmp_path / name, settings=config(epochs=2)) for name in ("a", "b", "c"))
+    ended: list[int] = []
+
+    def idle(stream: RunStream) -> bool:
+        if stream is failing.stream:
+            raise RuntimeError("the device is lost")  # as CUDA says it of the first call after an error
+        return stream is not slow.stream or 1 in ended
+
+    monkeypatch.setattr(RunStream, "is_idle", property(idle))
+    errors = {}
+    for index, error in train_together([slow, failing, third]):
+        ended.append(index)
+        errors[index] = error
+    assert str(errors[1]) == "the device is lost"
+    assert (errors[0], errors[2]) == (None, None)
+    alone = training(data, tmp_path / "alone", settings=config(epochs=2))
+    monkeypatch.undo()
+    train(alone)
+    same(alone, slow)
+    same(alone, third)
 
 
 def resumes_to_the_same_end(data: Path, folder: Path, device: str, settings: dict[str, Any]) -> None:
