@@ -29,14 +29,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--gpu-report")
     if hasattr(config, "workerinput"):  # of pytest-xdist, whose controller hears of every test
         return
+    path = config.getoption("--gpu-report")
+    changes = [option for option in ("--gpu-report-again", "--gpu-report-add") if config.getoption(option)]
+    if path is None and changes:
+        raise pytest.UsageError(f"{changes[0]} wants --gpu-report FILE, which it changes")
     if path is None:
-        if config.getoption("--gpu-report-again") or config.getoption("--gpu-report-add"):
-            raise pytest.UsageError("--gpu-report-again and --gpu-report-add want --gpu-report FILE, which they change")
         return
-    if not config.getoption("--gpu-report-again") and (problem := _no_cuda()):
+    if len(changes) == 2:
+        raise pytest.UsageError(f"{' and '.join(changes)} exclude each other")
+    if "--gpu-report-again" not in changes and (problem := _no_cuda()):
         raise pytest.UsageError(f"--gpu-report {problem}")
     chosen = any(config.getoption(name, None) for name in ("keyword", "markexpr", "deselect", "lf", "stepwise"))
     if chosen or any("::" in argument for argument in config.args):
@@ -44,18 +47,16 @@ def pytest_configure(config: pytest.Config) -> None:
             "--gpu-report is of whole files: leave -k, -m, --deselect, --lf, --sw and names of tests out"
         )
     path, before, others = config.invocation_params.dir / path, None, None
-    if config.getoption("--gpu-report-again") and config.getoption("--gpu-report-add"):
-        raise pytest.UsageError("--gpu-report-again and --gpu-report-add exclude each other")
-    if config.getoption("--gpu-report-again"):
+    if changes and not path.is_file():
+        raise pytest.UsageError(f"{changes[0]}: {path} is missing; leave the option out to begin it")
+    if changes == ["--gpu-report-again"]:
         before = json.loads(path.read_text(encoding="utf-8"))
-        if problem := _not_again(before):
-            raise pytest.UsageError(f"--gpu-report-again: {path} {problem}")
-    elif config.getoption("--gpu-report-add"):
-        if not path.is_file():
-            raise pytest.UsageError(f"--gpu-report-add: {path} is missing; leave the option out to begin it")
+        problem = _not_again(before)
+    elif changes:
         others = json.loads(path.read_text(encoding="utf-8"))
-        if problem := _not_added_to(others, config.args, config.invocation_params.dir):
-            raise pytest.UsageError(f"--gpu-report-add: {path} {problem}")
+        problem = _not_added_to(others, config.args, config.invocation_params.dir)
+    if changes and problem:
+        raise pytest.UsageError(f"{changes[0]}: {path} {problem}")
     config.pluginmanager.register(_Report(path, before, others))
 
 

@@ -186,9 +186,11 @@ def test_the_tests_of_other_files_are_added(workers: str, tmp_path: Path) -> Non
 
 def test_what_cannot_be_added_leaves_a_report_as_it_is(tmp_path: Path) -> None:
     passing = "def test_passes(): pass"
-    code, printed, _ = reported(tmp_path, "--gpu-report-add", tests=passing)
-    assert code == 4
-    assert "gpu.json is missing; leave the option out to begin it" in printed
+    for option in ("--gpu-report-add", "--gpu-report-again"):
+        code, printed, _ = reported(tmp_path, option, tests=passing)
+        assert code == 4
+        assert f"{option}: " in printed
+        assert "gpu.json is missing; leave the option out to begin it" in printed
     _, _, first = reported(tmp_path)
     path = tmp_path / "out/gpu.json"
     for tested, options, tests, why in (
@@ -223,7 +225,7 @@ def test_an_option_that_changes_a_report_wants_its_name(option: str, tmp_path: P
     command = ["python", "-m", "pytest", "-p", "tests.gpu_report", "-c", "/dev/null", "--rootdir", ".", option]
     variables = {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     found = run(*command, cwd=tmp_path, check=False, **variables)
-    assert (found.returncode, "want --gpu-report FILE" in found.stderr) == (4, True)
+    assert (found.returncode, "wants --gpu-report FILE" in found.stderr) == (4, True)
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

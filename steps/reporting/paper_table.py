@@ -8,8 +8,8 @@ from steps.reporting.tables import Section
 from steps.reporting.task import load_task
 
 _NOTE = (
-    "Laid out as the paper's tables. Ours: the last epoch of protocol {protocol}, mean ± standard deviation "
-    "over seeds. In brackets: relative to SASRec of the same column's source. "
+    "Rows as in the paper, columns as in its tables 4 and 12. Ours: the last epoch of protocol {protocol}, mean ± "
+    "standard deviation over seeds. In brackets: relative to SASRec of the same column's source. "
 )
 
 

@@ -37,6 +37,7 @@ from steps.training.validation import Validation
 
 SEED_STRIDE = 1_000_003  # so that no two pairs (seed, epoch) have the same random numbers
 _STEP_STRIDE = 2**20  # likewise for steps, of which an epoch has fewer
+_PAUSE_S = 1e-4  # between looks at the device, where no run has steps to queue
 _COMPILE_FROM_STEPS = 20_000  # compiling takes half a minute, which a shorter training does not win back
 
 _EARLY, _LATE = 0.05, 0.95  # shares of the schedule in which a best epoch is suspicious
@@ -166,8 +167,9 @@ class Training:
             return False
         return self.done - reported_epoch(self.config, self.history) >= self.settings.patience
 
-    def epochs(self) -> Iterator[None]:
-        """Train; yields whenever steps are queued, or not yet done, so that other runs can queue theirs.
+    def epochs(self) -> Iterator[bool]:
+        """Train; yields True whenever steps are queued, and False where they are not yet done, so that other runs can
+        queue theirs.
 
         After every `eval_every` epochs, and after the last, the model is evaluated and the history gets a line.
         """
@@ -184,11 +186,11 @@ class Training:
                 title = f"{self.title}epoch {epoch}/{epochs}"
                 for queued in self._epoch(epoch, title):
                     num_steps += queued
-                    yield
+                    yield True
             # The next line waits for the device, and no other run could queue steps meanwhile. Processes that train
             # several runs together take their turns in one order.
             while self.processes.size == 1 and not self.stream.is_idle:
-                yield
+                yield False
             loss = float(self.execution.total) / num_steps
             if loss != loss:
                 raise StepError(f"the loss is not a number in {title}: training diverged; lower the learning rate")
@@ -274,11 +276,12 @@ def train_together(trainings: list[Training]) -> Iterator[tuple[int, Exception |
     """Train all, in turns of a step; yields the index of each training that ends, and its error if it failed."""
     running = {index: training.epochs() for index, training in enumerate(trainings)}
     while running:
+        all_wait = True
         for index, steps in list(running.items()):
             error: Exception | None = None
             with trainings[index].stream.active():
                 try:
-                    next(steps)
+                    all_wait &= not next(steps)
                     continue
                 except StopIteration:
                     pass
@@ -286,7 +289,10 @@ def train_together(trainings: list[Training]) -> Iterator[tuple[int, Exception |
                     error = failure
                     trainings[index].abandon()
             del running[index]
+            all_wait = False
             yield index, error
+        if all_wait:
+            time.sleep(_PAUSE_S)  # for the threads that write states
 
 
 def reported_epoch(config: dict[str, Any], history: list[dict[str, Any]]) -> int:

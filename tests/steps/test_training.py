@@ -281,12 +281,15 @@ def test_a_run_whose_steps_are_not_done_lets_the_others_queue_theirs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, other = (training(data, tmp_path / name, settings=config(epochs=2)) for name in ("slow", "other"))
-    idle = property(lambda stream: stream is not slow.stream or other.done == 2)
+    idle = property(lambda stream: stream is not slow.stream or (other.done == 2 and bool(pauses)))
     monkeypatch.setattr(type(slow.stream), "is_idle", idle)
+    pauses: list[float] = []
+    monkeypatch.setattr("steps.training.loop.time.sleep", pauses.append)
     ends = train_together([slow, other])
     assert next(ends) == (1, None)
-    assert (slow.done, other.done) == (0, 2)
+    assert (slow.done, other.done, pauses) == (0, 2, [])
     assert list(ends) == [(0, None)]
+    assert len(pauses) == 1  # as no run was left that had steps to queue
     alone = training(data, tmp_path / "alone", settings=config(epochs=2))
     train(alone)
     same(alone, slow)
