@@ -26,6 +26,7 @@ from steps.reporting.figures import save_figure
 from steps.reporting.headline import write_headline
 from steps.reporting.paper_table import paper_tables
 from steps.reporting.plots import Shown, draw_curves, draw_groups, draw_speed, groups_of_rows
+from steps.reporting.published import published_figures
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd, read_records
 from steps.reporting.tables import Section, escaped, markdown, page_html, page_latex, page_markdown
 from steps.reporting.task import Task, printed, task_of_records
@@ -84,9 +85,9 @@ def sections(
         headers = ["model", "seeds", *(f"valid {printed(name)}" for name in headline if chosen)]
         headers += [f"{'test ' if grid else ''}{printed(name)}" for name in task.tables]
         about = params.entry("protocols", protocol)
-        published = paper["public_datasets"].get(dataset, {}) if about.get("published") else {}
-        published = {model: figures for model, figures in published.items() if model in set(rows["model"])}
-        told = [name for name in headline if any(name in figures for figures in published.values())]
+        theirs = published_figures(paper, dataset, protocol)
+        theirs = {model: figures for model, figures in theirs.items() if model in set(rows["model"])}
+        told = [name for name in headline if any(name in figures for figures in theirs.values())]
         best = _has(rows, task, "test_best")
         if best:
             headers += [f"best epoch {printed(name)}" for name in headline]
@@ -101,13 +102,13 @@ def sections(
             line += [_cell(row, f"test/{name}") for name in task.tables]
             if best:
                 line += [_cell(row, f"test_best/{name}") for name in headline]
-            reported = published.get(row["model"], {})
+            reported = theirs.get(row["model"], {})
             line += [f"{reported[name]:.4f}" if name in reported else "" for name in told]
             table.append(line)
         note = about.get("note", f"Protocol {protocol}.")
         note += _REPEATS[repeats[dataset]] if task.name == "retrieval" else ""
         note += _GRID if chosen else _GRID_WITHOUT if grid else ""
-        note += " " + _sources(published, paper) if published else ""
+        note += " " + _sources(theirs, paper) if theirs else ""
         made.append(Section(f"{titles[dataset]}, protocol {protocol}", note, headers, table))
     return made
 
@@ -142,8 +143,8 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return cell(row[name], row.get(f"{name}/sd"))
 
 
-def _sources(published: dict[str, Any], paper: dict[str, Any]) -> str:
-    used = dict.fromkeys(entry["source"] for entry in published.values())
+def _sources(figures: dict[str, Any], paper: dict[str, Any]) -> str:
+    used = dict.fromkeys(entry["source"] for entry in figures.values())
     return "Published figures: " + "; ".join(paper["sources"][source] for source in used) + "."
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from steps.common import params
+from steps.reporting.published import published_figures
 from steps.reporting.records import Record, by_row, labels, mean_and_sd
 from steps.reporting.tables import Section
 from steps.reporting.task import load_task
@@ -19,10 +20,10 @@ def paper_tables(
     """A table for each (dataset, protocol) that published figures stand beside, with its rows as numbers."""
     made = []
     for dataset, protocol in dict.fromkeys(record.row[:2] for record in records):
-        published = paper["public_datasets"].get(dataset)
-        if published and params.entry("protocols", protocol).get("published"):
-            rows = paper_rows([record for record in records if record.row[:2] == (dataset, protocol)], published)
-            sources = dict.fromkeys(paper["sources"][figures["source"]] for figures in published.values())
+        theirs = published_figures(paper, dataset, protocol)
+        if theirs:
+            rows = paper_rows([record for record in records if record.row[:2] == (dataset, protocol)], theirs)
+            sources = dict.fromkeys(paper["sources"][figures["source"]] for figures in theirs.values())
             note = _NOTE.format(protocol=protocol) + "Theirs: " + "; ".join(sources) + "."
             headers = ["method", "whose", "seeds", *(name.upper() for name in load_task().paper)]
             lines = [[row["method"], row["whose"], row["seeds"] or "", *_cells(row)] for row in rows]
@@ -31,7 +32,7 @@ def paper_tables(
     return made
 
 
-def paper_rows(records: list[Record], published: dict[str, Any]) -> list[dict[str, Any]]:
+def paper_rows(records: list[Record], theirs: dict[str, Any]) -> list[dict[str, Any]]:
     """Two rows a published method, ours and theirs: each metric, its `/sd`, and its `/gain` over SASRec as a share.
 
     records: of one data set and protocol. A method that was not run has theirs alone.
@@ -39,7 +40,7 @@ def paper_rows(records: list[Record], published: dict[str, Any]) -> list[dict[st
     task, rows = load_task(), []
     ours = {model: seeds for (_, _, model), seeds in by_row(records).items()}
     names = labels(records)
-    for model, figures in published.items():
+    for model, figures in theirs.items():
         for whose in ("ours", "theirs"):
             if whose == "ours" and model not in ours:
                 continue
@@ -47,7 +48,7 @@ def paper_rows(records: list[Record], published: dict[str, Any]) -> list[dict[st
             row["seeds"] = len(ours[model]) if whose == "ours" else None
             for metric in task.paper:
                 value, deviation = _value(ours.get(model, []), figures, metric, whose)
-                base, _ = _value(ours.get(task.baseline, []), published.get(task.baseline, {}), metric, whose)
+                base, _ = _value(ours.get(task.baseline, []), theirs.get(task.baseline, {}), metric, whose)
                 gain = round(value / base - 1, 6) if value and base and model != task.baseline else None
                 row |= {metric: value, f"{metric}/sd": deviation, f"{metric}/gain": gain}
             rows.append(row)

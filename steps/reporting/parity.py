@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from steps.common import params
 from steps.common.paired import half_interval
+from steps.reporting.published import published_figures
 from steps.reporting.records import Record, by_row, cell, labels, mean_and_sd
 from steps.reporting.statistics import CONFIDENCE
 from steps.reporting.task import load_task
@@ -23,8 +23,8 @@ def parity_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str
     The last epoch is compared with the rerun's last only if both have the same number.
     """
     names, lines = labels(records), []
-    for (dataset, model), seeds in _compared(records, paper).items():
-        published = paper["public_datasets"].get(dataset, {}).get(model, {})
+    for (dataset, protocol, model), seeds in _compared(records, paper).items():
+        published = published_figures(paper, dataset, protocol).get(model, {})
         rerun = paper["reruns"].get(dataset, {}).get(model, {"best": {}, "epochs": {}})
         last = rerun["epochs"].get(seeds[0].history[-1]["epoch"], {})
         for metric in load_task().headline:
@@ -52,7 +52,7 @@ def parity_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str
 def curve_table(records: list[Record], paper: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headers and lines: a line per model and epoch of the rerun's curve, ours as a mean over seeds."""
     names, lines = labels(records), []
-    for (dataset, model), seeds in _compared(records, paper).items():
+    for (dataset, _, model), seeds in _compared(records, paper).items():
         for epoch, figures in paper["reruns"].get(dataset, {}).get(model, {"epochs": {}})["epochs"].items():
             if any(all(line["epoch"] != epoch for line in seed.history) for seed in seeds):
                 continue
@@ -109,17 +109,18 @@ def orderings(published: dict[str, Any], models: dict[str, np.ndarray], pairs: l
 
 def compared_protocols(records: list[Record], paper: dict[str, Any]) -> list[str]:
     """The names of the protocols that `parity_table` has lines of."""
-    return list(dict.fromkeys(seeds[0].row[1] for seeds in _compared(records, paper).values()))
+    return list(dict.fromkeys(protocol for _, protocol, _ in _compared(records, paper)))
 
 
-def _compared(records: list[Record], paper: dict[str, Any]) -> dict[tuple[str, str], list[Record]]:
-    """The records of models that others reported, under protocols that stand beside published figures."""
-    return {
-        (dataset, model): seeds
-        for (dataset, protocol, model), seeds in by_row(records).items()
-        if params.entry("protocols", protocol).get("published")
-        and (model in paper["public_datasets"].get(dataset, {}) or model in paper["reruns"].get(dataset, {}))
-    }
+def _compared(records: list[Record], paper: dict[str, Any]) -> dict[tuple[str, str, str], list[Record]]:
+    """The records of models that others reported, by (dataset, protocol, model), where published figures stand beside
+    ours."""
+    found = {}
+    for (dataset, protocol, model), seeds in by_row(records).items():
+        published = published_figures(paper, dataset, protocol)
+        if model in published or (published and model in paper["reruns"].get(dataset, {})):
+            found[dataset, protocol, model] = seeds
+    return found
 
 
 def _figure(value: float | None) -> str:

@@ -13,6 +13,7 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 from steps.common import params
 from steps.reporting.details import groups_of, reliability
 from steps.reporting.figures import MARK, OTHERS, literal, style_of
+from steps.reporting.published import published_figures
 from steps.reporting.records import Record, by_row, mean_and_sd
 from steps.reporting.task import Task, printed, task_of_records
 
@@ -60,10 +61,10 @@ class Shown:
 
         Published figures without the compared metric are left out.
         """
-        if not params.entry("protocols", protocol).get("published"):
-            return {}
-        found: dict[str, Any] = self.paper[kind].get(dataset, {})
-        return {row: figures for row, figures in found.items() if kind == "reruns" or self.task.compared in figures}
+        theirs = published_figures(self.paper, dataset, protocol)
+        if kind == "reruns":
+            return self.paper[kind].get(dataset, {}) if theirs else {}
+        return {row: figures for row, figures in theirs.items() if self.task.compared in figures}
 
     def label(self, model: str, group: str = "") -> str:
         """Of a row, without what the group's title says; the beginning of a long one."""

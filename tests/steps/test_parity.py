@@ -1,21 +1,30 @@
 """Parity: each figure beside its like, shares and verdicts, and the curve at the rerun's epochs."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from steps.common import params
 from steps.common.params import Run
 from steps.reporting.outcomes import TestRanks
 from steps.reporting.parity import compared_protocols, curve_table, independent_table, orderings, parity_table
 from steps.reporting.plots import Shown
+from steps.reporting.published import published_figures
 from steps.reporting.records import Record
 from steps.reporting.task import load_task
 from steps.tabulate import sections
+from tests.conftest import ROOT
 
 PAPER: dict[str, Any] = {
-    "public_datasets": {"d": {"hstu": {"hr@10": 0.3, "ndcg@10": 0.2}, "sasrec": {"hr@10": 0.1, "ndcg@10": 0.1}}},
-    "sources": {"us": "another team"},
+    "public_datasets": {
+        "d": {
+            "hstu": {"source": "readme", "hr@10": 0.3, "ndcg@10": 0.2},
+            "sasrec": {"source": "readme", "hr@10": 0.1, "ndcg@10": 0.1},
+        }
+    },
+    "sources": {"us": "another team", "readme": "the authors"},
     "independent": {
         "d": [
             {"source": "us", "model": "their HSTU", "row": "hstu", "hr@10": 0.31, "ndcg@10": 0.21},
@@ -92,7 +101,7 @@ def test_the_protocols_of_a_parity_table_are_named_once() -> None:
 
 
 def test_a_metric_that_the_rerun_alone_has_keeps_its_line() -> None:
-    paper = PAPER | {"public_datasets": {"d": {"hstu": {"hr@10": 0.3}}}}
+    paper = PAPER | {"public_datasets": {"d": {"hstu": {"source": "readme", "hr@10": 0.3}}}}
     _, lines = parity_table([record(0, 0.24, 0.29)], paper)
     assert [line[2] for line in lines] == ["HR@10", "NDCG@10"]
 
@@ -103,12 +112,13 @@ def test_independent_runs_stand_beside_strict() -> None:
 
 
 def test_a_metric_that_nobody_reported_has_no_line_and_no_order() -> None:
-    paper = PAPER | {"public_datasets": {"d": {"hstu": {"hr@10": 0.3}, "sasrec": {"hr@10": 0.1}}}, "reruns": {}}
+    figures = {model: {"source": "readme", "hr@10": value} for model, value in (("hstu", 0.3), ("sasrec", 0.1))}
+    paper = PAPER | {"public_datasets": {"d": figures}, "reruns": {}}
     ours = [record(0, 0.24, 0.29)]
     _, lines = parity_table(ours, paper)
     assert [line[2] for line in lines] == ["HR@10"]
     ranks = {"hstu": np.ones(3), "sasrec": np.ones(3)}
-    assert orderings(paper["public_datasets"]["d"], ranks, []) == []  # of NDCG@10
+    assert orderings(figures, ranks, []) == []  # of NDCG@10
     for told, seen in ((paper, {}), (PAPER, PAPER["public_datasets"]["d"])):
         assert Shown(ours, {}, {}, told).others("public_datasets", "d", "paper") == seen
 
@@ -119,7 +129,21 @@ def test_a_table_has_a_column_of_each_metric_that_somebody_reported() -> None:
     row = {"dataset": "d", "protocol": "paper", "model": "hstu", "seeds": 2} | dict.fromkeys(names, 0.5)
     texts = [{"d": "D"}, {"hstu": "HSTU"}, {"d": "none"}]
     for figures, seen in (({"hr@10": 0.3}, ["published HR@10"]), ({"hr@50": 0.3}, [])):
-        paper = PAPER | {"public_datasets": {"d": {"hstu": figures | {"source": "us"}}}}
+        paper = PAPER | {"public_datasets": {"d": {"hstu": figures | {"source": "readme"}}}}
         (section,) = sections(pl.DataFrame([row]), paper, *texts, task)
         assert [name for name in section.headers if name.startswith("published")] == seen
         assert {len(line) for line in section.rows} == {len(section.headers)}
+
+
+def test_figures_stand_beside_the_protocols_of_their_source_alone() -> None:
+    paper = params.load("paper", ROOT / "params")
+    protocols = params.load("protocols", ROOT / "params")
+    named = {name: set(about["published"]) for name, about in protocols.items() if "published" in about}
+    assert set.union(*named.values()) <= set(paper["sources"])
+    of_table_2 = published_figures(paper, "stream", "stream")
+    assert set(of_table_2) == {"sasrec", "hstu-softmax", "hstu-no-bias"}
+    for dataset, protocol in (("stream", "paper"), ("ml-1m", "stream"), ("ml-1m", "strict")):
+        assert published_figures(paper, dataset, protocol) == {}
+        runs = [replace(record(0, 0.2, 0.3, protocol), run=Run("e", dataset, "sasrec", protocol, 0))]
+        assert compared_protocols(runs, paper) == []
+        assert Shown(runs, {}, {}, paper).others("reruns", dataset, protocol) == {}
