@@ -15,6 +15,7 @@ import pytest
 from steps.common import params, yaml_files
 from steps.common.cli import StepError
 from steps.common.studies import PLUMBING
+from steps.crates.experiment import OF_COMPARE
 from steps.docs import PAGES
 from steps.reporting.records import read_records, write_records
 from tests import import_graph
@@ -105,6 +106,8 @@ def test_committed_tables_and_pages_are_those_of_the_committed_records(tmp_path:
             step(table, "--experiment", experiment, *arguments, cwd=ROOT)
         of_compare = ("comparisons.md", "comparisons.csv", "intervals.csv", "parity.md")
         if "compare" not in of_records:
+            kept = [f"reports/{experiment}/{name}" for name in OF_COMPARE]  # as nothing makes them again
+            assert run("git", "ls-files", *kept, cwd=ROOT).stdout.split() == kept
             for name in of_compare:
                 shutil.copyfile(ROOT / "reports" / experiment / name, tmp_path / experiment / name)
         names = ("table.md", "table.csv", "runs.csv", "details.md", "paper.md", *of_compare)

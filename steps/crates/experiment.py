@@ -32,7 +32,8 @@ _STEPS = {
     "tabulate": "Tables and learning curves of all runs.",
     "compare": "Intervals, paired tests and published orderings.",
 }
-_OF_COMPARE = ("comparisons.csv", "comparisons.md", "intervals.csv", "intervals.svg", "parity.md")
+#: What compare writes, of what a crate holds.
+OF_COMPARE = ("comparisons.csv", "comparisons.md", "intervals.csv", "intervals.svg", "parity.md")
 _UNITS = {"seconds": "SEC", "peak bytes": "BYTE"}
 _README = """# {title}
 
@@ -75,8 +76,8 @@ class ExperimentCrate:
         """The tables and figures by their names, and the actions that made them."""
         added = {name: add_file(self.crate, name, content) for name, content in files.items()}
         for step, made in (
-            ("compare", [entity for name, entity in added.items() if name in _OF_COMPARE]),
-            ("tabulate", [entity for name, entity in added.items() if name not in _OF_COMPARE]),
+            ("compare", [entity for name, entity in added.items() if name in OF_COMPARE]),
+            ("tabulate", [entity for name, entity in added.items() if name not in OF_COMPARE]),
         ):
             self._act(f"#{step}", step, self._tool(step), self.metrics, made)
 
