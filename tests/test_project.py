@@ -104,14 +104,13 @@ def test_committed_tables_and_pages_are_those_of_the_committed_records(tmp_path:
         of_records = ["tabulate", *(["compare"] if rebuild.is_compared_again(ROOT / "reports" / experiment) else [])]
         for table in of_records:
             step(table, "--experiment", experiment, *arguments, cwd=ROOT)
-        of_compare = ("comparisons.md", "comparisons.csv", "intervals.csv", "parity.md")
         if "compare" not in of_records:
             kept = [f"reports/{experiment}/{name}" for name in OF_COMPARE]
             # All, as nothing makes them again; of a search none.
             assert run("git", "ls-files", *kept, cwd=ROOT).stdout.split() in (kept, [])
-            for name in of_compare:
+            for name in OF_COMPARE:
                 shutil.copyfile(ROOT / "reports" / experiment / name, tmp_path / experiment / name)
-        names = ("table.md", "table.csv", "runs.csv", "details.md", "paper.md", *of_compare)
+        names = ("table.md", "table.csv", "runs.csv", "details.md", "paper.md", *OF_COMPARE)
         tables = [f"reports/{experiment}/{name}" for name in names]
         # Of a search the records alone are committed, the demo's tables are a user's own, and some say what others say.
         ignored = run("git", "check-ignore", *tables, cwd=ROOT, check=False).stdout.splitlines()

@@ -250,7 +250,7 @@ class Sequences:
             lengths = kept
         padding = (0, shape.num_sequences - shape.num_users)
         lengths = torch.nn.functional.pad(lengths, padding, value=shape.max_len)
-        offsets = naive.offsets_from_lengths(lengths).clamp(max=shape.num_tokens)
+        offsets = naive.offsets_from_lengths(lengths).clamp(max=shape.num_tokens)  # torch.compile fuses no fbgemm_gpu
         sequence_id, position = sequence_and_position(offsets, shape.num_tokens)
         token_mask = sequence_id < len(users)
         user = sequence_id.clamp(max=len(users) - 1)
