@@ -169,10 +169,11 @@ def budgets(runs: dict[str, Any], a_decade: int) -> list[float]:
     return [runs["log10_flops"] - number / a_decade for number in reversed(range(runs["levels"]))]
 
 
-def prepared(config: dict[str, Any], rule: dict[str, float]) -> dict[str, Any]:
-    """The config with the learning rate of its width: base x (dim / d) ^ power, the same for all encoders."""
+def prepared(config: dict[str, Any], rule: dict[str, Any]) -> dict[str, Any]:
+    """The config with the learning rate of its width: base x (dim / d) ^ power, with the power of its encoder."""
     config = deepcopy(config)
-    config["model"]["optimizer"]["lr"] = rule["base"] * (rule["dim"] / config["model"]["dim"]) ** rule["power"]
+    model = config["model"]
+    model["optimizer"]["lr"] = rule["base"] * (rule["dim"] / model["dim"]) ** rule["power"][model["model"]]
     return config
 
 

@@ -66,13 +66,14 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
     commits = ", ".join(dict.fromkeys(line["commit"][:9] for line in lines))
     digests = ", ".join(dict.fromkeys(line["data_sha256"] for line in lines if "data_sha256" in line))
     rule, confidence = given["lr"], f"{given['confidence']:g} %"
+    powers = ", ".join(f"{LABELS[encoder]} {power:g}" for encoder, power in rule["power"].items())
     parts = [
         f"# {study['title']}",
         "lg C: the logarithm to base ten of a training's FLOPs, forward and backward, of layers and loss, without "
         "lookups. A size is width x depth, and the longest window. Of test: means ± standard deviations over seeds. "
         "Coverage: the share of the candidates that is recommended to anyone; popularity: the mean percentile by "
         "popularity of what is recommended; loss: of the target among all items. Learning rate "
-        f"{rule['base']:g} x ({rule['dim']} / d) ^ {rule['power']:g}. Lines of a size are of the same runs.",
+        f"{rule['base']:g} x ({rule['dim']} / d) ^ p, p: {powers}. Lines of a size are of the same runs.",
         f"At each budget the size counts that is best by the metric in question. Bands are of {confidence}: a "
         "bootstrap draws each size's seeds, whole runs; deviations are widened by Student's t, as few seeds need. "
         f"Commits {commits}. Hashes of the data: {digests}.",
