@@ -17,19 +17,24 @@ import torch.nn.functional as F
 
 from steps.common.cli import StepError
 from steps.common.device import pick_precision
+from steps.data.generators.stream import Stream
 from steps.data.sequences import Batch, Sequences, load_sequences
+from steps.data.split import split_sequences
 from steps.evaluation.exact_ranks import Ranker, Rules, candidates, require_finite
 from steps.evaluation.metrics import user_values
 from steps.studies.convergence import Blocks
 from steps.studies.flops import Work, work_of
 from steps.studies.long_sequences import triangle
 from steps.studies.rows import FAILED, Row, row
+from steps.studies.stream_ceiling import CUTS, KNOWN, expected, least_loss
 from steps.training.loop import Training, reported_epoch, train_together
 from steps.training.schedule import Schedule, Step
 
 #: The axis that has a budget: the logarithm to base 10 of its FLOPs.
 BUDGET = "log10_flops"
 LOSS, COVERAGE, POPULARITY = "loss", "coverage@10", "popularity@10"
+#: The part of a generated data set that is no run: what its best predictor expects.
+BEST = "best predictor"
 _TOP, _DIGITS = 10, 5
 
 
@@ -183,8 +188,10 @@ def name_of(config: dict[str, Any]) -> str:
 
 
 def cases(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """A case for all runs on a data set that are trained `together`, and for each of the others."""
+    """A case for all runs on a data set that are trained `together`, and for each of the others; and one for the best
+    predictor of each generated data set."""
     found = [case_of(config, runs) for runs in plan["runs"] for config in runs["configs"]]
+    found += [{"data": name, "part": BEST} for name in plan["generated"]]
     return [case for index, case in enumerate(found) if case not in found[:index]]
 
 
@@ -203,9 +210,12 @@ def require(cases: list[dict[str, Any]], plan: dict[str, Any]) -> None:
 
 def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]:
     """Rows of a case: by model, size and budget, metrics of each seed as its repetition, and means over its seeds of
-    FLOPs, passes, and seconds while the case's other runs are trained too. A seed that fails says so."""
+    FLOPs, passes, and seconds while the case's other runs are trained too. A seed that fails says so. Of the best
+    predictor what it expects."""
     device = torch.device(plan["device"])
     loaded = load_sequences(data / "processed" / case["data"], device)
+    if case["part"] == BEST:
+        return [one | {"data_sha256": loaded[1]} for one in predicted(case, plan, loaded[0])]
     gc.collect()  # the memory of graphs, which are cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -218,6 +228,21 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
         ]
         failed = train(trained)
     return [one | {"data_sha256": loaded[1]} for one in rows_of(case, trained, failed)]
+
+
+def predicted(case: dict[str, Any], plan: dict[str, Any], sequences: Sequences) -> list[Row]:
+    """Rows of what the best predictor of a generated data set expects of the interactions that runs are tested on."""
+    configs = [config for runs in plan["runs"] for config in runs["configs"] if config["dataset"] == case["data"]]
+    users = split_sequences(sequences, configs[0]["protocol"]).held_out["test"].users
+    settings = plan["generated"][case["data"]]["synthesize"]
+    stream = Stream(**{key: value for key, value in settings.items() if key != "form"})
+    first, last = int(users.min()), int(users.max()) + 1
+    hits = expected(stream, first, last)["known"][CUTS.index(_TOP)]
+    axes = case | {"model": KNOWN}
+    return [
+        row(axes, f"hr@{_TOP}", round(hits, _DIGITS), "fraction"),
+        row(axes, LOSS, round(least_loss(stream, first, last), _DIGITS), "nats"),
+    ]
 
 
 def train(trained: list[Run]) -> dict[int, str]:

@@ -76,12 +76,12 @@ def fit(law: str, x: Sequence[float] | Array, values: Array, exponents: Array, m
 
 @dataclass(frozen=True)
 class Frontier:
-    """The best of all sizes at each budget. budgets (n,): logarithms of FLOPs to base 10, rising. values (n, K). best:
-    by budget, the size that is best in the data as they are."""
+    """The best of all sizes for each budget, of runs that take no more. budgets (n,): logarithms of FLOPs to base 10,
+    rising. values (n, K). best: by budget, the size that is best in the data as they are, and its own budget."""
 
     budgets: list[float]
     values: Array
-    best: list[str]
+    best: list[tuple[str, float]]
 
     def x(self, budgets: Iterable[float] | None = None) -> Array:
         """ln C of these budgets, or of all."""
@@ -113,8 +113,9 @@ def frontier(
 ) -> Frontier:
     """The frontier of the mean over seeds, in the data and in so many resamplings of each size's seeds.
 
-    A seed is drawn with all of its budgets, as these are of one run. The best size is chosen again in each resampling;
-    those are left out in which no run came to some budget. With `confidence` a mean's deviation from that of all seeds
+    A budget need not be used up: where every size of it is worse than one of a smaller budget, that one counts. A seed
+    is drawn with all of its budgets, as these are of one run. The best is chosen again in each resampling; those are
+    left out in which no run came to the first budget. With `confidence` a mean's deviation from that of all seeds
     is multiplied by `widening`, so that bands of so many percent cover.
     """
     budgets = sorted({budget for seeds in points.values() for run in seeds.values() for budget in run})
@@ -128,9 +129,12 @@ def frontier(
         wider = 1.0 if confidence is None else widening(len(runs), confidence)
         sizes.append(np.where(there > 0, sign * (means[0] + wider * (means - means[0])), -np.inf).T)
     stacked = np.stack(sizes)
-    values, chosen = stacked.max(axis=0), stacked.argmax(axis=0)[:, 0]
-    kept = np.isfinite(values).all(axis=0)
-    return Frontier(budgets, sign * values[:, kept], [list(points)[index] for index in chosen])
+    values = np.maximum.accumulate(stacked.max(axis=0), axis=0)
+    kept, best = np.isfinite(values).all(axis=0), []
+    for end in range(1, len(budgets) + 1):
+        size, budget = np.unravel_index(stacked[:, :end, 0].argmax(), stacked[:, :end, 0].shape)
+        best.append((list(points)[size], budgets[budget]))
+    return Frontier(budgets, sign * values[:, kept], best)
 
 
 def judge(

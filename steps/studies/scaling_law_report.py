@@ -11,6 +11,7 @@ from steps.common.cli import StepError
 from steps.studies.rows import FAILED, Row, cases
 from steps.studies.scaling_law import BUDGET, COVERAGE, LOSS, POPULARITY
 from steps.studies.scaling_law_fits import LAWS, LOGARITHM, SATURATING, Array, band, fit, frontier, growth, judge
+from steps.studies.stream_ceiling import KNOWN
 
 LABELS = {"hstu": "HSTU", "sasrec": "SASRec", "transformer++": "Transformer++"}
 #: What the verdict is about.
@@ -22,13 +23,18 @@ _WORDS = {1: "holds", 0: "not decided", -1: "does not hold"}
 
 class Panel:
     """A data set and device. points: by encoder and metric, then size, seed and budget; means: by encoder, size and
-    budget the lines of all seeds; frontiers: by encoder and fitted metric."""
+    budget the lines of all seeds; frontiers: by encoder and fitted metric; bounds: by metric what the best predictor
+    expects."""
 
     def __init__(self, lines: list[Row], settings: dict[str, Any]) -> None:
         self.lines, self.settings, self.data, self.device = lines, settings, lines[0]["data"], lines[0]["device"]
         self.points: dict[tuple[str, str], dict[str, dict[int, dict[float, float]]]] = {}
         self.means: dict[tuple[str, str, float], list[Row]] = {}
+        self.bounds: dict[str, float] = {}
         for line in lines:
+            if BUDGET not in line:
+                self.bounds |= {metric: line[metric] for metric in settings["metrics"] if metric in line}
+                continue
             size, budget = size_of(line), line[BUDGET]
             if "repetition" not in line:
                 self.means.setdefault((line["encoder"], size, budget), []).append(line)
@@ -74,7 +80,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "Coverage: the share of the candidates that is recommended to anyone; popularity: the mean percentile by "
         "popularity of what is recommended; loss: of the target among all items. Learning rate "
         f"{rule['base']:g} x ({rule['dim']} / d) ^ p, p: {powers}. Lines of a size are of the same runs.",
-        f"At each budget the size counts that is best by the metric in question. Bands are of {confidence}: a "
+        "For each budget the run counts that is best by the metric in question, of this budget or a smaller one, as a "
+        f"budget need not be used up. Bands are of {confidence}: a "
         "bootstrap draws each size's seeds, whole runs; deviations are widened by Student's t, as few seeds need. "
         f"Commits {commits}. Hashes of the data: {digests}.",
         "\n".join(f"- {law}: {source}" for law, source in study.get("published", {}).get("sources", {}).items()),
@@ -100,7 +107,7 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         table += [line | origin for line in [*laws, *([verdict] if verdict else [])]]
     parts += [
         "Dots: every size; larger ones: the best. Lines: the logarithm, with its band; dashed: the saturating law; of "
-        "coverage: through the best by the first metric.",
+        "coverage: through the best by the first metric; dotted: what the best predictor expects.",
         "![Quality by compute](figure.svg)",
     ]
     return "\n\n".join(filter(None, parts)) + "\n", _draw(panels), table
@@ -151,7 +158,7 @@ def sentences(panel: Panel, verdict: Row | None) -> str:
         of = panel.frontiers[encoder, panel.settings["fitted"][0]]
         shown = [f"{LABELS[encoder]} from lg C {of.budgets[0]:g} to {of.budgets[-1]:g}"]
         for metric in (COVERAGE, POPULARITY):
-            ends = [panel.values(encoder, metric, of.best[at], of.budgets[at]) for at in (0, -1)]
+            ends = [panel.values(encoder, metric, *of.best[at]) for at in (0, -1)]
             shown.append(f"{metric} {statistics.fmean(ends[0]):.3f} to {statistics.fmean(ends[1]):.3f}")
         held_out, laws = panel.settings["held_out"], (LOGARITHM, SATURATING)
         first, second = (judge(law, of, held_out, panel.exponents)[1] for law in laws)
@@ -159,6 +166,9 @@ def sentences(panel: Panel, verdict: Row | None) -> str:
             less = (first[1:] < second[1:]).mean()
             shown.append(f"the logarithm predicts better than the saturating law in {less:.1%} of draws")
         found.append(", ".join(shown))
+    if panel.bounds:
+        values = ", ".join(f"{_title(metric)} {value:.4f}" for metric, value in panel.bounds.items())
+        found.append(f"the best predictor, which {KNOWN}, expects {values}")
     for line in panel.lines:
         if FAILED in line:
             found.append(f"{line['model']}, {size_of(line)}, seed {line['repetition']}: {line[f'{FAILED}/seen']}")
@@ -182,7 +192,7 @@ def laws_table(laws: list[Row]) -> str:
 
 
 def sizes_table(panel: Panel) -> str:
-    """A line per budget, encoder and size: metrics, passes and seconds; the best of a budget and encoder in bold."""
+    """A line per budget, encoder and size: metrics, passes and seconds; what counts for a budget in bold."""
     metrics, table = panel.settings["metrics"], []
     for encoder, size, budget in sorted(panel.means, key=lambda key: (key[2], panel.encoders.index(key[0]))):
         cells = []
@@ -190,7 +200,7 @@ def sizes_table(panel: Panel) -> str:
             values, of = panel.values(encoder, metric, size, budget), panel.frontiers.get((encoder, metric))
             text = f"{statistics.fmean(values):.4f}"
             text += f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            cells.append(f"**{text}**" if of and of.best[of.budgets.index(budget)] == size else text)
+            cells.append(f"**{text}**" if of and (size, budget) in of.best else text)
         of_seeds = panel.means[encoder, size, budget]
         passes, seconds = (statistics.fmean(line[name] for line in of_seeds) for name in ("passes", "seconds"))
         table.append([f"{budget:g}", LABELS[encoder], size, *cells, f"{passes:.2f}", f"{seconds:.1f}"])
@@ -209,6 +219,8 @@ def _draw(panels: list[Panel]) -> Figure:
     axes = figure.subplots(len(metrics), len(panels), squeeze=False)
     for column, panel in enumerate(panels):
         for axis, metric in zip(axes[:, column], metrics, strict=True):
+            if metric in panel.bounds:
+                axis.axhline(panel.bounds[metric], color="black", linestyle=":", linewidth=0.9)
             for number, encoder in enumerate(panel.encoders):
                 _draw_encoder(axis, panel, encoder, metric, f"C{(3 * number + 7) % 8}")
             axis.set(xlabel="lg of FLOPs", ylabel=f"{_title(metric)}, test")
@@ -224,7 +236,7 @@ def _draw_encoder(axis: Any, panel: Panel, encoder: str, metric: str, colour: st
     axis.plot([one[0] for one in mean], [*mean.values()], ".", color=colour, markersize=3, alpha=0.4)
     of = panel.frontiers[encoder, metric if metric != COVERAGE else panel.settings["fitted"][0]]
     if metric == COVERAGE:
-        best = [mean[one] for one in zip(of.budgets, of.best, strict=True)]
+        best = [mean[budget, size] for size, budget in of.best]
         axis.plot(of.budgets, best, color=colour, linewidth=1)
         return
     value, low, high = np.array([panel.band(values) for values in of.values]).T

@@ -5,11 +5,16 @@ category of the item that comes. `, no repeats`: the same of a stream in which n
 this one is not. Needs NumPy alone.
 """
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from steps.data.generators.stream import Stream
 
 CUTS = (10, 50, 200)
+#: What reports call the predictors `known` and `told`.
+KNOWN, TOLD = "knows all but the next", "is told the next category"
 _AT_ONCE = 1000  # records; more would only take memory
 
 
@@ -22,18 +27,21 @@ def expected(stream: Stream, first: int, last: int) -> dict[str, list[float]]:
     return {name: np.average([part[name] for part in parts], axis=0, weights=sizes).tolist() for name in parts[0]}
 
 
+def least_loss(stream: Stream, first: int, last: int) -> float:
+    """The expected cross-entropy, in nats, of `known` at the last items of records `first` to `last` - 1: no model can
+    expect less."""
+    total = 0.0
+    for start in range(first, last, _AT_ONCE):
+        chance, num_open, _ = _outlook(stream, start, min(start + _AT_ONCE, last))
+        each = chance / np.maximum(num_open, 1)
+        total -= float((chance * np.log(np.where(chance > 0, each, 1))).sum())
+    return total / (last - first)
+
+
 def ceilings(stream: Stream, first: int, last: int) -> dict[str, list[float]]:
     """The expected HR at `CUTS` of the last items of records `first` to `last` - 1: `known` of the first predictor,
     `told` of the second; `known, no repeats` and `told, no repeats`."""
-    record = np.arange(first, last)
-    items = stream.part(first, last)
-    chosen, cuts = stream.chosen(record), stream.cuts(record)
-    prior = np.diff(np.pad(cuts, ((1, 1), (0, 0)), constant_values=((0, 1 << 20), (0, 0))), axis=0) / (1 << 20)
-    a = stream.concentration(record) / 1024
-    before = (stream.category[items[:, :-1] - 1] == chosen[:, :, None]).sum(axis=2)
-    chance = (a * prior + before) / (a + stream.length - 1)
-    is_of = stream.category[:, None] == np.arange(stream.categories)
-    num_open = np.cumsum(is_of, axis=0)[stream.open_items(record)[:, None] - 1, chosen.T].T
+    chance, num_open, before = _outlook(stream, first, last)
     found: dict[str, list[float]] = {}
     for end, size in (("", num_open), (", no repeats", np.maximum(num_open - before, 1))):
         order = np.argsort(-chance / size, axis=0)  # the categories whose items are likeliest first
@@ -45,3 +53,18 @@ def ceilings(stream: Stream, first: int, last: int) -> dict[str, list[float]]:
             hits = (chance * np.minimum(1, k / size)).sum(axis=0)
             found.setdefault(f"told{end}", []).append(float(hits.mean()))
     return found
+
+
+def _outlook(stream: Stream, first: int, last: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Of each record's categories (categories of a record, last - first): the chance that the last item is of one, how
+    many of its items are open, and how many came before."""
+    record = np.arange(first, last)
+    items = stream.part(first, last)
+    chosen, cuts = stream.chosen(record), stream.cuts(record)
+    prior = np.diff(np.pad(cuts, ((1, 1), (0, 0)), constant_values=((0, 1 << 20), (0, 0))), axis=0) / (1 << 20)
+    a = stream.concentration(record) / 1024
+    before = (stream.category[items[:, :-1] - 1] == chosen[:, :, None]).sum(axis=2)
+    chance = (a * prior + before) / (a + stream.length - 1)
+    is_of = stream.category[:, None] == np.arange(stream.categories)
+    num_open = np.cumsum(is_of, axis=0)[stream.open_items(record)[:, None] - 1, chosen.T].T
+    return chance, num_open, before

@@ -18,11 +18,9 @@ from steps.data.generators.stream import Stream
 from steps.data.sequences import load_sequences
 from steps.data.streamed import write_stream
 from steps.studies.rows import FAILED, Row, row
-from steps.studies.stream_ceiling import CUTS, expected
+from steps.studies.stream_ceiling import CUTS, KNOWN, TOLD, expected
 from steps.training.loop import Training, train_together
 
-#: In place of models: what no model can expect more than, and what none can that is not told the next category.
-KNOWN, TOLD = "knows all but the next", "is told the next category"
 _CEILINGS = {"known": KNOWN, "told": TOLD}
 _DIGITS = 6
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate as render
 
 from steps.studies.rows import FAILED, ORIGIN, Row, cases
-from steps.studies.stream_sensitivity import KNOWN, TOLD
+from steps.studies.stream_ceiling import KNOWN, TOLD
 
 LABELS = {"sasrec": "Transformer", "hstu-softmax": "HSTU with softmax", "hstu-no-bias": "HSTU without bias"}
 LABELS |= {"hstu-position": "HSTU with bias of position"}

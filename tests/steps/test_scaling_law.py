@@ -31,6 +31,7 @@ from steps.studies.scaling_law_fits import (
     judge,
     widening,
 )
+from steps.studies.stream_ceiling import KNOWN
 from steps.tasks import build
 from tests.conftest import ROOT, step, write_processed
 from tests.steps.runs import config
@@ -87,7 +88,7 @@ def test_the_plan_covers_four_orders_of_magnitude_from_three_seeds(tmp_path: Pat
     assert "study scaling-law: 156 runs, 4.45e+17 FLOPs in all" in said
     parts = [case["part"] for case in study.cases(PLAN) if case["data"] == "stream"]
     assert parts[:4] == ["small", "shapes", "256x8", "512x8-hstu-position"]
-    assert parts[-1] == "1024x16-hstu-position-2"
+    assert parts[-2:] == ["1024x16-hstu-position-2", "best predictor"]
     study.require(study.cases(PLAN), PLAN)
     rates = [study.prepared(one, PLAN["settings"]["lr"])["model"] for one in PLAN["runs"][7]["configs"]]
     assert {(one["model"], one["dim"]): one["optimizer"]["lr"] for one in rates} == pytest.approx(
@@ -235,18 +236,19 @@ def test_the_held_out_budgets_are_predicted_from_the_others() -> None:
 def test_the_frontier_is_the_best_mean_and_seeds_are_drawn_whole() -> None:
     points = {
         "small": {0: {13.0: 0.1, 14.0: 0.2}, 1: {13.0: 0.3, 14.0: 0.4}},
-        "large": {0: {14.0: 0.1, 15.0: 0.9}, 1: {14.0: 0.6, 15.0: 0.5}},
+        "large": {0: {14.0: 0.1, 15.0: 0.9}, 1: {14.0: 0.6, 15.0: 0.65}},
     }
     of = frontier(points, 300, np.random.default_rng(0))
-    assert (of.budgets, of.best) == ([13, 14, 15], ["small", "large", "large"])
-    assert of.values[:, 0] == pytest.approx([0.2, 0.35, 0.7])
-    # Of two seeds a mean is one of three; large is 0.1 and 0.9, 0.35 and 0.7, or 0.6 and 0.5 at once.
-    small, large = {0.1: 0.2, 0.2: 0.3, 0.3: 0.4}, {0.9: 0.1, 0.7: 0.35, 0.5: 0.6}
+    assert (of.budgets, of.best) == ([13, 14, 15], [("small", 13), ("large", 14), ("large", 15)])
+    assert of.values[:, 0] == pytest.approx([0.2, 0.35, 0.775])
+    # Of two seeds a mean is one of three; large is 0.1 and 0.9, 0.35 and 0.775, or 0.6 and 0.65 at once.
+    small, large = {0.1: 0.2, 0.2: 0.3, 0.3: 0.4}, {0.9: 0.1, 0.775: 0.35, 0.65: 0.6}
     for first, second, third in of.values.T.round(6):
         assert second == pytest.approx(max(small[first], large[third]))
     assert {tuple(ends) for ends in of.values[[0, 2]].T.round(6)} == {(a, b) for a in small for b in large}
     least = frontier(points, 0, np.random.default_rng(0), more_is_better=False)
-    assert (least.values[:, 0].round(6).tolist(), least.best) == ([0.2, 0.3, 0.7], ["small", "small", "large"])
+    # No run of a larger budget is less than the first one, which does not use it up.
+    assert (least.values[:, 0].round(6).tolist(), least.best) == ([0.2, 0.2, 0.2], [("small", 13)] * 3)
     of = frontier({"small": {0: {13.0: 0.1, 14.0: 0.3}, 1: {13.0: 0.5}}}, 200, np.random.default_rng(0))
     assert of.values[:, 0] == pytest.approx([0.3, 0.3])  # the second seed failed
     assert np.isfinite(of.values).all()
@@ -320,6 +322,27 @@ def test_the_verdict_needs_ours_to_scale_and_others_to_stop(
     assert holds is None or f"- {shown.SCALES}: {words[holds]} (lg C 13.5 to 15.5: HSTU" in text
     assert "from lg C 13 to 15.5, coverage@10 0.500 to 0.500, popularity@10 0.750 to 0.750" in text
     assert len(figure.axes) == 3
+
+
+def test_a_budget_need_not_be_used_up() -> None:
+    small, large = made_up({"hstu": 0.02}, 2), made_up({"hstu": 0.0}, 4, dim=512)[-54:]
+    text, _, lines = shown.report([*small, *large], CONTENT)
+    cells = [[part.strip() for part in line.split("|")[1:5]] for line in text.splitlines() if "| HSTU " in line]
+    assert ["13.5", "HSTU", "64x2, 200", "**0.1110 ± 0.0010**"] in cells
+    assert ["14.5", "HSTU", "512x2, 200", "0.1010 ± 0.0010"] in cells
+    # 0.101, and then 0.111 at three budgets: of a line by 0, 1, 2 and 3 half decades 0.003 each.
+    assert lines[0]["law"] == LOGARITHM
+    assert lines[0]["exponent"] == pytest.approx(0.006 / math.log(10), rel=1e-4)
+
+
+def test_what_the_best_predictor_expects_is_in_words_and_drawn(tmp_path: Path) -> None:
+    case = {"data": "ml-1m", "part": study.BEST, "model": KNOWN}
+    best = [row(case, "hr@10", 0.25, "fraction"), row(case, "loss", 5.5, "nats")]
+    rows = [*made_up({"hstu": 0.02}), *(one | {"device": "H200", "commit": "a" * 40} for one in best)]
+    text, figure, _ = shown.report(rows, CONTENT)
+    assert f"- the best predictor, which {KNOWN}, expects HR@10 0.2500, loss 5.5000" in text
+    drawn = [[line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] for axis in figure.axes]
+    assert drawn == [[0.25], [5.5], []]
 
 
 def test_laws_are_told_apart_by_what_they_predict() -> None:

@@ -1,5 +1,6 @@
 """The paper's stream: record by record a plain loop's, the same bytes however it is made, and what is specified."""
 
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from steps.data.generators.stream import Stream
 from steps.data.sequences import load_sequences
 from steps.data.split import split_sequences
 from steps.data.streamed import write_stream
-from steps.studies.stream_ceiling import ceilings
+from steps.studies.stream_ceiling import ceilings, least_loss
 from tests.conftest import ROOT, step
 from tests.steps.runs import processed_by_its_steps
 from tests.steps.test_models import make, schedule_of
@@ -418,10 +419,11 @@ def test_models_are_trained_and_tested_on_the_stream(processed: Path, tmp_path: 
     assert 0.06 < trained["test"]["hr@10"] < ceilings(stream_small(), 4500, 5000)["told"][0]
 
 
-def test_the_ceiling_is_that_of_a_loop() -> None:
-    """Of every record the 10 likeliest items, by the plain loop's hidden draws."""
+def test_the_ceiling_and_the_least_loss_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every record the 10 likeliest items, and the entropy, by the plain loop's hidden draws."""
+    monkeypatch.setattr("steps.studies.stream_ceiling._AT_ONCE", 25)
     settings = SMALL | {"items": 1000}
-    expected = dict.fromkeys(("known", "told", "known, no repeats", "told, no repeats"), 0.0)
+    expected, loss = dict.fromkeys(("known", "told", "known, no repeats", "told, no repeats"), 0.0), 0.0
     for record in range(540, 600):
         one, largest = plain_record(record, **settings), 1000 * (4 * 600 + 6 * record) // 6000
         categories = plain_category(*(settings[name] for name in ("seed", "items", "categories")))
@@ -435,5 +437,7 @@ def test_the_ceiling_is_that_of_a_loop() -> None:
                 chances += [chance / its] * its
                 expected[f"told{end}"] += chance * min(1, 10 / its) / 60
             expected[f"known{end}"] += sum(sorted(chances, reverse=True)[:10]) / 60
+            loss -= 0.0 if end else sum(chance * math.log(chance) for chance in chances if chance) / 60
     found = ceilings(Stream(**settings), 540, 600)
     assert {name: values[0] for name, values in found.items()} == pytest.approx(expected, rel=1e-6)
+    assert least_loss(Stream(**settings), 540, 600) == pytest.approx(loss, rel=1e-9)

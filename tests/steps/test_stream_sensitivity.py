@@ -11,8 +11,8 @@ from steps.common import params, studies
 from steps.common.cli import StepError
 from steps.studies import stream_sensitivity
 from steps.studies.rows import FAILED, Row, row
-from steps.studies.stream_ceiling import ceilings, expected
-from steps.studies.stream_sensitivity import KNOWN, TOLD, cases, measure, require, stream_of
+from steps.studies.stream_ceiling import KNOWN, TOLD, ceilings, expected
+from steps.studies.stream_sensitivity import cases, measure, require, stream_of
 from steps.studies.stream_sensitivity_report import CLAIMS, HOLDS, REVERSED, UNDECIDED, report
 from steps.study import chosen
 from tests.conftest import ROOT

@@ -254,6 +254,7 @@ def small(study: str, data: Path) -> dict[str, Any]:
                 config["training"] |= {"max_len": 16, "batch": 8, "negatives": 4}
                 config["model"] |= {"dim": 8, "blocks": 1 + number % 2, "heads": 1, "dqk": 8, "dv": 8}
         settings |= {"held_out": 1, "draws": 20}
+        plan["generated"]["stream"]["synthesize"] |= {"records": 80, "length": 17, "items": 300, "categories": 6}
     if study == "stream-sensitivity":
         plan["generated"]["stream"]["synthesize"] |= {"length": 12, "items": 300, "categories": 6}
         settings |= {"records": 80, "opened": [30, 60], "concentrations": [[500, 500]]}
