@@ -1,7 +1,7 @@
 """What the best predictor of a generated stream reaches under protocol stream: no model can expect more.
 
-`python tests/stream_ceiling.py` prints the least loss and HR@k of the last item of the records
-that are tested, as steps/studies/stream_ceiling.py names them. `--dataset stream-small` is of the small one. Not collected by pytest.
+`python tests/stream_ceiling.py` prints the least loss and HR@k of the last item of the records that are tested, as
+steps/studies/stream_ceiling.py names them. `--dataset stream-small` is of the small one. Not collected by pytest.
 """
 
 import argparse
