@@ -91,6 +91,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"too, or HSTU's below; else it is not decided. Held-out budgets: the {given['held_out']} largest, which "
         "laws predict from the others.",
     ]
+    if missing := unmeasured(lines, study["measure"]["runs"]):
+        parts.append(f"Not measured yet: {', '.join(missing)}.")
     found: dict[tuple[str, str], list[Row]] = {}
     for line in lines:
         found.setdefault((line["device"], line["data"]), []).append(line)
@@ -111,6 +113,17 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "![Quality by compute](figure.svg)",
     ]
     return "\n\n".join(filter(None, parts)) + "\n", _draw(panels), table
+
+
+def unmeasured(lines: list[Row], runs: list[dict[str, Any]]) -> list[str]:
+    """The planned models, by size, that no line is of, in the order of the plan."""
+    planned = [
+        (group["dataset"], model, f"{group['set']['model.dim']}x{group['set']['model.blocks']}")
+        for group in runs
+        for model in group["models"]
+    ]
+    measured = {(line["data"], line["model"], f"{line['dim']}x{line['blocks']}") for line in lines if BUDGET in line}
+    return [" ".join(one) for one in dict.fromkeys(planned) if one not in measured]
 
 
 def laws_of(panel: Panel) -> list[Row]:

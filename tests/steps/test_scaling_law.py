@@ -365,6 +365,9 @@ def test_a_part_of_the_runs_can_be_reported_and_the_best_size_is_in_bold() -> No
     assert ["13.5", "HSTU", "128x2, 200", "**0.1160 ± 0.0010**"] in cells
     assert "- hstu, 64x2, 200, seed 7: not a number" in text
     assert not [line for line in lines if line["part"] == "verdict" or "error" in line]
+    (missing,) = [line for line in text.splitlines() if line.startswith("Not measured yet: ")]
+    assert "ml-1m hstu 64x2" not in missing
+    assert all(one in missing for one in ("ml-1m hstu 64x16", "ml-1m sasrec 64x2", "stream hstu-position 1024x16"))
     with pytest.raises(StepError, match="no run of the rows was tested"):
         shown.report([failed], CONTENT)
 
