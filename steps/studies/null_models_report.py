@@ -22,9 +22,11 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         for line in lines
     ]
     digests = ", ".join(dict.fromkeys(line["data_sha256"] for line in lines if "data_sha256" in line))
+    protocols = ", ".join(dict.fromkeys(line["protocol"] for line in lines))
     errors = f"{settings['deviations']} standard errors"
     note = (
-        f"Models that know nothing, under every protocol. Random: the mean over {settings['seeds']} seeds ± {errors}. "
+        f"Models that know nothing, under protocols {protocols}. "
+        f"Random: the mean over {settings['seeds']} seeds ± {errors}. "
         f"As chance: the constant model is inside, the rule is not above by more than {errors} of its own. "
         f"Data sha256 {digests}."
     )

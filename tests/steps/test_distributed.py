@@ -19,7 +19,7 @@ from kernels.rowwise_table import naive, torchrec
 from steps.common.cli import StepError
 from steps.common.files import read_json, read_jsonl, write_json
 from steps.common.processes import Processes
-from steps.data.sequences import Sequences, load_sequences
+from steps.data.sequences import Batch, Sequences, load_sequences
 from steps.training import distributed
 from steps.training.checkpoint import State, state_tensors, write_state
 from steps.training.distributed import balanced
@@ -218,6 +218,29 @@ def test_loss_and_gradients_of_the_parts_add_up_to_those_of_the_batch(
         for parameter in one.model.parameters()
     ]
     torch.testing.assert_close(sum(sums), torch.cat([*gradients, loss.detach()[None]]), rtol=1e-10, atol=1e-14)
+
+
+def test_processes_drop_out_differently_and_draw_the_same_negatives(
+    data: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first numbers of a step are others in each process and step, but for those that negatives are drawn by."""
+    found, _ = load_sequences(data, torch.device("cpu"))
+    of_dropout: list[float] = []
+    of_negatives: list[list[float]] = [[], []]
+    for rank in range(2):
+        training = of_part(config("hstu"), found, tmp_path, rank, 2)
+
+        def drawing(batch: Batch, rank: int = rank, loss: Callable[..., torch.Tensor] = training.model.loss) -> Any:
+            of_dropout.append(float(torch.rand(())))
+            of_negatives[rank].append(float(torch.rand((), generator=batch.part.draws)))
+            return loss(batch)
+
+        monkeypatch.setattr(training.model, "loss", drawing)
+        for _ in training._epoch(1, ""):
+            pass
+    steps = len(training.schedule.epoch())
+    assert of_negatives[0] == of_negatives[1]
+    assert len({*of_dropout, *of_negatives[0]}) == 3 * steps
 
 
 def test_processes_go_on_from_the_state_of_a_compiled_one(

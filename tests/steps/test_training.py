@@ -548,6 +548,24 @@ def test_what_torch_compile_does_not_take_runs_without_it(
     assert capsys.readouterr().out.count("training without torch.compile") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "read", "compiled"),
+    [("hstu", None, True), ("hstu", {"alpha": 1.2, "rule": "random"}, False), ("gru4rec", None, False)],
+)
+def test_what_makes_a_batch_is_compiled_where_it_draws_nothing(
+    name: str, read: dict[str, Any] | None, compiled: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile numbers draws in its own way: a compiled run would read other tokens by Stochastic Length."""
+    given: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda call, **_: given.append(call) or call)
+    settings = config(name)
+    if read:
+        settings["training"]["stochastic_length"] = read
+    run = training(data, tmp_path, settings=settings, mode="compiled")
+    assert (run.schedule.batch in given) is compiled
+    assert given  # blocks are compiled in any case
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["hstu", "bert4rec", "gru4rec", "hstu-rowwise"])
 def test_compiled_steps_are_captured_and_learn_alike(name: str, data: Path, tmp_path: Path) -> None:
