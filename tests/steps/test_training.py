@@ -153,7 +153,10 @@ def test_gru4rec_draws_by_popularity() -> None:
     shape, group = schedule.steps(torch.arange(5))[0]
     seen: list[torch.Tensor] = []
     logits = model.logits
-    model.logits = lambda hidden, targets, sampled: (seen.append(sampled), logits(hidden, targets, sampled))[1]
+    model.logits = lambda hidden, candidates, *vectors: (
+        seen.append(candidates[len(hidden) :]),
+        logits(hidden, candidates, *vectors),
+    )[1]
     model.loss(schedule.batch(shape, schedule.micro_steps(group)[0]))
     expected = data.counts(num_held_out).double() ** 0.5
     share = torch.bincount(seen[0], minlength=len(expected)) / 40_000
