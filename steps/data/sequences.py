@@ -123,7 +123,7 @@ class Batch:
 class Events:
     """One event of each of several windows that are read in parallel lanes.
 
-    item, next_item: (lanes,) int64, 0 where a lane has no window. is_first: (lanes,) bool, whether the window begins.
+    item, next_item: (lanes,) int64, 0 where a lane has no window. is_first: (lanes,) int64, 1 where the window begins.
     batch_size: what the sum of losses is divided by.
     """
 

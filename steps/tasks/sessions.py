@@ -17,7 +17,7 @@ from torch import nn
 from steps.common.config import TrainingConfig
 from steps.common.typed import Count, EntryError, NotNegative, Share, read
 from steps.data.sequences import Batch, Events, Sequences
-from steps.models.base import Recommender, embedding_lookup
+from steps.models.base import Recommender, embedding_lookups
 from steps.models.gru4rec import GRU4Rec, gru_cell
 from steps.tasks.base import Task
 from steps.tasks.losses import WithLoss, read_cross_entropy
@@ -50,7 +50,7 @@ class Sessions(Task, Recommender):
         bound = (6 / (num_items + self.dim)) ** 0.5
         nn.init.uniform_(self.items.weight, -bound, bound)
         self._state: torch.Tensor | None = None  # (lanes, d), written by every event
-        self._event: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.event
+        self._event: Callable[..., torch.Tensor] = self.event
 
     def prepare(self, sequences: Sequences, num_held_out: torch.Tensor) -> None:
         """Count the training interactions of every item, by which negatives are drawn."""
@@ -64,9 +64,7 @@ class Sessions(Task, Recommender):
         if self._state is None or len(self._state) != len(batch.item):
             self._state = self.items.weight.new_zeros(len(batch.item), self.dim)
         uniform = torch.rand(self.config.samples, dtype=torch.float64, device=batch.item.device)
-        loss, state = self._event(batch, uniform, self._state, self.encoder.weights)
-        self._state.copy_(state)
-        return loss / batch.batch_size
+        return self._event(batch, uniform, self._state, self.encoder.weights)
 
     def score(self, batch: Batch) -> torch.Tensor:
         """Of the last hidden state and every item."""
@@ -74,24 +72,34 @@ class Sessions(Task, Recommender):
 
     def event(
         self, events: Events, uniform: torch.Tensor, state: torch.Tensor, weights: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the lanes' losses at one event, and their new states (lanes, d), without gradients.
+    ) -> torch.Tensor:
+        """As `loss`: all that torch.compile can fuse.
 
-        uniform: (samples,) random numbers from 0 to 1. state: (lanes, d). weights: the encoder's.
+        uniform: (samples,) random numbers from 0 to 1. state: (lanes, d), overwritten. weights: the encoder's.
         """
-        state = torch.where(events.is_first[:, None], 0.0, state)
-        hidden = self.encoder.hidden_dropout(gru_cell(embedding_lookup(self.items, events.item), state, *weights))
         sampled = torch.searchsorted(self.cumulative, uniform * self.cumulative[-1], right=True)
-        logits = self.logits(hidden, events.next_item, sampled.clamp(max=self.num_items))
-        active = events.next_item > 0
+        sampled = sampled.clamp(max=self.num_items)
+        index, lanes = torch.cat([events.item, events.next_item, sampled]), len(events.item)
+        candidates = index[lanes:]
+        x, vectors = embedding_lookups(self.items, index, [lanes, len(candidates)])
+        before = torch.where(events.is_first[:, None] > 0, 0.0, state)
+        hidden = self.encoder.hidden_dropout(gru_cell(x, before, *weights))
+        state.copy_(hidden.detach())
+        logits = self.logits(hidden, candidates, vectors)
+        active = candidates[:lanes] > 0
         logits = logits.masked_fill(F.pad(~active, (0, len(uniform))), -torch.inf)  # an empty lane has no target
         target = torch.where(active, torch.arange(len(active), device=active.device), _IGNORE_INDEX)
-        return F.cross_entropy(logits, target, ignore_index=_IGNORE_INDEX, reduction="sum"), hidden.detach()
+        loss = F.cross_entropy(logits, target, ignore_index=_IGNORE_INDEX, reduction="sum")
+        return loss / events.batch_size
 
-    def logits(self, hidden: torch.Tensor, targets: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-        """Logits (lanes, lanes + samples) of the lanes' targets and the shared samples, after the logQ correction."""
-        candidates = torch.cat([targets, sampled])
-        logits = hidden @ embedding_lookup(self.items, candidates).T + self.bias.index_select(0, candidates)
+    def logits(self, hidden: torch.Tensor, candidates: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """Logits (lanes, lanes + samples) after the logQ correction.
+
+        hidden: (lanes, d). candidates: (lanes + samples,), the lanes' targets and the shared samples. vectors: (lanes +
+        samples, d), theirs.
+        """
+        targets, sampled = candidates[: len(hidden)], candidates[len(hidden) :]
+        logits = hidden @ vectors.T + self.bias.index_select(0, candidates)
         weight = torch.cat([self.popularity[targets], self.popularity[sampled] ** self.config.sample_alpha])
         return logits - self.config.logq * weight.log()
 

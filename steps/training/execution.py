@@ -37,6 +37,7 @@ class Execution:
         self.task, self.optimizer, self.schedule, self.stream = task, optimizer, schedule, stream
         self.capture, self.compiled = mode != "eager", mode == "compiled"
         self.total = torch.zeros((), device=stream.device)
+        self._one = torch.ones((), device=stream.device)
         self._graphs: dict[Hashable, Callable[[torch.Tensor], None]] = {}
         self._batch: Callable[[Any, torch.Tensor], Any] = schedule.batch
         init_state(optimizer)
@@ -65,7 +66,7 @@ class Execution:
     def _gradients(self, shape: Hashable, inputs: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.task.loss(self._batch(shape, inputs))
-        loss.backward()
+        loss.backward(self._one)  # which backward() would fill anew
         return loss.detach()
 
     def _step(self, shape: Hashable, inputs: torch.Tensor) -> None:

@@ -14,8 +14,7 @@ def make_optimizer(task: Task) -> torch.optim.Optimizer:
     """The task's optimiser over all parameters: `adamw`, or `adagrad`, which divides by sqrt(sum of squares + 1e-6)."""
     config, on_cuda = task.optimizer_config, task.items.weight.is_cuda
     if task.optimizer == "adagrad":
-        kind = Adagrad if on_cuda else torch.optim.Adagrad
-        return kind(task.parameters(), lr=config.lr, initial_accumulator_value=_ADAGRAD_EPS, eps=0.0)
+        return Adagrad(task.parameters(), lr=config.lr, initial_accumulator_value=_ADAGRAD_EPS, eps=0.0)
     return torch.optim.AdamW(
         task.parameters(),
         lr=config.lr,
@@ -40,7 +39,7 @@ def init_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 class Adagrad(torch.optim.Optimizer):
-    """Adagrad (Duchi et al. 2011), as torch.optim.Adagrad without decays, its state on the parameters' device.
+    """Adagrad (Duchi et al. 2011), as torch.optim.Adagrad without decays, and without its counts of steps.
 
     w = w - lr g / (sqrt(sum of squares of g) + eps), where the sum begins at `initial_accumulator_value`.
     """
@@ -52,20 +51,15 @@ class Adagrad(torch.optim.Optimizer):
         self._update = _update
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "sum": torch.full_like(parameter, initial_accumulator_value),
-                }
+                self.state[parameter] = {"sum": torch.full_like(parameter, initial_accumulator_value)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is called
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            states = [self.state[parameter] for parameter in parameters]
-            torch._foreach_add_([state["step"] for state in states], 1)
             tensors = [
-                [parameter.detach(), parameter.grad, state["sum"]]
-                for parameter, state in zip(parameters, states, strict=True)
+                [parameter.detach(), parameter.grad, self.state[parameter]["sum"]]
+                for parameter in group["params"]
+                if parameter.grad is not None
             ]
             self._update(tensors, group["lr"], group["eps"])
 

@@ -184,7 +184,7 @@ class Sessions(Schedule):
 
     def batch(self, shape: Any, inputs: torch.Tensor) -> Events:
         item, next_item, is_first = inputs
-        return Events(item, next_item, is_first > 0, self.config.batch)
+        return Events(item, next_item, is_first, self.config.batch)
 
 
 class OnePassSessions(_InOrder, Sessions):

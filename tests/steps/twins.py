@@ -52,7 +52,8 @@ def event(task: Sessions, batch: Batch, token: torch.Tensor, state: torch.Tensor
     _, hidden = task.encoder.gru(task.items(batch.item[token])[:, None], state[None].clone())
     hidden = task.encoder.hidden_dropout(hidden[0])
     sampled = torch.multinomial(task.popularity**task.config.sample_alpha, task.config.samples, replacement=True)
-    return task.logits(hidden, batch.next_item[token], sampled), hidden.detach()
+    candidates = torch.cat([batch.next_item[token], sampled])
+    return task.logits(hidden, candidates, task.items(candidates)), hidden.detach()
 
 
 def lanes(task: Sessions, batch: Batch, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
