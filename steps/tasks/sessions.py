@@ -57,7 +57,9 @@ class Sessions(Task, Recommender):
         weight, counts = self.items.weight, sequences.counts(num_held_out)
         self.popularity = counts.to(weight.dtype)
         # On the host, as on a GPU a cumulative sum of floats may differ from run to run.
-        self.cumulative = (counts.cpu().double() ** self.config.sample_alpha).cumsum(0).to(weight.device)
+        shares = counts.cpu().double() ** self.config.sample_alpha
+        shares[0] = 0  # of padding, which has 0^0 = 1 where alpha is 0
+        self.cumulative = shares.cumsum(0).to(weight.device)
 
     def loss(self, batch: Events) -> torch.Tensor:
         """The sum of the lanes' losses at one event, divided by `batch_size`. Changes the lanes' states."""
