@@ -81,8 +81,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "popularity of what is recommended; loss: of the target among all items. Learning rate "
         f"{rule['base']:g} x ({rule['dim']} / d) ^ p, p: {powers}. Lines of a size are of the same runs.",
         "For each budget the run counts that is best by the metric in question, of this budget or a smaller one, as a "
-        f"budget need not be used up. Bands are of {confidence}: a "
-        "bootstrap draws each size's seeds, whole runs; deviations are widened by Student's t, as few seeds need. "
+        f"budget need not be used up. Bands are of {confidence}: a bootstrap draws each size's seeds, whole runs; "
+        "which size and budget count is not drawn; deviations are widened by Student's t, as few seeds need. "
         f"Commits {commits}. Hashes of the data: {digests}.",
         "\n".join(f"- {law}: {source}" for law, source in study.get("published", {}).get("sources", {}).items()),
         f"The verdict, of {_title(given['fitted'][0])}: {SCALES}. Of the last {given['decades']} decades of compute "
