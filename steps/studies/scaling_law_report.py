@@ -17,7 +17,7 @@ LABELS = {"hstu": "HSTU", "sasrec": "SASRec", "transformer++": "Transformer++"}
 #: What the verdict is about.
 SCALES = "scales where others stop"
 _OURS = "hstu"
-_SEED, _DRAWN = 0, 16  # of the bootstrap; places of a law's line
+_SEED, _DRAWN, _PLACES = 0, 16, 9  # of the bootstrap; places of a law's line; digits behind the point
 _WORDS = {1: "holds", 0: "not decided", -1: "does not hold"}
 
 
@@ -136,7 +136,8 @@ def laws_of(panel: Panel) -> list[Row]:
             for name, values in zip(("exponent", "error"), judged, strict=True):
                 if values is not None:
                     ends = zip((name, f"{name}/low", f"{name}/high"), panel.band(values), strict=True)
-                    line |= {key: float(f"{value:.6g}") for key, value in ends if value == value}
+                    # What is 0 but for rounding differs by machine. And no -0.
+                    line |= {key: float(f"{round(value, _PLACES):.6g}") + 0.0 for key, value in ends if value == value}
             found.append(line)
     return found
 
@@ -195,7 +196,7 @@ def laws_table(laws: list[Row]) -> str:
         values = [shown.format(line[key]) for key in (name, f"{name}/low", f"{name}/high") if key in line]
         return values[0] + (f" [{values[1]}, {values[2]}]" if len(values) > 1 else "") if values else ""
 
-    shown = {"exponent": "{:.4f}", "error": "{:.2%}"}
+    shown = {"exponent": "{:z.4f}", "error": "{:.2%}"}  # z: no -0
     table = [
         [_title(one["metric"]), LABELS[one["encoder"]], one["law"], *(cell(one, *form) for form in shown.items())]
         for one in laws
@@ -244,7 +245,7 @@ def _draw(panels: list[Panel]) -> Figure:
 
 def _draw_encoder(axis: Any, panel: Panel, encoder: str, metric: str, colour: str) -> None:
     sizes = panel.points[encoder, metric]
-    tested = {(budget, size) for size, runs in sizes.items() for run in runs.values() for budget in run}
+    tested = sorted({(budget, size) for size, runs in sizes.items() for run in runs.values() for budget in run})
     mean = {one: statistics.fmean(panel.values(encoder, metric, one[1], one[0])) for one in tested}
     axis.plot([one[0] for one in mean], [*mean.values()], ".", color=colour, markersize=3, alpha=0.4)
     of = panel.frontiers[encoder, metric if metric != COVERAGE else panel.settings["fitted"][0]]

@@ -343,6 +343,18 @@ def test_a_budget_need_not_be_used_up() -> None:
     # 0.101, and then 0.111 at three budgets: of a line by 0, 1, 2 and 3 half decades 0.003 each.
     assert lines[0]["law"] == LOGARITHM
     assert lines[0]["exponent"] == pytest.approx(0.006 / math.log(10), rel=1e-4)
+    # Where nothing grows, an exponent is 0, without what rounding leaves.
+    text, _, lines = shown.report(made_up({"hstu": 0.0}, 4), CONTENT)
+    assert [str(lines[0][key]) for key in ("exponent", "exponent/low", "exponent/high")] == ["0.0"] * 3
+    assert "0.0000 [0.0000, 0.0000]" in text
+    assert "-0.0000" not in text
+
+
+def test_dots_are_drawn_in_order() -> None:
+    """So that a figure is the same, whatever Python's hashes of texts are."""
+    rows = [row for dim in (64, 128, 256, 512) for row in made_up({"hstu": 0.01}, 4, dim=dim)]
+    dots = shown.report(rows, CONTENT)[1].axes[0].lines[0]
+    assert (np.diff(np.asarray(dots.get_xdata(), dtype=float)) >= 0).all()
 
 
 def test_what_the_best_predictor_expects_is_in_words_and_drawn(tmp_path: Path) -> None:
