@@ -91,8 +91,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"too, or HSTU's below; else it is not decided. Held-out budgets: the {given['held_out']} largest, which "
         "laws predict from the others.",
     ]
-    if missing := unmeasured(lines, study["measure"]["runs"]):
-        parts.append(f"Not measured yet: {', '.join(missing)}.")
+    if missing := unmeasured(lines, study["measure"]):
+        parts.append(f"Not measured yet: {'; '.join(missing)}.")
     found: dict[tuple[str, str], list[Row]] = {}
     for line in lines:
         found.setdefault((line["device"], line["data"]), []).append(line)
@@ -115,15 +115,28 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
     return "\n\n".join(filter(None, parts)) + "\n", _draw(panels), table
 
 
-def unmeasured(lines: list[Row], runs: list[dict[str, Any]]) -> list[str]:
-    """The planned models, by size, that no line is of, in the order of the plan."""
-    planned = [
-        (group["dataset"], model, f"{group['set']['model.dim']}x{group['set']['model.blocks']}")
-        for group in runs
-        for model in group["models"]
-    ]
-    measured = {(line["data"], line["model"], f"{line['dim']}x{line['blocks']}") for line in lines if BUDGET in line}
-    return [" ".join(one) for one in dict.fromkeys(planned) if one not in measured]
+def unmeasured(lines: list[Row], plan: dict[str, Any]) -> list[str]:
+    """By data set and size the planned models, and the best predictors, that no line is of, in the order of the plan.
+
+    A size has its longest window where the plan sets it; else it may have any that the plan does not set.
+    """
+    planned = []
+    for group in plan["runs"]:
+        window = f", {group['set']['training.max_len']}" if "training.max_len" in group["set"] else ""
+        size = f"{group['set']['model.dim']}x{group['set']['model.blocks']}{window}"
+        planned += [(group["dataset"], size, model) for model in group["models"]]
+    measured = set()
+    for line in (line for line in lines if BUDGET in line):
+        sizes = size_of(line), f"{line['dim']}x{line['blocks']}"
+        keys = [(line["data"], size, line["model"]) for size in sizes]
+        measured.add(keys[0] if keys[0] in planned else keys[1])
+    missing: dict[str, list[str]] = {}
+    for data, size, model in dict.fromkeys(planned):
+        if (data, size, model) not in measured:
+            missing.setdefault(f"{data} {size}", []).append(model)
+    known = {line["data"] for line in lines if BUDGET not in line}
+    best = [f"{data}: the best predictor" for data in plan["generated"] if data not in known]
+    return [f"{size}: {', '.join(models)}" for size, models in missing.items()] + best
 
 
 def laws_of(panel: Panel) -> list[Row]:

@@ -387,11 +387,37 @@ def test_a_part_of_the_runs_can_be_reported_and_the_best_size_is_in_bold() -> No
     assert ["13.5", "HSTU", "128x2, 200", "**0.1160 ± 0.0010**"] in cells
     assert "- hstu, 64x2, 200, seed 7: not a number" in text
     assert not [line for line in lines if line["part"] == "verdict" or "error" in line]
-    (missing,) = [line for line in text.splitlines() if line.startswith("Not measured yet: ")]
-    assert "ml-1m hstu 64x2" not in missing
-    assert all(one in missing for one in ("ml-1m hstu 64x16", "ml-1m sasrec 64x2", "stream hstu-position 1024x16"))
     with pytest.raises(StepError, match="no run of the rows was tested"):
         shown.report([failed], CONTENT)
+
+
+def missing(rows: list[Row]) -> list[str]:
+    """What the report of these rows says is not measured yet."""
+    (line,) = [line for line in shown.report(rows, CONTENT)[0].splitlines() if line.startswith("Not measured yet: ")]
+    return line.removeprefix("Not measured yet: ").removesuffix(".").split("; ")
+
+
+def test_what_is_not_measured_yet_is_named_by_size_and_window() -> None:
+    rows = made_up({"hstu": 0.01}, 2)
+    rows += [one | {"max_len": 50} for one in made_up({"hstu": 0.01}, 2, dim=128, blocks=4)]
+    found = missing(rows)
+    assert {"ml-1m 64x2: sasrec, transformer++", "ml-1m 128x4, 50: sasrec, transformer++"} <= set(found)
+    # Of one length is not of another.
+    others = ("ml-1m 128x4", "ml-1m 128x4, 800", "ml-1m 64x16")
+    assert {f"{size}: hstu, sasrec, transformer++" for size in others} <= set(found)
+    assert found[-2:] == ["stream 1024x16: hstu-position", "stream: the best predictor"]
+    assert len(found) == len(set(found)) == len(CONTENT["measure"]["runs"]) + 1
+    best = row({"data": "stream", "part": study.BEST, "model": KNOWN}, "hr@10", 0.25, "fraction")
+    assert missing([*rows, best | {"device": "H200", "commit": "a" * 40}]) == found[:-1]
+    whole = [
+        one
+        | {"data": config["dataset"], "model": config["row"], "dim": config["model"]["dim"]}
+        | {"blocks": config["model"]["blocks"], "max_len": config["training"]["max_len"]}
+        for runs in PLAN["runs"]
+        for config in runs["configs"]
+        for one in rows[:1]
+    ]
+    assert shown.unmeasured(whole, CONTENT["measure"]) == found[-1:]
 
 
 def test_what_the_claim_asks_for_is_what_the_report_says() -> None:
