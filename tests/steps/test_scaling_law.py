@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from steps.common import params, studies
 from steps.common.cli import StepError
+from steps.data.generators.stream import Stream
 from steps.data.sequences import Sequences, load_sequences
+from steps.data.streamed import write_stream
 from steps.studies import scaling_law as study
 from steps.studies import scaling_law_report as shown
 from steps.studies.flops import Work, work_of
@@ -31,7 +33,7 @@ from steps.studies.scaling_law_fits import (
     judge,
     widening,
 )
-from steps.studies.stream_ceiling import KNOWN
+from steps.studies.stream_ceiling import KNOWN, ceilings, least_loss
 from steps.tasks import build
 from tests.conftest import ROOT, step, write_processed
 from tests.steps.runs import config
@@ -365,6 +367,22 @@ def test_what_the_best_predictor_expects_is_in_words_and_drawn(tmp_path: Path) -
     assert f"- the best predictor, which {KNOWN}, expects HR@10 0.2500, loss 5.5000" in text
     drawn = [[line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] for axis in figure.axes]
     assert drawn == [[0.25], [5.5], []]
+
+
+def test_the_best_predictor_is_of_the_records_that_runs_are_tested_on(tmp_path: Path) -> None:
+    plan, made = deepcopy(PLAN), {"records": 200, "length": 17, "items": 300, "categories": 6}
+    plan["generated"]["stream"]["synthesize"] |= made
+    stream = Stream(seed=plan["generated"]["stream"]["synthesize"]["seed"], **made)
+    write_stream(stream, tmp_path / "processed/stream")
+    rows = study.measure({"data": "stream", "part": study.BEST}, plan | {"device": "cpu"}, tmp_path)
+    assert [(one["model"], one["metric"], one["unit"]) for one in rows] == [
+        (KNOWN, "hr@10", "fraction"),
+        (KNOWN, "loss", "nats"),
+    ]
+    # The last tenth.
+    expected = [ceilings(stream, 180, 200)["known"][0], least_loss(stream, 180, 200)]
+    assert [one["value"] for one in rows] == pytest.approx(expected, abs=1e-5)
+    assert all(one["data_sha256"] for one in rows)
 
 
 def test_laws_are_told_apart_by_what_they_predict() -> None:
