@@ -338,13 +338,17 @@ def test_the_verdict_needs_ours_to_scale_and_others_to_stop(
 
 def test_a_budget_need_not_be_used_up() -> None:
     small, large = made_up({"hstu": 0.02}, 2), made_up({"hstu": 0.0}, 4, dim=512)[-54:]
-    text, _, lines = shown.report([*small, *large], CONTENT)
+    for one in [one for one in small if one["metric"] == "coverage@10"]:
+        one["value"] = one["log10_flops"] / 100
+    text, figure, lines = shown.report([*small, *large], CONTENT)
     cells = [[part.strip() for part in line.split("|")[1:5]] for line in text.splitlines() if "| HSTU " in line]
     assert ["13.5", "HSTU", "64x2, 200", "**0.1110 ± 0.0010**"] in cells
     assert ["14.5", "HSTU", "512x2, 200", "0.1010 ± 0.0010"] in cells
     # 0.101, and then 0.111 at three budgets: of a line by 0, 1, 2 and 3 half decades 0.003 each.
     assert lines[0]["law"] == LOGARITHM
     assert lines[0]["exponent"] == pytest.approx(0.006 / math.log(10), rel=1e-4)
+    assert [*figure.axes[2].lines[1].get_ydata()] == pytest.approx([0.13, 0.135, 0.135, 0.135])  # of coverage
+    assert "coverage@10 0.130 to 0.135" in text
     # Where nothing grows, an exponent is 0, without what rounding leaves.
     text, _, lines = shown.report(made_up({"hstu": 0.0}, 4), CONTENT)
     assert [str(lines[0][key]) for key in ("exponent", "exponent/low", "exponent/high")] == ["0.0"] * 3
