@@ -130,11 +130,11 @@ def frontier(
         wider = 1.0 if confidence is None else widening(len(runs), confidence)
         sizes.append(np.where(there > 0, sign * (means[0] + wider * (means - means[0])), -np.inf).T)
     stacked = np.stack(sizes, axis=1)  # by budget, size and resampling
-    tops = [stacked[: number + 1, :, 0] for number in range(len(budgets))]
-    counts = [np.unravel_index(top.argmax(), top.shape) for top in tops]
-    values = np.array([stacked[place] for place in counts])
+    of_data = stacked[:, :, 0]
+    best = [np.unravel_index(of_data[:end].argmax(), of_data.shape) for end in range(1, len(budgets) + 1)]
+    values = np.array([stacked[place] for place in best])
     names, kept = list(points), np.isfinite(values).all(axis=0)
-    return Frontier(budgets, sign * values[:, kept], [(names[size], budgets[budget]) for budget, size in counts])
+    return Frontier(budgets, sign * values[:, kept], [(names[size], budgets[budget]) for budget, size in best])
 
 
 def judge(
