@@ -387,6 +387,9 @@ def test_the_best_predictor_is_of_the_records_that_runs_are_tested_on(tmp_path: 
     expected = [ceilings(stream, 180, 200)["known"][0], least_loss(stream, 180, 200)]
     assert [one["value"] for one in rows] == pytest.approx(expected, abs=1e-5)
     assert all(one["data_sha256"] for one in rows)
+    plan["generated"]["stream"]["synthesize"]["seed"] += 1
+    with pytest.raises(StepError, match="stream is not what its settings make: record 180 differs"):
+        study.measure({"data": "stream", "part": study.BEST}, plan | {"device": "cpu"}, tmp_path)
 
 
 def test_laws_are_told_apart_by_what_they_predict() -> None:
@@ -408,6 +411,7 @@ def test_a_part_of_the_runs_can_be_reported_and_the_best_size_is_in_bold() -> No
     assert ["13.5", "HSTU", "64x2, 200", "0.1060 ± 0.0010"] in cells
     assert ["13.5", "HSTU", "128x2, 200", "**0.1160 ± 0.0010**"] in cells
     assert "- hstu, 64x2, 200, seed 7: not a number" in text
+    assert "Learning rate 0.001 x (64 / d) ^ p, p: HSTU 0.5, SASRec 1, Transformer++ 0.5." in text
     assert not [line for line in lines if line["part"] == "verdict" or "error" in line]
     with pytest.raises(StepError, match="no run of the rows was tested"):
         shown.report([failed], CONTENT)
