@@ -231,12 +231,18 @@ def measure(case: dict[str, Any], plan: dict[str, Any], data: Path) -> list[Row]
 
 
 def predicted(case: dict[str, Any], plan: dict[str, Any], sequences: Sequences) -> list[Row]:
-    """Rows of what the best predictor of a generated data set expects of the interactions that runs are tested on."""
+    """Rows of what the best predictor of a generated data set expects of the interactions that runs are tested on.
+
+    Raises StepError where the data are of other settings.
+    """
     configs = [config for runs in plan["runs"] for config in runs["configs"] if config["dataset"] == case["data"]]
     users = split_sequences(sequences, configs[0]["protocol"]).held_out["test"].users
     settings = plan["generated"][case["data"]]["synthesize"]
     stream = Stream(**{key: value for key, value in settings.items() if key != "form"})
     first, last = int(users.min()), int(users.max()) + 1
+    of_first = sequences.item[sequences.offsets[first] : sequences.offsets[first + 1]].tolist()
+    if stream.part(first, first + 1)[0].tolist() != of_first:
+        raise StepError(f"data set {case['data']} is not what its settings make: record {first} differs; make it again")
     hits = expected(stream, first, last)["known"][CUTS.index(_TOP)]
     axes = case | {"model": KNOWN}
     return [

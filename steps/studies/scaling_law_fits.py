@@ -114,9 +114,10 @@ def frontier(
     """The frontier of the mean over seeds, in the data and in so many resamplings of each size's seeds.
 
     A budget need not be used up: where every size of it is worse than one of a smaller budget, that one counts. A seed
-    is drawn with all of its budgets, as these are of one run. The best is chosen again in each resampling; those are
-    left out in which no run came to the first budget. With `confidence` a mean's deviation from that of all seeds
-    is multiplied by `widening`, so that bands of so many percent cover.
+    is drawn with all of its budgets, as these are of one run. Which size counts is chosen in the data alone: chosen
+    again in each resampling, the best of noisy means would be above the truth, the more so the more are compared.
+    Resamplings are left out in which a size that counts has no seed that came to its budget. With `confidence` a mean's
+    deviation from that of all seeds is multiplied by `widening`, so that bands of so many percent cover.
     """
     budgets = sorted({budget for seeds in points.values() for run in seeds.values() for budget in run})
     sign, sizes = 1 if more_is_better else -1, []
@@ -128,13 +129,12 @@ def frontier(
         means = np.nansum(runs[drawn], axis=1) / np.maximum(there, 1)
         wider = 1.0 if confidence is None else widening(len(runs), confidence)
         sizes.append(np.where(there > 0, sign * (means[0] + wider * (means - means[0])), -np.inf).T)
-    stacked = np.stack(sizes)
-    values = np.maximum.accumulate(stacked.max(axis=0), axis=0)
-    kept, best = np.isfinite(values).all(axis=0), []
-    for end in range(1, len(budgets) + 1):
-        size, budget = np.unravel_index(stacked[:, :end, 0].argmax(), stacked[:, :end, 0].shape)
-        best.append((list(points)[size], budgets[budget]))
-    return Frontier(budgets, sign * values[:, kept], best)
+    stacked = np.stack(sizes, axis=1)  # by budget, size and resampling
+    of_data = stacked[:, :, 0]
+    best = [np.unravel_index(of_data[:end].argmax(), of_data.shape) for end in range(1, len(budgets) + 1)]
+    values = np.array([stacked[place] for place in best])
+    names, kept = list(points), np.isfinite(values).all(axis=0)
+    return Frontier(budgets, sign * values[:, kept], [(names[size], budgets[budget]) for budget, size in best])
 
 
 def judge(

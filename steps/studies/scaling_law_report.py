@@ -17,7 +17,7 @@ LABELS = {"hstu": "HSTU", "sasrec": "SASRec", "transformer++": "Transformer++"}
 #: What the verdict is about.
 SCALES = "scales where others stop"
 _OURS = "hstu"
-_SEED, _DRAWN = 0, 16  # of the bootstrap; places of a law's line
+_SEED, _DRAWN, _PLACES = 0, 16, 9  # of the bootstrap; places of a law's line; digits behind the point
 _WORDS = {1: "holds", 0: "not decided", -1: "does not hold"}
 
 
@@ -81,8 +81,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "popularity of what is recommended; loss: of the target among all items. Learning rate "
         f"{rule['base']:g} x ({rule['dim']} / d) ^ p, p: {powers}. Lines of a size are of the same runs.",
         "For each budget the run counts that is best by the metric in question, of this budget or a smaller one, as a "
-        f"budget need not be used up. Bands are of {confidence}: a "
-        "bootstrap draws each size's seeds, whole runs; deviations are widened by Student's t, as few seeds need. "
+        f"budget need not be used up. Bands are of {confidence}: a bootstrap draws each size's seeds, whole runs; "
+        "which size and budget count is not drawn; deviations are widened by Student's t, as few seeds need. "
         f"Commits {commits}. Hashes of the data: {digests}.",
         "\n".join(f"- {law}: {source}" for law, source in study.get("published", {}).get("sources", {}).items()),
         f"The verdict, of {_title(given['fitted'][0])}: {SCALES}. Of the last {given['decades']} decades of compute "
@@ -91,8 +91,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"too, or HSTU's below; else it is not decided. Held-out budgets: the {given['held_out']} largest, which "
         "laws predict from the others.",
     ]
-    if missing := unmeasured(lines, study["measure"]["runs"]):
-        parts.append(f"Not measured yet: {', '.join(missing)}.")
+    if missing := unmeasured(lines, study["measure"]):
+        parts.append(f"Not measured yet: {'; '.join(missing)}.")
     found: dict[tuple[str, str], list[Row]] = {}
     for line in lines:
         found.setdefault((line["device"], line["data"]), []).append(line)
@@ -115,15 +115,28 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
     return "\n\n".join(filter(None, parts)) + "\n", _draw(panels), table
 
 
-def unmeasured(lines: list[Row], runs: list[dict[str, Any]]) -> list[str]:
-    """The planned models, by size, that no line is of, in the order of the plan."""
-    planned = [
-        (group["dataset"], model, f"{group['set']['model.dim']}x{group['set']['model.blocks']}")
-        for group in runs
-        for model in group["models"]
-    ]
-    measured = {(line["data"], line["model"], f"{line['dim']}x{line['blocks']}") for line in lines if BUDGET in line}
-    return [" ".join(one) for one in dict.fromkeys(planned) if one not in measured]
+def unmeasured(lines: list[Row], plan: dict[str, Any]) -> list[str]:
+    """By data set and size the planned models, and the best predictors, that no line is of, in the order of the plan.
+
+    A size has its longest window where the plan sets it; else it may have any that the plan does not set.
+    """
+    planned = []
+    for group in plan["runs"]:
+        window = f", {group['set']['training.max_len']}" if "training.max_len" in group["set"] else ""
+        size = f"{group['set']['model.dim']}x{group['set']['model.blocks']}{window}"
+        planned += [(group["dataset"], size, model) for model in group["models"]]
+    measured = set()
+    for line in (line for line in lines if BUDGET in line):
+        sizes = size_of(line), f"{line['dim']}x{line['blocks']}"
+        keys = [(line["data"], size, line["model"]) for size in sizes]
+        measured.add(keys[0] if keys[0] in planned else keys[1])
+    missing: dict[str, list[str]] = {}
+    for data, size, model in dict.fromkeys(planned):
+        if (data, size, model) not in measured:
+            missing.setdefault(f"{data} {size}", []).append(model)
+    known = {line["data"] for line in lines if BUDGET not in line}
+    best = [f"{data}: the best predictor" for data in plan["generated"] if data not in known]
+    return [f"{size}: {', '.join(models)}" for size, models in missing.items()] + best
 
 
 def laws_of(panel: Panel) -> list[Row]:
@@ -136,7 +149,8 @@ def laws_of(panel: Panel) -> list[Row]:
             for name, values in zip(("exponent", "error"), judged, strict=True):
                 if values is not None:
                     ends = zip((name, f"{name}/low", f"{name}/high"), panel.band(values), strict=True)
-                    line |= {key: float(f"{value:.6g}") for key, value in ends if value == value}
+                    # What is 0 but for rounding differs by machine. And no -0.
+                    line |= {key: float(f"{round(value, _PLACES):.6g}") + 0.0 for key, value in ends if value == value}
             found.append(line)
     return found
 
@@ -195,7 +209,7 @@ def laws_table(laws: list[Row]) -> str:
         values = [shown.format(line[key]) for key in (name, f"{name}/low", f"{name}/high") if key in line]
         return values[0] + (f" [{values[1]}, {values[2]}]" if len(values) > 1 else "") if values else ""
 
-    shown = {"exponent": "{:.4f}", "error": "{:.2%}"}
+    shown = {"exponent": "{:z.4f}", "error": "{:.2%}"}  # z: no -0
     table = [
         [_title(one["metric"]), LABELS[one["encoder"]], one["law"], *(cell(one, *form) for form in shown.items())]
         for one in laws
@@ -244,7 +258,7 @@ def _draw(panels: list[Panel]) -> Figure:
 
 def _draw_encoder(axis: Any, panel: Panel, encoder: str, metric: str, colour: str) -> None:
     sizes = panel.points[encoder, metric]
-    tested = {(budget, size) for size, runs in sizes.items() for run in runs.values() for budget in run}
+    tested = sorted({(budget, size) for size, runs in sizes.items() for run in runs.values() for budget in run})
     mean = {one: statistics.fmean(panel.values(encoder, metric, one[1], one[0])) for one in tested}
     axis.plot([one[0] for one in mean], [*mean.values()], ".", color=colour, markersize=3, alpha=0.4)
     of = panel.frontiers[encoder, metric if metric != COVERAGE else panel.settings["fitted"][0]]

@@ -33,8 +33,7 @@ def least_loss(stream: Stream, first: int, last: int) -> float:
     total = 0.0
     for start in range(first, last, _AT_ONCE):
         chance, num_open, _ = _outlook(stream, start, min(start + _AT_ONCE, last))
-        each = chance / np.maximum(num_open, 1)
-        total -= float((chance * np.log(np.where(chance > 0, each, 1))).sum())
+        total -= float((chance * np.log(np.where(chance > 0, chance / num_open, 1))).sum())
     return total / (last - first)
 
 

@@ -11,7 +11,7 @@ from steps.data.sequences import Batch, Sequences, StaticShape
 from steps.models.bert4rec import Layout
 from steps.models.item_knn import ItemKNN, ItemKNNConfig
 from steps.models.markov import Markov
-from steps.models.transformer_pp import rotate
+from steps.models.transformer_pp import TransformerPPBlock, rotate
 from steps.tasks import Task, build
 from steps.tasks.masked_items import MaskedItems, Masking, append_next_item, masked_places
 from steps.tasks.sessions import Sessions
@@ -108,6 +108,27 @@ def test_transformer_pp_equals_a_reference() -> None:
             normed = norm(x, block.feed_forward_norm.weight)
             x = x + (F.silu(normed @ block.gate.weight.T) * (normed @ block.inner.weight.T)) @ block.outer.weight.T
         torch.testing.assert_close(found[start:end], norm(x, model.encoder.norm.weight), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dim", [1, 5, 8, 24])  # of widths 3, 13, 21, and 64, which needs no zeros
+def test_zeros_change_nothing_in_the_feed_forward_network(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, widths = TransformerPPBlock(dim, 1, 0.0).double(), []
+    x = torch.randn(7, dim, dtype=torch.float64, requires_grad=True)
+    of = (x, block.gate.weight, block.inner.weight, block.outer.weight)
+    expected = (F.silu(x @ of[1].T) * (x @ of[2].T)) @ of[3].T
+    weight = torch.randn_like(expected)
+
+    def silu(gate: torch.Tensor) -> torch.Tensor:
+        widths.append(gate.shape[1])
+        return gate * gate.sigmoid()
+
+    monkeypatch.setattr(F, "silu", silu)
+    found = block._feed_forward(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    grads = zip(torch.autograd.grad(found, of, weight), torch.autograd.grad(expected, of, weight), strict=True)
+    for one, other in grads:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+    assert widths == [-(-block.gate.out_features // 8) * 8]
 
 
 def test_rotation_keeps_lengths_and_an_odd_last_feature() -> None:

@@ -16,6 +16,8 @@ import torch
 from steps.common import gpu_record, params, studies, yaml_files
 from steps.common.cli import StepError
 from steps.common.files import read_json, write_json
+from steps.data.generators.stream import Stream
+from steps.data.streamed import write_stream
 from steps.studies import kernels
 from steps.studies.rows import FIELDS, Row, case_of, cases, merged, read_rows, row, write_rows
 from steps.study import digests_of, kept
@@ -244,7 +246,6 @@ def small(study: str, data: Path) -> dict[str, Any]:
                 config["model"] |= {"dim": 8, "blocks": 1, "dqk": 8, "dv": 8}
     if study == "scaling-law":
         write_processed(data / "processed/ml-1m", [30] * 40, 60)
-        write_processed(data / "processed/stream", [17] * 80, 60, seed=1)
         # Of each data set two sizes of two encoders, from two seeds; one size of the stream alone, the others together.
         plan["runs"] = [plan["runs"][index] for index in (0, 1, 9, -3)]
         for number, runs in enumerate(plan["runs"]):
@@ -254,7 +255,9 @@ def small(study: str, data: Path) -> dict[str, Any]:
                 config["training"] |= {"max_len": 16, "batch": 8, "negatives": 4}
                 config["model"] |= {"dim": 8, "blocks": 1 + number % 2, "heads": 1, "dqk": 8, "dv": 8}
         settings |= {"held_out": 1, "draws": 20}
-        plan["generated"]["stream"]["synthesize"] |= {"records": 80, "length": 17, "items": 300, "categories": 6}
+        made = plan["generated"]["stream"]["synthesize"]
+        made |= {"records": 80, "length": 17, "items": 300, "categories": 6}
+        write_stream(Stream(**{key: made[key] for key in made if key != "form"}), data / "processed/stream")
     if study == "stream-sensitivity":
         plan["generated"]["stream"]["synthesize"] |= {"length": 12, "items": 300, "categories": 6}
         settings |= {"records": 80, "opened": [30, 60], "concentrations": [[500, 500]]}
@@ -445,11 +448,11 @@ def test_committed_reports_are_those_of_the_committed_rows(study: str, tmp_path:
 
 def texts_and_numbers(rows: list[Row], study: dict[str, Any]) -> tuple[list[str], set[str]]:
     """What a report may show that is not measured: axes and origins of rows, how many repetitions they are of, and the
-    study's own settings."""
+    study's own settings and runs."""
     found: list[Any] = [value for one in rows for key, value in one.items() if key not in FIELDS[:3]]
     found += [one["commit"][:9] for one in rows]
     found += Counter(json.dumps([case_of(one), one["metric"]]) for one in rows if "repetition" in one).values()
-    queue: list[Any] = [study.get("published", {}), study["measure"]["settings"], *found]
+    queue: list[Any] = [study.get("published", {}), study["measure"], *found]
     texts, numbers = {study["title"], "1 MB = 10^6 bytes", "1.00x", "100.0%", "figure.svg"}, {"0"}
     while queue:
         value = queue.pop()
