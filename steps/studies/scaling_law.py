@@ -33,6 +33,8 @@ from steps.training.schedule import Schedule, Step
 #: The axis that has a budget: the logarithm to base 10 of its FLOPs.
 BUDGET = "log10_flops"
 LOSS, COVERAGE, POPULARITY = "loss", "coverage@10", "popularity@10"
+#: The axis of a trial of learning rates alone: the power of the width.
+POWER = "power"
 #: The part of a generated data set that is no run: what its best predictor expects.
 BEST = "best predictor"
 _TOP, _DIGITS = 10, 5
@@ -105,7 +107,8 @@ class Run(Training):
         data: tuple[Sequences, str],
         run: Path,
     ) -> None:
-        config, sequences = prepared(config, settings["lr"]), data[0]
+        config, sequences = prepared(config, settings["lr"], runs.get(POWER)), data[0]
+        self.tried = {POWER: runs[POWER]} if POWER in runs else {}
         self.checks = settings["checks"] if config["protocol"]["report"] == "best" else 1
         self.budgets = budgets(runs, settings["a_decade"])
         shares = [(number + 1 - self.checks) / self.checks / settings["a_decade"] for number in range(self.checks)]
@@ -174,11 +177,12 @@ def budgets(runs: dict[str, Any], a_decade: int) -> list[float]:
     return [runs["log10_flops"] - number / a_decade for number in reversed(range(runs["levels"]))]
 
 
-def prepared(config: dict[str, Any], rule: dict[str, Any]) -> dict[str, Any]:
-    """The config with the learning rate of its width: base x (dim / d) ^ power, with the power of its encoder."""
+def prepared(config: dict[str, Any], rule: dict[str, Any], power: float | None = None) -> dict[str, Any]:
+    """The config with the learning rate of its width: base x (dim / d) ^ power, by default with its encoder's power."""
     config = deepcopy(config)
     model = config["model"]
-    model["optimizer"]["lr"] = rule["base"] * (rule["dim"] / model["dim"]) ** rule["power"][model["model"]]
+    power = rule["power"][model["model"]] if power is None else power
+    model["optimizer"]["lr"] = rule["base"] * (rule["dim"] / model["dim"]) ** power
     return config
 
 
@@ -271,7 +275,7 @@ def rows_of(case: dict[str, Any], trained: list[Run], failed: dict[int, str]) ->
     for index, run in enumerate(trained):
         model, seed = run.config["model"], run.config["seed"]
         axes = case | {"model": run.config["row"], "encoder": model["model"], "dim": model["dim"]}
-        axes |= {"blocks": model["blocks"], "max_len": run.config["training"]["max_len"]}
+        axes |= {"blocks": model["blocks"], "max_len": run.config["training"]["max_len"]} | run.tried
         for budget, tested in zip(run.budgets, run.found, strict=False):
             at = axes | {BUDGET: budget}
             points.setdefault(tuple(at.items()), []).append(tested)

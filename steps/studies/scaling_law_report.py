@@ -1,5 +1,6 @@
 """Quality by training compute: every size, the laws of the best ones, what they predict, and who gains from compute."""
 
+import itertools
 import statistics
 from typing import Any
 
@@ -9,7 +10,7 @@ from tabulate import tabulate as render
 
 from steps.common.cli import StepError
 from steps.studies.rows import FAILED, Row, cases
-from steps.studies.scaling_law import BUDGET, COVERAGE, LOSS, POPULARITY
+from steps.studies.scaling_law import BEST, BUDGET, COVERAGE, LOSS, POPULARITY, POWER, case_of
 from steps.studies.scaling_law_fits import LAWS, LOGARITHM, SATURATING, Array, band, fit, frontier, growth, judge
 from steps.studies.stream_ceiling import KNOWN
 
@@ -24,14 +25,15 @@ _WORDS = {1: "holds", 0: "not decided", -1: "does not hold"}
 class Panel:
     """A data set and device. points: by encoder and metric, then size, seed and budget; means: by encoder, size and
     budget the lines of all seeds; frontiers: by encoder and fitted metric; bounds: by metric what the best predictor
-    expects."""
+    expects; trial: the lines of the trial of learning rates."""
 
     def __init__(self, lines: list[Row], settings: dict[str, Any]) -> None:
         self.lines, self.settings, self.data, self.device = lines, settings, lines[0]["data"], lines[0]["device"]
         self.points: dict[tuple[str, str], dict[str, dict[int, dict[float, float]]]] = {}
         self.means: dict[tuple[str, str, float], list[Row]] = {}
         self.bounds: dict[str, float] = {}
-        for line in lines:
+        self.trial = [line for line in lines if POWER in line and LOSS in line]
+        for line in (line for line in lines if POWER not in line):
             if BUDGET not in line:
                 self.bounds |= {metric: line[metric] for metric in settings["metrics"] if metric in line}
                 continue
@@ -79,7 +81,8 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "lookups. A size is width x depth, and the longest window. Of test: means ± standard deviations over seeds. "
         "Coverage: the share of the candidates that is recommended to anyone; popularity: the mean percentile by "
         "popularity of what is recommended; loss: of the target among all items. Learning rate "
-        f"{rule['base']:g} x ({rule['dim']} / d) ^ p, p: {powers}. Lines of a size are of the same runs.",
+        f"{rule['base']:g} x ({rule['dim']} / d) ^ p, p: {powers}, the better of each in a trial. Lines of a size are "
+        "of the same runs.",
         "For each budget the run counts that is best by the metric in question, of this budget or a smaller one, as a "
         f"budget need not be used up. Bands are of {confidence}: a bootstrap draws each size's seeds, whole runs; "
         "which size and budget count is not drawn; deviations are widened by Student's t, as few seeds need. "
@@ -92,7 +95,7 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "laws predict from the others.",
     ]
     if missing := unmeasured(lines, study["measure"]):
-        parts.append(f"Not measured yet: {'; '.join(missing)}.")
+        parts.append(f"Not measured yet: {', '.join(missing)}.")
     found: dict[tuple[str, str], list[Row]] = {}
     for line in lines:
         found.setdefault((line["device"], line["data"]), []).append(line)
@@ -104,6 +107,7 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         laws, verdict = laws_of(panel), scales(panel)
         parts += [f"## {panel.data}, {panel.device}", sentences(panel, verdict), "### Laws", laws_table(laws)]
         parts += ["### Every size", sizes_table(panel)]
+        parts += ["### The trial of learning rates", trial_table(panel)] if panel.trial else []
         origin = {"data": panel.data, "device": panel.device}
         origin["commit"] = "+".join(dict.fromkeys(line["commit"] for line in panel.lines))
         table += [line | origin for line in [*laws, *([verdict] if verdict else [])]]
@@ -116,27 +120,19 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
 
 
 def unmeasured(lines: list[Row], plan: dict[str, Any]) -> list[str]:
-    """By data set and size the planned models, and the best predictors, that no line is of, in the order of the plan.
-
-    A size has its longest window where the plan sets it; else it may have any that the plan does not set.
-    """
+    """The cases of a plan, each as its data and part, that no line is of, in the order of the plan."""
     planned = []
     for group in plan["runs"]:
-        window = f", {group['set']['training.max_len']}" if "training.max_len" in group["set"] else ""
-        size = f"{group['set']['model.dim']}x{group['set']['model.blocks']}{window}"
-        planned += [(group["dataset"], size, model) for model in group["models"]]
-    measured = set()
-    for line in (line for line in lines if BUDGET in line):
-        sizes = size_of(line), f"{line['dim']}x{line['blocks']}"
-        keys = [(line["data"], size, line["model"]) for size in sizes]
-        measured.add(keys[0] if keys[0] in planned else keys[1])
-    missing: dict[str, list[str]] = {}
-    for data, size, model in dict.fromkeys(planned):
-        if (data, size, model) not in measured:
-            missing.setdefault(f"{data} {size}", []).append(model)
-    known = {line["data"] for line in lines if BUDGET not in line}
-    best = [f"{data}: the best predictor" for data in plan["generated"] if data not in known]
-    return [f"{size}: {', '.join(models)}" for size, models in missing.items()] + best
+        size = {"dim": group["set"]["model.dim"], "blocks": group["set"]["model.blocks"]}
+        for model, seed in itertools.product(group["models"], group["seeds"]):
+            config = {"dataset": group["dataset"], "row": model, "seed": seed, "model": size}
+            planned.append(case_of(config, group["with"]))
+    planned += [{"data": data, "part": BEST} for data in plan["generated"]]
+    return [
+        " ".join(case.values())
+        for index, case in enumerate(planned)
+        if case not in planned[:index] and not any(case.items() <= line.items() for line in lines)
+    ]
 
 
 def laws_of(panel: Panel) -> list[Row]:
@@ -233,6 +229,15 @@ def sizes_table(panel: Panel) -> str:
         table.append([f"{budget:g}", LABELS[encoder], size, *cells, f"{passes:.2f}", f"{seconds:.1f}"])
     headers = ["lg C", "encoder", "size", *map(_title, metrics), "passes", "s, beside others"]
     return render(table, headers, tablefmt="github", disable_numparse=True)
+
+
+def trial_table(panel: Panel) -> str:
+    """A line per encoder and power of the width: the loss of a seed."""
+    table = [
+        [LABELS[line["encoder"]], size_of(line), f"{line[BUDGET]:g}", f"{line[POWER]:g}", f"{line[LOSS]:.4f}"]
+        for line in sorted(panel.trial, key=lambda line: list(LABELS).index(line["encoder"]))
+    ]
+    return render(table, ["encoder", "size", "lg C", "p", LOSS], tablefmt="github", disable_numparse=True)
 
 
 def _title(metric: str) -> str:

@@ -1,5 +1,6 @@
 """Training compute against quality: FLOPs, budgets, what is tested on the way, laws and bands, and the report."""
 
+import itertools
 import math
 from copy import deepcopy
 from pathlib import Path
@@ -79,23 +80,41 @@ def test_the_plan_covers_four_orders_of_magnitude_from_three_seeds(tmp_path: Pat
     for runs in PLAN["runs"]:
         found[runs["configs"][0]["dataset"]].update(study.budgets(runs, 2))
         of_rows = [(one["row"], one["seed"]) for one in runs["configs"]]
-        assert of_rows == [(name, seed) for name in dict(of_rows) for seed in (0, 1, 2)]
+        seeds = (0,) if study.POWER in runs else (0, 1, 2)  # of the trial of learning rates one
+        assert of_rows == [(name, seed) for name in dict(of_rows) for seed in seeds]
     assert sorted(found["ml-1m"]) == [11.5, 12, 12.5, 13, 13.5, 14, 14.5, 15, 15.5]
     assert sorted(found["stream"]) == [12, 12.5, 13, 13.5, 14, 14.5, 15, 15.5, 16, 16.5, 17]
     # 9 runs of each size, and shapes of 10^13.5; 3 runs of the largest.
     expected = 9 * (1e13 + 3.16228e13 + 3.16228e14 + 1e15 + 3.16228e15) + 36 * 3.16228e13
-    expected += 9 * (3.16228e12 + 3.16228e13 + 3.16228e14 + 1e15 + 1e16) + 27 * 3.16228e13 + 3e17
+    expected += 9 * (3.16228e12 + 3.16228e13 + 3.16228e14 + 1e15 + 1e16) + 27 * 3.16228e13 + 3e17 + 6e14
     assert studies.planned_flops(PLAN) == pytest.approx(expected, rel=1e-5)
     said = step("plan_study", "--study", "scaling-law", "--output", tmp_path / "settings.json", cwd=ROOT).stdout
-    assert "study scaling-law: 156 runs, 4.45e+17 FLOPs in all" in said
+    assert "study scaling-law: 162 runs, 4.45e+17 FLOPs in all" in said
     parts = [case["part"] for case in study.cases(PLAN) if case["data"] == "stream"]
     assert parts[:4] == ["small", "shapes", "256x8", "512x8-hstu-position"]
-    assert parts[-2:] == ["1024x16-hstu-position-2", "best predictor"]
+    assert parts[-3:] == ["1024x16-hstu-position-2", "rates", "best predictor"]
     study.require(study.cases(PLAN), PLAN)
     rates = [study.prepared(one, PLAN["settings"]["lr"])["model"] for one in PLAN["runs"][7]["configs"]]
     assert {(one["model"], one["dim"]): one["optimizer"]["lr"] for one in rates} == pytest.approx(
         {("hstu", 256): 5e-4, ("sasrec", 256): 2.5e-4, ("transformer++", 256): 5e-4}
     )
+
+
+def test_the_trial_has_every_encoder_at_both_rates() -> None:
+    rule, found = PLAN["settings"]["lr"], []
+    for runs in (one for one in PLAN["runs"] if study.POWER in one):
+        found += [study.prepared(one, rule, runs[study.POWER])["model"] for one in runs["configs"]]
+    assert [(one["model"], one["optimizer"]["lr"]) for one in found] == [
+        (encoder, rate) for rate in (5e-4, 2.5e-4) for encoder in ("hstu", "sasrec", "transformer++")
+    ]
+
+
+def test_a_tried_rate_is_an_axis_of_its_rows(tmp_path: Path) -> None:
+    run = run_of(tmp_path, power=1.0)
+    assert run.config["model"]["optimizer"]["lr"] == pytest.approx(1e-3 * 16 / run.config["model"]["dim"])
+    rows = study.rows_of({"data": "x", "part": "rates"}, [trained(run)], {})
+    assert rows
+    assert {one.get("power") for one in rows} == {1.0}
 
 
 def test_budgets_end_with_the_steps_that_reach_them() -> None:
@@ -110,13 +129,13 @@ def test_budgets_end_with_the_steps_that_reach_them() -> None:
     assert blocks.samples == [5, 10, 15, 20]
 
 
-def run_of(tmp_path: Path, kind: str = "hstu", log10_flops: float = 8.0, levels: int = 2) -> study.Run:
+def run_of(tmp_path: Path, kind: str = "hstu", log10_flops: float = 8.0, levels: int = 2, **tried: float) -> study.Run:
     """A small run on 40 users, whose budgets take 6 steps and 18, validated twice a budget."""
     folder = tmp_path / "processed/x"
     if not folder.exists():
         write_processed(folder, [20] * 40, 60)
     settings = {"a_decade": 2, "checks": 2, "lr": {"base": 1e-3, "dim": 16, "power": {kind: 0.5}}}
-    runs, loaded = {"log10_flops": log10_flops, "levels": levels}, load_sequences(folder, torch.device("cpu"))
+    runs, loaded = {"log10_flops": log10_flops, "levels": levels} | tried, load_sequences(folder, torch.device("cpu"))
     return study.Run(config(kind), runs, settings, loaded, tmp_path / "run")
 
 
@@ -411,39 +430,32 @@ def test_a_part_of_the_runs_can_be_reported_and_the_best_size_is_in_bold() -> No
     assert ["13.5", "HSTU", "64x2, 200", "0.1060 ± 0.0010"] in cells
     assert ["13.5", "HSTU", "128x2, 200", "**0.1160 ± 0.0010**"] in cells
     assert "- hstu, 64x2, 200, seed 7: not a number" in text
-    assert "Learning rate 0.001 x (64 / d) ^ p, p: HSTU 0.5, SASRec 1, Transformer++ 0.5." in text
+    assert "Learning rate 0.001 x (64 / d) ^ p, p: HSTU 0.5, SASRec 1, Transformer++ 0.5, the better" in text
     assert not [line for line in lines if line["part"] == "verdict" or "error" in line]
     with pytest.raises(StepError, match="no run of the rows was tested"):
         shown.report([failed], CONTENT)
 
 
-def missing(rows: list[Row]) -> list[str]:
-    """What the report of these rows says is not measured yet."""
-    (line,) = [line for line in shown.report(rows, CONTENT)[0].splitlines() if line.startswith("Not measured yet: ")]
-    return line.removeprefix("Not measured yet: ").removesuffix(".").split("; ")
+def test_what_is_not_measured_yet_is_named_as_only_takes_it() -> None:
+    found = shown.unmeasured([], CONTENT["measure"])
+    assert found == [" ".join(case.values()) for case in study.cases(PLAN)]
+    assert found[:2] == ["ml-1m small", "ml-1m shapes"]
+    assert found[-3:] == ["stream 1024x16-hstu-position-2", "stream rates", "stream best predictor"]
+    lines = [{"data": "ml-1m", "part": "small", "dim": 32}, {"data": "stream", "part": study.BEST}]
+    assert shown.unmeasured(lines, CONTENT["measure"]) == found[1:-1]
+    text, _, _ = shown.report(made_up({"hstu": 0.01}, 2), CONTENT)
+    assert f"Not measured yet: {', '.join(found)}." in text.splitlines()
 
 
-def test_what_is_not_measured_yet_is_named_by_size_and_window() -> None:
+def test_a_trial_of_learning_rates_is_no_size() -> None:
     rows = made_up({"hstu": 0.01}, 2)
-    rows += [one | {"max_len": 50} for one in made_up({"hstu": 0.01}, 2, dim=128, blocks=4)]
-    found = missing(rows)
-    assert {"ml-1m 64x2: sasrec, transformer++", "ml-1m 128x4, 50: sasrec, transformer++"} <= set(found)
-    # Of one length is not of another.
-    others = ("ml-1m 128x4", "ml-1m 128x4, 800", "ml-1m 64x16")
-    assert {f"{size}: hstu, sasrec, transformer++" for size in others} <= set(found)
-    assert found[-2:] == ["stream 1024x16: hstu-position", "stream: the best predictor"]
-    assert len(found) == len(set(found)) == len(CONTENT["measure"]["runs"]) + 1
-    best = row({"data": "stream", "part": study.BEST, "model": KNOWN}, "hr@10", 0.25, "fraction")
-    assert missing([*rows, best | {"device": "H200", "commit": "a" * 40}]) == found[:-1]
-    whole = [
-        one
-        | {"data": config["dataset"], "model": config["row"], "dim": config["model"]["dim"]}
-        | {"blocks": config["model"]["blocks"], "max_len": config["training"]["max_len"]}
-        for runs in PLAN["runs"]
-        for config in runs["configs"]
-        for one in rows[:1]
+    tried = [made_up({encoder: 0.5}, 1, power=power)[:5] for encoder in ("sasrec", "hstu") for power in (0.5, 1.0)]
+    text, _, lines = shown.report([*rows, *itertools.chain.from_iterable(tried)], CONTENT)
+    cells = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if "| 64x2, 200 |" in line]
+    assert cells[-4:] == [
+        [encoder, "64x2, 200", "13", power, "7.0000"] for encoder in ("HSTU", "SASRec") for power in ("0.5", "1")
     ]
-    assert shown.unmeasured(whole, CONTENT["measure"]) == found[-1:]
+    assert lines == shown.report(rows, CONTENT)[2]
 
 
 def test_what_the_claim_asks_for_is_what_the_report_says() -> None:
