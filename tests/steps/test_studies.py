@@ -448,11 +448,13 @@ def test_committed_reports_are_those_of_the_committed_rows(study: str, tmp_path:
 
 def texts_and_numbers(rows: list[Row], study: dict[str, Any]) -> tuple[list[str], set[str]]:
     """What a report may show that is not measured: axes and origins of rows, how many repetitions they are of, and the
-    study's own settings and runs."""
+    study's own settings and names of parts, as a report may name those to come."""
     found: list[Any] = [value for one in rows for key, value in one.items() if key not in FIELDS[:3]]
     found += [one["commit"][:9] for one in rows]
     found += Counter(json.dumps([case_of(one), one["metric"]]) for one in rows if "repetition" in one).values()
-    queue: list[Any] = [study.get("published", {}), study["measure"], *found]
+    groups = [group for group in study["measure"].get("runs", []) if "together" in group.get("with", {})]
+    found += [group["with"]["together"].format(row=model) for group in groups for model in group["models"]]
+    queue: list[Any] = [study.get("published", {}), study["measure"]["settings"], *found]
     texts, numbers = {study["title"], "1 MB = 10^6 bytes", "1.00x", "100.0%", "figure.svg"}, {"0"}
     while queue:
         value = queue.pop()
