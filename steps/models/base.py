@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from kernels.layer_norm import layer_norm
@@ -113,15 +112,6 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x, self.eps, self.weight, self.bias)
-
-
-def causal_attention(qkv: torch.Tensor, heads: int, dropout: float, batch: Batch) -> torch.Tensor:
-    """Softmax attention (T, d) of tokens to those before them and themselves, of queries, keys and values (T, 3 d)."""
-    padded = batch.to_padded(qkv)
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in padded.chunk(3, dim=-1))
-    # Padding is behind every token of a sequence, so the causal mask hides it.
-    attention_output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    return batch.to_jagged(attention_output.transpose(1, 2).flatten(2))
 
 
 def embedding_lookup(table: ItemTable, index: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ from torch import nn
 
 from steps.common.typed import Count, Whole
 from steps.data.sequences import Batch
-from steps.models.base import HeadsConfig, LayerNorm, PositionalEncoder, causal_attention
+from steps.models.attention import CausalAttention, Layout, compile_without
+from steps.models.base import HeadsConfig, LayerNorm, PositionalEncoder
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LiGRBlock(nn.Module):
         self.inner = nn.Linear(dim, width, bias=False)
         self.outer = nn.Linear(width, dim, bias=False)
         self.feed_forward_gate = nn.Linear(dim, dim)
-        self.attention_dropout = dropout
+        self.attention = CausalAttention(dropout)
         self.dropout = nn.Dropout(dropout)
         for layer in self.children():
             if isinstance(layer, nn.Linear):
@@ -50,17 +51,14 @@ class LiGRBlock(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Tokens (T, d) to tokens (T, d)."""
-        attention_output = self.dropout(self._attention(self.attention_norm(x), batch))
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        attention_output = self.dropout(self.output(self.attention(q, k, v, layout)))
         x = x + torch.sigmoid(self.attention_gate(x)) * attention_output
         normed = self.feed_forward_norm(x)
         hidden = self.dropout(F.silu(self.gate(normed)) * self.inner(normed))
         return x + torch.sigmoid(self.feed_forward_gate(x)) * self.dropout(self.outer(hidden))
-
-    def _attention(self, normed: torch.Tensor, batch: Batch) -> torch.Tensor:
-        dropout = self.attention_dropout if self.training else 0.0
-        return self.output(causal_attention(self.qkv(normed), self.heads, dropout, batch))
 
 
 class LiGR(PositionalEncoder):
@@ -71,9 +69,12 @@ class LiGR(PositionalEncoder):
         nn.init.xavier_normal_(self.position.weight)
         self.blocks = nn.ModuleList(LiGRBlock(config, dropout) for _ in range(config.blocks))
 
+    def before_compiling(self) -> None:
+        compile_without(CausalAttention, "forward")
+
     def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = self.embed(embeddings, batch.position)
+        x, layout = self.embed(embeddings, batch.position), Layout.of_batch(batch)
         with self.autocast(x.device):
             for block in self.blocks:
-                x = block(x, batch)
+                x = block(x, layout)
         return x

@@ -13,7 +13,8 @@ from torch import nn
 
 from steps.common.typed import Whole
 from steps.data.sequences import Batch
-from steps.models.base import HeadsConfig, LayerNorm, PositionalEncoder, causal_attention
+from steps.models.attention import CausalAttention, Layout, compile_without
+from steps.models.base import HeadsConfig, LayerNorm, PositionalEncoder
 
 _LAYER_NORM_EPS = 1e-8
 _LEARNED_STD = 0.02  # of initial weights where norms are learned
@@ -42,7 +43,7 @@ class SASRecBlock(nn.Module):
         self.output = nn.Linear(dim, dim)
         self.inner = nn.Linear(dim, dim)
         self.outer = nn.Linear(dim, dim)
-        self.attention_dropout = dropout
+        self.attention = CausalAttention(dropout)
         self.dropout = nn.Dropout(dropout)
         for layer in (self.query, self.key, self.value):
             # The authors' is one (3 d, d) matrix, whose Xavier std is sqrt(2 / (d + 3 d)).
@@ -55,16 +56,14 @@ class SASRecBlock(nn.Module):
             nn.init.normal_(layer.weight, std=_LEARNED_STD)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Tokens (T, d) to tokens (T, d)."""
         normed = self.attention_norm(x)
-        x = self.feed_forward_norm(normed + self._attention(normed, x, batch))
+        projected = (self.query(normed), self.key(x), self.value(x))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in projected)
+        attention_output = self.attention(q, k, v, layout)
+        x = self.feed_forward_norm(normed + self.output(attention_output))
         return x + self.dropout(self.outer(self.dropout(F.relu(self.inner(x)))))
-
-    def _attention(self, normed: torch.Tensor, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        qkv = torch.cat([self.query(normed), self.key(x), self.value(x)], dim=-1)
-        dropout = self.attention_dropout if self.training else 0.0
-        return self.output(causal_attention(qkv, self.heads, dropout, batch))
 
 
 class SASRec(PositionalEncoder):
@@ -82,10 +81,13 @@ class SASRec(PositionalEncoder):
         )
         self.last_norm = LayerNorm(self.dim, _LAYER_NORM_EPS) if config.learned_norms else nn.Identity()
 
+    def before_compiling(self) -> None:
+        compile_without(CausalAttention, "forward")
+
     def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = self.embed(embeddings, batch.position)
+        x, layout = self.embed(embeddings, batch.position), Layout.of_batch(batch)
         with self.autocast(x.device):
             for block in self.blocks:
-                x = block(x, batch)
+                x = block(x, layout)
         states: torch.Tensor = self.last_norm(x)
         return states

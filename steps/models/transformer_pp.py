@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels.rotary import rotary
 from steps.data.sequences import Batch
+from steps.models.attention import CausalAttention, Layout, compile_without
 from steps.models.base import Encoder, HeadsConfig
 
 _ROTARY_BASE = 10_000.0
@@ -20,7 +22,7 @@ class TransformerPPBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.attention = heads, CausalAttention(0.0)
         width = round(8 * dim / 3)
         self.attention_norm = nn.RMSNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -33,9 +35,10 @@ class TransformerPPBlock(nn.Module):
         for layer in (self.qkv, self.output, self.gate, self.inner, self.outer):
             nn.init.xavier_normal_(layer.weight)
 
-    def forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Tokens (T, d) to tokens (T, d)."""
-        x = x + self.dropout(self._attention(self.attention_norm(x), batch))
+    def forward(self, x: torch.Tensor, layout: Layout, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Tokens (T, d) to tokens (T, d). angles: the `cos_and_sin` of their positions."""
+        q, k, v = rotary(self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)), *angles)
+        x = x + self.dropout(self.output(self.attention(q, k, v, layout)))
         return x + self.dropout(self._feed_forward(self.feed_forward_norm(x)))
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,43 +48,36 @@ class TransformerPPBlock(nn.Module):
         gate, inner = (F.linear(x, F.pad(one.weight, (0, 0, 0, extra))) for one in (self.gate, self.inner))
         return F.linear(F.silu(gate) * inner, F.pad(self.outer.weight, (0, extra)))
 
-    def _attention(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
-        qkv = torch.cat([rotate(q, batch.position), rotate(k, batch.position), v], dim=1)
-        padded = batch.to_padded(qkv.flatten(1)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)
-        q, k, v = padded.chunk(3, dim=1)
-        # Padding is behind every token of a sequence, so the causal mask hides it.
-        attention_output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.output(batch.to_jagged(attention_output.transpose(1, 2).flatten(2)))
-
 
 class TransformerPP(Encoder):
     """Item embeddings x sqrt(d) through Transformer++ blocks and a last RMSNorm."""
 
     def __init__(self, config: HeadsConfig, max_len: int, dropout: float) -> None:
         super().__init__()
-        self.dim = config.dim
+        self.dim, self.width = config.dim, config.dim // config.heads
         self.input_dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(TransformerPPBlock(self.dim, config.heads, dropout) for _ in range(config.blocks))
         self.norm = nn.RMSNorm(self.dim)
 
+    def before_compiling(self) -> None:
+        compile_without(CausalAttention, "forward")
+
     def forward(self, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
-        x = self.input_dropout(embeddings * self.dim**0.5)
+        x, layout = self.input_dropout(embeddings * self.dim**0.5), Layout.of_batch(batch)
+        angles = cos_and_sin(batch.position, self.width, torch.promote_types(x.dtype, torch.float32))
         with self.autocast(x.device):
             for block in self.blocks:
-                x = block(x, batch)
+                x = block(x, layout, angles)
         return self.norm(x)
 
 
-def rotate(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x (T, h, d) at positions (T,).
+def cos_and_sin(position: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (T, width // 2) of the angles by which pair a of a head's features turns at positions (T,).
 
-    Features a and a + d/2 turn together by position x base^(-2a/d). An odd last feature is left as it is.
-    Angles are at least float32: bfloat16 cannot tell position 257 from 256.
+    The angle is position x base^(-2a/width) (arXiv 2104.09864). dtype: at least float32, as bfloat16 cannot tell
+    position 257 from 256.
     """
-    half, dtype = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
-    frequency = _ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-    angle = position.to(dtype)[:, None, None] * frequency
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    rotated = [first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()]
-    return torch.cat([*rotated, rest], dim=-1).to(x.dtype)
+    half = width // 2
+    frequency = _ROTARY_BASE ** (-torch.arange(half, device=position.device, dtype=dtype) / half)
+    angle = position.to(dtype)[:, None] * frequency
+    return angle.cos(), angle.sin()

@@ -58,6 +58,7 @@ _OWN = (
     "projection_",
     "norm_gate_",
     "layer_norm_",
+    "rotary_",
     "softmax_",
     "cross_entropy_",
 )  # whose forward kernels are not attention's

@@ -19,8 +19,9 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from steps.common.config import TrainingConfig
 from steps.common.typed import Inside01, read
 from steps.data.sequences import Batch
+from steps.models.attention import Layout
 from steps.models.base import LayerNorm, Recommender, embedding_lookup
-from steps.models.bert4rec import BERT4Rec, Layout
+from steps.models.bert4rec import BERT4Rec
 from steps.tasks.base import Task
 from steps.tasks.losses import WithLoss, read_cross_entropy
 

@@ -11,7 +11,7 @@ from steps.data.sequences import Batch, Sequences, StaticShape
 from steps.models.bert4rec import Layout
 from steps.models.item_knn import ItemKNN, ItemKNNConfig
 from steps.models.markov import Markov
-from steps.models.transformer_pp import TransformerPPBlock, rotate
+from steps.models.transformer_pp import TransformerPPBlock
 from steps.tasks import Task, build
 from steps.tasks.masked_items import MaskedItems, Masking, append_next_item, masked_places
 from steps.tasks.sessions import Sessions
@@ -129,14 +129,6 @@ def test_zeros_change_nothing_in_the_feed_forward_network(dim: int, monkeypatch:
     for one, other in grads:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
     assert widths == [-(-block.gate.out_features // 8) * 8]
-
-
-def test_rotation_keeps_lengths_and_an_odd_last_feature() -> None:
-    x = torch.randn(6, 2, 5, dtype=torch.float64)
-    turned = rotate(x, torch.arange(6))
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    assert torch.equal(turned[..., -1], x[..., -1])
-    assert torch.equal(turned[0], x[0])
 
 
 # BERT4Rec
