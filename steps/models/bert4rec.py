@@ -18,7 +18,7 @@ class BERTBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.width = heads, dim // heads
         self.dropout_prob = dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
@@ -30,17 +30,16 @@ class BERTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Tokens (T, d) to the layout's queries (M, d)."""
-        width = x.shape[-1] // self.heads
-        weight = _pad_heads(self.qkv.weight.T, width).T.unflatten(0, (3, -1))
-        bias = _pad_heads(self.qkv.bias, width).unflatten(0, (3, -1))
+        weight = _pad_heads(self.qkv.weight.T, self.width).T.unflatten(0, (3, -1))
+        bias = _pad_heads(self.qkv.bias, self.width).unflatten(0, (3, -1))
         if layout.wanted is None:
             q, k, v = self._project(x, weight, bias)
         else:
             k, v = self._project(x, weight[1:], bias[1:])
             x = x.index_select(0, layout.wanted)
             (q,) = self._project(x, weight[:1], bias[:1])
-        attention_output = self.attention(q, k, v, width**-0.5, layout).flatten(1)
-        output = F.linear(attention_output, _pad_heads(self.output.weight, width), self.output.bias)
+        attention_output = self.attention(q, k, v, self.width**-0.5, layout).flatten(1)
+        output = F.linear(attention_output, _pad_heads(self.output.weight, self.width), self.output.bias)
         x = self.attention_norm(x + self.dropout(output))
         return self.feed_forward_norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
 

@@ -108,6 +108,8 @@ class Task(Model, ABC):
 
         # An error where a block meets more shapes than torch compiles for. By default it then runs uncompiled.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # By default a float, as dropout's, is a number on the host, whose kernels in C++ take half a minute to compile.
+        torch._dynamo.config.specialize_float = True
         self.encoder.before_compiling()
         for module in self.compiled_modules:
             module.compile(dynamic=True)

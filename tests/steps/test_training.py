@@ -625,6 +625,31 @@ def test_torch_compile_takes_the_blocks_once_for_all_sizes(name: str, monkeypatc
     assert counts == counts[:1] * 3  # other sizes add none
 
 
+@pytest.mark.parametrize("name", [*(name for name in MODELS if name != "gru"), "gru4rec"])
+def test_compiled_blocks_reckon_with_no_number_on_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a float that it takes as an input torch makes a kernel in C++, in half a minute."""
+    found = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        of_type = {one.dtype for one in inputs if isinstance(one, torch.Tensor)} & {torch.float64}
+        targets = {node.target for node in graph.graph.nodes} & {"item", torch.scalar_tensor}
+        found.append(of_type | targets)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *model, **options: real(*model, **options | {"backend": look}))
+    torch._dynamo.reset()
+    model, data = make(name, torch.float32).train(), sequences([9, 3, 14, 5, 5, 7, 2])
+    schedule = schedule_of(model, data, torch.zeros(7, dtype=torch.int64))
+    ((shape, inputs), *_) = schedule.steps(torch.arange(3))
+    with torch._dynamo.config.patch(specialize_float=False):  # until compile_blocks says otherwise
+        model.compile_blocks()
+        model.loss(schedule.batch(shape, schedule.micro_steps(inputs)[0]))
+    # Of gru4rec the shares by which items are drawn are float64.
+    assert found == [{torch.float64} if name == "gru4rec" else set()] * len(found)
+    assert found
+
+
 @pytest.mark.gpu
 def test_ranking_does_not_wait_for_the_device_and_agrees_with_the_cpu(data: Path, tmp_path: Path) -> None:
     one = training(data, tmp_path / "run", "cuda")
