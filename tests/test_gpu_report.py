@@ -23,7 +23,9 @@ TORCH = """
 import types
 cuda = types.SimpleNamespace(is_available=lambda: {cuda}, get_device_name=lambda: "NVIDIA H0")
 """
+# With a pause, as a report's seconds have one digit behind the point.
 TESTS = """
+import time
 import pytest
 
 def test_passes(): pass
@@ -32,6 +34,7 @@ def test_skips(): pytest.skip()
 
 @pytest.fixture
 def broken():
+    time.sleep(0.1)
     yield
     raise OSError
 
@@ -160,7 +163,7 @@ def test_a_report_of_tests_that_did_not_end_is_made_anew(tmp_path: Path) -> None
 def test_the_tests_of_other_files_are_added(workers: str, tmp_path: Path) -> None:
     _, _, first = reported(tmp_path, "-n", workers)
     (tmp_path / "test_it.py").rename(tmp_path / "test_first.py")
-    passing = "def test_passes(): pass"
+    passing = "import time\ndef test_passes(): time.sleep(0.2)"
     code, printed, unchanged = reported(tmp_path, "--gpu-report-add", tests=passing)
     assert (code, unchanged) == (4, first)
     assert "has tests of test_it.py already" in printed
