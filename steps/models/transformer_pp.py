@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.rotary import rotary
 from steps.data.sequences import Batch
 from steps.models.attention import CausalAttention, Layout, compile_without
 from steps.models.base import Encoder, HeadsConfig
@@ -37,8 +36,9 @@ class TransformerPPBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, layout: Layout, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Tokens (T, d) to tokens (T, d). angles: the `cos_and_sin` of their positions."""
-        q, k, v = rotary(self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)), *angles)
-        x = x + self.dropout(self.output(self.attention(q, k, v, layout)))
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        q, k = rotate(qkv[:, :2], *angles).unbind(1)
+        x = x + self.dropout(self.output(self.attention(q, k, qkv[:, 2], layout)))
         return x + self.dropout(self._feed_forward(self.feed_forward_norm(x)))
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,3 +81,14 @@ def cos_and_sin(position: torch.Tensor, width: int, dtype: torch.dtype) -> tuple
     frequency = _ROTARY_BASE ** (-torch.arange(half, device=position.device, dtype=dtype) / half)
     angle = position.to(dtype)[:, None] * frequency
     return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x (T, n, h, d) by cosines and sines (T, d // 2) of its tokens' angles.
+
+    Features a and a + d // 2 turn together. An odd last feature is left as it is.
+    """
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    first, second, rest = x.tensor_split([half, 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1).to(x.dtype)

@@ -58,7 +58,6 @@ _OWN = (
     "projection_",
     "norm_gate_",
     "layer_norm_",
-    "rotary_",
     "softmax_",
     "cross_entropy_",
 )  # whose forward kernels are not attention's

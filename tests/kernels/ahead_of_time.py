@@ -35,7 +35,6 @@ from kernels.layer_norm import triton_op as layer_norm
 from kernels.linear_cross_entropy import triton_op as linear_cross_entropy
 from kernels.norm_gate import triton_op as norm_gate
 from kernels.projection import triton_op as projection
-from kernels.rotary import triton_op as rotary
 from kernels.rowwise_table import triton_op as rowwise_table
 from kernels.sampled_softmax import triton_op as sampled_softmax
 from kernels.tools.cases import attention_inputs
@@ -317,15 +316,6 @@ def _projection(dtype: torch.dtype, width: int, ranking: bool = False) -> Case:
     return Case(call, _SHORT)
 
 
-def _rotary(dtype: torch.dtype, heads: int, width: int) -> Case:
-    def call(lengths: torch.Tensor) -> None:
-        qkv = torch.randn(int(lengths.sum()), 3, heads, width, dtype=dtype, requires_grad=True)
-        cos, sin = (torch.randn(len(qkv), width // 2) for _ in range(2))
-        torch.cat(rotary.rotary(qkv, cos, sin)).sum().backward()
-
-    return Case(call, _SHORT)
-
-
 def _rowwise_table(dtype: torch.dtype, width: int, repeated: bool = False) -> Case:
     def call(lengths: torch.Tensor) -> None:
         rows = torch.arange(int(lengths.sum()))
@@ -408,8 +398,6 @@ CASES = {
     "projection d 50, ranking, fp32": _projection(_FP32, 50, ranking=True),
     "projection d 64, ranking": _projection(_BF16, 64, ranking=True),
     "projection d 512, ranking": _projection(_BF16, 512, ranking=True),
-    "rotary of 1 head of 50, fp32": _rotary(_FP32, 1, 50),
-    "rotary of 8 heads of 64": _rotary(_BF16, 8, 64),
     "rowwise table d 50": _rowwise_table(_FP16, 50),
     "rowwise table d 50, fp32, repeated": _rowwise_table(_FP32, 50, repeated=True),
     "rowwise table d 256": _rowwise_table(_FP16, 256),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import common, layer_norm, linear_cross_entropy, norm_gate, projection, rotary, sampled_softmax
+from kernels import common, layer_norm, linear_cross_entropy, norm_gate, projection, sampled_softmax
 from kernels import hstu_attention as attention
 from kernels.common import _warn, do_without, fits_triton, tf32_allowed, triton_available
 from kernels.hstu_attention import hstu_attention, runs_in_triton
@@ -94,7 +94,6 @@ OPERATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]]
     "linear_cross_entropy": lambda x, _, i: linear_cross_entropy.linear_cross_entropy(x, x, i, x[:, 0]),
     "norm_gate": lambda x, *_: norm_gate.norm_gate(x, x, 0.1, True),
     "projection": lambda x, *_: projection.projection(x, x.new_ones(16, 24)),
-    "rotary": lambda x, *_: torch.cat(rotary.rotary(x[:, None, None].expand(-1, 3, 2, -1), *x.float().split(8, 1))),
     "sampled_softmax": lambda x, _, i: sampled_softmax.sampled_softmax(x, x, i, i.flip(0)[:, None], 0.05),
     "hstu_attention": lambda x, o, _: attention.hstu_attention(*[x[:, None]] * 3, o, 5),
     "softmax_attention": lambda x, o, _: attention.softmax_attention(*[x[:, None]] * 3, o, 5),

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from kernels import hstu_attention as attention
-from kernels import layer_norm, linear_cross_entropy, norm_gate, projection, rotary, sampled_softmax
+from kernels import layer_norm, linear_cross_entropy, norm_gate, projection, sampled_softmax
 
 pytest.importorskip("kernels.hstu_attention.op", exc_type=ImportError)
 
@@ -52,12 +52,6 @@ def _sample(x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _turn(x: torch.Tensor) -> torch.Tensor:
-    """Of queries, keys and values of 2 heads."""
-    qkv = x.unflatten(1, (2, -1))[:, None].expand(-1, 3, -1, -1)
-    return torch.cat(rotary.rotary(qkv, *numbers(2, len(x), DIM // 4)))
-
-
 def _all_items(x: torch.Tensor, which: int) -> torch.Tensor:
     """Of states, items and bias, x's beginning is one."""
     tensors = [numbers(TOKENS, DIM), numbers(9, DIM), numbers(9)]
@@ -70,7 +64,6 @@ OPERATIONS = {
     "layer_norm": lambda x: layer_norm.layer_norm(x, 1e-6),
     "norm_gate": lambda x: norm_gate.norm_gate(x.flip(1), x, 0.0, True),
     "projection": lambda x: projection.projection(x, numbers(DIM, 24)),
-    "rotary": _turn,
     "sampled_softmax": _sample,
     **{
         f"linear_cross_entropy, {name}": functools.partial(_all_items, which=which)
@@ -89,7 +82,7 @@ TRAINED = {name: call for name, call in OPERATIONS.items() if "cached" not in na
 
 @pytest.fixture(autouse=True)
 def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (layer_norm, linear_cross_entropy, norm_gate, projection, rotary, sampled_softmax, attention):
+    for module in (layer_norm, linear_cross_entropy, norm_gate, projection, sampled_softmax, attention):
         monkeypatch.setattr(module, "fits_triton", lambda *_: True)
     for module in (projection, linear_cross_entropy):
         monkeypatch.setattr(module, "_fused", lambda _: True)

@@ -14,7 +14,6 @@ cached = pytest.importorskip("kernels.hstu_attention.cached", exc_type=ImportErr
 layer_norm = pytest.importorskip("kernels.layer_norm.triton_op", exc_type=ImportError)
 norm_gate = pytest.importorskip("kernels.norm_gate.triton_op", exc_type=ImportError)
 projection = pytest.importorskip("kernels.projection.triton_op", exc_type=ImportError)
-rotary = pytest.importorskip("kernels.rotary.triton_op", exc_type=ImportError)
 sampled_softmax = pytest.importorskip("kernels.sampled_softmax.triton_op", exc_type=ImportError)
 
 ON_GPU = torch.cuda.is_available()
@@ -221,9 +220,8 @@ def test_of_a_candidate(value: float, spoilt: str, group: int, softmax: bool, ve
         lambda x, w: layer_norm.layer_norm(x, 1e-6, w[0], w[1]),
         lambda x, w: norm_gate.norm_gate(x, x.flip(1), 0.0, True),
         lambda x, w: projection.projection(x, w.T),
-        lambda x, w: torch.cat(rotary.rotary(x.view(-1, 3, 2, 4), w[: len(x), :2], w[: len(x), 2:4]), 1).flatten(1),
     ],
-    ids=["layer norm", "gate", "projection", "rotary"],
+    ids=["layer norm", "gate", "projection"],
 )
 def test_in_operations_on_tokens(operation) -> None:
     torch.manual_seed(0)

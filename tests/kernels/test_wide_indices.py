@@ -18,7 +18,6 @@ layer_norm = pytest.importorskip("kernels.layer_norm.triton_op", exc_type=Import
 linear_cross_entropy = pytest.importorskip("kernels.linear_cross_entropy.triton_op", exc_type=ImportError)
 norm_gate = pytest.importorskip("kernels.norm_gate.triton_op", exc_type=ImportError)
 projection = pytest.importorskip("kernels.projection.triton_op", exc_type=ImportError)
-rotary = pytest.importorskip("kernels.rotary.triton_op", exc_type=ImportError)
 rowwise_table = pytest.importorskip("kernels.rowwise_table.triton_op", exc_type=ImportError)
 sampled_softmax = pytest.importorskip("kernels.sampled_softmax.triton_op", exc_type=ImportError)
 
@@ -107,7 +106,7 @@ def test_attention_to_tokens_beyond_32_bits() -> None:
 
 @interpreted
 def test_tokens_beyond_32_bits() -> None:
-    """Layer norm, gate, rotary embeddings and projection of 2^31 and some tokens: the last program."""
+    """Layer norm, gate and projection of 2^31 and some tokens: the last program."""
     torch.manual_seed(0)
     tokens, width, rows = 2**31 + 5, 2, 8
     last = (tokens - 1) // rows
@@ -129,20 +128,6 @@ def test_tokens_beyond_32_bits() -> None:
             u, u, x, None, None, None, du, dx, None, **common, **gate, **blocks, STEPS=1
         )
         torch.testing.assert_close(du[-5:].float(), u[-5:].float() * expected, rtol=1e-2, atol=1e-2)
-        qkv, turned = (sparse(tokens, parts, width, dtype=torch.float16) for parts in (3, 2))
-        cos, sin = sparse(tokens, 1), sparse(tokens, 1)
-        qkv[-5:], cos[-5:], sin[-5:] = torch.randn(5, 3, width), 0.6, 0.8
-        sizes = common | {"HALF": 1, "ROWS": rows, "COLUMNS": 1}
-        rotary.rotary_forward_kernel[(1,)](qkv, cos, sin, turned, **sizes)
-        first, second = qkv[-5:, :2].float().unbind(2)
-        expected = torch.stack([0.6 * first - 0.8 * second, 0.8 * first + 0.6 * second], dim=2)
-        torch.testing.assert_close(turned[-5:].float(), expected, rtol=1e-2, atol=1e-2)
-        again = sparse(tokens, 3, width, dtype=torch.float16)
-        dq, dk = (sparse(tokens, width, dtype=torch.float16) for _ in range(2))
-        dq[-5:], dk[-5:] = turned[-5:].unbind(1)
-        rotary.rotary_backward_kernel[(1,)](dq, dk, u, cos, sin, again, **sizes)
-        torch.testing.assert_close(again[-5:, :2].float(), qkv[-5:, :2].float(), rtol=1e-2, atol=1e-2)
-        assert torch.equal(again[-5:, 2], u[-5:])
 
 
 @interpreted

@@ -1,5 +1,6 @@
 """The baselines are the models they claim to be."""
 
+import cmath
 import itertools
 import math
 
@@ -11,7 +12,7 @@ from steps.data.sequences import Batch, Sequences, StaticShape
 from steps.models.bert4rec import Layout
 from steps.models.item_knn import ItemKNN, ItemKNNConfig
 from steps.models.markov import Markov
-from steps.models.transformer_pp import TransformerPPBlock
+from steps.models.transformer_pp import TransformerPPBlock, cos_and_sin, rotate
 from steps.tasks import Task, build
 from steps.tasks.masked_items import MaskedItems, Masking, append_next_item, masked_places
 from steps.tasks.sessions import Sessions
@@ -129,6 +130,27 @@ def test_zeros_change_nothing_in_the_feed_forward_network(dim: int, monkeypatch:
     for one, other in grads:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
     assert widths == [-(-block.gate.out_features // 8) * 8]
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 8])
+def test_rotation_turns_each_pair_by_its_angle(width: int) -> None:
+    """As numbers of a real and an imaginary part, by a loop."""
+    torch.manual_seed(0)
+    x, position = torch.randn(4, 2, 3, width, dtype=torch.float64), torch.tensor([0, 5, 300, 1])
+    turned, half = rotate(x, *cos_and_sin(position, width, torch.float64)), width // 2
+    expected = x.clone()
+    for token, place in enumerate(position.tolist()):
+        for pair in range(half):
+            turn = cmath.exp(1j * place * 10_000.0 ** (-pair / half))
+            for part, head in itertools.product(range(2), range(3)):
+                first, second = x[token, part, head, [pair, pair + half]].tolist()
+                number = complex(first, second) * turn
+                expected[token, part, head, pair] = number.real
+                expected[token, part, head, pair + half] = number.imag
+    torch.testing.assert_close(turned, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    if width % 2:
+        assert torch.equal(turned[..., -1], x[..., -1])
 
 
 # BERT4Rec
