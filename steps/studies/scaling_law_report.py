@@ -94,8 +94,7 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"too, or HSTU's below; else it is not decided. Held-out budgets: the {given['held_out']} largest, which "
         "laws predict from the others.",
     ]
-    if missing := unmeasured(lines, study["measure"]):
-        parts.append(f"Not measured yet: {', '.join(missing)}.")
+    parts.append(not_measured(lines, study["measure"]))
     found: dict[tuple[str, str], list[Row]] = {}
     for line in lines:
         found.setdefault((line["device"], line["data"]), []).append(line)
@@ -117,6 +116,20 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         "![Quality by compute](figure.svg)",
     ]
     return "\n\n".join(filter(None, parts)) + "\n", _draw(panels), table
+
+
+def not_measured(lines: list[Row], plan: dict[str, Any]) -> str:
+    """A sentence of the cases of a plan that no device has measured, and of those that one has and another lacks; empty
+    where there are none."""
+    of_devices: dict[str, list[Row]] = {}
+    for line in lines:
+        of_devices.setdefault(line["device"], []).append(line)
+    everywhere = unmeasured(lines, plan)
+    said = [", ".join(everywhere)] if everywhere else []
+    for device, members in of_devices.items():
+        if rest := [case for case in unmeasured(members, plan) if case not in everywhere]:
+            said.append(f"on {device} {', '.join(rest)}")
+    return f"Not measured yet: {'; '.join(said)}." if said else ""
 
 
 def unmeasured(lines: list[Row], plan: dict[str, Any]) -> list[str]:

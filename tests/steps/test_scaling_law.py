@@ -468,6 +468,23 @@ def test_what_is_not_measured_yet_is_named_as_only_takes_it() -> None:
     assert f"Not measured yet: {', '.join(found)}." in text.splitlines()
 
 
+def test_what_one_device_has_and_another_lacks_is_named_of_it() -> None:
+    every = [dict(zip(("data", "part"), case.values(), strict=True)) for case in study.cases(PLAN)]
+    h200, h100 = ([case | {"device": device} for case in every] for device in ("H200", "H100"))
+    plan = CONTENT["measure"]
+    assert shown.not_measured([*h200, *h100], plan) == ""
+    # H200 lacks the first and second case, H100 the second and the last.
+    said = shown.not_measured([*h200[2:], *h100[:1], *h100[2:-1]], plan)
+    assert said == "Not measured yet: ml-1m shapes; on H200 ml-1m small; on H100 stream best predictor."
+    assert shown.not_measured(h200[1:], plan) == "Not measured yet: ml-1m small."
+    assert shown.not_measured([*h200, *h100[1:]], plan) == "Not measured yet: on H100 ml-1m small."
+    # In the report; empty parts leave no empty lines.
+    rows = [one | {"device": device} for device in ("H200", "H100") for one in made_up({"hstu": 0.01}, 2)]
+    small = [row | {"part": "small"} for row in rows if row["device"] == "H100"]
+    text, _, _ = shown.report([*rows, *small], CONTENT)
+    assert "; on H200 ml-1m small." in text
+
+
 def test_a_trial_of_learning_rates_is_no_size() -> None:
     rows = made_up({"hstu": 0.01}, 2)
     tried = [made_up({encoder: 0.5}, 1, power=power)[:5] for encoder in ("sasrec", "hstu") for power in (0.5, 1.0)]
