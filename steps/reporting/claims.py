@@ -201,7 +201,7 @@ def _study(name: str, told: dict[str, Any], claimed: dict[str, Any], band: float
     published = _published(where, claimed["published"], tables)
     told = told | {"experiment": study, "published": published}
     rows = tables.read(study, "table")
-    why = f"not measured here; snakemake {claimed['table']} does"
+    why = _not_measured(claimed["table"], rows)
     not_run = Verdict(name, verdict="not run", why=why, **told | {"explained": None})
     if rows is None:
         return not_run
@@ -228,9 +228,9 @@ def _runs(name: str, told: dict[str, Any], claimed: dict[str, Any], band: float,
     more than the band."""
     study, column = f"{STUDIES}/{claimed['table']}", claimed["column"]
     path, where = tables.path(study, "table"), f"params/claims.yaml, key claims.{name}"
-    not_run = f"not measured here; snakemake {claimed['table']} does"
     told = told | {"experiment": study}
     rows, found, said = tables.read(study, "table"), [], []
+    not_run = _not_measured(claimed["table"], rows)
     if rows is None:
         return Verdict(name, verdict="not run", why=not_run, **told | {"explained": None})
     for place in claimed["places"]:
@@ -259,9 +259,10 @@ def _runs(name: str, told: dict[str, Any], claimed: dict[str, Any], band: float,
 
 def _decided(name: str, told: dict[str, Any], claimed: dict[str, Any], tables: Tables) -> Verdict:
     """What a study's report says of a claim: whether it `holds` in every place, some or none, and its `words`."""
-    study, not_run = f"{STUDIES}/{claimed['table']}", f"not measured here; snakemake {claimed['table']} does"
+    study = f"{STUDIES}/{claimed['table']}"
     told = told | {"experiment": study}
     rows, found, said = tables.read(study, "table"), [], []
+    not_run = _not_measured(claimed["table"], rows)
     if rows is None:
         return Verdict(name, verdict="not run", why=not_run, **told | {"explained": None})
     for place in claimed["places"]:
@@ -346,6 +347,13 @@ def _of_signs(found: list[int], asked: int) -> str:
     if 1 in found:
         return "partly"
     return "contradicted" if -1 in found else "not decided" if found else "not run"
+
+
+def _not_measured(study: str, rows: pl.DataFrame | None) -> str:
+    """Why a study's table, of which these rows are there, says nothing of what is claimed, and which command helps."""
+    if rows is None:
+        return f"not measured here; snakemake {study} does"
+    return f"not fully measured here; snakemake {study} measures all, steps.study --only what is missing"
 
 
 def _not_run(experiment: str) -> str:

@@ -117,7 +117,8 @@ def frontier(
     is drawn with all of its budgets, as these are of one run. Which size counts is chosen in the data alone: chosen
     again in each resampling, the best of noisy means would be above the truth, the more so the more are compared.
     Resamplings are left out in which a size that counts has no seed that came to its budget. With `confidence` a mean's
-    deviation from that of all seeds is multiplied by `widening`, so that bands of so many percent cover.
+    deviation from that of all seeds is multiplied by `widening`, so that bands of so many percent cover: for each
+    budget of the seeds that came to it, as a run that failed tells nothing of the spread there.
     """
     budgets = sorted({budget for seeds in points.values() for run in seeds.values() for budget in run})
     sign, sizes = 1 if more_is_better else -1, []
@@ -127,7 +128,7 @@ def frontier(
         drawn[0] = np.arange(len(runs))
         there = (~np.isnan(runs[drawn])).sum(axis=1)
         means = np.nansum(runs[drawn], axis=1) / np.maximum(there, 1)
-        wider = 1.0 if confidence is None else widening(len(runs), confidence)
+        wider = np.array([1.0 if confidence is None else widening(int(seeds), confidence) for seeds in there[0]])
         sizes.append(np.where(there > 0, sign * (means[0] + wider * (means - means[0])), -np.inf).T)
     stacked = np.stack(sizes, axis=1)  # by budget, size and resampling
     of_data = stacked[:, :, 0]

@@ -10,7 +10,7 @@ from tabulate import tabulate as render
 
 from steps.common.cli import StepError
 from steps.studies.rows import FAILED, Row, cases
-from steps.studies.scaling_law import BEST, BUDGET, COVERAGE, LOSS, POPULARITY, POWER, case_of
+from steps.studies.scaling_law import BEST, BUDGET, COVERAGE, LOSS, POPULARITY, POWER, budgets, case_of
 from steps.studies.scaling_law_fits import LAWS, LOGARITHM, SATURATING, Array, band, fit, frontier, growth, judge
 from steps.studies.stream_ceiling import KNOWN
 
@@ -19,6 +19,8 @@ LABELS = {"hstu": "HSTU", "sasrec": "SASRec", "transformer++": "Transformer++"}
 SCALES = "scales where others stop"
 _OURS = "hstu"
 _SEED, _DRAWN, _PLACES = 0, 16, 9  # of the bootstrap; places of a law's line; digits behind the point
+#: The axes by which an error names rows.
+_NAMED = ("data", "part", "model", "dim", "blocks", "max_len")
 _WORDS = {1: "holds", 0: "not decided", -1: "does not hold"}
 
 
@@ -69,8 +71,9 @@ def size_of(line: Row) -> str:
 
 
 def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Row]]:
-    """Markdown, the figure, and a line per law, and of the verdict."""
+    """Markdown, the figure, and a line per law, and of the verdict. StepError where rows are of no planned run."""
     lines, given = cases(rows), study["measure"]["settings"]
+    require_planned(lines, study["measure"])
     commits = ", ".join(dict.fromkeys(line["commit"][:9] for line in lines))
     digests = ", ".join(dict.fromkeys(line["data_sha256"] for line in lines if "data_sha256" in line))
     rule, confidence = given["lr"], f"{given['confidence']:g} %"
@@ -94,8 +97,7 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"too, or HSTU's below; else it is not decided. Held-out budgets: the {given['held_out']} largest, which "
         "laws predict from the others.",
     ]
-    if missing := unmeasured(lines, study["measure"]):
-        parts.append(f"Not measured yet: {', '.join(missing)}.")
+    parts.append(not_measured(lines, study["measure"]))
     found: dict[tuple[str, str], list[Row]] = {}
     for line in lines:
         found.setdefault((line["device"], line["data"]), []).append(line)
@@ -119,20 +121,69 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
     return "\n\n".join(filter(None, parts)) + "\n", _draw(panels), table
 
 
+def not_measured(lines: list[Row], plan: dict[str, Any]) -> str:
+    """A sentence of the cases of a plan that no device has measured, and of those that one has and another lacks; empty
+    where there are none."""
+    of_devices: dict[str, list[Row]] = {}
+    for line in lines:
+        of_devices.setdefault(line["device"], []).append(line)
+    everywhere = unmeasured(lines, plan)
+    said = [", ".join(everywhere)] if everywhere else []
+    for device, members in of_devices.items():
+        if rest := [case for case in unmeasured(members, plan) if case not in everywhere]:
+            said.append(f"on {device} {', '.join(rest)}")
+    return f"Not measured yet: {'; '.join(said)}." if said else ""
+
+
 def unmeasured(lines: list[Row], plan: dict[str, Any]) -> list[str]:
     """The cases of a plan, each as its data and part, that no line is of, in the order of the plan."""
-    planned = []
-    for group in plan["runs"]:
-        size = {"dim": group["set"]["model.dim"], "blocks": group["set"]["model.blocks"]}
-        for model, seed in itertools.product(group["models"], group["seeds"]):
-            config = {"dataset": group["dataset"], "row": model, "seed": seed, "model": size}
-            planned.append(case_of(config, group["with"]))
-    planned += [{"data": data, "part": BEST} for data in plan["generated"]]
+    wanted = [{key: axes[key] for key in ("data", "part")} for axes, _ in planned(plan)]
+    wanted += [{"data": data, "part": BEST} for data in plan["generated"]]
     return [
         " ".join(case.values())
-        for index, case in enumerate(planned)
-        if case not in planned[:index] and not any(case.items() <= line.items() for line in lines)
+        for index, case in enumerate(wanted)
+        if case not in wanted[:index] and not any(case.items() <= line.items() for line in lines)
     ]
+
+
+def planned(plan: dict[str, Any]) -> list[tuple[Row, list[float]]]:
+    """By run of a plan axes that its rows have, the longest window only where the study sets it, and its budgets."""
+    found = []
+    for group in plan["runs"]:
+        runs, size = group["with"], {"dim": group["set"]["model.dim"], "blocks": group["set"]["model.blocks"]}
+        for model, seed in itertools.product(group["models"], group["seeds"]):
+            config = {"dataset": group["dataset"], "row": model, "seed": seed, "model": size}
+            axes = case_of(config, runs) | {"model": model, **size, "repetition": seed}
+            axes |= {"max_len": group["set"]["training.max_len"]} if "training.max_len" in group["set"] else {}
+            axes |= {POWER: runs[POWER]} if POWER in runs else {}
+            found.append((axes, budgets(runs, plan["settings"]["a_decade"])))
+    return found
+
+
+def require_planned(lines: list[Row], plan: dict[str, Any]) -> None:
+    """Raise StepError where a line is of no run or budget of the plan, as it was measured with another plan, or lacks a
+    metric that the report shows. What a line does not say, as its learning rate, is not looked at."""
+    runs = planned(plan)
+    for line in lines:
+        words = ", ".join(f"{key} {line[key]}" for key in (*_NAMED, BUDGET, POWER, "repetition") if key in line)
+        if BUDGET not in line:
+            fits = line["part"] == BEST and line["data"] in plan["generated"]
+        else:
+            fits = any(
+                line[BUDGET] in ends
+                and line.get(POWER) == axes.get(POWER)
+                and all(line.get(key) == value for key, value in axes.items() if key in line or key != "repetition")
+                for axes, ends in runs
+            )
+        if not fits:
+            raise StepError(
+                f"rows of {line['device']}, {words}: the study plans no such run now, as its settings are not those "
+                "of the measurement; take these rows out of rows.json, or restore the settings"
+            )
+        tested = "repetition" in line and FAILED not in line
+        asked = ([LOSS] if POWER in line else plan["settings"]["metrics"]) if tested else []
+        if missing := [metric for metric in asked if metric not in line]:
+            raise StepError(f"rows of {line['device']}, {words}: they have no {missing[0]}; measure the case again")
 
 
 def laws_of(panel: Panel) -> list[Row]:
