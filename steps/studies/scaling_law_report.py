@@ -94,8 +94,9 @@ def report(rows: list[Row], study: dict[str, Any]) -> tuple[str, Figure, list[Ro
         f"The verdict, of {_title(given['fitted'][0])}: {SCALES}. Of the last {given['decades']} decades of compute "
         "that HSTU and another encoder both have, the gain by a decade, as a share of the mean, has a band above "
         f"{given['least']:g} for HSTU and below it for every other; it does not hold where another's is above it, "
-        f"too, or HSTU's below; else it is not decided. Held-out budgets: the {given['held_out']} largest, which "
-        "laws predict from the others.",
+        "too, or HSTU's below; else it is not decided. Nor is it where HSTU, from the first of these budgets, would "
+        f"gain less by becoming the best predictor. Held-out budgets: the {given['held_out']} largest, which laws "
+        "predict from the others.",
     ]
     parts.append(not_measured(lines, study["measure"]))
     found: dict[tuple[str, str], list[Row]] = {}
@@ -217,9 +218,16 @@ def scales(panel: Panel) -> Row | None:
         count = min(map(len, gains))
         bands = [panel.band(values) for values in (*gains, gains[0][:count] - gains[1][:count])]
         (_, low, high), (_, other_low, other_high), _ = bands
-        signs.append(-1 if other_low > least or high < least else 1 if low > least > other_high else 0)
+        sign = -1 if other_low > least or high < least else 1 if low > least > other_high else 0
         named = zip((LABELS[_OURS], LABELS[encoder], "difference"), bands, strict=True)
-        words = ", ".join(f"{name} {one[0]:+.2%} [{one[1]:+.2%}, {one[2]:+.2%}]" for name, one in named)
+        # z: no -0
+        words = ", ".join(f"{name} {one[0]:+z.2%} [{one[1]:+z.2%}, {one[2]:+z.2%}]" for name, one in named)
+        if metric in panel.bounds:
+            of_data = ours.values[[ours.budgets.index(budget) for budget in last], 0]
+            room = (panel.bounds[metric] - of_data[0]) / (last[-1] - last[0]) / of_data.mean()
+            sign = 0 if room < least else sign
+            words += f", to the best predictor {room:+z.2%}"
+        signs.append(sign)
         said.append(f"lg C {last[0]:g} to {last[-1]:g}: {words}")
     return {"part": "verdict", "claim": SCALES, "holds": min(signs), "words": "; ".join(said)} if signs else None
 

@@ -394,6 +394,18 @@ def test_the_verdict_needs_ours_to_scale_and_others_to_stop(
     assert len(figure.axes) == 3
 
 
+@pytest.mark.parametrize(("best", "holds"), [(0.1065, 0), (0.1085, -1)])
+def test_nothing_is_decided_where_the_best_predictor_leaves_no_room(best: float, holds: int) -> None:
+    """A gain of 3 % a decade is asked for: 0.1015 at the first of two decades would end at 0.1077."""
+    known = row({"data": "ml-1m", "part": study.BEST, "model": study.KNOWN}, "hr@10", best, "fraction")
+    rows = [*made_up({"hstu": 0.001, "sasrec": 0.0}), known | {"device": "H200", "commit": "a" * 40}]
+    text, _, lines = report(rows)
+    (verdict,) = [line for line in lines if line.get("claim") == shown.SCALES]
+    assert verdict["holds"] == holds
+    assert verdict["words"].endswith(f", to the best predictor {(best - 0.1015) / 2 / 0.1025:+.2%}")
+    assert verdict["words"] in text
+
+
 def test_a_budget_need_not_be_used_up() -> None:
     small, large = made_up({"hstu": 0.02}, 2), made_up({"hstu": 0.0}, 4, dim=512)[-54:]
     for one in [one for one in small if one["metric"] == "coverage@10"]:
