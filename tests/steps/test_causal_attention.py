@@ -156,6 +156,8 @@ def test_encoders_hand_flash_attention_half_precision(
     calls = []
 
     def record(q: Any, k: Any, v: Any, *others: Any, scale: float) -> tuple[torch.Tensor]:
+        assert others[0].dtype == torch.int32
+        assert others[0] is others[1]
         for part in (q, k, v):
             assert part.dtype == torch.bfloat16
             assert part.shape[-1] % 8 == part.stride(0) % 8 == part.stride(1) % 8 == part.storage_offset() % 8 == 0
