@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from steps.data.sequences import Batch
-from steps.models.attention import ALIGNED, Layout, compile_without, flash_attention, padded_attention
-from steps.models.attention import flash_fits as _flash_fits
+from steps.models.attention import ALIGNED, Layout, compile_without, flash_attention, flash_fits, padded_attention
 from steps.models.base import Encoder, HeadsConfig, LayerNorm, embedding_lookup
 
 
@@ -53,7 +52,7 @@ class BERTBlock(nn.Module):
     ) -> torch.Tensor:
         """Queries (M, heads, width), keys and values (T, heads, width) to the attention output (M, heads, width)."""
         dropout = self.dropout_prob if self.training else 0.0
-        if _flash_fits(q, k, v, dropout):
+        if flash_fits(q, k, v, dropout):
             return flash_attention(q, k, v, scale, dropout, layout)
         return padded_attention(q, k, v, scale, dropout, layout)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from steps.data.sequences import Batch, Sequences, StaticShape
-from steps.models.bert4rec import Layout
+from steps.models.attention import Layout
 from steps.models.item_knn import ItemKNN, ItemKNNConfig
 from steps.models.markov import Markov
 from steps.models.transformer_pp import TransformerPPBlock, cos_and_sin, rotate

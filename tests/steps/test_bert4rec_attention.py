@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from steps.models import bert4rec
-from steps.models.bert4rec import BERT4Rec, BERTBlock, Layout, flash_attention, padded_attention
+from steps.models.attention import Layout, flash_attention, padded_attention
+from steps.models.bert4rec import BERT4Rec, BERTBlock
 from steps.training.stream import RunStream
 from tests.kernels.tolerance import assert_no_worse
 from tests.steps.test_models import make
@@ -113,7 +114,7 @@ def test_flash_attention_is_called_as_its_twin(wanted: list[int] | None, monkeyp
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", loop)
     found = []
     for fits in (False, True):
-        monkeypatch.setattr(bert4rec, "_flash_fits", lambda *_, fits=fits: fits)
+        monkeypatch.setattr(bert4rec, "flash_fits", lambda *_, fits=fits: fits)
         states = encoder.states(embeddings, layout)
         (gradient,) = torch.autograd.grad(states.square().sum(), embeddings)
         found.append((states, gradient))
@@ -142,7 +143,7 @@ def test_torch_has_flash_attention_with_these_arguments_and_its_gradient() -> No
 def test_flash_attention_is_taken_in_half_precision_on_a_gpu(device: str) -> None:
     for dtype, queries in itertools.product((torch.float16, torch.bfloat16, torch.float32, torch.float64), (4, 2)):
         q, k = (torch.zeros(rows, 2, 8, dtype=dtype, device=device, requires_grad=True) for rows in (queries, 4))
-        assert bert4rec._flash_fits(q, k, k, 0.2) is (device == "cuda" and dtype.itemsize == 2)
+        assert bert4rec.flash_fits(q, k, k, 0.2) is (device == "cuda" and dtype.itemsize == 2)
 
 
 @pytest.mark.gpu
