@@ -1,6 +1,7 @@
 """Causal attention of jagged sequences: by a loop, by padding, and by FlashAttention."""
 
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -207,6 +208,16 @@ def test_angles_are_positions_times_frequencies_in_float32_at_least() -> None:
         assert cos.dtype == sin.dtype == dtype
         torch.testing.assert_close(cos.double(), angle.cos(), rtol=0, atol=atol)
         torch.testing.assert_close(sin.double(), angle.sin(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_each_encoder_has_attention_left_out_of_what_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of each, since in a process one encoder leaves it out for all: they share its class."""
+    calls: list[Any] = []
+    encoder = make(name).encoder
+    monkeypatch.setattr(sys.modules[type(encoder).__module__], "compile_without", lambda *owner: calls.append(owner))
+    encoder.before_compiling()
+    assert calls == [(CausalAttention, "forward")]
 
 
 @pytest.mark.slow
