@@ -82,7 +82,8 @@ def padded_attention(
 ) -> torch.Tensor:
     """Softmax attention within each sequence: the twin of `flash_attention`, for any device and type.
 
-    scale: None is 1 / sqrt(width). is_causal: all tokens must be queries.
+    q: (M, heads, width) of the layout's queries; k, v: (T, heads, width) of all tokens. scale: None is 1 / sqrt(width).
+    dropout: of attention weights. is_causal: all tokens must be queries. Returns (M, heads, width).
     """
     offsets, max_len = layout.offsets.long(), layout.max_len
     place = layout.sequence_id * max_len + layout.position
@@ -135,7 +136,11 @@ def flash_attention(
 
 
 def flash_fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> bool:
-    """Whether torch has FlashAttention for these types, widths and this device."""
+    """Whether torch has FlashAttention for these types, widths and this device.
+
+    q: (M, heads, width); k, v: (T, heads, width), of any width up to 256, also those that the caller has yet to fill up
+    to a multiple of 8.
+    """
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))  # (1, heads, T, width)
     return can_use_flash_attention(SDPAParams(q, k, v, None, dropout, False, False))
 

@@ -1,6 +1,7 @@
 """The interface of every model, and what the encoders share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,16 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x, self.eps, self.weight, self.bias)
+
+
+def compile_modules(modules: Iterable[nn.Module]) -> None:
+    """Compile each module by itself with torch.compile, for dynamic sizes. They are compiled when they first run."""
+    import torch._dynamo  # late, since it takes a second
+
+    # By default a float, as dropout's, is a number on the host, whose kernels in C++ take half a minute to compile.
+    torch._dynamo.config.specialize_float = True
+    for module in modules:
+        module.compile(dynamic=True)
 
 
 def embedding_lookup(table: ItemTable, index: torch.Tensor) -> torch.Tensor:

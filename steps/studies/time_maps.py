@@ -23,7 +23,7 @@ from kernels.tools.cases import lengths_of
 from kernels.tools.timing import peak_of, timed
 from steps.common import gpu_record
 from steps.data.sequences import Batch
-from steps.models.base import PositionalEncoder
+from steps.models.base import PositionalEncoder, compile_modules
 from steps.models.fuxi import FuXi, FuXiAlpha, FuXiAlphaConfig, FuXiGamma, FuXiGammaConfig, exponential_power
 from steps.models.hstu import HSTU, BiasConfig, HSTUConfig
 from steps.studies.attempts import did_not_run, own_stream
@@ -131,8 +131,7 @@ def subject(case: dict[str, Any], settings: dict[str, Any], batch: Batch) -> tup
         x = torch.randn(len(batch.item), encoder.dim, device=device, requires_grad=True)
         if case["compiled"]:
             encoder.before_compiling()
-            for module in encoder.compiled_modules:
-                module.compile(dynamic=True)  # as in training
+            compile_modules(encoder.compiled_modules)  # as in training
         return lambda: encoder(x, batch), [x, *encoder.parameters()]
     vqk = torch.randn(len(batch.item), _width(case["model"], settings), device=device)
     vqk = vqk.to(getattr(torch, settings["encoder"]["dtype"])).requires_grad_()

@@ -15,7 +15,7 @@ from steps.common.config import TrainingConfig
 from steps.common.typed import Count, EntryError, NotNegative, PairBelow1, Positive, read
 from steps.data.sequences import Batch, Sequences
 from steps.models import Encoder, build_encoder
-from steps.models.base import ItemTable, Model, embedding_lookup
+from steps.models.base import ItemTable, Model, compile_modules, embedding_lookup
 from steps.models.large_table import rowwise_table
 
 
@@ -108,11 +108,8 @@ class Task(Model, ABC):
 
         # An error where a block meets more shapes than torch compiles for. By default it then runs uncompiled.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        # By default a float, as dropout's, is a number on the host, whose kernels in C++ take half a minute to compile.
-        torch._dynamo.config.specialize_float = True
         self.encoder.before_compiling()
-        for module in self.compiled_modules:
-            module.compile(dynamic=True)
+        compile_modules(self.compiled_modules)
 
     def uncompile_blocks(self) -> None:
         """Undo `compile_blocks`."""

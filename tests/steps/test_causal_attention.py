@@ -1,6 +1,7 @@
 """Causal attention of jagged sequences: by a loop, by padding, and by FlashAttention."""
 
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -153,26 +154,39 @@ def test_encoders_hand_flash_attention_half_precision(
     name: str, dropout: float, dim: int, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In rows that begin at 16 bytes, whichever product they come out of, in training."""
-    calls = []
+    calls, data = [], batch([5, 20, 2])
 
-    def record(q: Any, k: Any, v: Any, *others: Any, scale: float) -> tuple[torch.Tensor]:
-        assert others[0].dtype == torch.int32
-        assert others[0] is others[1]
+    def record(q: Any, k: Any, v: Any, offsets: Any, offsets_k: Any, *others: Any, scale: float) -> tuple[torch.Tensor]:
+        assert offsets.dtype == offsets_k.dtype == torch.int32  # torch refuses those of a batch, which are int64
+        assert offsets.tolist() == offsets_k.tolist() == data.offsets.tolist()
         for part in (q, k, v):
             assert part.dtype == torch.bfloat16
             assert part.shape[-1] % 8 == part.stride(0) % 8 == part.stride(1) % 8 == part.storage_offset() % 8 == 0
             assert part.stride(-1) == 1
-        calls.append((scale, *others[4:]))
+        calls.append((scale, *others))
         return (q * 0.5 + k + v,)
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", record)
     monkeypatch.setattr(attention, "flash_fits", lambda *_: True)
     model = moderate(name, torch.float32, heads, dim).train()
     model.encoder.compute_dtype = torch.bfloat16
-    for tensor in work_of(model, batch([5, 20, 2])):
+    for tensor in work_of(model, data):
         assert tensor.isfinite().all()
         assert tensor.dtype == torch.float32
-    assert calls == [((dim // heads) ** -0.5, dropout, True, False)] * 2
+    #                                         longest query and key, dropout, causal, debug mask
+    assert calls == [((dim // heads) ** -0.5, data.max_len, data.max_len, dropout, True, False)] * 2
+
+
+def test_torch_is_asked_for_what_flash_attention_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer queries than keys, as of BERT4Rec's last block; as one sequence, in torch's order of dimensions."""
+    asked = []
+    monkeypatch.setattr(attention, "can_use_flash_attention", lambda params: bool(asked.append(params)) or True)
+    q, k = torch.zeros(3, 2, 8), torch.zeros(7, 2, 8)
+    assert attention.flash_fits(q, k, k, 0.2)
+    (params,) = asked
+    shapes = [tuple(part.shape) for part in (params.query, params.key, params.value)]
+    assert shapes == [(1, 2, 3, 8), (1, 2, 7, 8), (1, 2, 7, 8)]  # (batch, heads, tokens, width)
+    assert (params.attn_mask, params.dropout) == (None, 0.2)
 
 
 def test_torch_has_causal_flash_attention_with_these_arguments_and_its_gradient() -> None:
@@ -194,6 +208,16 @@ def test_angles_are_positions_times_frequencies_in_float32_at_least() -> None:
         assert cos.dtype == sin.dtype == dtype
         torch.testing.assert_close(cos.double(), angle.cos(), rtol=0, atol=atol)
         torch.testing.assert_close(sin.double(), angle.sin(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_each_encoder_has_attention_left_out_of_what_is_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of each, since in a process one encoder leaves it out for all: they share its class."""
+    calls: list[Any] = []
+    encoder = make(name).encoder
+    monkeypatch.setattr(sys.modules[type(encoder).__module__], "compile_without", lambda *owner: calls.append(owner))
+    encoder.before_compiling()
+    assert calls == [(CausalAttention, "forward")]
 
 
 @pytest.mark.slow
