@@ -140,7 +140,8 @@ class Fitting:
         evaluate = EVALUATIONS[task_of(self.config["protocol"])]
         evaluation = evaluate(self.config, self.sequences, self.split.held_out[part])
         validation = Validation(self.model, evaluation, part)
-        return {"epoch": 1, "train/seconds": seconds, **validation()}
+        validation.queue()
+        return {"epoch": 1, "train/seconds": seconds, **validation.line()}
 
 
 def _prepare(

@@ -8,6 +8,7 @@ of a case are trained at once on a GPU. Needs torch, numpy and safetensors alone
 import gc
 import statistics
 import tempfile
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,11 +127,11 @@ class Run(Training):
             self._watched = Watched(self.model, config["model"]["loss"]["temperature"])
             self._items = sequences.counts(self.split.num_held_out), candidates(sequences, rules.candidates)
 
-    def _end_epoch(self, line: dict[str, Any]) -> None:
+    def _end_epoch(self, line: dict[str, Any]) -> Iterator[bool]:
         """Validate where the protocol does, and test where a budget is reached. No state is saved."""
         validated = self.split.eval_part == "valid"
         if validated:
-            line |= self._validation(self.stream if self.execution.capture else None)
+            yield from self._validate(line)
         self.history.append(line)
         if validated and reported_epoch(self.config, self.history) == line["epoch"]:
             self.best = self._weights()

@@ -187,10 +187,7 @@ class Training:
                 for queued in self._epoch(epoch, title):
                     num_steps += queued
                     yield True
-            # The next line waits for the device, and no other run could queue steps meanwhile. Processes that train
-            # several runs together take their turns in one order.
-            while self.processes.size == 1 and not self.stream.is_idle:
-                yield False
+            yield from self._turns_until_idle()
             loss = float(self.execution.total) / num_steps
             if loss != loss:
                 raise StepError(f"the loss is not a number in {title}: training diverged; lower the learning rate")
@@ -205,17 +202,31 @@ class Training:
             }
             if self.device.type == "cuda":  # of all runs that share the device
                 line["train/peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
-            self._end_epoch(line)
+            yield from self._end_epoch(line)
         if self.best:
             load_own(self.model, self.best)
         self._states.finish()
         self.stream.wait()
 
-    def _end_epoch(self, line: dict[str, Any]) -> None:
-        """Evaluate the model after the epoch of `line`, and save the state."""
+    def _turns_until_idle(self) -> Iterator[bool]:
+        """Let other runs queue their work until the device has done this run's: who waits for it stops them all.
+
+        Processes that train several runs together take their turns in one order.
+        """
+        while self.processes.size == 1 and not self.stream.is_idle:
+            yield False
+
+    def _validate(self, line: dict[str, Any]) -> Iterator[bool]:
+        """Evaluate the model, and add its metrics to `line`."""
         with self._uncompiled():
             captured = self.execution.capture and self.processes.size == 1  # no graph holds what processes sum up
-            line |= self._validation(self.stream if captured else None)
+            self._validation.queue(self.stream if captured else None)
+        yield from self._turns_until_idle()
+        line |= self._validation.line()
+
+    def _end_epoch(self, line: dict[str, Any]) -> Iterator[bool]:
+        """Evaluate the model after the epoch of `line`, and save the state."""
+        yield from self._validate(line)
         self.history.append(line)
         print(self.title + summary(line, self.settings.epochs, task_of(self.config["protocol"])), flush=True)
         if self.config["protocol"]["report"] == "best" and line == _best(self.config, self.history):

@@ -23,32 +23,37 @@ class Evaluation(Protocol):
 
 
 class Validation:
-    """Evaluates a model whenever it is called: on validation where the protocol has one, else on test, which then
+    """Evaluates a model as often as it is asked: on validation where the protocol has one, else on test, which then
     selects no epoch.
 
-    The targets are the same every time. On CUDA, with a `stream`, the second call therefore captures the evaluation as
-    a CUDA graph, and all later calls replay it: launched from Python, a small model's evaluation takes 30 to 80 ms, as
-    long as the training of half an epoch, and other runs on the GPU have to wait meanwhile.
+    The targets are the same every time. On CUDA, with a `stream`, the second evaluation is therefore captured as a CUDA
+    graph, which all later ones replay: launched from Python, a small model's evaluation takes 30 to 80 ms, as long as
+    the training of half an epoch. Replayed it is hundreds of small kernels still, which do not fill the GPU: between
+    `queue` and `line` other runs queue theirs.
     """
 
     def __init__(self, model: Model, evaluation: Evaluation, part: str) -> None:
         self.model, self.evaluation, self.part = model, evaluation, part
-        self._calls = 0
+        self._calls, self._start = 0, 0.0
         self._replay: Callable[[], torch.Tensor] | None = None
+        self._result: torch.Tensor
 
-    def __call__(self, stream: RunStream | None = None) -> dict[str, Any]:
-        """`<part>/<metric>` for every metric, and `<part>/seconds`. stream: the run's, if a graph may be captured.
-
-        Raises StepError if a score is not finite.
-        """
-        start = time.perf_counter()
+    def queue(self, stream: RunStream | None = None) -> None:
+        """Queue an evaluation on the device. stream: the run's, if a graph may be captured."""
+        self._start = time.perf_counter()
         if stream and self._calls == 1:
             self._replay = self._capture(stream)
         self._calls += 1
-        result = self._replay() if self._replay else self.evaluation(self.model)
-        values = self.evaluation.named(result)  # the one wait for the device
+        self._result = self._replay() if self._replay else self.evaluation(self.model)
+
+    def line(self) -> dict[str, Any]:
+        """`<part>/<metric>` for every metric, and `<part>/seconds`, of the evaluation queued last. Waits for it.
+
+        Raises StepError if a score is not finite.
+        """
+        values = self.evaluation.named(self._result)
         line: dict[str, Any] = {f"{self.part}/{name}": value for name, value in values.items()}
-        return line | {f"{self.part}/seconds": round(time.perf_counter() - start, 3)}
+        return line | {f"{self.part}/seconds": round(time.perf_counter() - self._start, 3)}
 
     def _capture(self, stream: RunStream) -> Callable[[], torch.Tensor] | None:
         try:

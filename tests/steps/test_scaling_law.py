@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,7 +165,12 @@ def test_tests_on_the_way_change_no_training(tmp_path: Path, monkeypatch: pytest
 
 def test_what_is_tested_is_the_best_on_validation_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, values = run_of(tmp_path), iter([0.3, 0.4, 0.1, 0.2])
-    monkeypatch.setattr(run, "_validation", lambda _: {"valid/ndcg@10": next(values)})
+
+    def validate(line: dict[str, Any]) -> Iterator[bool]:
+        line["valid/ndcg@10"] = next(values)
+        yield from ()
+
+    monkeypatch.setattr(run, "_validate", validate)
     first, second = trained(run).found
     assert first.metrics == second.metrics  # of the second validation, the best of four
     assert first.flops < second.flops

@@ -299,6 +299,32 @@ def test_a_run_whose_steps_are_not_done_lets_the_others_queue_theirs(
     same(alone, slow)
 
 
+def test_a_run_whose_evaluation_is_not_done_lets_the_others_queue_theirs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, other = (training(data, tmp_path / name, settings=config(epochs=2)) for name in ("slow", "other"))
+    validation, evaluated = slow._validation, []
+    queue, line = validation.queue, validation.line
+
+    def queued(stream: RunStream | None) -> None:
+        evaluated.append(False)
+        queue(stream)
+
+    def read() -> dict[str, Any]:
+        assert other.done == 2  # a run that reads before its evaluation is done stops the other
+        evaluated[-1] = True
+        return line()
+
+    busy = property(lambda stream: stream is not slow.stream or all(evaluated) or other.done == 2)
+    monkeypatch.setattr(RunStream, "is_idle", busy)
+    monkeypatch.setattr(validation, "queue", queued)
+    monkeypatch.setattr(validation, "line", read)
+    assert list(train_together([slow, other])) == [(1, None), (0, None)]
+    alone = training(data, tmp_path / "alone", settings=config(epochs=2))
+    train(alone)
+    same(alone, slow)
+
+
 def test_a_run_that_fails_is_no_matter_to_one_that_waits(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,7 +506,9 @@ def validated(run: Training) -> dict[str, Any]:
     with run.stream.active():
         held_out = run.split.held_out[run.split.eval_part]
         evaluation = RetrievalEvaluation(run.config, run.sequences, held_out)
-        return Validation(run.model, evaluation, run.split.eval_part)()
+        validation = Validation(run.model, evaluation, run.split.eval_part)
+        validation.queue()
+        return validation.line()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
