@@ -33,6 +33,7 @@ _CALLED = (
     "lead",
     "published",
     "users",
+    "longest",
     "verdicts",
     "study",
 )  # by templates
@@ -131,6 +132,13 @@ class Figures:
         """How many test users are compared."""
         rows = self._csv(experiment, "comparisons").filter(dataset=dataset, protocol=protocol)
         return int(rows["users"].first())  # type: ignore[arg-type]
+
+    def longest(self, experiment: str, protocol: str) -> float:
+        """Seconds of the longest training of a protocol, its own evaluations apart."""
+        seconds = self._csv(experiment, "runs").filter(protocol=protocol)["train_seconds"]
+        if seconds.is_empty():
+            raise StepError(f"{self.reports / experiment}/runs.csv has no run of protocol {protocol}")
+        return float(seconds.max())  # type: ignore[arg-type]
 
     def _row(self, experiment: str, table: str, **key: str) -> dict[str, Any]:
         rows = self._csv(experiment, table).filter(**key)
