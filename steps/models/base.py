@@ -121,6 +121,9 @@ def compile_modules(modules: Iterable[nn.Module]) -> None:
 
     # By default a float, as dropout's, is a number on the host, whose kernels in C++ take half a minute to compile.
     torch._dynamo.config.specialize_float = True
+    # As a constant it takes a graph of its own, and of more than 8 a module's code by default runs uncompiled from then
+    # on: the runs of a search, which train together, have more settings.
+    torch._dynamo.config.recompile_limit = 64
     for module in modules:
         module.compile(dynamic=True)
 

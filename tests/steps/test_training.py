@@ -17,6 +17,7 @@ from steps.data.split import HeldOut
 from steps.evaluation.exact_ranks import Ranker, Rules, rank
 from steps.evaluation.metrics import Ranks, metric_values
 from steps.evaluation.retrieval import RetrievalEvaluation
+from steps.models.base import compile_modules
 from steps.tasks import Task, losses
 from steps.tasks.sessions import Sessions
 from steps.training import checkpoint
@@ -651,6 +652,30 @@ def test_torch_compile_takes_the_blocks_once_for_all_sizes(name: str, monkeypatc
     # are one and the output two, besides the blocks' four.
     assert 1 <= counts[0] <= (8 if name == "bert4rec" else 5 if left else 4)
     assert counts == counts[:1] * 3  # other sizes add none
+
+
+class Dropped(torch.nn.Module):
+    """A block that drops a share of its own."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(x, self.share)
+
+
+def test_runs_of_more_settings_than_eight_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's limit by default, behind which the others would run uncompiled."""
+    real, graphs = torch.compile, CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", lambda *model, **options: real(*model, **options | {"backend": graphs}))
+    torch._dynamo.reset()
+    blocks = [Dropped(number / 20) for number in range(1, 11)]
+    with torch._dynamo.config.patch(recompile_limit=8):  # until compile_modules says otherwise
+        compile_modules(blocks)
+        for block in blocks:
+            block(torch.ones(3))
+    assert graphs.frame_count == 10
 
 
 @pytest.mark.parametrize("name", [*(name for name in MODELS if name != "gru"), "gru4rec"])
