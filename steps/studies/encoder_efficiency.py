@@ -22,6 +22,7 @@ from kernels.tools.timing import timed
 from steps.common import gpu_record
 from steps.data.sequences import Batch, Sequences, Size
 from steps.data.stochastic_length import draw_lengths, expected_lengths, most_kept
+from steps.models.base import compile_modules
 from steps.models.hstu import BiasConfig, HSTUConfig, HSTULayer
 from steps.studies.attempts import did_not_run, own_stream
 from steps.studies.rows import Row, row
@@ -117,8 +118,7 @@ class Encoder:
                 if name not in ("position_bias", "time_bias"):  # tables that kernels take in float32
                     parameter.data = parameter.data.to(self.dtype)
         if case["compiled"]:
-            for layer in self.layers:
-                layer.compile(dynamic=True)  # as in training
+            compile_modules(self.layers)  # as in training
         self.x = x.to(self.dtype).requires_grad_()
         self.learned = [self.x, *(parameter for layer in self.layers for parameter in layer.parameters())]
 
