@@ -116,7 +116,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 def compile_modules(modules: Iterable[nn.Module]) -> None:
-    """Compile each module by itself with torch.compile, for dynamic sizes. They are compiled when they first run."""
+    """Compile each module by itself with torch.compile, for dynamic sizes. They are compiled when they first run.
+
+    Raises TypeError for a layer of torch.nn itself, which torch would leave uncompiled and say nothing.
+    """
     import torch._dynamo  # late, since it takes a second
 
     # By default a float, as dropout's, is a number on the host, whose kernels in C++ take half a minute to compile.
@@ -125,6 +128,8 @@ def compile_modules(modules: Iterable[nn.Module]) -> None:
     # on: the runs of a search, which train together, have more settings.
     torch._dynamo.config.recompile_limit = 64
     for module in modules:
+        if type(module).forward.__module__.startswith("torch.nn."):
+            raise TypeError(f"torch compiles no {type(module).__name__} in place: call it from a module of your own")
         module.compile(dynamic=True)
 
 

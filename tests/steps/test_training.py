@@ -678,6 +678,11 @@ def test_runs_of_more_settings_than_eight_are_compiled(monkeypatch: pytest.Monke
     assert graphs.frame_count == 10
 
 
+def test_what_torch_would_leave_uncompiled_is_refused() -> None:
+    with pytest.raises(TypeError, match="torch compiles no Sequential in place: call it from a module of your own"):
+        compile_modules([torch.nn.Sequential(torch.nn.Linear(2, 2))])
+
+
 @pytest.mark.parametrize("name", [*(name for name in MODELS if name != "gru"), "gru4rec"])
 def test_compiled_blocks_reckon_with_no_number_on_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a float that it takes as an input torch makes a kernel in C++, in half a minute."""
