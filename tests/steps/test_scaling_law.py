@@ -190,6 +190,7 @@ def test_a_run_whose_validation_is_not_done_lets_the_others_train(
         queue(stream)
 
     def read() -> dict[str, Any]:
+        assert slow.done == len(reads)  # no line is in the history without its metrics
         pending[0] = False
         reads.append(other.done)
         return line()

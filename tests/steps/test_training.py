@@ -314,6 +314,7 @@ def test_a_run_whose_evaluation_is_not_done_lets_the_others_queue_theirs(
 
     def read() -> dict[str, Any]:
         assert other.done == 2  # a run that reads before its evaluation is done stops the other
+        assert slow.done == len(evaluated) - 1  # no line is in the history without its metrics
         evaluated[-1] = True
         return line()
 
