@@ -294,6 +294,7 @@ def test_a_run_whose_steps_are_not_done_lets_the_others_queue_theirs(
     ends = train_together([slow, other])
     assert next(ends) == (1, None)
     assert (slow.done, other.done, pauses) == (0, 2, [])
+    assert slow._validation._calls == 0  # it has not read its loss yet
     assert list(ends) == [(0, None)]
     assert len(pauses) == 1  # as no run was left that had steps to queue
     alone = training(data, tmp_path / "alone", settings=config(epochs=2))
