@@ -134,7 +134,7 @@ class Figures:
         return int(rows["users"].first())  # type: ignore[arg-type]
 
     def longest(self, experiment: str, protocol: str) -> float:
-        """Seconds of the longest training of a protocol, its own evaluations apart."""
+        """Seconds of the longest training of a protocol, without its evaluations. Raises StepError if it has no run."""
         seconds = self._csv(experiment, "runs").filter(protocol=protocol)["train_seconds"]
         if seconds.is_empty():
             raise StepError(f"{self.reports / experiment}/runs.csv has no run of protocol {protocol}")

@@ -1,7 +1,7 @@
 """A run's convergence log in the lines that MLPerf's tools read: `:::MLLOG {...}`, an event each.
 
 A view of what a run's other files say. Its clock begins when the first epoch did, and goes on by the seconds that
-`history.jsonl` measured: what a training lost by a kill, or waited for other runs' evaluations, is no part of them. An
+`history.jsonl` measured: what a training lost by a kill is no part of them, the turns of other runs on its GPU are. An
 event is at a millisecond of UTC. Initialisation is not measured: its start and stop have the time of the run's start.
 """
 

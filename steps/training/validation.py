@@ -47,7 +47,8 @@ class Validation:
         self._result = self._replay() if self._replay else self.evaluation(self.model)
 
     def line(self) -> dict[str, Any]:
-        """`<part>/<metric>` for every metric, and `<part>/seconds`, of the evaluation queued last. Waits for it.
+        """`<part>/<metric>` for every metric, and `<part>/seconds` since `queue`, of the evaluation queued last. Waits
+        for it.
 
         Raises StepError if a score is not finite.
         """

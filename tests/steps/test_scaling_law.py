@@ -37,6 +37,8 @@ from steps.studies.scaling_law_fits import (
 )
 from steps.studies.stream_ceiling import KNOWN, ceilings, least_loss
 from steps.tasks import build
+from steps.training.loop import train_together
+from steps.training.stream import RunStream
 from tests.conftest import ROOT, step, write_processed
 from tests.steps.runs import config
 from tests.steps.test_models import make, schedule_of
@@ -174,6 +176,37 @@ def test_what_is_tested_is_the_best_on_validation_so_far(tmp_path: Path, monkeyp
     first, second = trained(run).found
     assert first.metrics == second.metrics  # of the second validation, the best of four
     assert first.flops < second.flops
+
+
+def test_a_run_whose_validation_is_not_done_lets_the_others_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, other, reads = run_of(tmp_path), run_of(tmp_path), []
+    validation, pending = slow._validation, [False]
+    queue, line = validation.queue, validation.line
+
+    def queued(stream: Any) -> None:
+        pending[0] = True
+        queue(stream)
+
+    def read() -> dict[str, Any]:
+        assert slow.done == len(reads)  # no line is in the history without its metrics
+        pending[0] = False
+        reads.append(other.done)
+        return line()
+
+    looks = itertools.count()
+
+    def idle(stream: RunStream) -> bool:
+        assert next(looks) < 1000  # a run that looks again and again lets no other train
+        return stream is not slow.stream or not pending[0] or other.done == 4
+
+    monkeypatch.setattr(RunStream, "is_idle", property(idle))
+    monkeypatch.setattr(validation, "queue", queued)
+    monkeypatch.setattr(validation, "line", read)
+    assert list(train_together([slow, other])) == [(1, None), (0, None)]
+    assert reads == [4] * 4
+    assert [one[:3] for one in slow.found] == [one[:3] for one in other.found]  # but for seconds
 
 
 def test_coverage_and_popularity_by_hand() -> None:

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from steps.common.device import pick_precision
 from steps.common.files import read_json, write_json
+from steps.common.processes import Processes
 from steps.data.sequences import Sequences, load_sequences
 from steps.data.split import HeldOut
 from steps.evaluation.exact_ranks import Ranker, Rules, rank
@@ -293,6 +294,7 @@ def test_a_run_whose_steps_are_not_done_lets_the_others_queue_theirs(
     ends = train_together([slow, other])
     assert next(ends) == (1, None)
     assert (slow.done, other.done, pauses) == (0, 2, [])
+    assert slow._validation._calls == 0  # it has not read its loss yet
     assert list(ends) == [(0, None)]
     assert len(pauses) == 1  # as no run was left that had steps to queue
     alone = training(data, tmp_path / "alone", settings=config(epochs=2))
@@ -313,6 +315,7 @@ def test_a_run_whose_evaluation_is_not_done_lets_the_others_queue_theirs(
 
     def read() -> dict[str, Any]:
         assert other.done == 2  # a run that reads before its evaluation is done stops the other
+        assert slow.done == len(evaluated) - 1  # no line is in the history without its metrics
         evaluated[-1] = True
         return line()
 
@@ -324,6 +327,109 @@ def test_a_run_whose_evaluation_is_not_done_lets_the_others_queue_theirs(
     alone = training(data, tmp_path / "alone", settings=config(epochs=2))
     train(alone)
     same(alone, slow)
+
+
+def test_processes_that_share_a_run_take_no_turns(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices end at their own times: the processes would go on with different runs, each waiting for the others."""
+    run = training(data, tmp_path / "run")
+    monkeypatch.setattr(RunStream, "is_idle", property(lambda _: False))
+    assert next(run._turns_until_idle()) is False
+    run.processes = Processes(0, 2)
+    assert next(run._turns_until_idle(), None) is None
+
+
+def test_other_runs_take_compiled_steps_while_an_evaluation_is_not_done(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation itself is not compiled, with whatever number of processes; it is captured for one alone."""
+    stances: list[str] = []
+    queued: list[RunStream | None] = []
+    run = training(data, tmp_path / "run")
+    run.execution.capture = run.execution.compiled = True
+
+    def note() -> None:
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+
+    def queue(stream: RunStream | None) -> None:
+        queued.append(stream)
+        note()
+
+    monkeypatch.setattr(RunStream, "is_idle", property(lambda _: len(stances) % 2 == 0))
+    monkeypatch.setattr(run._validation, "queue", queue)
+    monkeypatch.setattr(run._validation, "line", lambda: {"valid/mrr": 0.5})
+    line: dict[str, Any] = {"epoch": 1}
+    for turn in run._validate(line):
+        assert turn is False
+        note()
+    assert stances == ["force_eager", "default"]
+    assert line == {"epoch": 1, "valid/mrr": 0.5}
+    run.processes = Processes(0, 2)
+    assert next(run._validate(line), None) is None
+    assert stances[2:] == ["force_eager"]
+    assert queued == [run.stream, None]
+
+
+class Counted:
+    """An evaluation whose metric is how often it was called."""
+
+    calls = 0
+
+    def __call__(self, model: Any) -> torch.Tensor:
+        self.calls += 1
+        return torch.tensor(float(self.calls))
+
+    def named(self, result: torch.Tensor) -> dict[str, float]:
+        return {"calls": float(result)}
+
+
+class Captures:
+    """A stream on which a capture is as on CUDA: work is seen once, and a replay puts its result where it was."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+
+    def capture(self, work: Any, pooled: bool, uses_random: bool) -> tuple[Any, torch.Tensor]:
+        assert not pooled  # between queue and line the result has to last, whatever graphs run
+        assert not uses_random
+        self.captures += 1
+        result = work()
+
+        def replay() -> None:
+            self.replays += 1
+            result.fill_(100.0 + self.replays)
+
+        return SimpleNamespace(replay=replay), result
+
+
+def test_the_second_evaluation_is_captured_and_each_later_one_replayed() -> None:
+    stream: Any = Captures()
+    model: Any = None
+    validation, found = Validation(model, Counted(), "valid"), []
+    for _ in range(4):
+        validation.queue(stream)
+        found.append(validation.line()["valid/calls"])
+    assert found == [1, 101, 102, 103]
+    assert (stream.captures, stream.replays) == (1, 3)
+
+
+def test_every_evaluation_has_its_own_seconds_until_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("steps.training.validation.time.perf_counter", lambda: clock[0])
+    model: Any = None
+    evaluation = Counted()
+    named = evaluation.named
+    validation = Validation(model, evaluation, "valid")
+
+    def wait(result: torch.Tensor) -> dict[str, float]:
+        clock[0] += 0.25  # for the device
+        return named(result)
+
+    monkeypatch.setattr(evaluation, "named", wait)
+    for calls, others in ((1.0, 0.5), (2.0, 2.0)):
+        validation.queue()
+        clock[0] += others  # the turns of other runs
+        assert validation.line() == {"valid/calls": calls, "valid/seconds": others + 0.25}
+        clock[0] += 10.0  # the next epoch
 
 
 def test_a_run_that_fails_is_no_matter_to_one_that_waits(
